@@ -1,0 +1,368 @@
+"""The load: `tools/call` over persistent connections, one call at a time on each, every answer checked.
+
+    python load.py JOB        (JOB is the JSON of a `Job`)
+
+One thread, raw sockets and epoll, requests made by filling two holes in bytes that are ready: this
+must not be what is measured. Prints the JSON of a `Measurement`; a wrong or failed answer ends the
+run with exit status 1 and a sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import secrets
+import select
+import socket
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from itertools import count
+
+import msgspec
+
+#: Seconds without any answer at all after which the run is void.
+PATIENCE = 20.0
+
+_VERSION = "2025-06-18"
+_FIRST_ID = 1_000_000_000  # ids, and so bodies, all have the same length
+_PIECE = 256 * 1024
+
+_INITIALIZE = (
+    b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18",'
+    b'"capabilities":{},"clientInfo":{"name":"bench","version":"1"}}}'
+)
+_INITIALIZED = b'{"jsonrpc":"2.0","method":"notifications/initialized"}'
+_CALL = (
+    b'{"jsonrpc":"2.0","id":%d,"method":"tools/call",'
+    b'"params":{"name":"echo","arguments":{"text":"%s"}}}'
+)
+
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
+_SESSION = re.compile(rb"\r\nmcp-session-id: *([\x21-\x7e]+)", re.IGNORECASE)
+_DATA = re.compile(rb"^data: ?(.+?)\r?$", re.MULTILINE)
+
+
+class Job(msgspec.Struct):
+    """What to do: times are in seconds."""
+
+    port: int
+    connections: int = 16
+    one_session: bool = False
+    warm_up: float = 1.0
+    seconds: float = 4.0
+
+
+class Measurement(msgspec.Struct):
+    """How it went: latencies in milliseconds, `load` the share of a CPU that this program used.
+
+    `reconnects` says how often a server announced that it closes a connection after its answer.
+    """
+
+    calls: int
+    rate: float
+    p50: float
+    p99: float
+    worst: float
+    load: float
+    reconnects: int
+
+
+class Wrong(Exception):
+    """An answer that is not the right one. Voids the run."""
+
+
+class _Text(msgspec.Struct):
+    text: str
+
+
+class _Result(msgspec.Struct):
+    content: list[_Text]
+
+
+class _Answer(msgspec.Struct):
+    id: int
+    result: _Result
+
+
+_answer = msgspec.json.Decoder(_Answer)
+
+
+# --- reading HTTP ---------------------------------------------------------------------------------
+
+
+class Reply(msgspec.Struct):
+    """A complete HTTP response; `head` ends before the empty line."""
+
+    status: int
+    head: bytes
+    body: bytes
+
+
+def reply_in(data: bytes) -> Reply | None:
+    """The response that `data` is, None while some of it is missing."""
+    end = data.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    status = int(data[9:12])
+    length = _LENGTH.search(data, 0, end)
+    if length is not None:
+        body = data[end + 4 :]
+        missing = int(length[1]) - len(body)
+        if missing < 0:
+            raise Wrong(f"more bytes than Content-Length says: {data[:500]!r}")
+        return Reply(status, data[:end], body) if missing == 0 else None
+    if _CHUNKED.search(data, 0, end):
+        # Nothing is pipelined, so what ends the last chunk ends the data.
+        if not data.endswith(b"0\r\n\r\n"):
+            return None
+        body_or_none = _join_chunks(data, end + 4)
+        return None if body_or_none is None else Reply(status, data[:end], body_or_none)
+    if status in (202, 204):
+        return Reply(status, data[:end], b"")
+    raise Wrong(f"an answer of unknown length: {data[:500]!r}")
+
+
+def _join_chunks(data: bytes, at: int) -> bytes | None:
+    pieces = []
+    while True:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            return None
+        size = int(data[at:end].partition(b";")[0], 16)
+        if size == 0:
+            return b"".join(pieces)
+        pieces.append(data[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+
+
+def message_in(reply: Reply) -> bytes:
+    """The JSON-RPC message of an answer: the body, or the last event of a stream that has data."""
+    if reply.body.startswith(b"{"):
+        return reply.body
+    events: list[bytes] = _DATA.findall(reply.body)
+    if not events:
+        raise Wrong(f"no message in {reply.body[:500]!r}")
+    return events[-1]
+
+
+# --- a client --------------------------------------------------------------------------------------
+
+
+class Client:
+    """One connection with at most one call on its way."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.socket = self._connect()
+        self.is_closing = False
+        self.session: bytes | None = None
+        self.partial = b""
+        self.template = b""
+        self.id = 0
+        self.text = b""
+        self.sent_at = 0.0
+
+    def _connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self._port), timeout=PATIENCE)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def reconnect(self) -> None:
+        """A new connection in place of one that the server closes, as it has announced."""
+        self.socket.close()
+        self.socket = self._connect()
+        self.is_closing = False
+
+    def open_session(self) -> None:
+        """Initializes a session of its own."""
+        reply = self._ask(_INITIALIZE)
+        found = _SESSION.search(reply.head)
+        if reply.status != 200 or b'"result"' not in reply.body:
+            raise Wrong(f"initialize was answered by {reply.status} {reply.body[:500]!r}")
+        self.session = found[1] if found else None
+        accepted = self._ask(_INITIALIZED).status
+        if accepted != 202:
+            raise Wrong(f"notifications/initialized was answered by {accepted}")
+
+    def close_session(self) -> None:
+        """Tells the server that the session is over, whatever it says to that."""
+        if self.session is not None:
+            self._ask(b"", b"DELETE")
+
+    def prepare(self, nonce: bytes) -> None:
+        """Makes everything of a call that is always the same; `nonce` is as long as each text."""
+        body = _CALL % (_FIRST_ID, nonce)
+        self.template = b"%sContent-Length: %d\r\n\r\n" % (self._head(b"POST"), len(body)) + _CALL
+
+    def call(self, number: int, text: bytes) -> None:
+        """Sends a call."""
+        self.id, self.text = number, text
+        request = self.template % (number, text)
+        self.sent_at = time.perf_counter()
+        self.socket.sendall(request)
+
+    def receive(self) -> bool:
+        """Reads what has come; true once the answer is complete, which is then the right one."""
+        piece = self.socket.recv(_PIECE)
+        if not piece:
+            raise Wrong(f"the connection was closed on call {self.id}, after {self.partial!r}")
+        data = self.partial + piece
+        reply = reply_in(data)
+        if reply is None:
+            self.partial = data
+            return False
+        self.partial = b""
+        self.is_closing = _CLOSE.search(reply.head) is not None
+        self._check(reply)
+        return True
+
+    def _check(self, reply: Reply) -> None:
+        if reply.status != 200:
+            raise Wrong(f"call {self.id} was answered by {reply.status} {reply.body[:500]!r}")
+        try:
+            answer = _answer.decode(message_in(reply))
+        except msgspec.DecodeError as error:
+            raise Wrong(f"call {self.id}: {error}: {reply.body[:500]!r}") from error
+        if answer.id != self.id or [part.text.encode() for part in answer.result.content] != [
+            self.text
+        ]:
+            raise Wrong(f"call {self.id} with {self.text!r} was answered by {reply.body[:500]!r}")
+
+    def _ask(self, body: bytes, method: bytes = b"POST") -> Reply:
+        if self.is_closing:
+            self.reconnect()
+        length = b"Content-Length: %d\r\n\r\n" % len(body)
+        self.socket.sendall(self._head(method) + length + body)
+        data = b""
+        while (reply := reply_in(data)) is None:
+            piece = self.socket.recv(_PIECE)
+            if not piece:
+                raise Wrong(f"the connection was closed after {data[:500]!r}")
+            data += piece
+        self.is_closing = _CLOSE.search(reply.head) is not None
+        return reply
+
+    def _head(self, method: bytes) -> bytes:
+        session = b"Mcp-Session-Id: %s\r\n" % self.session if self.session else b""
+        return (
+            b"%s /mcp HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
+            b"Accept: application/json, text/event-stream\r\nMCP-Protocol-Version: %s\r\n%s"
+            % (method, self._port, _VERSION.encode(), session)
+        )
+
+
+# --- the run ----------------------------------------------------------------------------------------
+
+
+class Run:
+    """All clients, from the first call to the last answer."""
+
+    def __init__(self, clients: list[Client]) -> None:
+        self._clients: dict[int, Client] = {}
+        self._ids = count(_FIRST_ID)
+        self._nonce = secrets.token_hex(8).encode()
+        self._poll = select.epoll()
+        self._reconnects = 0
+        for client in clients:
+            client.prepare(b"%s-%d" % (self._nonce, _FIRST_ID))
+            self._watch(client)
+
+    def measure(self, job: Job) -> Measurement:
+        """Calls for the whole time; what ends within it, after the warm-up, counts."""
+        for client in list(self._clients.values()):
+            self._call(client)
+        self._go_on_until(time.perf_counter() + job.warm_up)
+        self._reconnects, busy, begin = 0, _cpu_time(), time.perf_counter()
+        ordered = sorted(self._go_on_until(begin + job.seconds))
+        seconds, busy = time.perf_counter() - begin, _cpu_time() - busy
+        reconnects = self._reconnects
+        self._finish()
+        if not ordered:
+            raise Wrong("no call was answered in time")
+        return Measurement(
+            calls=len(ordered),
+            rate=len(ordered) / seconds,
+            p50=1000 * ordered[len(ordered) // 2],
+            p99=1000 * ordered[len(ordered) * 99 // 100],
+            worst=1000 * ordered[-1],
+            load=busy / seconds,
+            reconnects=reconnects,
+        )
+
+    def _watch(self, client: Client) -> None:
+        self._clients[client.socket.fileno()] = client
+        self._poll.register(client.socket, select.EPOLLIN)
+
+    def _call(self, client: Client) -> None:
+        if client.is_closing:
+            self._reconnects += 1
+            self._poll.unregister(client.socket)
+            del self._clients[client.socket.fileno()]
+            client.reconnect()
+            self._watch(client)
+        number = next(self._ids)
+        client.call(number, b"%s-%d" % (self._nonce, number))
+
+    def _go_on_until(self, end: float) -> array[float]:
+        """Answers are followed by the next call, at once; returns how long each call took."""
+        latencies = array("d")
+        while time.perf_counter() < end:
+            for client in self._answered():
+                latencies.append(time.perf_counter() - client.sent_at)
+                self._call(client)
+        return latencies
+
+    def _finish(self) -> None:
+        """Waits for the calls that are still on their way: they count no more, but must be right."""
+        waiting = len(self._clients)
+        while waiting:
+            waiting -= sum(1 for _ in self._answered())
+
+    def _answered(self) -> Iterator[Client]:
+        """The clients whose answers are complete now."""
+        events = self._poll.poll(PATIENCE)
+        if not events:
+            raise Wrong(f"no answer within {PATIENCE:g} seconds")
+        for number, _ in events:
+            client = self._clients[number]
+            if client.receive():
+                yield client
+
+
+def _cpu_time() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def opened(job: Job) -> list[Client]:
+    """The clients of a job, with their sessions."""
+    clients = [Client(job.port) for _ in range(job.connections)]
+    for client in clients:
+        if job.one_session and client is not clients[0]:
+            client.session = clients[0].session
+        else:
+            client.open_session()
+    return clients
+
+
+def main() -> int:
+    """Does the job and prints the outcome."""
+    job = msgspec.json.decode(sys.argv[1], type=Job)
+    try:
+        clients = opened(job)
+        outcome = Run(clients).measure(job)
+        for client in clients[: 1 if job.one_session else None]:
+            client.close_session()
+    except (Wrong, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(msgspec.json.encode(outcome).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

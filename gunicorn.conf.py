@@ -1,0 +1,9 @@
+"""gunicorn reads this file by its name; installed it is `python:mcp_proxy.gunicorn_conf`.
+
+gunicorn takes the module's globals for its settings.
+"""
+
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.server import gunicorn_settings
+
+globals().update(gunicorn_settings(ProxyConfig.from_env()))

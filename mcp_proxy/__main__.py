@@ -1,0 +1,7 @@
+"""`python -m mcp_proxy` is the command `mcp-wsgi-proxy`."""
+
+import sys
+
+from mcp_proxy.cli import main
+
+sys.exit(main())

@@ -1,0 +1,177 @@
+"""The composition root: everything that is configured is put together here, and ended here."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+from mcp_proxy.backends.replica import Replica
+from mcp_proxy.config import ProxyConfig, StdioServer
+from mcp_proxy.edge import health
+from mcp_proxy.edge.reply import Reply
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.surround import Edge
+from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.sessions.local import LocalStorage
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.transports.streamable import StreamableProxy
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+#: Seconds that running calls get to end by themselves once a worker is told to stop.
+DRAIN_TIME = 10.0
+
+_DRAIN_POLL = 0.1
+
+
+class Application:
+    """The proxy as one WSGI application: `/mcp` or `/servers/<name>/mcp`, and health.
+
+    Nothing starts before the first request. `drain` and `close` may be called from any thread.
+    """
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self.config = config
+        self.edge = Edge(config)
+        self.replica = Replica()
+        self._stores: list[Storage] = []
+        self.proxies = {server.name: self._proxy(server) for server in config.servers()}
+        self._transports = self._mounted()
+        self._endpoints: dict[str, Callable[[], Reply]] = {
+            "/healthz": health.alive,
+            "/readyz": self._ready,
+            "/health": self._ready,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Application {list(self.proxies.values())!r} {self.replica!r}>"
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        endpoint = self._endpoints.get(environ.get("PATH_INFO", ""))
+        if endpoint is None:
+            return self._transports(environ, start_response)
+        return self._serve_own(environ, start_response, endpoint)
+
+    def drain(self, timeout: float = DRAIN_TIME) -> None:
+        """The orderly end: no new work, streams ended, running calls given time, then `close`."""
+        self.edge.is_draining = True
+        for proxy in self.proxies.values():
+            proxy.sessions.end_streams()
+        deadline = time.monotonic() + timeout
+        while self._is_busy() and time.monotonic() < deadline:
+            time.sleep(_DRAIN_POLL)
+        self.close()
+
+    def close(self) -> None:
+        """Ends every child and connection of this process; harmless when repeated."""
+        self.edge.is_draining = True
+        for proxy in self.proxies.values():
+            proxy.sessions.close()
+        self.replica.close()
+        for store in self._stores:
+            store.close()
+
+    def _is_busy(self) -> bool:
+        return any(proxy.sessions.is_busy for proxy in self.proxies.values())
+
+    # --- putting together ------------------------------------------------------------------------
+
+    def _proxy(self, server: StdioServer) -> StreamableProxy:
+        storage = self._storage(server.name)
+        self._stores.append(storage)
+        manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
+        return StreamableProxy(
+            server, settings=self.config, manager=manager, replica=self.replica, edge=self.edge
+        )
+
+    def _storage(self, server: str) -> Storage:
+        config = self.config
+        if config.redis_url is None:
+            return LocalStorage(config.session_ttl)
+        from mcp_proxy.sessions.redis import RedisStorage
+
+        try:
+            return RedisStorage(
+                config.redis_url,
+                ttl=config.session_ttl,
+                prefix=f"{config.redis_prefix}{server}:",
+                timeout=config.connect_timeout,
+            )
+        except ValueError as error:
+            raise ConfigError(f"redis_url: {error}") from error
+
+    def _mounted(self) -> WSGIApplication:
+        """One server at the root, several each under its name."""
+        if len(self.proxies) == 1 and not self.config.config:
+            return next(iter(self.proxies.values()))
+        mounts: dict[str, WSGIApplication] = {
+            f"/servers/{name}": proxy for name, proxy in self.proxies.items()
+        }
+        return DispatcherMiddleware(self._nothing, mounts)
+
+    def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        def answer() -> Reply:
+            raise NotFound
+
+        return self._serve_own(environ, start_response, answer)
+
+    # --- our own endpoints -----------------------------------------------------------------------
+
+    def _serve_own(
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        answer: Callable[[], Reply],
+    ) -> Iterable[bytes]:
+        def handle(request: ClientRequest) -> Reply:
+            if request.method not in ("GET", "HEAD"):
+                raise MethodNotAllowed("GET, HEAD")
+            return answer()
+
+        return self.edge.serve(environ, start_response, handle, is_own=True)
+
+    def _ready(self) -> Reply:
+        probes: dict[str, health.Probe] = {"worker": self._draining}
+        for proxy, store in zip(self.proxies.values(), self._stores, strict=True):
+            name = proxy.server.name
+            probes[f"sessions of {name}"] = _store_probe(store)
+            probes[f"server {name}"] = _server_probe(proxy)
+        return health.ready(probes)
+
+    def _draining(self) -> str | None:
+        return "shutting down" if self.edge.is_draining else None
+
+
+def create_app(config: ProxyConfig | None = None) -> Application:
+    """The application for `config`, or for the environment. Raises ConfigError with a sentence."""
+    return Application(config or ProxyConfig.from_env())
+
+
+def _store_probe(store: Storage) -> health.Probe:
+    def probe() -> str | None:
+        try:
+            store.check()
+        except StorageUnavailable as error:
+            return str(error)
+        return None
+
+    return probe
+
+
+def _server_probe(proxy: StreamableProxy) -> health.Probe:
+    def probe() -> str | None:
+        program = proxy.server.argv[0]
+        if shutil.which(program, path=proxy.server.env.get("PATH")) is None:
+            return f"{program} is not an executable file"
+        return proxy.sessions.restarts.trouble()
+
+    return probe

@@ -1,0 +1,1 @@
+"""Backends: what stands behind a session, and how messages get to it and back."""

@@ -1,0 +1,82 @@
+"""The contract between transports and whatever stands behind a session.
+
+A transport sends client messages and reads deliveries from exchanges; whether the server is a child
+of this process, of another replica, or behind HTTP shows nowhere above this line.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mcp_proxy.errors import BackendError
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+
+
+class Delivery(NamedTuple):
+    """One message for the client: a line of JSON.
+
+    `is_response` tells answers from what comes before them. `failure` is set where the proxy wrote
+    the answer itself because the backend gave none.
+    """
+
+    data: bytes
+    is_response: bool
+    failure: BackendError | None = None
+
+
+class Exchange(ABC):
+    """The messages that belong to one client request (or batch, or listening stream), in order.
+
+    Read by one thread; may be closed from any.
+    """
+
+    #: Whether this was a standing stream whose place a newer one took.
+    was_replaced = False
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Whether everything that belongs here was received."""
+
+    @abstractmethod
+    def receive(self, timeout: float) -> Delivery | None:
+        """The next message, None if nothing came for `timeout` seconds or the exchange is over.
+
+        A backend that is lost, silent beyond the request's deadline, or cancelled is no exception
+        here: each request gets a delivery that says so.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """The client no longer listens; a call that is running goes on. Harmless when repeated."""
+
+
+class Backend(ABC):
+    """One MCP server as one session sees it. Every method may be called from any thread."""
+
+    @abstractmethod
+    def send(self, requests: Sequence[Request], accepts_stream: bool, timeout: float) -> Exchange:
+        """Sends requests that arrived in one body and returns what belongs to them.
+
+        The exchange is over when each was answered; each is answered within `timeout` seconds, if
+        need be by a failure. `accepts_stream` says whether anything but responses may be delivered.
+        Raises BackendLost when the backend is gone.
+        """
+
+    @abstractmethod
+    def notify(self, notification: Notification) -> None:
+        """Passes a notification on; raises BackendLost when the backend is gone."""
+
+    @abstractmethod
+    def respond(self, response: Response) -> None:
+        """Passes on the answer to a request of the server; drops one that nobody waits for."""
+
+    @abstractmethod
+    def listen(self) -> Exchange:
+        """The session's standing stream; an older one ends."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the backend and every exchange with it; returns before the server has stopped."""

@@ -1,0 +1,253 @@
+"""One child process that speaks MCP over its standard streams: one JSON message a line, both ways.
+
+What lives here: starting the process, framing, writing with a deadline, signals to its group. Not
+here: when to stop it (`supervisor`) and what the messages mean (`bridge`).
+
+Threads: each child has a reader thread, which alone reads its standard output. Writers come from
+any thread and take turns. The supervisor's thread does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO
+
+from mcp_proxy.backends.guardian import MARK
+from mcp_proxy.config import StdioServer
+from mcp_proxy.errors import BackendLost, BackendTimeout
+
+log = logging.getLogger(__name__)
+
+_BUFFER = 16 * 1024
+_TAIL_LINES = 20
+_LINE_SHOWN = 2000  # characters of a line of noise or stderr that the log gets
+
+
+class Child:
+    """A running server.
+
+    The constructor starts the process and raises BackendLost if that fails.
+    """
+
+    def __init__(
+        self, server: StdioServer, mark: str, max_message: int, affinity: frozenset[int] | None
+    ) -> None:
+        self.name = server.name
+        self.at_eof = threading.Event()
+        self._max_message = max_message
+        self._write_lock = threading.Lock()  # one message at a time
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._partial = b""
+        self._process = _start(server, mark, affinity)
+        self.pid = self._process.pid
+        self._stdin, self._stdout, self.stderr = _pipes(self._process)
+        os.set_blocking(self._stdin.fileno(), False)
+        os.set_blocking(self.stderr.fileno(), False)
+
+    def __repr__(self) -> str:
+        return f"<Child {self.name} pid={self.pid} returncode={self._process.returncode}>"
+
+    # --- output ----------------------------------------------------------------------------------
+
+    def read_lines(self, on_line: Callable[[bytes], None]) -> None:
+        """Reads until the server closes its output; the body of the reader thread.
+
+        `on_line` gets every line without its line break and may block to slow the server down.
+        """
+        try:
+            while line := self._stdout.readline(self._max_message + 1):
+                if line.endswith(b"\n"):
+                    on_line(line.rstrip(b"\r\n"))
+                elif len(line) > self._max_message:
+                    self._skip_rest(line)
+                else:
+                    on_line(line)
+        except (OSError, ValueError):
+            log.debug("[%s] reading ended", self.name, exc_info=True)
+        finally:
+            self.at_eof.set()
+
+    def _skip_rest(self, start: bytes) -> None:
+        size = len(start)
+        while (piece := self._stdout.readline(_BUFFER)) and not piece.endswith(b"\n"):
+            size += len(piece)
+        log.error(
+            "[%s] dropped a line of %d bytes, more than max_message_bytes allows: %s",
+            self.name,
+            size + len(piece),
+            shown(start),
+        )
+
+    def drain_stderr(self) -> int | None:
+        """Logs what the server wrote to stderr, without blocking.
+
+        The number of bytes, 0 once that has ended, None when there is nothing yet.
+        """
+        try:
+            data = os.read(self.stderr.fileno(), 65536)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return 0
+        *lines, rest = (self._partial + data).split(b"\n")
+        self._partial = rest[:_LINE_SHOWN]
+        if not data and rest:
+            lines.append(rest)
+        for line in lines:
+            self._note(shown(line))
+        return len(data)
+
+    def _note(self, line: str) -> None:
+        self._tail.append(line)
+        log.info("[%s] stderr: %s", self.name, line)
+
+    @property
+    def stderr_tail(self) -> list[str]:
+        """The last lines of stderr, for the log and for `check`; never for a client."""
+        return list(self._tail)
+
+    # --- input -----------------------------------------------------------------------------------
+
+    def write(self, line: bytes, timeout: float) -> None:
+        """Writes one message; returns when the pipe has taken it all.
+
+        Raises BackendLost when the server is gone and BackendTimeout when it has not read its input
+        for `timeout` seconds; after the latter a message may be cut in two, so the server must end.
+        """
+        deadline = time.monotonic() + timeout
+        if not self._write_lock.acquire(timeout=timeout):
+            raise BackendTimeout("The server does not read its input")
+        try:
+            self._write_all(memoryview(line + b"\n"), deadline)
+        finally:
+            self._write_lock.release()
+
+    def _write_all(self, data: memoryview, deadline: float) -> None:
+        while data:
+            try:
+                data = data[os.write(self._stdin.fileno(), data) :]
+            except BlockingIOError:
+                self._wait_writable(deadline)
+            except (OSError, ValueError) as error:
+                raise BackendLost("The server has closed its input") from error
+
+    def _wait_writable(self, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(self._stdin.fileno(), select.POLLOUT)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise BackendTimeout("The server does not read its input")
+
+    def close_stdin(self) -> None:
+        """Tells the server that no more will come (MCP stdio: the orderly way to end it).
+
+        Not while a writer is stuck: closing would hand its file descriptor to somebody else. Then
+        the signals that follow have to do.
+        """
+        if self._write_lock.acquire(timeout=0.1):
+            with contextlib.suppress(OSError):
+                self._stdin.close()
+            self._write_lock.release()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Signals the whole process group; a group that is gone is fine."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def has_exited(self) -> bool:
+        """Whether the process has ended; it is not reaped, so its group id stays ours."""
+        try:
+            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, options) is not None
+        except ChildProcessError:
+            return True
+
+    def reap(self) -> str:
+        """Kills what is left of the group, collects the exit status and says it in words."""
+        self.signal_group(signal.SIGKILL)
+        status = self._process.wait()
+        self.close_stdin()
+        self.stderr.close()
+        return describe_exit(status)
+
+    def close_stdout(self) -> None:
+        """Frees the pipe; only after the reader thread is done with it."""
+        self._stdout.close()
+
+
+def _start(
+    server: StdioServer, mark: str, affinity: frozenset[int] | None
+) -> subprocess.Popen[bytes]:
+    try:
+        with _cpus(affinity):
+            return subprocess.Popen(
+                server.argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=_BUFFER,
+                env={**_inherited(os.environ), **server.env, MARK: mark},
+                cwd=server.cwd,
+                start_new_session=True,
+            )
+    except (OSError, ValueError) as error:
+        log.error("[%s] cannot start %s: %s", server.name, server, error)
+        raise BackendLost(f"The server cannot be started: {_reason(error)}") from error
+
+
+def _pipes(
+    process: subprocess.Popen[bytes],
+) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    return process.stdin, process.stdout, process.stderr
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """Our environment without our own settings: a Redis password is none of a server's business."""
+    return {name: value for name, value in environ.items() if not name.startswith("MCP_PROXY_")}
+
+
+@contextlib.contextmanager
+def _cpus(affinity: frozenset[int] | None) -> Iterator[None]:
+    """Runs this thread, and so what it starts, on these CPUs: a child is not pinned."""
+    if affinity is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, affinity)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def describe_exit(status: int) -> str:
+    """A return code of subprocess in words: "exit code 1", "signal SIGKILL"."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:
+        return f"signal {-status}"
+
+
+def shown(line: bytes) -> str:
+    """A line as the log may show it: text, and not too much of it."""
+    text = line[:_LINE_SHOWN].decode("utf-8", "replace").rstrip("\r")
+    return text if len(line) <= _LINE_SHOWN else text + " [...]"

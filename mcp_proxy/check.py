@@ -1,0 +1,103 @@
+"""`mcp-wsgi-proxy check`: tries everything that a deployment needs, and prints a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mcp_proxy import __version__
+from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.replica import Replica
+from mcp_proxy.config import ProxyConfig, StdioServer
+from mcp_proxy.errors import ConfigError, ProxyError
+from mcp_proxy.server import require_shared_sessions
+from mcp_proxy.sessions.redis import RedisStorage
+from mcp_proxy.transports import handshake
+from mcp_proxy.wire import jsonrpc, revisions
+from mcp_proxy.wire.jsonrpc import Request
+
+#: The first Redis with GETEX.
+REDIS_NEEDED = (6, 2)
+
+# Seconds for a server to answer initialize; `npx` and `uvx` may have to fetch it first.
+_PATIENCE = 60.0
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    is_good: bool
+    finding: str
+
+
+def check(config: ProxyConfig) -> int:
+    """Prints the table and returns 0 if everything is in order, else 1."""
+    rows = []
+    for row in _rows(config):
+        rows.append(row)
+        print(f"{'ok  ' if row.is_good else 'FAIL'}  {row.what:<24} {row.finding}", flush=True)
+    return 0 if all(row.is_good for row in rows) else 1
+
+
+def _rows(config: ProxyConfig) -> Iterator[Row]:
+    yield Row("configuration", True, repr(config))
+    yield _workers(config)
+    yield _store(config)
+    replica = Replica()
+    try:
+        for server in config.servers():
+            yield _server(config, server, replica)
+    finally:
+        replica.close()
+
+
+def _workers(config: ProxyConfig) -> Row:
+    try:
+        require_shared_sessions(config.workers)
+    except ConfigError as error:
+        return Row("workers", False, str(error))
+    return Row("workers", True, f"{config.workers} with {config.threads} threads")
+
+
+def _store(config: ProxyConfig) -> Row:
+    if config.redis_url is None:
+        return Row("sessions", True, "in memory of the one worker")
+    try:
+        store = RedisStorage(config.redis_url, timeout=config.connect_timeout)
+        version = store.version()
+        store.close()
+    except (ProxyError, ValueError) as error:
+        return Row("sessions", False, f"{error}")
+    found = ".".join(map(str, version))
+    if version < REDIS_NEEDED:
+        return Row("sessions", False, f"Redis {found} is too old: GETEX came with 6.2")
+    return Row("sessions", True, f"Redis {found}")
+
+
+def _server(config: ProxyConfig, server: StdioServer, replica: Replica) -> Row:
+    what = f"server {server.name}"
+    try:
+        limit = config.max_message_bytes
+        bridge = Bridge(replica.supervisor, server, limit, on_lost=lambda lost: None)
+    except ProxyError as error:
+        return Row(what, False, f"{error} ({server})")
+    try:
+        return Row(what, True, _greet(bridge))
+    except ProxyError as error:
+        tail = "".join(f"\n      stderr: {line}" for line in bridge.stderr_tail[-5:])
+        return Row(what, False, f"{error} ({server}){tail}")
+    finally:
+        bridge.close()
+
+
+def _greet(bridge: Bridge) -> str:
+    """Initializes a server and returns what it says of itself; raises ProxyError."""
+    params = {
+        "protocolVersion": revisions.LEGACY[-1],
+        "capabilities": {},
+        "clientInfo": {"name": "mcp-wsgi-proxy check", "version": __version__},
+    }
+    request = Request("check", handshake.INITIALIZE, jsonrpc.as_payload(params))
+    answer = handshake.ask(bridge, request, _PATIENCE)
+    return handshake.describe(answer)

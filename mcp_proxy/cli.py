@@ -1,0 +1,84 @@
+"""The command `mcp-wsgi-proxy`: the same settings as options, and the same gunicorn."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mcp_proxy import __version__
+from mcp_proxy.check import check
+from mcp_proxy.config import ProxyConfig, Setting, environment_values, from_values, settings
+from mcp_proxy.errors import ConfigError
+from mcp_proxy.server import require_shared_sessions, serve
+
+_USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
+       mcp-wsgi-proxy [options] --config FILE
+       mcp-wsgi-proxy check [options] [-- COMMAND ARG...]"""
+
+_EPILOG = """Without a command and without a file the bundled demo server is served. Every option
+is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
+out and serves nothing."""
+
+# What says which servers there are: an option takes the place of all of them.
+_SOURCES = ("command", "config", "env", "cwd")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; 2 for a configuration that cannot be served."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_check = arguments[:1] == ["check"]
+    try:
+        config = read_config(arguments[1:] if is_check else arguments)
+        config.servers()  # its errors belong here, not in a worker's log
+        if is_check:
+            return check(config)
+        require_shared_sessions(config.workers)
+    except ConfigError as error:
+        print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
+        return 2
+    serve(config)
+    return 0
+
+
+def read_config(arguments: Sequence[str]) -> ProxyConfig:
+    """The configuration of the environment with the options over it; raises ConfigError."""
+    options, command = _split(list(arguments))
+    given = vars(_parser().parse_args(options))
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if command:
+        values["command"] = command
+    inherited = environment_values()
+    if any(name in values for name in ("command", "config")):
+        inherited = {name: v for name, v in inherited.items() if name not in _SOURCES}
+    return from_values({**inherited, **values})
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The options, and the command after `--`, word for word."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mcp-wsgi-proxy", usage=_USAGE, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    for setting in settings():
+        if setting.name != "command":
+            _add_option(parser, setting)
+    return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
+    spellings = {f"--{setting.name.replace('_', '-')}", f"--{setting.name}"}
+    reason = setting.reason if setting.default is None else f"{setting.reason} ({setting.default})"
+    parser.add_argument(
+        *sorted(spellings),
+        dest=setting.name,
+        action="append" if setting.is_list else "store",
+        metavar=setting.name.split("_")[-1].upper(),
+        help=reason.replace("%", "%%"),
+    )

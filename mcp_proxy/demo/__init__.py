@@ -1,0 +1,1 @@
+"""The bundled demo server: what is served when nothing is configured."""

@@ -1,0 +1,1 @@
+"""The edge: what every transport surrounds itself with, between WSGI and the protocol."""

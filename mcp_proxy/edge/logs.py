@@ -1,0 +1,81 @@
+"""Logs: every line of a request carries its id; one line at the end of each says how it went.
+
+The package logs through the standard library and configures nothing when it is embedded; our own
+command and gunicorn configuration call `configure`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from contextvars import ContextVar
+
+from mcp_proxy.edge.request import ClientRequest
+
+#: The id of the request that this thread serves, empty between requests.
+current_request: ContextVar[str] = ContextVar("mcp_proxy_request", default="")
+
+access = logging.getLogger("mcp_proxy.access")
+
+
+def configure(log_format: str, log_level: str) -> None:
+    """Sends the package's log lines to stderr, as text or as one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logger = logging.getLogger("mcp_proxy")
+    logger.handlers = [handler]
+    logger.setLevel(log_level.upper())
+    logger.propagate = False
+
+
+def log_access(request: ClientRequest, status: int) -> None:
+    """One line about a request that has been answered, to the last byte of its stream."""
+    if not access.isEnabledFor(logging.INFO):
+        return
+    fields = {
+        "method": request.method,
+        "path": request.environ.get("SCRIPT_NAME", "") + request.path,
+        "status": status,
+        "ms": round((time.monotonic() - request.started) * 1000, 1),
+        "client": request.environ.get("REMOTE_ADDR", ""),
+        "session": (request.session_id or "")[-8:],
+        "rpc": request.rpc or "",
+    }
+    access.info(_ACCESS_LINE, fields, extra={"fields": fields})
+
+
+_ACCESS_LINE = (
+    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s"
+)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, request id, logger, message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s%(request)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        request = current_request.get()
+        record.request = f" [{request}]" if request else ""
+        return super().format(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; the fields of an access line stand on their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request := current_request.get():
+            line["request"] = request
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

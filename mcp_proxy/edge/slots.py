@@ -1,0 +1,31 @@
+"""The cap on standing streams: each holds a thread, and calls must always find one."""
+
+from __future__ import annotations
+
+import threading
+
+from mcp_proxy.errors import Overloaded
+
+
+class StreamSlots:
+    """`limit` places; thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()  # guards _taken
+        self._taken = 0
+
+    def __repr__(self) -> str:
+        return f"<StreamSlots {self._taken}/{self.limit}>"
+
+    def take(self) -> None:
+        """Takes a place; raises Overloaded when there is none."""
+        with self._lock:
+            if self._taken >= self.limit:
+                raise Overloaded(f"All {self.limit} standing streams of this worker are taken")
+            self._taken += 1
+
+    def release(self) -> None:
+        """Gives a place back; once for each that was taken."""
+        with self._lock:
+            self._taken -= 1

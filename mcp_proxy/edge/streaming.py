@@ -1,0 +1,91 @@
+"""The body of an event stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+from mcp_proxy.backends.base import Delivery, Exchange
+from mcp_proxy.edge.connection import ClientConnection
+from mcp_proxy.edge.errors import as_message
+from mcp_proxy.errors import ProxyError, RequestId
+from mcp_proxy.wire import sse
+
+log = logging.getLogger(__name__)
+
+#: A client whose stream a newer one replaced should not come back for it soon: a day, in ms.
+RETRY_WHEN_REPLACED = 24 * 3600 * 1000
+
+# Above this many bytes a message is sent in pieces instead of being copied into one.
+_LARGE = 64 * 1024
+
+
+class EventStream:
+    """Sends what an exchange delivers, as server-sent events, and keepalives while it is silent.
+
+    `early` are deliveries that came before it was known that a stream was needed. The first bytes
+    leave at once. The client's leaving is noticed at the next keepalive, at the
+    latest; then the thread is free. `close` releases the exchange and whatever `on_close` does.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        connection: ClientConnection,
+        keepalive: float,
+        early: Sequence[Delivery] = (),
+        request_id: RequestId | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self._exchange = exchange
+        self._connection = connection
+        self._keepalive = keepalive
+        self._early = early
+        self._request_id = request_id
+        self._on_close = on_close
+        self._is_closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._connection.give_up_after(2 * self._keepalive)
+        if not self._early:
+            yield sse.KEEPALIVE
+        for delivery in self._early:
+            yield from _event(delivery.data)
+        try:
+            yield from self._rest()
+        except ProxyError as error:
+            error.request_id = self._request_id
+            yield from _event(as_message(error))
+
+    def _rest(self) -> Iterator[bytes]:
+        exchange = self._exchange
+        while not exchange.is_over:
+            delivery = exchange.receive(self._keepalive)
+            if delivery is not None:
+                yield from _event(delivery.data)
+            elif self._connection.has_left():
+                log.debug("the client of a stream has left")
+                return
+            elif not exchange.is_over:
+                yield sse.KEEPALIVE
+        if exchange.was_replaced:
+            yield sse.encode(sse.Event(retry=RETRY_WHEN_REPLACED))
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._exchange.close()
+        finally:
+            if self._on_close is not None:
+                self._on_close()
+
+
+def _event(data: bytes) -> Iterator[bytes]:
+    if len(data) <= _LARGE:
+        yield sse.encode_message(data)
+    else:
+        yield b"event: message\ndata: "
+        yield data
+        yield b"\n\n"

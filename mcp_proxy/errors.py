@@ -1,0 +1,194 @@
+"""Every error this project raises on purpose, each knowing the answer it leads to.
+
+Rendering happens in one place, `mcp_proxy.edge.errors`; whoever raises only says what went wrong.
+JSON-RPC codes: -32700 to -32603 are JSON-RPC 2.0 section 5.1; -32000 and -32001 are the codes that
+MCP clients know from legacy servers. Codes -32020 and below mark a modern (2026-07-28) server and
+are never used here.
+"""
+
+from __future__ import annotations
+
+RequestId = int | str
+
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INTERNAL_ERROR = -32603
+PROXY_ERROR = -32000
+SESSION_NOT_FOUND = -32001
+
+
+class ProxyError(Exception):
+    """Root of the tree. `status` is HTTP's, `code` is JSON-RPC's, the message is for the client.
+
+    `request_id` is the id of the JSON-RPC request that is answered by this error, None where there
+    is none; `headers` are added to the HTTP answer.
+    """
+
+    status = 500
+    code = INTERNAL_ERROR
+    sentence = "Internal error"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.sentence)
+        self.request_id: RequestId | None = None
+        self.headers: list[tuple[str, str]] = []
+
+    @property
+    def message(self) -> str:
+        """The sentence that the client reads."""
+        return str(self)
+
+
+class ConfigError(ProxyError):
+    """The configuration contradicts itself or cannot be served; the message says what to change."""
+
+
+class ClientError(ProxyError):
+    """The client sent something that is not served."""
+
+    status = 400
+    code = INVALID_REQUEST
+
+
+class ParseError(ClientError):
+    """The body is not JSON (RFC 8259) or not UTF-8."""
+
+    code = PARSE_ERROR
+
+
+class InvalidRequest(ClientError):
+    """The body is JSON but no JSON-RPC 2.0 message that MCP allows, or a header is wrong."""
+
+
+class MissingSession(ClientError):
+    """A request that belongs to a session names none."""
+
+    sentence = "Mcp-Session-Id is missing: send the id that the initialize response carried"
+
+
+class Forbidden(ClientError):
+    """The Origin or Host header is not allowed."""
+
+    status = 403
+
+
+class NotFound(ClientError):
+    """Nothing is served at this path."""
+
+    status = 404
+    sentence = "Not found"
+
+
+class MethodNotAllowed(ClientError):
+    """The path exists but not for this HTTP method."""
+
+    status = 405
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(f"Method not allowed; allowed here: {allowed}")
+        self.headers = [("Allow", allowed)]
+
+
+class NotAcceptable(ClientError):
+    """The Accept header names nothing that could be sent."""
+
+    status = 406
+    sentence = "Accept must name application/json, text/event-stream or both"
+
+
+class BodyTooLarge(ClientError):
+    """The body exceeds the limit."""
+
+    status = 413
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request body is larger than {limit} bytes")
+
+
+class UnsupportedMediaType(ClientError):
+    """The Content-Type is not JSON."""
+
+    status = 415
+    sentence = "Content-Type must be application/json"
+
+
+class SessionNotFound(ClientError):
+    """No record of this id."""
+
+    status = 404
+    code = SESSION_NOT_FOUND
+    sentence = "Session not found"
+
+
+class SessionUnknown(SessionNotFound):
+    """The id was never issued by this deployment."""
+
+    status = 400
+
+
+class SessionEnded(SessionNotFound):
+    """The id was issued and its session is over; a client starts a new one on 404."""
+
+
+class StorageError(ProxyError):
+    """The session store could not do its work."""
+
+    code = PROXY_ERROR
+
+
+class StorageUnavailable(StorageError):
+    """The store cannot be reached: nothing is known about any session, so none counts as gone."""
+
+    status = 503
+    sentence = "The session store cannot be reached; try again shortly"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message)
+        self.headers = [("Retry-After", "1")]
+
+
+class SessionExists(StorageError):
+    """A record with this id is there already."""
+
+
+class BackendError(ProxyError):
+    """The MCP server behind the proxy failed; the message says how."""
+
+    status = 502
+    code = PROXY_ERROR
+
+
+class BackendLost(BackendError):
+    """The backend ended while it was used, or before."""
+
+
+class BackendTimeout(BackendError):
+    """The backend did not answer in time."""
+
+    status = 504
+
+
+class Cancelled(BackendError):
+    """The client cancelled the call and the server sent no answer of its own."""
+
+    status = 200
+    sentence = "The call was cancelled by the client"
+
+
+class Overloaded(ProxyError):
+    """A limit of this replica is reached; try again later or elsewhere."""
+
+    status = 503
+    code = PROXY_ERROR
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = [("Retry-After", "5")]
+
+
+class Draining(Overloaded):
+    """This replica is stopping."""
+
+    def __init__(self) -> None:
+        super().__init__("This replica is shutting down")

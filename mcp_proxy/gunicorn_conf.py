@@ -1,0 +1,9 @@
+"""gunicorn's configuration, from the environment: `gunicorn -c python:mcp_proxy.gunicorn_conf`.
+
+gunicorn takes the module's globals for its settings.
+"""
+
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.server import gunicorn_settings
+
+globals().update(gunicorn_settings(ProxyConfig.from_env()))

@@ -1,0 +1,143 @@
+"""gunicorn as this project runs it: its settings, its hooks, and the command that starts it.
+
+Imported in gunicorn's master, so it must stay free of anything that a worker class may still patch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mcp_proxy import affinity
+from mcp_proxy.banner import banner
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.edge.logs import configure
+from mcp_proxy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+# Connections of a worker beyond its threads: kept alive, between two requests.
+_KEPT_ALIVE = 8
+
+
+def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
+    """Everything that gunicorn is told, hooks included."""
+    hooks = Hooks(config)
+    is_gthread = config.worker_class == "gthread"
+    return {
+        "bind": config.bind,
+        "workers": config.workers,
+        "threads": config.threads,
+        "worker_class": config.worker_class,
+        "loglevel": config.log_level,
+        # A gthread worker without a free thread must stop accepting, so that another one takes the
+        # connection.
+        "worker_connections": config.threads + _KEPT_ALIVE if is_gthread else 10_000,
+        # The main loop beats this heartbeat whatever the threads do: it is no limit for requests.
+        "timeout": 60,
+        "graceful_timeout": 20,
+        "keepalive": 30,
+        # Two instances on one machine would claim the same path.
+        "control_socket_disable": True,
+        "on_starting": hooks.on_starting,
+        "when_ready": hooks.when_ready,
+        "pre_fork": hooks.pre_fork,
+        "post_worker_init": hooks.post_worker_init,
+        "worker_int": hooks.worker_int,
+        "worker_exit": hooks.worker_exit,
+    }
+
+
+def serve(config: ProxyConfig) -> None:
+    """Runs gunicorn with `config` until it is told to stop; leaves by SystemExit."""
+    from gunicorn.app.base import BaseApplication
+
+    class Server(BaseApplication):  # type: ignore[misc]
+        def load_config(self) -> None:
+            for name, value in gunicorn_settings(config).items():
+                self.cfg.set(name, value)
+
+        def load(self) -> WSGIApplication:
+            from mcp_proxy.app import create_app
+
+            return create_app(config)
+
+    Server().run()
+
+
+def require_shared_sessions(worker_count: int) -> None:
+    """Raises ConfigError where several workers could not serve each other's sessions."""
+    if worker_count > 1:
+        raise ConfigError(
+            f"{worker_count} workers cannot serve each other's stdio sessions yet: a session's "
+            "server is a child of one worker. Set workers to 1 and raise threads instead"
+        )
+
+
+class Hooks:
+    """What happens at the stations of gunicorn's life; gunicorn wants its own parameter names."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self._config = config
+        self._offset = random.randrange(1024)
+
+    def on_starting(self, server: Any) -> None:
+        """Refuses what cannot work before anything listens."""
+        configure(self._config.log_format, self._config.log_level)
+        try:
+            require_shared_sessions(server.cfg.workers)
+        except ConfigError as error:
+            sys.exit(f"mcp-wsgi-proxy: {error}")
+
+    def when_ready(self, server: Any) -> None:
+        """Says where the servers are, once the sockets listen."""
+        addresses = [str(listener) for listener in server.LISTENERS]
+        print(banner(self._config, addresses), file=sys.stderr, flush=True)
+
+    def pre_fork(self, server: Any, worker: Any) -> None:
+        """Chooses the worker's CPU, in the master, which knows those of the others."""
+        cpus = affinity.cpus_to_share(self._config, server.cfg.workers)
+        taken = [other.cpu for other in server.WORKERS.values() if other.cpu is not None]
+        worker.cpu = affinity.least_used(cpus, taken, self._offset) if cpus else None
+
+    def post_worker_init(self, worker: Any) -> None:
+        """Pins the worker and makes SIGTERM end its streams."""
+        app = worker.wsgi
+        if worker.cpu is not None and hasattr(app, "replica"):
+            app.replica.affinity = frozenset(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {worker.cpu})
+        if hasattr(app, "drain"):
+            _chain_sigterm(app)
+
+    def worker_int(self, worker: Any) -> None:
+        """SIGINT or SIGQUIT: the worker leaves at once, and so do its children."""
+        _close(worker)
+
+    def worker_exit(self, server: Any, worker: Any) -> None:
+        """The last word of a worker, however it came to its end."""
+        _close(worker)
+
+
+def _chain_sigterm(app: Any) -> None:
+    """At SIGTERM gunicorn waits for open streams and tells nobody: ours comes first."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=app.drain, name="mcp-drain", daemon=True).start()
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.siginterrupt(signal.SIGTERM, False)
+
+
+def _close(worker: Any) -> None:
+    close = getattr(getattr(worker, "wsgi", None), "close", None)
+    if close is not None:
+        close()

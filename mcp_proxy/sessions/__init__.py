@@ -1,0 +1,1 @@
+"""Sessions: what a session id stands for, and where the records live."""

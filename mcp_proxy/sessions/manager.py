@@ -1,0 +1,114 @@
+"""The session manager: one per server, shared by its transports, safe for any thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import threading
+from typing import TYPE_CHECKING, NoReturn
+
+from mcp_proxy.errors import InvalidRequest, SessionEnded, SessionNotFound, SessionUnknown
+from mcp_proxy.sessions.local import LocalStorage
+from mcp_proxy.sessions.session import Session
+from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.wire.headers import MAX_SESSION_ID, is_session_id
+
+if TYPE_CHECKING:
+    from mcp_proxy.sessions.redis import Client
+
+log = logging.getLogger(__name__)
+
+_MINTED = re.compile(r"mcp-([0-9a-f]{8})-[0-9a-f]{32}")
+
+
+class SessionManager:
+    """Mints ids, finds records, and tells a session that is over from one that never was.
+
+    Without a storage the records live in memory for `ttl` seconds after their last use; a storage
+    that is given has a time to live of its own. `unknown_status` is the HTTP status for an id that
+    was never issued here, 400 or 404.
+    """
+
+    def __init__(
+        self, storage: Storage | None = None, ttl: float = 7200, unknown_status: int = 400
+    ) -> None:
+        self.storage = storage if storage is not None else LocalStorage(ttl)
+        self._unknown_status = unknown_status
+        self._lock = threading.Lock()  # guards _boot
+        self._boot: tuple[int, str] | None = None
+
+    @classmethod
+    def with_redis(
+        cls, client_or_url: Client | str, ttl: float = 7200, prefix: str = "mcp-proxy:"
+    ) -> SessionManager:
+        """A manager whose records every replica with the same Redis and prefix shares."""
+        from mcp_proxy.sessions.redis import RedisStorage
+
+        return cls(RedisStorage(client_or_url, ttl=ttl, prefix=prefix))
+
+    def __repr__(self) -> str:
+        return f"<SessionManager {self.storage!r}>"
+
+    def mint_id(self) -> str:
+        """A new id of our own form: a nonce of this process and 128 random bits."""
+        return f"mcp-{self._boot_nonce()}-{secrets.token_hex(16)}"
+
+    def create(self, session: Session) -> None:
+        """Stores a new session; raises SessionExists, StorageError or StorageUnavailable."""
+        self.storage.create(session)
+
+    def load(self, session_id: str) -> Session:
+        """The session, its time to live started anew, in one round trip to the store.
+
+        Raises InvalidRequest for what cannot be an id, SessionUnknown for one never issued,
+        SessionEnded for one whose session is over, StorageUnavailable when nothing is known.
+        """
+        if not is_session_id(session_id):
+            raise InvalidRequest(
+                f"Mcp-Session-Id must be 1 to {MAX_SESSION_ID} visible ASCII characters"
+            )
+        try:
+            return self.storage.load(session_id)
+        except SessionNotFound:
+            self._explain_miss(session_id)
+
+    def swap(self, old: Session, new: Session) -> bool:
+        """Replaces `old` by `new` unless somebody else was faster; never brings a session back."""
+        return self.storage.swap(old, new)
+
+    def exists(self, session_id: str) -> bool:
+        """Whether the session lives; does not prolong it."""
+        return self.storage.exists(session_id)
+
+    def end(self, session_id: str) -> None:
+        """Ends the session for every replica; harmless when it is over already."""
+        self.storage.delete(session_id)
+
+    def _explain_miss(self, session_id: str) -> NoReturn:
+        """Raises SessionEnded for an id that was once issued, SessionUnknown otherwise."""
+        minted = _MINTED.fullmatch(session_id)
+        if minted is not None:
+            self._warn_of_other_process(minted.group(1))
+            raise SessionEnded
+        if self.storage.issued(session_id):
+            raise SessionEnded
+        unknown = SessionUnknown()
+        unknown.status = self._unknown_status
+        raise unknown
+
+    def _warn_of_other_process(self, nonce: str) -> None:
+        if isinstance(self.storage, LocalStorage) and nonce != self._boot_nonce():
+            log.warning(
+                "a session id that another process minted was not found in this process's memory: "
+                "after a restart that is normal; with several workers set redis_url, so that they "
+                "share their sessions"
+            )
+
+    def _boot_nonce(self) -> str:
+        """Eight hex digits of this process; a fork gets its own."""
+        with self._lock:
+            if self._boot is None or self._boot[0] != os.getpid():
+                self._boot = (os.getpid(), secrets.token_hex(4))
+            return self._boot[1]

@@ -1,0 +1,70 @@
+"""The session record."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from mcp_proxy.errors import StorageError
+
+#: The largest record that a store takes, in bytes of JSON.
+MAX_RECORD = 128 * 1024
+
+# Metadata keys. DESIGN: every session has a `backend_url`, and routing is one look-up of it.
+BACKEND_URL = "backend_url"
+INIT_BODY = "init_body"
+PROTOCOL_VERSION = "protocol_version"
+RESUME = "resume"
+CLAIM = "claim"
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """What a session id names: an immutable record with string metadata.
+
+    `type` is `streamable`, `sse` or `mcp`; times are seconds since the epoch. A change is a new
+    record, written with `Storage.swap`.
+    """
+
+    id: str
+    type: str
+    created_at: float
+    updated_at: float
+    metadata: dict[str, str]
+
+    @property
+    def backend_url(self) -> str | None:
+        """Where the session's requests go, None where nothing was recorded."""
+        return self.metadata.get(BACKEND_URL)
+
+    def with_metadata(self, **changes: str | None) -> Session:
+        """A copy with these keys changed; None removes a key."""
+        merged = {**self.metadata, **changes}
+        metadata = {key: value for key, value in merged.items() if value is not None}
+        return msgspec.structs.replace(self, metadata=metadata, updated_at=time.time())
+
+
+def new_session(session_id: str, kind: str, **metadata: str) -> Session:
+    """A record that begins now."""
+    now = time.time()
+    return Session(id=session_id, type=kind, created_at=now, updated_at=now, metadata=metadata)
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Session)
+
+
+def encode(session: Session) -> bytes:
+    """The record as JSON; equal records give equal bytes. Raises StorageError over 128 KiB."""
+    data = _encoder.encode(session)
+    if len(data) > MAX_RECORD:
+        raise StorageError(f"The session record is larger than {MAX_RECORD} bytes")
+    return data
+
+
+def decode(data: bytes) -> Session:
+    """The record in `data`; raises StorageError where it is none."""
+    try:
+        return _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise StorageError(f"The session record cannot be read: {error}") from error

@@ -1,0 +1,1 @@
+"""Transports: one wire each, each a WSGI application on its own."""

@@ -1,0 +1,350 @@
+"""Streamable HTTP in front of a stdio server: MCP 2025-03-26, 2025-06-18 and 2025-11-25.
+
+One endpoint. POST carries a message to the server and its answer back, as JSON if the answer is the
+first thing the server says, as an event stream otherwise; GET opens the session's standing stream;
+DELETE ends the session. References are to "Streamable HTTP" in the transports page of the revision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mcp_proxy.backends.base import Backend, Delivery, Exchange
+from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.replica import Replica
+from mcp_proxy.config import ProxyConfig, StdioServer, as_command
+from mcp_proxy.edge.connection import ClientConnection
+from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.streaming import EventStream
+from mcp_proxy.edge.surround import Edge
+from mcp_proxy.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    MissingSession,
+    NotAcceptable,
+    NotFound,
+    ProxyError,
+    UnsupportedMediaType,
+)
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.session import PROTOCOL_VERSION, Session
+from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.transports import handshake
+from mcp_proxy.transports.observed import ObservedExchange
+from mcp_proxy.transports.ownership import StdioSessions
+from mcp_proxy.wire import headers, jsonrpc, revisions
+from mcp_proxy.wire.jsonrpc import Batch, Notification, Request, Response
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+KIND = "streamable"
+
+_PATHS = frozenset({"", "/", "/mcp", "/mcp/"})
+_METHODS = "GET, POST, DELETE"
+
+
+class StreamableProxy:
+    """A WSGI application that serves a stdio server over streamable HTTP.
+
+    `command` is a list of arguments, a string, or a StdioServer. Without `session_storage` sessions
+    live in memory. `manager`, `replica` and `edge` are given by an application that shares them
+    among transports. Nothing starts before the first request; `close` ends everything that did.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] | str | StdioServer,
+        session_storage: Storage | None = None,
+        settings: ProxyConfig | None = None,
+        *,
+        manager: SessionManager | None = None,
+        replica: Replica | None = None,
+        edge: Edge | None = None,
+    ) -> None:
+        self.settings = settings or ProxyConfig()
+        self.server = (
+            command
+            if isinstance(command, StdioServer)
+            else StdioServer("default", as_command(command))
+        )
+        self.manager = manager or SessionManager(
+            session_storage, self.settings.session_ttl, self.settings.unknown_session_status
+        )
+        self.replica = replica or Replica()
+        self.edge = edge or Edge(self.settings)
+        self.sessions = StdioSessions(self.server, self.manager, self.replica, self.settings)
+
+    def __repr__(self) -> str:
+        return f"<StreamableProxy {self.sessions!r} {self.manager!r}>"
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return self.edge.serve(environ, start_response, self.handle)
+
+    def close(self) -> None:
+        """Ends every child of this replica; for a transport that is used on its own."""
+        self.sessions.close()
+        self.replica.close()
+
+    def handle(self, request: ClientRequest) -> Reply:
+        """The answer to one request; raises ProxyError."""
+        if request.path not in _PATHS:
+            raise NotFound
+        if request.method == "POST":
+            return self._post(request)
+        if request.method == "GET":
+            return self._get(request)
+        if request.method == "DELETE":
+            return self._delete(request)
+        raise MethodNotAllowed(_METHODS)
+
+    # --- POST ------------------------------------------------------------------------------------
+
+    def _post(self, request: ClientRequest) -> Reply:
+        _require_negotiable(request)
+        message = jsonrpc.parse(request.read_body(self.settings.max_body_bytes))
+        if isinstance(message, Request):
+            try:
+                return self._request(request, message)
+            except ProxyError as error:
+                error.request_id = message.id
+                raise
+        session = self._session(request)
+        if isinstance(message, list):
+            return self._batch(request, session, message)
+        backend = self.sessions.backend_of(session)
+        _pass_on(backend, message)
+        return empty_reply(202)
+
+    def _request(self, request: ClientRequest, message: Request) -> Reply:
+        request.rpc = message.method
+        meta = jsonrpc.meta_of(message)
+        if isinstance(meta.protocol_version, str):
+            raise _not_spoken(meta.protocol_version)
+        if message.method == handshake.INITIALIZE:
+            return self._initialize(request, message)
+        session = self._session(request)
+        exchange: Exchange = self._send(request, session, [message])
+        change = _change_of(message)
+        if change is not None:
+            exchange = self._remembering(exchange, session.id, change)
+        return self._answer(request, exchange, message)
+
+    def _send(
+        self, request: ClientRequest, session: Session, messages: Sequence[Request]
+    ) -> Exchange:
+        backend = self.sessions.backend_of(session)
+        accepts_stream = request.accepts(headers.EVENT_STREAM)
+        return backend.send(messages, accepts_stream, self.settings.request_timeout)
+
+    def _initialize(self, request: ClientRequest, message: Request) -> Reply:
+        """Opens a session: one child, asked by the client itself; recorded once it has accepted."""
+        bridge = self.sessions.start()
+        session_id = self.manager.mint_id()
+        opening = _Opening(self.sessions, bridge, session_id, message)
+        try:
+            inner = bridge.send(
+                [message], request.accepts(headers.EVENT_STREAM), self.settings.request_timeout
+            )
+            exchange = ObservedExchange(inner, opening.on_response, opening.on_close)
+            reply = self._answer(request, exchange, message)
+        except BaseException:
+            opening.on_close()
+            raise
+        if opening.was_refused:
+            return reply
+        return reply._replace(headers=[*reply.headers, (headers.SESSION_ID, session_id)])
+
+    def _batch(self, request: ClientRequest, session: Session, batch: Batch) -> Reply:
+        """An array, which 2025-03-26 allows: its calls are answered together."""
+        if not revisions.allows_batches(session.metadata.get(PROTOCOL_VERSION, "")):
+            raise InvalidRequest("Batches are served for sessions at revision 2025-03-26 only")
+        calls = [message for message in batch if isinstance(message, Request)]
+        if any(call.method == handshake.INITIALIZE for call in calls):
+            raise InvalidRequest("initialize must not be part of a batch")
+        backend = self.sessions.backend_of(session)
+        for message in batch:
+            if not isinstance(message, Request):
+                _pass_on(backend, message)
+        if not calls:
+            return empty_reply(202)
+        request.rpc = f"batch of {len(calls)}"
+        return self._answer(request, self._send(request, session, calls), None)
+
+    # --- the answer ------------------------------------------------------------------------------
+
+    def _answer(self, request: ClientRequest, exchange: Exchange, message: Request | None) -> Reply:
+        """JSON if nothing but the answer comes, and soon; an event stream otherwise.
+
+        `message` is None for a batch, whose answer is an array.
+        """
+        try:
+            return self._json_or_stream(request, exchange, message)
+        except BaseException:
+            exchange.close()
+            raise
+
+    def _json_or_stream(
+        self, request: ClientRequest, exchange: Exchange, message: Request | None
+    ) -> Reply:
+        may_stream = request.accepts(headers.EVENT_STREAM)
+        may_be_json = request.accepts(headers.JSON)
+        patience = self.settings.sse_after if may_stream else self.settings.request_timeout + 1
+        until = time.monotonic() + patience
+        answers: list[Delivery] = []
+        while may_be_json and not exchange.is_over:
+            delivery = exchange.receive(until - time.monotonic())
+            if delivery is None or not delivery.is_response:
+                early = [*answers, delivery] if delivery is not None else answers
+                return self._stream(request, exchange, message, early)
+            answers.append(delivery)
+        if not may_be_json:
+            return self._stream(request, exchange, message, [])
+        exchange.close()
+        return _as_json(answers, message)
+
+    def _stream(
+        self,
+        request: ClientRequest,
+        exchange: Exchange,
+        message: Request | None,
+        early: Sequence[Delivery],
+    ) -> Reply:
+        body = EventStream(
+            exchange,
+            ClientConnection(request.environ),
+            self.settings.keepalive_interval,
+            early=early,
+            request_id=None if message is None else message.id,
+        )
+        return stream_reply(body)
+
+    def _remembering(
+        self, exchange: Exchange, session_id: str, change: handshake.Change
+    ) -> Exchange:
+        """The same exchange; once the server has agreed, the change is recorded."""
+
+        def on_response(delivery: Delivery) -> None:
+            answer = jsonrpc.parse_message(delivery.data)
+            if isinstance(answer, Response) and answer.result is not msgspec.UNSET:
+                self.sessions.update_resume(session_id, change)
+
+        return ObservedExchange(exchange, on_response)
+
+    # --- GET and DELETE --------------------------------------------------------------------------
+
+    def _get(self, request: ClientRequest) -> Reply:
+        """The session's standing stream, "Listening for Messages from the Server"."""
+        if not request.accepts(headers.EVENT_STREAM):
+            raise NotAcceptable("Accept must name text/event-stream")
+        session = self._session(request)
+        self.edge.slots.take()
+        try:
+            exchange = self.sessions.backend_of(session).listen()
+        except BaseException:
+            self.edge.slots.release()
+            raise
+        body = EventStream(
+            exchange,
+            ClientConnection(request.environ),
+            self.settings.keepalive_interval,
+            on_close=self.edge.slots.release,
+        )
+        return stream_reply(body)
+
+    def _delete(self, request: ClientRequest) -> Reply:
+        self.sessions.end(self._session(request).id)
+        return empty_reply(204)
+
+    def _session(self, request: ClientRequest) -> Session:
+        """The session that a request names; raises what the client is to be told otherwise."""
+        session_id = request.session_id
+        if session_id is None:
+            raise MissingSession
+        version = request.protocol_version
+        if version is not None and not revisions.is_legacy(version):
+            raise InvalidRequest(f"MCP-Protocol-Version {version!r} is not supported")
+        session = self.manager.load(session_id)
+        if session.type != KIND:
+            raise InvalidRequest(f"The session belongs to another transport ({session.type})")
+        return session
+
+
+class _Opening:
+    """A session that does not exist yet: recorded when the server accepts, given up otherwise."""
+
+    def __init__(
+        self, sessions: StdioSessions, bridge: Bridge, session_id: str, message: Request
+    ) -> None:
+        self._sessions = sessions
+        self._bridge = bridge
+        self._session_id = session_id
+        self._message = message
+        self._is_settled = False
+        #: Whether the server, or we, said no: then there is no session and no id to tell.
+        self.was_refused = False
+
+    def on_response(self, delivery: Delivery) -> None:
+        """Records the session, or ends the child that refused or failed."""
+        self._is_settled = True
+        answer = jsonrpc.parse_message(delivery.data)
+        if isinstance(answer, Response) and answer.result is not msgspec.UNSET:
+            session = handshake.opened(self._session_id, KIND, self._message, answer)
+            self._sessions.establish(session, self._bridge)
+        else:
+            self.was_refused = True
+            self._sessions.abandon(self._bridge, delivery.failure)
+
+    def on_close(self) -> None:
+        """A client that left before the answer knows no session id: nobody could use the child."""
+        if not self._is_settled:
+            self._is_settled = True
+            self._sessions.abandon(self._bridge)
+
+
+def _require_negotiable(request: ClientRequest) -> None:
+    """Raises where the client sent no JSON, or takes neither JSON nor an event stream."""
+    content_type = request.content_type
+    if content_type is not None and not headers.is_json(content_type):
+        raise UnsupportedMediaType
+    if not request.accepts(headers.JSON) and not request.accepts(headers.EVENT_STREAM):
+        raise NotAcceptable
+
+
+def _not_spoken(version: str) -> ProxyError:
+    """The answer to a modern request: at once, and not one that only modern servers give.
+
+    A client that probes reads anything but -32020 to -32022 as "legacy" and sends initialize
+    (MCP 2026-07-28, versioning, "Backward Compatibility").
+    """
+    spoken = ", ".join(revisions.LEGACY)
+    return InvalidRequest(f"Revision {version} is not served here; initialize at one of {spoken}")
+
+
+def _change_of(message: Request) -> handshake.Change | None:
+    try:
+        return handshake.change_of(message)
+    except msgspec.DecodeError:
+        return None  # the server will say what is wrong with it
+
+
+def _pass_on(backend: Backend, message: Notification | Response) -> None:
+    if isinstance(message, Notification):
+        backend.notify(message)
+    else:
+        backend.respond(message)
+
+
+def _as_json(answers: Sequence[Delivery], message: Request | None) -> Reply:
+    """One answer as an object, several as an array; a failure of the backend as its HTTP status."""
+    if message is None:
+        return json_reply(jsonrpc.encode_batch([answer.data for answer in answers]))
+    (answer,) = answers
+    if answer.failure is not None:
+        raise answer.failure
+    return json_reply(answer.data)

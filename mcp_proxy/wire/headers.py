@@ -1,0 +1,75 @@
+"""HTTP header names and the rules that go with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+SESSION_ID = "Mcp-Session-Id"
+PROTOCOL_VERSION = "MCP-Protocol-Version"
+LAST_EVENT_ID = "Last-Event-ID"
+
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
+
+#: What a session id may be (MCP 2025-11-25, transports, "Session Management"), and how long.
+MAX_SESSION_ID = 1024
+_SESSION_ID = re.compile(rf"[\x21-\x7e]{{1,{MAX_SESSION_ID}}}")
+
+#: Connection-level fields (RFC 9110 section 7.6.1, with the older names that still turn up).
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+Headers = list[tuple[str, str]]
+
+
+def is_session_id(value: str) -> bool:
+    """Whether `value` has the form of a session id: visible ASCII, at most 1,024 characters."""
+    return _SESSION_ID.fullmatch(value) is not None
+
+
+def end_to_end(headers: Iterable[tuple[str, str]]) -> Headers:
+    """`headers` without the connection's own: those that `Connection` names, and the fixed set."""
+    pairs = list(headers)
+    named = {
+        option.strip().lower()
+        for name, value in pairs
+        if name.lower() == "connection"
+        for option in value.split(",")
+    }
+    return [(name, value) for name, value in pairs if name.lower() not in HOP_BY_HOP | named]
+
+
+@lru_cache(maxsize=256)
+def accepts(accept: str, media_type: str) -> bool:
+    """Whether an Accept header names `media_type`, itself or by a range (RFC 9110 section 12.5.1).
+
+    `*/*` counts for JSON only: who cannot name event streams cannot be expected to read one.
+    """
+    ranges = {media_type, media_type.partition("/")[0] + "/*"}
+    if media_type == JSON:
+        ranges.add("*/*")
+    return any(_is_wanted(part, ranges) for part in accept.split(","))
+
+
+def _is_wanted(part: str, ranges: set[str]) -> bool:
+    media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    return media_range in ranges and not any(re.fullmatch(r"q=0(\.0*)?", p) for p in parameters)
+
+
+@lru_cache(maxsize=256)
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type is JSON, whatever its parameters."""
+    return content_type.partition(";")[0].strip().lower() == JSON

@@ -1,0 +1,293 @@
+"""JSON-RPC 2.0 messages as MCP uses them: envelopes are decoded, payloads stay bytes.
+
+What is strict here: one object (or one array) a body, UTF-8, ids that are strings or integers (MCP
+2025-11-25, basic, "Messages": never null), params that are an object or an array. What is not
+looked at: the content of params, results and errors, except for the few fields that routing needs.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from mcp_proxy.errors import InvalidRequest, ParseError, RequestId
+
+#: Elements that one batch may hold; 2025-03-26 names no number.
+MAX_BATCH = 256
+
+_PIECE = 1024 * 1024
+
+T = TypeVar("T")
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A call that wants an answer."""
+
+    id: RequestId
+    method: str
+    params: Raw | UnsetType = UNSET
+
+
+class Notification(msgspec.Struct, frozen=True):
+    """A message that wants no answer."""
+
+    method: str
+    params: Raw | UnsetType = UNSET
+
+
+class Response(msgspec.Struct, frozen=True):
+    """The answer to a request: exactly one of `result` and `error`."""
+
+    id: RequestId
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+
+
+Message = Request | Notification | Response
+Batch = list[Message]
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """The keys of a request's `params._meta` that a proxy routes by."""
+
+    progress_token: RequestId | UnsetType = msgspec.field(default=UNSET, name="progressToken")
+    protocol_version: str | UnsetType = msgspec.field(
+        default=UNSET, name="io.modelcontextprotocol/protocolVersion"
+    )
+
+
+class _Envelope(msgspec.Struct):
+    jsonrpc: str
+    id: RequestId | UnsetType = UNSET
+    method: str | UnsetType = UNSET
+    params: Raw | UnsetType = UNSET
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+
+
+class _MetaOnly(msgspec.Struct):
+    meta: Meta | UnsetType = msgspec.field(default=UNSET, name="_meta")
+
+
+class _ProgressParams(msgspec.Struct):
+    token: RequestId | UnsetType = msgspec.field(default=UNSET, name="progressToken")
+
+
+class _CancelParams(msgspec.Struct):
+    request_id: RequestId | UnsetType = msgspec.field(default=UNSET, name="requestId")
+
+
+class _InitializeParams(msgspec.Struct):
+    protocol_version: str = msgspec.field(name="protocolVersion")
+
+
+class _ErrorBody(msgspec.Struct):
+    code: int
+    message: str
+
+
+_envelope = msgspec.json.Decoder(_Envelope)
+_elements = msgspec.json.Decoder(list[Raw])
+_meta = msgspec.json.Decoder(_MetaOnly)
+_progress = msgspec.json.Decoder(_ProgressParams)
+_cancel = msgspec.json.Decoder(_CancelParams)
+_initialize = msgspec.json.Decoder(_InitializeParams)
+_fields = msgspec.json.Decoder(dict[str, Raw])
+_encoder = msgspec.json.Encoder()
+
+_NO_META = Meta()
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def parse(body: bytes) -> Message | Batch:
+    """The message in `body`, or the list of messages where `body` is an array (2025-03-26 batches).
+
+    Raises ParseError (not JSON, not UTF-8) or InvalidRequest (JSON, but no such message).
+    """
+    _require_utf8(body)
+    if body.lstrip(b" \t\r\n")[:1] == b"[":
+        return _parse_batch(body)
+    return _message(_decode(_envelope, body))
+
+
+def parse_message(body: bytes) -> Message:
+    """The one message in `body`; raises as `parse` does, also for an array."""
+    message = parse(body)
+    if isinstance(message, list):
+        raise InvalidRequest("A single JSON-RPC message is expected here, not a batch")
+    return message
+
+
+def _parse_batch(body: bytes) -> Batch:
+    elements = _decode(_elements, body)
+    if not elements:
+        raise InvalidRequest("A JSON-RPC batch must not be empty")
+    if len(elements) > MAX_BATCH:
+        raise InvalidRequest(f"A JSON-RPC batch may hold {MAX_BATCH} messages at the most")
+    return [_message(_decode(_envelope, element)) for element in elements]
+
+
+def _require_utf8(body: bytes) -> None:
+    if body.isascii():
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for start in range(0, len(body), _PIECE):  # a text of 50 MB would take 200 MB
+            decoder.decode(body[start : start + _PIECE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise ParseError(f"The body is not UTF-8: {error.reason}") from error
+
+
+def _decode(decoder: msgspec.json.Decoder[T], body: bytes | Raw) -> T:
+    """What `decoder` reads in `body`, its errors in our words."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"Not a JSON-RPC 2.0 message: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ParseError(f"The body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ParseError("The JSON is nested too deeply") from error
+
+
+def _message(envelope: _Envelope) -> Message:
+    if envelope.jsonrpc != "2.0":
+        raise InvalidRequest('Not a JSON-RPC 2.0 message: "jsonrpc" must be "2.0"')
+    if envelope.method is not UNSET:
+        return _call(envelope, envelope.method)
+    return _response(envelope)
+
+
+def _call(envelope: _Envelope, method: str) -> Request | Notification:
+    if envelope.result is not UNSET or envelope.error is not UNSET:
+        raise InvalidRequest("A JSON-RPC message has either a method or a result, not both")
+    if envelope.params is not UNSET and _first_byte(envelope.params) not in (b"{", b"["):
+        raise InvalidRequest('"params" must be an object')
+    if envelope.id is UNSET:
+        return Notification(method, envelope.params)
+    return Request(envelope.id, method, envelope.params)
+
+
+def _first_byte(payload: Raw) -> bytes:
+    return bytes(memoryview(payload)[:1])
+
+
+def _response(envelope: _Envelope) -> Response:
+    if (envelope.result is UNSET) == (envelope.error is UNSET):
+        raise InvalidRequest('A JSON-RPC message needs a "method", a "result" or an "error"')
+    if envelope.id is UNSET:
+        raise InvalidRequest('A JSON-RPC response needs the "id" of its request')
+    return Response(envelope.id, envelope.result, envelope.error)
+
+
+# --- the few fields that routing needs -----------------------------------------------------------
+
+
+def meta_of(request: Request) -> Meta:
+    """The routing keys in `request.params._meta`; InvalidRequest where they have wrong types."""
+    if request.params is UNSET or _first_byte(request.params) != b"{":
+        return _NO_META
+    meta = _decode(_meta, request.params).meta
+    return _NO_META if meta is UNSET else meta
+
+
+def progress_token_of(notification: Notification) -> RequestId | None:
+    """The token that a `notifications/progress` names, None where it names none."""
+    return _field(_progress, notification.params, "token")
+
+
+def cancelled_id_of(notification: Notification) -> RequestId | None:
+    """The request id that a `notifications/cancelled` names, None where it names none."""
+    return _field(_cancel, notification.params, "request_id")
+
+
+def protocol_version_of(payload: Raw | UnsetType) -> str | None:
+    """`protocolVersion` of initialize params or of an InitializeResult, None without one."""
+    return _field(_initialize, payload, "protocol_version")
+
+
+def _field(decoder: msgspec.json.Decoder[T], payload: Raw | UnsetType, name: str) -> str | None:
+    if payload is UNSET:
+        return None
+    try:
+        value = getattr(decoder.decode(payload), name)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return None if value is UNSET else value
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def encode(message: Message, request_id: RequestId | None = None) -> bytes:
+    """`message` as one line of JSON without a line break, under `request_id` where one is given."""
+    if isinstance(message, Notification):
+        envelope = _Envelope("2.0", method=message.method, params=message.params)
+    elif isinstance(message, Request):
+        key = message.id if request_id is None else request_id
+        envelope = _Envelope("2.0", key, message.method, message.params)
+    else:
+        key = message.id if request_id is None else request_id
+        envelope = _Envelope("2.0", key, result=message.result, error=message.error)
+    return one_line(_encoder.encode(envelope))
+
+
+def encode_batch(messages: Sequence[bytes]) -> bytes:
+    """The JSON array of messages that are encoded already."""
+    return b"[" + b",".join(messages) + b"]"
+
+
+def encode_error(code: int, message: str, request_id: RequestId | None) -> bytes:
+    """An error response; without a `request_id` the id is left out, never null."""
+    key = UNSET if request_id is None else request_id
+    return _encoder.encode(_Envelope("2.0", key, error=error_payload(code, message)))
+
+
+def error_payload(code: int, message: str) -> Raw:
+    """A JSON-RPC error object."""
+    return as_payload(_ErrorBody(code, message))
+
+
+def as_payload(value: object) -> Raw:
+    """`value` as JSON, to be used as params or result."""
+    return Raw(_encoder.encode(value))
+
+
+def replace_field(payload: Raw | UnsetType, path: Sequence[str], value: RequestId) -> Raw:
+    """`payload` with the existing field at `path` replaced; every other value keeps its bytes."""
+    fields = _fields.decode(b"{}" if payload is UNSET else payload)
+    head, *rest = path
+    fields[head] = replace_field(fields[head], rest, value) if rest else as_payload(value)
+    return as_payload(fields)
+
+
+def one_line(encoded: bytes) -> bytes:
+    """`encoded` without CR and LF; in JSON both stand between tokens only: a space will do."""
+    if b"\n" in encoded or b"\r" in encoded:
+        return encoded.replace(b"\n", b" ").replace(b"\r", b" ")
+    return encoded
+
+
+_ESCAPES = re.compile(
+    rb"\\(?:(?P<pair>u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+
+
+def repair(line: bytes) -> bytes:
+    """`line` with what is not Unicode replaced by U+FFFD: invalid UTF-8 and lone surrogate escapes.
+
+    JavaScript servers write half an emoji as a lone surrogate escape, which strict decoders refuse;
+    losing the whole answer would be worse than losing the half character.
+    """
+    text = line.decode("utf-8", "replace").encode("utf-8")
+    return _ESCAPES.sub(lambda m: rb"\ufffd" if m.group("lone") else m.group(0), text)

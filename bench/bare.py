@@ -79,7 +79,5 @@ class BareServer(BaseApplication):  # type: ignore[misc]
 
 if __name__ == "__main__":
     BareServer(
-        ProxyConfig(
-            bind=f"127.0.0.1:{sys.argv[1]}", cpu_affinity=sys.argv[2], log_level="warning"
-        )
+        ProxyConfig(bind=f"127.0.0.1:{sys.argv[1]}", cpu_affinity=sys.argv[2], log_level="warning")
     ).run()

@@ -13,7 +13,7 @@ from typing import Any
 
 _PIECE = 256 * 1024
 
-_CAPABILITIES = {"tools": {}}
+_CAPABILITIES: dict[str, Any] = {"tools": {}}
 _TOOL = {
     "name": "echo",
     "description": "Says what it is told.",

@@ -1,4 +1,4 @@
-"""The load: `tools/call` over persistent connections, one call at a time on each, every answer checked.
+"""The load: `tools/call` over persistent connections, one at a time on each, every answer checked.
 
     python load.py JOB        (JOB is the JSON of a `Job`)
 
@@ -127,7 +127,7 @@ def reply_in(data: bytes) -> Reply | None:
 
 
 def _join_chunks(data: bytes, at: int) -> bytes | None:
-    pieces = []
+    pieces: list[bytes] = []
     while True:
         end = data.find(b"\r\n", at)
         if end < 0:
@@ -149,7 +149,7 @@ def message_in(reply: Reply) -> bytes:
     return events[-1]
 
 
-# --- a client --------------------------------------------------------------------------------------
+# --- a client -------------------------------------------------------------------------------------
 
 
 class Client:
@@ -255,7 +255,7 @@ class Client:
         )
 
 
-# --- the run ----------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 class Run:
@@ -317,10 +317,12 @@ class Run:
         return latencies
 
     def _finish(self) -> None:
-        """Waits for the calls that are still on their way: they count no more, but must be right."""
+        """Waits for the calls that are still on their way: too late to count, still to be right."""
         waiting = len(self._clients)
         while waiting:
-            waiting -= sum(1 for _ in self._answered())
+            for client in self._answered():
+                self._poll.unregister(client.socket)
+                waiting -= 1
 
     def _answered(self) -> Iterator[Client]:
         """The clients whose answers are complete now."""

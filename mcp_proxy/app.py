@@ -110,19 +110,18 @@ class Application:
             raise ConfigError(f"redis_url: {error}") from error
 
     def _mounted(self) -> WSGIApplication:
-        """One server at the root, several each under its name."""
-        if len(self.proxies) == 1 and not self.config.config:
-            return next(iter(self.proxies.values()))
+        """One server at the root; those of a file each under its name."""
         mounts: dict[str, WSGIApplication] = {
-            f"/servers/{name}": proxy for name, proxy in self.proxies.items()
+            (f"/servers/{name}/mcp" if self.config.config else "/mcp"): proxy
+            for name, proxy in self.proxies.items()
         }
         return DispatcherMiddleware(self._nothing, mounts)
 
     def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        def answer() -> Reply:
+        def handle(request: ClientRequest) -> Reply:
             raise NotFound
 
-        return self._serve_own(environ, start_response, answer)
+        return self.edge.serve(environ, start_response, handle)
 
     # --- our own endpoints -----------------------------------------------------------------------
 

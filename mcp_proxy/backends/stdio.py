@@ -74,6 +74,7 @@ class Child:
         except (OSError, ValueError):
             log.debug("[%s] reading ended", self.name, exc_info=True)
         finally:
+            self._stdout.close()
             self.at_eof.set()
 
     def _skip_rest(self, start: bytes) -> None:
@@ -99,7 +100,7 @@ class Child:
         except OSError:
             return 0
         *lines, rest = (self._partial + data).split(b"\n")
-        self._partial = rest[:_LINE_SHOWN]
+        self._partial = rest[: _LINE_SHOWN + 1] if data else b""
         if not data and rest:
             lines.append(rest)
         for line in lines:
@@ -179,10 +180,6 @@ class Child:
         self.close_stdin()
         self.stderr.close()
         return describe_exit(status)
-
-    def close_stdout(self) -> None:
-        """Frees the pipe; only after the reader thread is done with it."""
-        self._stdout.close()
 
 
 def _start(

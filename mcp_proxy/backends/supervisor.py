@@ -235,8 +235,6 @@ class Supervisor:
         """The process is gone and its output read: the last word."""
         self._leaving.discard(watched)
         del self._watched[watched.child]
-        if watched.child.at_eof.is_set():
-            watched.child.close_stdout()
         assert watched.ended is not None
         log.debug("[%s] process %d ended: %s", watched.child.name, watched.child.pid, watched.ended)
         watched.on_exit(watched.ended)

@@ -73,21 +73,20 @@ class Guard:
     def _allows_origin(self, origin: str) -> bool:
         if self._origins is not None:
             return _ANY in self._origins or origin in self._origins
-        name = origin_host(origin)
+        name = url_host(origin)
         return is_loopback(name) or name in (self._hosts or ())
 
 
-@lru_cache(maxsize=256)
 def host_name(host: str) -> str:
     """The name in a Host header, without port and brackets."""
-    return urlsplit(f"//{host}").hostname or ""
+    return url_host(f"//{host}")
 
 
 @lru_cache(maxsize=256)
-def origin_host(origin: str) -> str:
-    """The host name of an Origin, empty where there is none (`null`, say)."""
+def url_host(url: str) -> str:
+    """The host of a URL or an Origin, empty where there is none (`null`, rubbish)."""
     try:
-        return urlsplit(origin).hostname or ""
+        return urlsplit(url).hostname or ""
     except ValueError:
         return ""
 

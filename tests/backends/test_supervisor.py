@@ -1,0 +1,297 @@
+"""Children: started, watched, stopped in order, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcp_proxy.backends import supervisor as supervising
+from mcp_proxy.backends.guardian import MARK, Guardian, marked_processes
+from mcp_proxy.backends.stdio import Child, describe_exit, shown
+from mcp_proxy.backends.supervisor import Supervisor
+from mcp_proxy.config import StdioServer
+from mcp_proxy.errors import BackendLost, BackendTimeout
+from tests.support.front import SCRIPTED
+from tests.support.waiting import eventually
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+class Spawned:
+    """A child of the scripted server, its output and its end collected."""
+
+    def __init__(self, supervisor: Supervisor, *options: str, argv: tuple[str, ...] = ()) -> None:
+        self.supervisor = supervisor
+        self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+        server = StdioServer("test", argv or (*SCRIPTED, *options), {"GREETING": "hello"})
+        self.child: Child = supervisor.spawn(server, 1 << 20, self.lines.put, self.ends.put)
+
+    def send(self, method: str, **params: Any) -> None:
+        message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        self.child.write(json.dumps(message).encode(), 5)
+
+    def ask(self, method: str, **params: Any) -> Any:
+        self.send(method, **params)
+        return json.loads(self.lines.get(timeout=10))["result"]
+
+    def end(self, timeout: float = 10) -> str:
+        return self.ends.get(timeout=timeout)
+
+
+@pytest.fixture
+def supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    monkeypatch.setattr(supervising, "GRACE", 0.3)
+    supervisor = Supervisor("test-mark")
+    supervisor.start()
+    yield supervisor
+    supervisor.close()
+    assert list(marked_processes("test-mark")) == []
+
+
+def test_lines_come_in_order_and_the_end_comes_last(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor)
+    assert spawned.ask("echo", a=1) == {"a": 1}
+    spawned.send("die", code=4)
+    assert spawned.end() == "exit code 4"
+    assert supervisor.children == 0
+
+
+def test_the_environment_is_ours_the_server_s_and_not_our_settings(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MCP_PROXY_REDIS_URL", "redis://:secret@nowhere")
+    monkeypatch.setenv("OF_THE_USER", "yes")
+    environ = Spawned(supervisor).ask("environment")["environ"]
+    assert environ["GREETING"] == "hello"
+    assert environ["OF_THE_USER"] == "yes"
+    assert environ[MARK] == "test-mark"
+    assert "MCP_PROXY_REDIS_URL" not in environ
+
+
+def test_children_get_the_cpus_that_were_meant_for_them() -> None:
+    everything = os.sched_getaffinity(0)
+    supervisor = Supervisor("affinity-mark", frozenset(everything))
+    supervisor.start()
+    os.sched_setaffinity(0, {min(everything)})
+    try:
+        assert set(Spawned(supervisor).ask("environment")["cpus"]) == everything
+        assert os.sched_getaffinity(0) == {min(everything)}
+    finally:
+        os.sched_setaffinity(0, everything)
+        supervisor.close()
+
+
+def test_a_command_that_cannot_be_started_says_why(supervisor: Supervisor) -> None:
+    with pytest.raises(BackendLost, match="No such file or directory"):
+        Spawned(supervisor, argv=("/no/such/file",))
+
+
+def test_an_orderly_server_ends_with_its_input(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor)
+    spawned.ask("echo")
+    supervisor.retire(spawned.child)
+    assert spawned.end() == "exit code 0"
+
+
+def test_a_server_that_ignores_the_end_of_its_input_gets_term(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor, "--ignore-eof")
+    spawned.ask("echo")
+    supervisor.retire(spawned.child)
+    assert spawned.end() == "signal SIGTERM"
+
+
+def test_a_server_that_ignores_term_gets_killed(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor, "--ignore-eof", "--ignore-term")
+    spawned.ask("echo")
+    supervisor.retire(spawned.child)
+    supervisor.retire(spawned.child)  # harmless
+    assert spawned.end() == "signal SIGKILL"
+
+
+def test_grandchildren_end_with_their_parent(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor)
+    pid = spawned.ask("grandchild")["pid"]
+    spawned.send("die")
+    spawned.end()
+    eventually(lambda: not is_alive(pid))
+
+
+def test_a_grandchild_that_holds_the_output_open_does_not_hide_the_end(
+    supervisor: Supervisor,
+) -> None:
+    spawned = Spawned(supervisor)
+    pid = spawned.ask("grandchild", holds_output=True, escape=True)["pid"]
+    spawned.send("die", code=5)
+    assert spawned.end() == "exit code 5"
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_server_that_closes_its_output_is_stopped(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor, "--ignore-eof")
+    spawned.send("close_output")
+    assert spawned.end() == "signal SIGTERM"
+
+
+def test_close_ends_everybody_and_refuses_newcomers() -> None:
+    supervisor = Supervisor("close-mark")
+    supervisor.start()
+    spawned = [Spawned(supervisor) for _ in range(3)]
+    supervisor.close()
+    assert [s.end(0.1) for s in spawned] == ["exit code 0"] * 3
+    with pytest.raises(BackendLost, match="shutting down"):
+        Spawned(supervisor)
+
+
+def test_close_leaves_the_escaped_to_the_guardian() -> None:
+    supervisor = Supervisor("escape-mark")
+    supervisor.start()
+    pid = Spawned(supervisor).ask("grandchild", escape=True)["pid"]
+    assert is_alive(pid)
+    supervisor.close()
+    assert not is_alive(pid)
+
+
+def test_without_pidfd_exits_are_noticed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    supervisor = Supervisor("poll-mark")
+    supervisor.start()
+    spawned = Spawned(supervisor)
+    pid = spawned.ask("grandchild", holds_output=True)["pid"]
+    spawned.send("die", code=6)
+    assert spawned.end() == "exit code 6"
+    assert not is_alive(pid)
+    supervisor.close()
+
+
+def test_one_child_s_trouble_is_not_the_others(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(how: str) -> None:
+        raise RuntimeError(how)
+
+    server = StdioServer("test", SCRIPTED)
+    supervisor.spawn(server, 1 << 20, lambda line: None, explode)
+    other = Spawned(supervisor)
+    for child in list(supervisor._watched):
+        supervisor.retire(child)
+    assert other.end() == "exit code 0"
+    eventually(lambda: "supervising a child failed" in caplog.text)
+    supervisor._alive = 0
+
+
+def test_stderr_goes_to_the_log_and_its_end_is_kept(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    spawned = Spawned(supervisor)
+    spawned.ask("complain", lines=50, length=3000)
+    eventually(lambda: caplog.text.count("[test] stderr: !!!") >= 50)
+    assert len(spawned.child.stderr_tail) == 20
+    assert all(len(line) < 2100 for line in spawned.child.stderr_tail)
+
+
+def test_a_last_line_without_a_line_break_counts(supervisor: Supervisor) -> None:
+    code = "import sys; sys.stdout.write('{}'); sys.stderr.write('oh')"
+    spawned = Spawned(supervisor, argv=(sys.executable, "-c", code))
+    assert spawned.lines.get(timeout=10) == b"{}"
+    spawned.end()
+    assert spawned.child.stderr_tail == ["oh"]
+
+
+def test_writing_to_a_server_that_is_gone(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor)
+    spawned.send("die")
+    spawned.end()
+    with pytest.raises(BackendLost):
+        spawned.send("echo")
+
+
+def test_writing_to_a_server_that_does_not_read_times_out(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor)
+    spawned.ask("stop_reading")
+    with pytest.raises(BackendTimeout):
+        spawned.child.write(b"x" * 1_000_000, 0.3)
+
+
+def test_a_writer_waits_for_the_one_before(supervisor: Supervisor) -> None:
+    spawned = Spawned(supervisor)
+    with spawned.child._write_lock, pytest.raises(BackendTimeout):
+        spawned.child.write(b"{}", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(0, "exit code 0"), (3, "exit code 3"), (-9, "signal SIGKILL"), (-60, "signal 60")],
+)
+def test_the_end_in_words(status: int, words: str) -> None:
+    assert describe_exit(status) == words
+
+
+def test_a_long_line_is_shown_in_part() -> None:
+    assert shown(b"abc\r") == "abc"
+    assert shown(b"\xff" * 3000).endswith("\ufffd [...]")
+
+
+# --- the guardian --------------------------------------------------------------------------------
+
+
+def test_a_guardian_that_was_killed_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    guardian = Guardian("guardian-mark")
+    guardian.start()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, start_new_session=True)
+    guardian.watch(child.pid)
+    assert guardian._process is not None
+    guardian._process.kill()
+    guardian._process.wait()
+    guardian.forget(1 << 22)
+    assert "starting another one" in caplog.text
+    guardian.close()  # the new one was told of the child
+    assert child.wait(5) == -signal.SIGKILL
+    assert child.stdin is not None
+    child.stdin.close()
+    guardian.close()
+
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from mcp_proxy.backends.replica import Replica
+from mcp_proxy.config import StdioServer
+replica = Replica()
+children = [
+    replica.supervisor.spawn(StdioServer("x", tuple({argv!r})), 1000, print, print) for _ in range(3)
+]
+print(*[child.pid for child in children], flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_outlives_a_replica_that_was_killed() -> None:
+    root = str(Path(__file__).parents[2])
+    code = HOLDER.format(root=root, argv=[*SCRIPTED, "--ignore-eof", "--ignore-term"])
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    pids = [int(part) for part in holder.stdout.readline().split()]
+    assert all(is_alive(pid) for pid in pids)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    eventually(lambda: not any(is_alive(pid) for pid in pids), timeout=2)

@@ -1,0 +1,1 @@
+"""Tests with real clients: the official SDKs against the real command."""

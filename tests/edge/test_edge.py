@@ -1,0 +1,309 @@
+"""The surround of every request: bodies, errors, slots, logs, connections, streams."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from werkzeug.test import create_environ, run_wsgi_app
+
+from mcp_proxy import ProxyConfig
+from mcp_proxy.backends.base import Delivery, Exchange
+from mcp_proxy.edge import logs
+from mcp_proxy.edge.connection import ClientConnection
+from mcp_proxy.edge.errors import render
+from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.slots import StreamSlots
+from mcp_proxy.edge.streaming import EventStream
+from mcp_proxy.edge.surround import Edge
+from mcp_proxy.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    Overloaded,
+    ProxyError,
+    StorageUnavailable,
+)
+
+
+def request_with(body: bytes = b"", **headers: str) -> ClientRequest:
+    return ClientRequest(create_environ("/mcp", method="POST", data=body, headers=headers))
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def test_a_body_of_the_limit_is_read_and_one_more_byte_is_not() -> None:
+    assert request_with(b"x" * 10).read_body(10) == b"x" * 10
+    with pytest.raises(BodyTooLarge, match="larger than 10 bytes"):
+        request_with(b"x" * 11).read_body(10)
+
+
+def test_a_chunked_body_is_limited_too() -> None:
+    environ = create_environ("/mcp", method="POST")
+    environ.pop("CONTENT_LENGTH", None)
+    environ |= {"wsgi.input": io.BytesIO(b"x" * 100), "wsgi.input_terminated": True}
+    with pytest.raises(BodyTooLarge):
+        ClientRequest(environ).read_body(99)
+
+
+def test_a_body_that_ends_early_is_an_error() -> None:
+    environ = create_environ("/mcp", method="POST", data=b"abc")
+    environ["CONTENT_LENGTH"] = "5"
+    with pytest.raises(InvalidRequest, match="ended early"):
+        ClientRequest(environ).read_body(100)
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "\u00e4"])
+def test_a_bad_request_id_is_replaced(given: str) -> None:
+    environ = create_environ("/mcp")
+    environ["HTTP_X_REQUEST_ID"] = given
+    assert len(ClientRequest(environ).id) == 16
+
+
+def test_headers_are_found_by_their_names() -> None:
+    request = request_with(**{"Last-Event-ID": "7"})
+    assert request.header("last-event-id") == "7"
+    assert request.header("Absent") is None
+
+
+def test_without_accept_only_json_is_taken() -> None:
+    request = request_with()
+    assert request.accepts("application/json")
+    assert not request.accepts("text/event-stream")
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_an_error_is_rendered_with_its_status_code_and_headers() -> None:
+    error = StorageUnavailable()
+    error.request_id = ""
+    reply = render(error)
+    assert reply.status == 503
+    assert ("Retry-After", "1") in reply.headers
+    assert isinstance(reply.body, bytes)
+    assert json.loads(reply.body)["id"] == ""
+
+
+def test_an_unknown_status_still_has_a_line() -> None:
+    assert Reply(299, [], b"").status_line == "299 Unknown"
+
+
+def serve(edge: Edge, handle: Any, **environ: Any) -> tuple[str, dict[str, str], bytes]:
+    app = lambda env, start: edge.serve(env, start, handle)  # noqa: E731
+    body, status, headers = run_wsgi_app(app, create_environ("/mcp", environ_overrides=environ))
+    content = b"".join(body)
+    if hasattr(body, "close"):
+        body.close()
+    return status, dict(headers), content
+
+
+def test_what_nobody_foresaw_is_a_500_without_details(caplog: pytest.LogCaptureFixture) -> None:
+    def explode(request: ClientRequest) -> Reply:
+        raise ValueError("a secret detail")
+
+    status, _, body = serve(Edge(ProxyConfig()), explode)
+    assert status == "500 Internal Server Error"
+    assert b"secret" not in body
+    assert "a secret detail" in caplog.text
+
+
+def test_a_draining_edge_serves_nothing_new() -> None:
+    edge = Edge(ProxyConfig())
+    edge.is_draining = True
+    status, headers, _ = serve(edge, lambda request: empty_reply(202))
+    assert status == "503 Service Unavailable"
+    assert "Retry-After" in headers
+
+
+# --- slots ---------------------------------------------------------------------------------------
+
+
+def test_slots_are_given_and_taken_back() -> None:
+    slots = StreamSlots(1)
+    slots.take()
+    with pytest.raises(Overloaded):
+        slots.take()
+    slots.release()
+    slots.take()
+    assert repr(slots) == "<StreamSlots 1/1>"
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    server, _ = listener.accept()
+    yield server, client
+    for end in (server, client, listener):
+        end.close()
+
+
+def test_a_client_that_closed_has_left(pair: tuple[socket.socket, socket.socket]) -> None:
+    server, client = pair
+    connection = ClientConnection({"gunicorn.socket": server})
+    assert not connection.has_left()
+    client.sendall(b"the next request")
+    assert not connection.has_left()
+    client.close()
+    assert connection.has_left()
+    server.close()
+    assert connection.has_left()
+
+
+def test_the_kernel_is_told_when_to_give_up(pair: tuple[socket.socket, socket.socket]) -> None:
+    server, _ = pair
+    ClientConnection({"gunicorn.socket": server}).give_up_after(2.5)
+    assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2500
+
+
+def test_waitress_says_it_itself() -> None:
+    assert ClientConnection({"waitress.client_disconnected": lambda: True}).has_left()
+
+
+def test_elsewhere_nobody_knows() -> None:
+    connection = ClientConnection({})
+    connection.give_up_after(1)
+    assert not connection.has_left()
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+class Script(Exchange):
+    """An exchange that delivers what it is given: messages, silences (None) and errors."""
+
+    def __init__(self, *items: Delivery | None | ProxyError, replaced: bool = False) -> None:
+        self.items = list(items)
+        self.was_replaced = replaced
+        self.closed = 0
+
+    @property
+    def is_over(self) -> bool:
+        return not self.items
+
+    def receive(self, timeout: float) -> Delivery | None:
+        item = self.items.pop(0)
+        if isinstance(item, ProxyError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def stream_of(exchange: Exchange, **options: Any) -> EventStream:
+    return EventStream(exchange, ClientConnection({}), 1, **options)
+
+
+def test_a_stream_begins_at_once_and_fills_silences() -> None:
+    stream = stream_of(Script(None, Delivery(b"{}", True)))
+    assert list(stream) == [
+        b": keepalive\n\n",
+        b": keepalive\n\n",
+        b"event: message\ndata: {}\n\n",
+    ]
+
+
+def test_what_came_early_comes_first() -> None:
+    stream = stream_of(Script(Delivery(b"2", True)), early=[Delivery(b"1", False)])
+    assert b"".join(stream) == b"event: message\ndata: 1\n\nevent: message\ndata: 2\n\n"
+
+
+def test_a_large_message_is_not_copied() -> None:
+    data = b"x" * 100_000
+    pieces = list(stream_of(Script(Delivery(data, True))))
+    assert any(piece is data for piece in pieces)
+
+
+def test_an_error_on_a_stream_is_an_event_with_the_request_id() -> None:
+    body = b"".join(stream_of(Script(StorageUnavailable()), request_id=9))
+    assert b'"id":9' in body
+    assert b"-32000" in body
+
+
+def test_a_replaced_stream_says_when_to_come_back() -> None:
+    body = b"".join(stream_of(Script(None, replaced=True)))
+    assert body.endswith(b"retry: 86400000\n\n")
+
+
+def test_a_stream_ends_when_its_client_has_left() -> None:
+    connection = ClientConnection({"waitress.client_disconnected": lambda: True})
+    exchange = Script(None, Delivery(b"{}", True))
+    assert list(EventStream(exchange, connection, 1)) == [b": keepalive\n\n"]
+
+
+def test_closing_frees_everything_once_even_if_never_started() -> None:
+    exchange = Script()
+    released = []
+    stream = stream_of(exchange, on_close=lambda: released.append(1))
+    stream.close()
+    stream.close()
+    assert (exchange.closed, released) == (1, [1])
+
+
+def test_the_place_is_given_back_even_if_closing_fails() -> None:
+    released = []
+
+    class Broken(Script):
+        def close(self) -> None:
+            raise RuntimeError
+
+    stream = stream_of(Broken(), on_close=lambda: released.append(1))
+    with pytest.raises(RuntimeError):
+        stream.close()
+    assert released == [1]
+
+
+# --- logs ----------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_logged_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mcp_proxy.access")
+    edge = Edge(ProxyConfig())
+    exchange = Script(Delivery(b"{}", True))
+    serve(edge, lambda request: stream_reply(stream_of(exchange)))
+    (record,) = caplog.records
+    assert record.fields["status"] == 200  # type: ignore[attr-defined]
+    assert exchange.closed == 1
+
+
+def test_lines_of_a_request_carry_its_id() -> None:
+    record = logging.LogRecord("mcp_proxy.x", logging.INFO, "", 0, "hello", (), None)
+    token = logs.current_request.set("abc")
+    try:
+        assert "[abc]: hello" in logs.TextFormatter().format(record)
+        assert json.loads(logs.JsonFormatter().format(record))["request"] == "abc"
+    finally:
+        logs.current_request.reset(token)
+    assert "request" not in json.loads(logs.JsonFormatter().format(record))
+
+
+def test_json_lines_carry_the_exception() -> None:
+    try:
+        raise ValueError("oh")
+    except ValueError as error:
+        info = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", (), info)
+    assert "ValueError: oh" in json.loads(logs.JsonFormatter().format(record))["exception"]
+
+
+def test_configure_replaces_what_it_set_before(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("mcp_proxy")
+    before = (logger.handlers, logger.level, logger.propagate)
+    try:
+        logs.configure("json", "warning")
+        logs.configure("text", "info")
+        logging.getLogger("mcp_proxy.x").info("once")
+        assert capsys.readouterr().err.count("once") == 1
+    finally:
+        logger.handlers, logger.level, logger.propagate = before

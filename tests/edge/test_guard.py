@@ -1,0 +1,85 @@
+"""Origin and Host: who may come in."""
+
+from __future__ import annotations
+
+import pytest
+
+from mcp_proxy.edge.guard import Guard, is_loopback
+from mcp_proxy.errors import Forbidden
+
+
+def environ(host: str | None, server: str = "127.0.0.1", **more: str) -> dict[str, str]:
+    headers = {"HTTP_HOST": host} if host is not None else {}
+    return {"SERVER_NAME": server, **headers, **more}
+
+
+LOCAL = ["localhost", "localhost:8080", "127.0.0.1", "127.9.9.9:1", "[::1]", "[::1]:80", "a.localhost"]
+FOREIGN = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "10.0.0.1", "", "["]
+
+
+@pytest.mark.parametrize("host", LOCAL)
+def test_loopback_names_are_served_on_a_loopback_socket(host: str) -> None:
+    Guard().check(environ(host))
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+def test_other_names_are_not_served_on_a_loopback_socket(host: str) -> None:
+    with pytest.raises(Forbidden):
+        Guard().check(environ(host))
+
+
+@pytest.mark.parametrize("server", ["0.0.0.0", "10.1.2.3", "proxy.example"])
+def test_elsewhere_any_name_is_served(server: str) -> None:
+    Guard().check(environ("proxy.example", server))
+
+
+def test_a_request_without_host_is_served() -> None:
+    Guard().check(environ(None))
+
+
+def test_named_hosts_are_the_only_ones() -> None:
+    guard = Guard(hosts=("proxy.example", "other.example:8443"))
+    for host in ("proxy.example", "proxy.example:80", "other.example:8443"):
+        guard.check(environ(host, "0.0.0.0"))
+    for host in ("localhost", "other.example", "other.example:1"):
+        with pytest.raises(Forbidden):
+            guard.check(environ(host, "0.0.0.0"))
+
+
+def test_a_star_is_everybody() -> None:
+    Guard(("*",), ("*",)).check(environ("evil.example", HTTP_ORIGIN="http://evil.example"))
+
+
+@pytest.mark.parametrize(
+    "origin", ["null", "http://evil.example", "http://localhost.evil.example", "http://[", "", "x"]
+)
+def test_foreign_origins_are_refused_on_every_socket(origin: str) -> None:
+    for server in ("127.0.0.1", "0.0.0.0"):
+        with pytest.raises(Forbidden):
+            Guard().check(environ("localhost", server, HTTP_ORIGIN=origin))
+
+
+def test_named_origins_are_the_only_ones() -> None:
+    guard = Guard(origins=("https://app.example",))
+    guard.check(environ("localhost", HTTP_ORIGIN="https://app.example"))
+    for origin in ("http://app.example", "https://app.example:8443", "http://localhost"):
+        with pytest.raises(Forbidden):
+            guard.check(environ("localhost", HTTP_ORIGIN=origin))
+
+
+def test_a_page_on_a_named_host_is_at_home() -> None:
+    guard = Guard(hosts=("proxy.example",))
+    guard.check(environ("proxy.example", HTTP_ORIGIN="https://proxy.example"))
+
+
+def test_cors_names_the_origin_and_only_an_allowed_one() -> None:
+    allowed = dict(Guard().cors_headers(environ(None, HTTP_ORIGIN="http://localhost:1")))
+    assert allowed["Access-Control-Allow-Origin"] == "http://localhost:1"
+    assert allowed["Vary"] == "Origin"
+    assert Guard().cors_headers(environ(None, HTTP_ORIGIN="http://evil.example")) == []
+    assert Guard().cors_headers(environ(None)) == []
+
+
+@pytest.mark.parametrize(("name", "expected"), [("::1", True), ("0.0.0.0", False), ("x y", False)])
+def test_loopback_addresses(name: str, expected: bool) -> None:
+    assert is_loopback(name) is expected

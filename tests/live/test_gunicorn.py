@@ -1,0 +1,298 @@
+"""The real command and real gunicorn: start, refusals, signals, workers' kinds, departing clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.front import SCRIPTED, HttpFront, McpClient
+from tests.support.proxy_process import (
+    COMMAND,
+    GUNICORN,
+    GUNICORN_CHECKOUT,
+    ProxyProcess,
+    is_alive,
+)
+from tests.support.redis_server import RedisServer
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+
+
+def client_of(process: ProxyProcess, path: str = "/mcp") -> McpClient:
+    return McpClient(HttpFront(process.base), path)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# --- starting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [COMMAND, GUNICORN, GUNICORN_CHECKOUT])
+def test_the_demo_is_served_when_nothing_is_configured(way: tuple[str, ...]) -> None:
+    with ProxyProcess(way=way) as process:
+        client = client_of(process).open()
+        result = client.result("tools/call", {"name": "add", "arguments": {"a": 2, "b": 3}})
+        assert result["content"][0]["text"] == "5"
+
+
+def test_the_banner_has_a_block_to_paste() -> None:
+    with ProxyProcess(SCRIPTED) as process:
+        eventually(lambda: "Health:" in process.log())
+        block = re.search(r"^    \{.*?^    \}", process.log(), re.DOTALL | re.MULTILINE)
+        assert block is not None
+        assert json.loads(block[0])["mcpServers"]["default"] == {
+            "type": "http",
+            "url": process.url,
+        }
+
+
+def test_preload_works() -> None:
+    with ProxyProcess(SCRIPTED, options=["--preload"], way=GUNICORN) as process:
+        client = client_of(process).open()
+        assert client.result("count")["calls"] == 1
+
+
+def test_gevent_works(redis_server: RedisServer, redis_prefix: str) -> None:
+    options = ["--worker-class", "gevent", "--keepalive-interval", "0.2", "--sse-after", "0.2"]
+    store = ["--redis-url", redis_server.url, "--redis-prefix", redis_prefix]
+    with ProxyProcess(SCRIPTED, options=[*options, *store]) as process:
+        client = client_of(process).open()
+        stream = client.listen()
+        slow = client.call("sleep", {"seconds": 1})
+        assert client.result("count")["calls"] == 1
+        assert slow.message()["result"]["slept"] == 1
+        client.result("later", {"message": {"method": "notifications/message", "params": {}}})
+        assert next(stream.stream())["method"] == "notifications/message"
+        stream.close()
+        assert client.call("die", {"code": 3}).status == 502
+        assert client.result("count")["calls"] == 1
+
+
+def test_max_requests_restarts_the_worker_and_redis_keeps_the_session(
+    redis_server: RedisServer, redis_prefix: str
+) -> None:
+    store = {"MCP_PROXY_REDIS_URL": redis_server.url, "MCP_PROXY_REDIS_PREFIX": redis_prefix}
+    options = ["--max-requests", "6"]
+    with ProxyProcess(SCRIPTED, options=options, way=GUNICORN, environment=store) as process:
+        client = client_of(process).open()
+        (worker,) = process.worker_pids()
+        counts = [client.result("count")["calls"] for _ in range(12)]
+        assert counts[0] == 1
+        assert counts.count(1) >= 2
+        assert process.worker_pids() != [worker]
+
+
+def test_several_servers_stand_under_their_names(tmp_path: Path) -> None:
+    entry = {"command": SCRIPTED[0], "args": list(SCRIPTED[1:])}
+    servers = {
+        "one": {**entry, "env": {"WHO": "${WHOSE}-one"}, "cwd": str(tmp_path)},
+        "two": entry,
+        "off": {**entry, "disabled": True},
+    }
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": servers}))
+    options = ["--config", str(file)]
+    with ProxyProcess(options=options, environment={"WHOSE": "mine"}) as process:
+        one = client_of(process, "/servers/one/mcp").open()
+        environment = one.result("environment")
+        assert environment["environ"]["WHO"] == "mine-one"
+        assert environment["cwd"] == str(tmp_path)
+        two = client_of(process, "/servers/two/mcp/").open()
+        assert two.result("count")["calls"] == 1
+        two.session = one.session
+        assert two.call("count").status == 404
+        for path in ("/mcp", "/servers/off/mcp", "/servers/one/other", "/"):
+            assert client_of(process, path).initialize().status == 404
+        ready = one.front.request("GET", "/readyz", {}, None)
+        assert json.loads(ready.body())["checks"]["server two"] == "ok"
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_more_than_one_worker_is_refused_by_the_command() -> None:
+    refused = run("-m", "mcp_proxy", "--workers", "2", "--", *SCRIPTED)
+    assert refused.returncode == 2
+    assert "2 workers cannot serve each other's stdio sessions" in refused.stderr
+
+
+def test_more_than_one_worker_is_refused_by_our_gunicorn_configuration() -> None:
+    refused = run(*GUNICORN, "-w", "2", "-b", "127.0.0.1:0")
+    assert refused.returncode != 0
+    assert "2 workers cannot serve each other's stdio sessions" in refused.stderr
+
+
+def test_a_bad_setting_is_one_sentence() -> None:
+    refused = run("-m", "mcp_proxy", MCP_PROXY_SESSION_TTL="soon")
+    assert refused.returncode == 2
+    assert refused.stderr == "mcp-wsgi-proxy: session_ttl: expected float\n"
+
+
+def test_check_prints_a_table(redis_server: RedisServer) -> None:
+    store = ["--redis-url", redis_server.url]
+    good = run("-m", "mcp_proxy", "check", *store, "--", *SCRIPTED)
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert re.search(r"ok +sessions +Redis \d+\.\d+", good.stdout)
+    assert re.search(r"ok +server default +scripted 1, revision 2025-11-25", good.stdout)
+
+
+def test_check_says_what_is_wrong() -> None:
+    lost = ["--redis-url", "redis://127.0.0.1:1", "--workers", "3"]
+    bad = run("-m", "mcp_proxy", "check", *lost, "--", *SCRIPTED, "--die-on-initialize")
+    assert bad.returncode == 1
+    assert re.search(r"FAIL +workers +3 workers", bad.stdout)
+    assert re.search(r"FAIL +sessions", bad.stdout)
+    assert re.search(r"FAIL +server default +The server ended \(exit code 3\)", bad.stdout)
+    assert "stderr: cannot find my database" in bad.stdout
+
+
+# --- health --------------------------------------------------------------------------------------
+
+
+def test_health_while_redis_is_away(own_redis: Any) -> None:
+    redis = own_redis()
+    options = ["--redis-url", redis.url, "--connect-timeout", "1"]
+    with ProxyProcess(SCRIPTED, options=options) as process:
+        front = HttpFront(process.base)
+
+        def status(path: str) -> int:
+            answer = front.request("GET", path, {"Host": "a.pod.example"}, None)
+            answer.close()
+            return answer.status
+
+        assert (status("/healthz"), status("/readyz"), status("/health")) == (200, 200, 200)
+        redis.stop()
+        assert (status("/healthz"), status("/readyz"), status("/health")) == (200, 503, 503)
+        redis.start()
+        eventually(lambda: status("/readyz") == 200)
+        assert front.request("POST", "/healthz", {}, b"").status == 405
+
+
+# --- CPUs ----------------------------------------------------------------------------------------
+
+
+def test_the_worker_has_one_cpu_and_its_children_all() -> None:
+    everything = os.sched_getaffinity(0)
+    with ProxyProcess(SCRIPTED, options=["--cpu-affinity", str(max(everything))]) as process:
+        (worker,) = process.worker_pids()
+        eventually(lambda: os.sched_getaffinity(worker) == {max(everything)})
+        client = client_of(process).open()
+        assert set(client.result("environment")["cpus"]) == everything
+
+
+def test_affinity_can_be_off() -> None:
+    with ProxyProcess(SCRIPTED, options=["--cpu-affinity", "off"]) as process:
+        (worker,) = process.worker_pids()
+        assert os.sched_getaffinity(worker) == os.sched_getaffinity(0)
+
+
+# --- logs ----------------------------------------------------------------------------------------
+
+
+def test_json_logs_carry_the_request_and_hide_secrets(redis_server: RedisServer) -> None:
+    options = ["--log-format", "json", "--redis-url", redis_server.url]
+    with ProxyProcess(SCRIPTED, options=options) as process:
+        client = client_of(process)
+        answer = client.initialize()
+        request = answer.headers["X-Request-ID"]
+        assert client.call("echo", X_Request_ID="my-own-id").headers["X-Request-ID"] == "my-own-id"
+        eventually(lambda: "my-own-id" in process.log())
+        lines = [json.loads(line) for line in process.log().splitlines() if line.startswith("{\"")]
+        (line,) = [line for line in lines if line.get("request") == request]
+        assert line["rpc"] == "initialize"
+        assert line["status"] == 200
+        assert client.session not in process.log()
+
+
+# --- clients that leave --------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_frees_its_place_within_a_keepalive() -> None:
+    options = ["--max-streams", "1", "--keepalive-interval", "0.3"]
+    with ProxyProcess(SCRIPTED, options=options) as process:
+        client = client_of(process).open()
+        for _ in range(3):
+            eventually(lambda: client.listen().status == 200, timeout=2)
+
+
+def test_a_connection_that_is_reset_frees_its_place() -> None:
+    options = ["--max-streams", "1", "--keepalive-interval", "0.3"]
+    with ProxyProcess(SCRIPTED, options=options) as process:
+        client = client_of(process).open()
+        with socket.create_connection(("127.0.0.1", process.port)) as connection:
+            request = (
+                f"GET /mcp HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
+                f"Mcp-Session-Id: {client.session}\r\n\r\n"
+            )
+            connection.sendall(request.encode())
+            assert b"200 OK" in connection.recv(4096)
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        eventually(lambda: client.listen().status == 200, timeout=2)
+
+
+def test_a_call_survives_its_client() -> None:
+    with ProxyProcess(SCRIPTED, options=["--sse-after", "0.1"]) as process:
+        client = client_of(process).open()
+        leaving = client.call("sleep", {"seconds": 0.5})
+        leaving.close()
+        eventually(lambda: client.result("count")["calls"] > 0)
+        methods = [m.get("method") for m in client.result("seen")["messages"]]
+        assert "notifications/cancelled" not in methods
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def test_sigterm_ends_streams_and_gives_calls_time() -> None:
+    with ProxyProcess(SCRIPTED, options=["--sse-after", "0.1"]) as process:
+        client = client_of(process).open()
+        stream = client.listen()
+        call = client.call("sleep", {"seconds": 1})
+        (server,) = process.server_pids()
+        os.kill(process.master_pid, signal.SIGTERM)
+        assert list(stream.stream()) == []
+        assert call.message()["result"]["slept"] == 1
+        assert process.wait(15) == 0
+        assert not is_alive(server)
+
+
+def test_sigint_ends_everything_at_once() -> None:
+    with ProxyProcess(SCRIPTED) as process:
+        client = client_of(process).open()
+        client.listen()
+        (server,) = process.server_pids()
+        os.kill(process.master_pid, signal.SIGINT)
+        process.wait(10)
+        assert not is_alive(server)
+
+
+def test_a_killed_worker_leaves_nothing_within_two_seconds() -> None:
+    with ProxyProcess([*SCRIPTED, "--ignore-eof", "--ignore-term"]) as process:
+        client = client_of(process).open()
+        grandchild = client.result("grandchild", {"escape": True})["pid"]
+        (server,), (worker,) = process.server_pids(), process.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: not is_alive(server) and not is_alive(grandchild), timeout=2)

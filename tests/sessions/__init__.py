@@ -1,0 +1,1 @@
+"""Tests of the session layer, against memory and a real Redis."""

@@ -1,0 +1,142 @@
+"""Sessions in memory: how they expire, and that their memory is bounded."""
+
+from __future__ import annotations
+
+import pytest
+
+from mcp_proxy.errors import SessionNotFound
+from mcp_proxy.sessions import local
+from mcp_proxy.sessions.local import LocalStorage
+from mcp_proxy.sessions.storage import ISSUED_TTL
+from tests.sessions.houses import record
+from tests.support.waiting import eventually
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The clock of `storage`."""
+    return Clock()
+
+
+@pytest.fixture
+def storage(clock: Clock) -> LocalStorage:
+    """A store in which records live for ten seconds."""
+    return LocalStorage(ttl=10, clock=clock)
+
+
+def held(storage: LocalStorage) -> tuple[int, int]:
+    """How many records and issued ids the store holds, as it says itself."""
+    sessions, issued = repr(storage)[1:-1].split()[1:]
+    return int(sessions.removeprefix("sessions=")), int(issued.removeprefix("issued="))
+
+
+def test_a_record_is_gone_the_moment_its_time_is_over(storage: LocalStorage, clock: Clock) -> None:
+    storage.create(record())
+    clock.now += 9.999
+    assert storage.exists("s")
+    clock.now += 0.001
+    assert not storage.exists("s")
+
+
+@pytest.mark.parametrize("use", ["create", "load", "exists", "swap"])
+def test_whatever_is_asked_sweeps_out_what_has_expired(
+    storage: LocalStorage, clock: Clock, use: str
+) -> None:
+    for number in range(5):
+        storage.create(record(f"old{number}"))
+    clock.now += 10
+    _use(storage, use)
+    sessions, issued = held(storage)
+    assert sessions == (1 if use == "create" else 0)
+    assert issued >= 5
+
+
+def _use(storage: LocalStorage, use: str) -> None:
+    if use == "create":
+        storage.create(record("new"))
+    elif use == "load":
+        with pytest.raises(SessionNotFound):
+            storage.load("other")
+    elif use == "exists":
+        storage.exists("other")
+    else:
+        storage.swap(record("other"), record("other"))
+
+
+def test_the_sweep_spares_what_was_used_since(storage: LocalStorage, clock: Clock) -> None:
+    for session_id in ("idle", "loaded", "swapped"):
+        storage.create(record(session_id))
+    clock.now += 6
+    storage.load("loaded")
+    storage.swap(record("swapped"), record("swapped", a="1"))
+    clock.now += 6
+    storage.create(record("new"))
+    assert held(storage) == (3, 4)
+    assert not storage.exists("idle")
+    assert storage.load("loaded") == record("loaded")
+    assert storage.load("swapped") == record("swapped", a="1")
+
+
+def test_a_deleted_record_leaves_its_issued_id_only(storage: LocalStorage) -> None:
+    storage.create(record())
+    storage.delete("s")
+    assert held(storage) == (0, 1)
+
+
+def test_issued_ids_are_bounded_and_the_oldest_is_forgotten_first(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MAX_ISSUED", 3)
+    for session_id in ("a", "b", "c", "d"):
+        storage.create(record(session_id))
+    assert [storage.issued(session_id) for session_id in "abcd"] == [False, True, True, True]
+    assert held(storage) == (4, 3)
+
+
+def test_an_id_that_is_issued_again_counts_as_new(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(local, "MAX_ISSUED", 2)
+    storage.create(record("a"))
+    storage.create(record("b"))
+    clock.now += 60
+    storage.create(record("a"))
+    storage.create(record("c"))
+    assert [storage.issued(session_id) for session_id in "abc"] == [True, False, True]
+    clock.now += ISSUED_TTL - 1
+    assert storage.issued("a")
+
+
+def test_an_id_is_forgotten_after_seven_days(storage: LocalStorage, clock: Clock) -> None:
+    storage.create(record())
+    clock.now += ISSUED_TTL - 0.5
+    assert storage.issued("s")
+    clock.now += 0.5
+    assert not storage.issued("s")
+
+
+def test_stores_know_nothing_of_each_other(storage: LocalStorage) -> None:
+    storage.create(record())
+    other = LocalStorage()
+    assert not other.exists("s")
+    assert not other.issued("s")
+
+
+def test_without_a_clock_of_its_own_time_passes_by_itself() -> None:
+    storage = LocalStorage(ttl=0.05)
+    storage.create(record())
+    eventually(lambda: not storage.exists("s"), message="the record did not expire")
+
+
+def test_the_time_to_live_is_two_hours_unless_given() -> None:
+    assert LocalStorage().ttl == 7200

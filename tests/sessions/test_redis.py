@@ -1,0 +1,525 @@
+"""Sessions in Redis: what is really sent, and what happens when the server or an answer is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+
+from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
+from mcp_proxy.sessions.redis import RedisStorage, connect
+from mcp_proxy.sessions.session import encode
+from mcp_proxy.sessions.storage import ISSUED_TTL
+from tests.sessions.houses import record
+from tests.support.lossy import LossyProxy
+from tests.support.monitor import recorded_commands
+from tests.support.redis_server import RedisServer
+from tests.support.threads import run_together
+from tests.support.waiting import eventually
+
+OwnRedis = Callable[..., RedisServer]
+
+PREFIX = "p:"
+TTL = 60.0
+
+CALLS: dict[str, Callable[[RedisStorage], object]] = {
+    "create": lambda storage: storage.create(record("new")),
+    "load": lambda storage: storage.load("s"),
+    "exists": lambda storage: storage.exists("s"),
+    "swap": lambda storage: storage.swap(record("s"), record("s", a="1")),
+    "delete": lambda storage: storage.delete("s"),
+    "issued": lambda storage: storage.issued("s"),
+    "check": lambda storage: storage.check(),
+    "version": lambda storage: storage.version(),
+}
+
+
+@pytest.fixture
+def make_storage() -> Iterator[Callable[..., RedisStorage]]:
+    """Makes stores that are closed when the test is over."""
+    made: list[RedisStorage] = []
+
+    def make(client_or_url: redis.Redis | str, **options: float) -> RedisStorage:
+        made.append(RedisStorage(client_or_url, **{"ttl": TTL, "prefix": PREFIX, **options}))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for storage in made:
+        storage.close()
+
+
+MakeStorage = Callable[..., RedisStorage]
+
+
+@pytest.fixture
+def server(own_redis: OwnRedis) -> RedisServer:
+    """A server of this test alone."""
+    return own_redis()
+
+
+@pytest.fixture
+def storage(server: RedisServer, make_storage: MakeStorage) -> RedisStorage:
+    """A store on that server that knows one session, `s`, and has its connection open."""
+    made = make_storage(server.url)
+    made.create(record("s"))
+    return made
+
+
+# --- what is sent --------------------------------------------------------------------------------
+
+
+def test_a_load_is_one_getex_and_nothing_else(server: RedisServer, storage: RedisStorage) -> None:
+    with recorded_commands(server) as commands:
+        for _ in range(3):
+            storage.load("s")
+    assert commands == [["GETEX", "p:session:s", "PX", "60000"]] * 3
+
+
+def test_a_load_that_misses_is_one_getex_too(server: RedisServer, storage: RedisStorage) -> None:
+    with recorded_commands(server) as commands, pytest.raises(SessionNotFound):
+        storage.load("absent")
+    assert commands == [["GETEX", "p:session:absent", "PX", "60000"]]
+
+
+def test_the_server_counts_one_command_a_load(server: RedisServer, storage: RedisStorage) -> None:
+    with server.client() as admin:
+        before = admin.info("commandstats")
+        for _ in range(10):
+            storage.load("s")
+        after = admin.info("commandstats")
+    calls = {
+        name: stats["calls"] - before.get(name, {"calls": 0})["calls"]
+        for name, stats in after.items()
+    }
+    calls.pop("cmdstat_info")
+    assert {name: count for name, count in calls.items() if count} == {"cmdstat_getex": 10}
+
+
+def test_create_writes_marker_and_record_each_with_its_time_to_live(
+    server: RedisServer, storage: RedisStorage
+) -> None:
+    with recorded_commands(server) as commands:
+        storage.create(record("t"))
+    marker, written = commands
+    assert marker == ["SET", "p:issued:t", "1", "EX", str(ISSUED_TTL)]
+    assert written[:2] == ["SET", "p:session:t"]
+    assert sorted(written[3:]) == ["60000", "NX", "PX"]
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("exists", ["EXISTS", "p:session:s"]),
+        ("issued", ["EXISTS", "p:issued:s"]),
+        ("delete", ["DEL", "p:session:s"]),
+        ("check", ["PING"]),
+    ],
+)
+def test_the_other_calls_are_one_command_each(
+    server: RedisServer, storage: RedisStorage, call: str, expected: list[str]
+) -> None:
+    with recorded_commands(server) as commands:
+        CALLS[call](storage)
+    assert commands == [expected]
+
+
+def test_swap_is_one_script_with_one_key(server: RedisServer, storage: RedisStorage) -> None:
+    storage.swap(record("s"), record("s", a="1"))  # the server learns the script
+    with recorded_commands(server) as commands:
+        storage.swap(record("s", a="1"), record("s", a="2"))
+    ((name, _, keys, key, *_),) = commands
+    assert (name, keys, key) == ("EVALSHA", "1", "p:session:s")
+
+
+def test_swap_teaches_a_server_that_forgot_its_scripts(
+    server: RedisServer, storage: RedisStorage
+) -> None:
+    assert storage.swap(record("s"), record("s", a="1"))
+    with server.client() as admin:
+        admin.script_flush()
+    assert storage.swap(record("s", a="1"), record("s", a="2"))
+
+
+def test_no_key_is_ever_without_a_time_to_live(server: RedisServer, storage: RedisStorage) -> None:
+    with server.client() as admin:
+
+        def left() -> dict[str, float]:
+            return {key.decode(): admin.pttl(key) / 1000 for key in admin.keys("*")}
+
+        def assert_limited(session_ttl: float) -> None:
+            times = left()
+            assert times.keys() == {"p:session:s", "p:issued:s"}
+            assert session_ttl - 20 < times["p:session:s"] <= session_ttl
+            assert ISSUED_TTL - 20 < times["p:issued:s"] <= ISSUED_TTL
+
+        assert_limited(TTL)
+        for change in (
+            lambda: storage.load("s"),
+            lambda: storage.swap(record("s"), record("s", a="1")),
+        ):
+            admin.pexpire("p:session:s", 30_000)
+            change()
+            assert_limited(TTL)
+        storage.delete("s")
+        assert left().keys() == {"p:issued:s"}
+
+
+def test_a_time_to_live_of_parts_of_a_second_is_rounded_up(
+    server: RedisServer, make_storage: MakeStorage
+) -> None:
+    brief = make_storage(server.url, ttl=0.0001)
+    with recorded_commands(server) as commands, pytest.raises(SessionNotFound):
+        brief.load("s")
+    assert commands[-1] == ["GETEX", "p:session:s", "PX", "1"]
+
+
+def test_a_record_really_expires(server: RedisServer, make_storage: MakeStorage) -> None:
+    brief = make_storage(server.url, ttl=0.05)
+    brief.create(record("s"))
+    eventually(lambda: not brief.exists("s"), message="the record did not expire")
+    assert brief.issued("s")
+
+
+def test_prefixes_keep_stores_apart(server: RedisServer, make_storage: MakeStorage) -> None:
+    one, other = (make_storage(server.url, prefix=prefix) for prefix in ("one:", "other:"))
+    one.create(record("s", a="one"))
+    assert not other.issued("s")
+    other.create(record("s", a="other"))
+    assert one.load("s") == record("s", a="one")
+    other.delete("s")
+    assert one.exists("s")
+
+
+def test_two_stores_with_the_same_prefix_share_their_records(
+    server: RedisServer, make_storage: MakeStorage
+) -> None:
+    here, there = make_storage(server.url), make_storage(server.url)
+    here.create(record("s"))
+    assert there.swap(there.load("s"), record("s", a="there"))
+    assert here.load("s") == record("s", a="there")
+
+
+# --- ways to reach the server --------------------------------------------------------------------
+
+
+def test_nothing_is_sent_before_the_first_call(make_storage: MakeStorage) -> None:
+    assert "p:" in repr(make_storage("redis://127.0.0.1:1/0"))
+
+
+@pytest.mark.parametrize("options", [{}, {"password": "secret"}])
+def test_a_unix_socket_serves_as_well(
+    own_redis: OwnRedis, make_storage: MakeStorage, options: dict[str, str]
+) -> None:
+    storage = make_storage(own_redis(unix_socket=True, **options).unix_url)
+    storage.create(record("s"))
+    assert storage.load("s") == record("s")
+
+
+@pytest.mark.parametrize("user", [None, "proxy"])
+def test_a_url_may_carry_user_and_password(
+    own_redis: OwnRedis, make_storage: MakeStorage, user: str | None
+) -> None:
+    storage = make_storage(own_redis(user=user, password="p@ss:w/rd?#%").url)
+    storage.create(record("s"))
+    assert storage.load("s") == record("s")
+
+
+def test_a_wrong_password_is_a_store_that_cannot_be_reached(
+    own_redis: OwnRedis, make_storage: MakeStorage
+) -> None:
+    server = own_redis(password="right")
+    storage = make_storage(server.url.replace("right", "wrong"))
+    with pytest.raises(StorageUnavailable) as caught:
+        storage.check()
+    assert "wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:6379", "http://127.0.0.1", "redis://h:port", "redis://[::1"]
+)
+def test_a_url_that_cannot_be_read_is_a_value_error(url: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        connect(url, timeout=1)
+
+
+@pytest.mark.parametrize("url", ["redis://:hunter/2@h", "redis://me:hunter?2@h", "me:hunter2@h"])
+def test_the_complaint_about_a_url_shows_nothing_of_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        connect(url, timeout=1)
+    assert "hunter" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_version_is_told_in_numbers(storage: RedisStorage) -> None:
+    version = storage.version()
+    assert version[:2] >= (6, 2)
+    assert len(version) == 3
+
+
+def test_close_ends_the_connections_of_a_url(server: RedisServer, storage: RedisStorage) -> None:
+    with server.client() as admin:
+        assert len(admin.client_list()) == 2
+        storage.close()
+        eventually(lambda: len(admin.client_list()) == 1, message="the connection stayed open")
+
+
+def test_close_leaves_a_client_that_was_handed_in_open(
+    server: RedisServer, make_storage: MakeStorage
+) -> None:
+    with server.client() as client, server.client() as admin:
+        storage = make_storage(client)
+        storage.check()
+        connections = {line["id"] for line in admin.client_list()}
+        storage.close()
+        storage.check()
+        assert {line["id"] for line in admin.client_list()} == connections
+
+
+def test_more_threads_than_redis_py_has_connections_are_served(
+    server: RedisServer, make_storage: MakeStorage
+) -> None:
+    storage = make_storage(server.url, timeout=60)
+    started = threading.Semaphore(0)
+
+    def ask() -> bool:
+        started.release()
+        return storage.exists("s")
+
+    server.pause()
+    with ThreadPoolExecutor(120) as pool:
+        asked = [pool.submit(ask) for _ in range(120)]
+        for _ in asked:
+            assert started.acquire(timeout=30)
+        server.resume()
+        assert [future.result(60) for future in asked] == [False] * 120
+
+
+# --- a server that is away -----------------------------------------------------------------------
+
+
+def _assert_unavailable(storage: RedisStorage, within: float) -> None:
+    for name, call in CALLS.items():
+        began = time.monotonic()
+        with pytest.raises(StorageUnavailable) as caught:
+            call(storage)
+        assert time.monotonic() - began < within, name
+        assert caught.value.status == 503
+        assert ("Retry-After", "1") in caught.value.headers
+
+
+@pytest.mark.parametrize("end", [RedisServer.stop, RedisServer.kill], ids=["stopped", "killed"])
+def test_a_server_that_comes_back_is_used_again_with_all_its_data(
+    server: RedisServer, storage: RedisStorage, end: Callable[[RedisServer], None]
+) -> None:
+    storage.swap(record("s"), record("s", a="before"))
+    end(server)
+    _assert_unavailable(storage, within=5)
+    server.start()
+    storage.check()
+    assert storage.load("s") == record("s", a="before")
+    assert storage.issued("s")
+    assert storage.swap(record("s", a="before"), record("s", a="after"))
+    storage.create(record("t"))
+    storage.delete("s")
+
+
+@pytest.mark.parametrize("way", ["url", "client"])
+def test_a_restart_that_nobody_noticed_costs_no_call(
+    server: RedisServer, make_storage: MakeStorage, way: str
+) -> None:
+    with server.client() as client:
+        storage = make_storage(server.url if way == "url" else client)
+        storage.create(record("s"))
+        loads = [lambda: storage.load("s")] * 8
+        run_together(loads)  # every thread leaves a connection in the pool
+        server.stop()
+        server.start()
+        assert run_together(loads) == [record("s")] * 8
+
+
+@pytest.mark.parametrize("way", ["url", "client"])
+def test_a_server_that_was_never_there_is_unavailable(
+    make_storage: MakeStorage, own_redis: OwnRedis, way: str
+) -> None:
+    server = own_redis()
+    server.stop()
+    with server.client() as client:
+        _assert_unavailable(make_storage(server.url if way == "url" else client), within=5)
+
+
+@pytest.mark.parametrize("is_connected", [True, False], ids=["connected", "not connected"])
+def test_a_frozen_server_is_unavailable_within_the_timeout(
+    server: RedisServer, make_storage: MakeStorage, is_connected: bool
+) -> None:
+    storage = make_storage(server.url, timeout=0.6)
+    if is_connected:
+        storage.check()
+    server.pause()
+    began = time.monotonic()
+    with pytest.raises(StorageUnavailable):
+        storage.load("s")
+    assert 0.5 < time.monotonic() - began < 1.1
+    server.resume()
+    storage.check()
+
+
+def test_every_call_of_a_frozen_server_is_unavailable(
+    server: RedisServer, make_storage: MakeStorage
+) -> None:
+    storage = make_storage(server.url, timeout=0.1)
+    server.pause()
+    _assert_unavailable(storage, within=2)
+
+
+def test_a_late_answer_is_never_taken_for_another_one(
+    server: RedisServer, make_storage: MakeStorage
+) -> None:
+    storage = make_storage(server.url, timeout=0.2)
+    for session_id in ("a", "b", "c"):
+        storage.create(record(session_id))
+    server.pause()
+    for session_id in ("a", "b"):
+        with pytest.raises(StorageUnavailable):
+            storage.load(session_id)
+    server.resume()
+    for session_id in ("c", "b", "a"):
+        assert storage.load(session_id) == record(session_id)
+
+
+def test_a_server_that_refuses_to_write_is_unavailable(
+    server: RedisServer, storage: RedisStorage
+) -> None:
+    with server.client() as admin:
+        admin.config_set("maxmemory", "1")
+        with pytest.raises(StorageUnavailable):
+            storage.create(record("t"))
+        admin.config_set("maxmemory", "0")
+    storage.create(record("t"))
+
+
+# --- answers that are lost -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def lossy(server: RedisServer) -> Iterator[LossyProxy]:
+    """A way to the server on which answers can be lost."""
+    with LossyProxy(server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["a url", "a client with decode_responses"])
+def unlucky(
+    request: pytest.FixtureRequest, lossy: LossyProxy, make_storage: MakeStorage
+) -> Iterator[RedisStorage]:
+    """A store on that way that knows one session, `s`."""
+    with redis.Redis("127.0.0.1", lossy.port, decode_responses=True) as client:
+        url = f"redis://127.0.0.1:{lossy.port}/0"
+        storage = make_storage(url if request.param == "a url" else client)
+        storage.create(record("s"))
+        storage.swap(record("s"), record("s"))  # the server learns the script
+        yield storage
+
+
+@pytest.mark.parametrize("word", [b"p:issued:t", b"NX"])
+def test_create_succeeds_though_an_answer_was_lost(
+    lossy: LossyProxy, unlucky: RedisStorage, word: bytes
+) -> None:
+    lossy.lose_answer_to(word)
+    unlucky.create(record("t", a="1"))
+    assert lossy.lost == 1
+    assert unlucky.load("t") == record("t", a="1")
+
+
+def test_create_is_still_refused_where_somebody_else_was_faster(
+    lossy: LossyProxy, unlucky: RedisStorage
+) -> None:
+    lossy.lose_answer_to(b"NX")
+    with pytest.raises(SessionExists):
+        unlucky.create(record("s", a="mine"))
+    assert lossy.lost == 1
+    assert unlucky.load("s") == record("s")
+
+
+def test_swap_has_won_though_its_answer_was_lost(lossy: LossyProxy, unlucky: RedisStorage) -> None:
+    lossy.lose_answer_to(b"EVALSHA")
+    assert unlucky.swap(record("s"), record("s", a="1")) is True
+    assert lossy.lost == 1
+    assert unlucky.load("s") == record("s", a="1")
+
+
+def test_swap_has_lost_though_that_answer_was_lost(
+    lossy: LossyProxy, unlucky: RedisStorage
+) -> None:
+    lossy.lose_answer_to(b"EVALSHA")
+    assert unlucky.swap(record("s", a="stale"), record("s", a="1")) is False
+    assert lossy.lost == 1
+    assert unlucky.load("s") == record("s")
+
+
+@pytest.mark.parametrize(
+    ("word", "call"),
+    [(b"GETEX", "load"), (b"EXISTS", "exists"), (b"EXISTS", "issued"), (b"DEL", "delete")],
+)
+def test_what_may_be_repeated_is_repeated(
+    lossy: LossyProxy, unlucky: RedisStorage, word: bytes, call: str
+) -> None:
+    lossy.lose_answer_to(word)
+    CALLS[call](unlucky)
+    assert lossy.lost == 1
+
+
+def test_the_same_swap_again_has_won_again(storage: RedisStorage) -> None:
+    for _ in range(2):
+        assert storage.swap(record("s"), record("s", a="1")) is True
+    assert storage.load("s") == record("s", a="1")
+
+
+def test_the_same_create_again_has_succeeded_again(storage: RedisStorage) -> None:
+    storage.create(record("s"))
+    with pytest.raises(SessionExists):
+        storage.create(record("s", a="1"))
+
+
+# --- records that nobody can read ----------------------------------------------------------------
+
+GARBAGE = {
+    "nothing": b"",
+    "text": b"hello",
+    "another object": b'{"id":1}',
+    "a record cut off": encode(record("s"))[:-5],
+    "bytes": b"\x80\x81\xff",
+    "a record with invalid UTF-8": encode(record("s", a="?")).replace(b"?", b"\xff"),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
+@pytest.mark.parametrize("decode_responses", [False, True])
+def test_a_corrupt_record_is_a_storage_error_and_no_missing_session(
+    server: RedisServer, make_storage: MakeStorage, garbage: bytes, decode_responses: bool
+) -> None:
+    with server.client() as admin, server.client(decode_responses=decode_responses) as client:
+        storage = make_storage(client)
+        admin.set("p:session:s", garbage, px=60_000)
+        for _ in range(2):
+            with pytest.raises(StorageError) as caught:
+                storage.load("s")
+        assert not isinstance(caught.value, StorageUnavailable)
+        assert storage.exists("s")
+        storage.delete("s")
+        storage.create(record("s"))
+        assert storage.load("s") == record("s")
+
+
+def test_a_key_of_another_type_is_a_storage_error(
+    server: RedisServer, storage: RedisStorage
+) -> None:
+    with server.client() as admin:
+        admin.delete("p:session:s")
+        admin.rpush("p:session:s", "x")
+    with pytest.raises(StorageError):
+        storage.load("s")
+    assert storage.exists("s")

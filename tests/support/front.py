@@ -1,0 +1,193 @@
+"""The two ways in: werkzeug's test client, and HTTP to a real gunicorn; the same tests run over both."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import requests
+from werkzeug.test import Client
+
+from mcp_proxy.wire import sse
+
+SCRIPTED = (sys.executable, "-I", str(Path(__file__).parents[1] / "servers" / "scripted.py"))
+
+Json = dict[str, Any]
+
+_PATIENCE = 30.0
+
+
+class Answer:
+    """One HTTP response: complete, or an event stream that is read as it comes."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], pieces: Iterator[bytes], close: Any):
+        self.status = status
+        self.headers = headers
+        self._pieces = pieces
+        self._close = close
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status} {self.headers.get('Content-Type')}>"
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether this is an event stream."""
+        return self.headers.get("Content-Type", "").startswith("text/event-stream")
+
+    def body(self) -> bytes:
+        """Everything that is left to read."""
+        try:
+            return b"".join(self._pieces)
+        finally:
+            self.close()
+
+    def events(self) -> Iterator[sse.Event]:
+        """The events, each as soon as it is there."""
+        decoder = sse.Decoder()
+        for piece in self._pieces:
+            yield from decoder.feed(piece)
+
+    def stream(self) -> Iterator[Json]:
+        """The JSON-RPC messages of an event stream, each as soon as it is there."""
+        assert self.is_stream, f"{self!r}: {self.body()!r}"
+        for event in self.events():
+            if event.data:
+                yield json.loads(event.data)
+
+    def messages(self) -> list[Json]:
+        """Every JSON-RPC message of the response, whatever its form."""
+        if self.is_stream:
+            found = list(self.stream())
+            self.close()
+            return found
+        parsed = json.loads(self.body())
+        return parsed if isinstance(parsed, list) else [parsed]
+
+    def message(self) -> Json:
+        """The last message: the answer."""
+        return self.messages()[-1]
+
+    def error(self) -> Json:
+        """The JSON-RPC error of the answer."""
+        error: Json = self.message()["error"]
+        return error
+
+    def close(self) -> None:
+        """Leaves; harmless when repeated."""
+        self._close()
+
+
+class Front(Protocol):
+    """A way in."""
+
+    def request(self, method: str, path: str, headers: Json, body: bytes | None) -> Answer: ...
+
+
+class WsgiFront:
+    """Calls the application directly."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def request(self, method: str, path: str, headers: Json, body: bytes | None) -> Answer:
+        headers = dict(headers)
+        options = {"content_type": headers.pop("Content-Type", None)}
+        response = Client(self.app).open(
+            path, method=method, headers=headers, data=body, buffered=False, **options
+        )
+        pieces = iter(response.response)
+        return Answer(response.status_code, response.headers, pieces, response.close)
+
+
+class HttpFront:
+    """Talks to a server."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def request(self, method: str, path: str, headers: Json, body: bytes | None) -> Answer:
+        response = requests.request(
+            method, self.base + path, headers=headers, data=body, stream=True, timeout=_PATIENCE
+        )
+        pieces = iter(lambda: response.raw.read1(), b"")
+        return Answer(response.status_code, response.headers, pieces, response.close)
+
+
+class McpClient:
+    """The least that a legacy MCP client does, with everything in the test's hands."""
+
+    def __init__(self, front: Front, path: str = "/mcp") -> None:
+        self.front = front
+        self.path = path
+        self.session: str | None = None
+        self._ids = itertools.count(1)
+
+    def initialize(self, version: str = "2025-06-18", **headers: str) -> Answer:
+        """Opens a session; the answer has been read."""
+        params = {
+            "protocolVersion": version,
+            "capabilities": {"sampling": {}},
+            "clientInfo": {"name": "test", "version": "1"},
+        }
+        answer = self.post(_request("initialize", params, 0), **headers)
+        self.session = answer.headers.get("Mcp-Session-Id")
+        return answer
+
+    def open(self, version: str = "2025-06-18") -> McpClient:
+        """Opens a session, all of the handshake, and returns itself."""
+        answer = self.initialize(version)
+        assert answer.status == 200, answer.body()
+        assert answer.message()["result"]["protocolVersion"] == version
+        assert self.notify("notifications/initialized").status == 202
+        return self
+
+    def call(self, method: str, params: Json | None = None, key: Any = None, **headers: str) -> Answer:
+        """Sends a request and returns the response as it comes."""
+        key = next(self._ids) if key is None else key
+        return self.post(_request(method, params, key), **headers)
+
+    def result(self, method: str, params: Json | None = None) -> Any:
+        """The result of a request; an error fails the test."""
+        answer = self.call(method, params)
+        message = answer.message()
+        assert answer.status == 200, message
+        assert "result" in message, message
+        return message["result"]
+
+    def notify(self, method: str, params: Json | None = None) -> Answer:
+        """Sends a notification."""
+        message: Json = {"jsonrpc": "2.0", "method": method}
+        return self.post({**message, "params": params} if params is not None else message)
+
+    def post(self, message: Json | Sequence[Json] | bytes, **headers: str) -> Answer:
+        """Posts a message, several, or any bytes. Headers are given with _ for -."""
+        body = message if isinstance(message, bytes) else json.dumps(message).encode()
+        return self.request("POST", body, **{"Content_Type": "application/json", **headers})
+
+    def listen(self, **headers: str) -> Answer:
+        """Opens the standing stream."""
+        return self.request("GET", None, **headers)
+
+    def delete(self) -> Answer:
+        """Ends the session."""
+        return self.request("DELETE", None)
+
+    def request(self, method: str, body: bytes | None, **headers: str) -> Answer:
+        """Any request with the headers of a decent client; an empty one is left out."""
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        all_headers = {
+            "Accept": "application/json, text/event-stream",
+            **({"Mcp-Session-Id": self.session} if self.session else {}),
+            **given,
+        }
+        wanted = {name: value for name, value in all_headers.items() if value}
+        return self.front.request(method, self.path, wanted, body)
+
+
+def _request(method: str, params: Json | None, key: Any) -> Json:
+    message: Json = {"jsonrpc": "2.0", "id": key, "method": method}
+    return {**message, "params": params} if params is not None else message

@@ -1,0 +1,28 @@
+"""Threads that start at the same moment, for tests of races."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_PATIENCE = 60.0
+
+
+def run_together(functions: Sequence[Callable[[], T]]) -> list[T]:
+    """Runs each function in a thread of its own, all released at once; their results in order.
+
+    The first exception among them is raised again here.
+    """
+    barrier = threading.Barrier(len(functions))
+
+    def released(function: Callable[[], T]) -> T:
+        barrier.wait(_PATIENCE)
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        futures = [pool.submit(released, function) for function in functions]
+        return [future.result(_PATIENCE) for future in futures]

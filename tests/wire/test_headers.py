@@ -1,0 +1,161 @@
+"""The rules that go with the headers: session ids, connection fields, media types."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcp_proxy.wire import headers
+from mcp_proxy.wire.headers import EVENT_STREAM, JSON
+
+# --- session ids ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["a", "!", "~", "0-9_./:{}*", "x" * headers.MAX_SESSION_ID])
+def test_a_session_id_is_visible_ascii(value: str) -> None:
+    assert headers.is_session_id(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["", " ", "a b", "a\n", "\ta", "\x7f", "\x1f", "é", "\u00ad", "\0", "🙂"]
+)
+def test_anything_else_is_no_session_id(value: str) -> None:
+    assert not headers.is_session_id(value)
+
+
+def test_a_session_id_has_so_many_characters_and_no_more() -> None:
+    assert not headers.is_session_id("x" * (headers.MAX_SESSION_ID + 1))
+
+
+@given(st.text(max_size=20))
+def test_a_session_id_has_only_characters_from_21_to_7e(value: str) -> None:
+    expected = bool(value) and all("\x21" <= character <= "\x7e" for character in value)
+    assert headers.is_session_id(value) == expected
+
+
+# --- connection fields ---------------------------------------------------------------------------
+
+
+def test_headers_of_the_message_pass() -> None:
+    given_headers = [("Content-Type", JSON), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
+    assert headers.end_to_end(iter(given_headers)) == given_headers
+
+
+@pytest.mark.parametrize("name", [*sorted(headers.HOP_BY_HOP), "Transfer-Encoding", "KEEP-ALIVE"])
+def test_headers_of_the_connection_do_not_pass(name: str) -> None:
+    assert headers.end_to_end([("A", "1"), (name, "x"), ("B", "2")]) == [("A", "1"), ("B", "2")]
+
+
+def test_headers_that_connection_names_do_not_pass() -> None:
+    named = [("connection", "close, X-One ,"), ("Connection", "x-two")]
+    others = [("X-ONE", "1"), ("x-Two", "2"), ("Close", "3"), ("X-Three", "4")]
+    assert headers.end_to_end(named + others) == [("X-Three", "4")]
+
+
+# --- media types ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/json",
+        "application/json, text/event-stream",
+        "text/event-stream,application/json",
+        "Application/JSON",
+        " application/json ; charset=utf-8",
+        "application/json;q=0.001",
+        "application/json;q=1",
+        "application/json;Q=0.5",
+        "application/*",
+        "*/*",
+        "text/html, */*;q=0.1",
+        "application/json;q=0.0, application/json",
+    ],
+)
+def test_json_is_accepted_by_name_and_by_range(accept: str) -> None:
+    assert headers.accepts(accept, JSON)
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "",
+        ",",
+        "text/event-stream",
+        "text/*",
+        "application/jsonp",
+        "application/json-seq",
+        "xapplication/json",
+        "json",
+        "application/json;q=0",
+        "application/json; q=0.0",
+        "application/json;q=0.000",
+        "application/json;charset=utf-8;Q=0.",
+        "*/*;q=0",
+    ],
+)
+def test_json_is_not_accepted_where_it_is_not_named_or_has_no_quality(accept: str) -> None:
+    assert not headers.accepts(accept, JSON)
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/event-stream", "application/json, TEXT/Event-Stream;q=0.2", "text/*"]
+)
+def test_event_streams_are_accepted_by_name_and_by_their_own_range(accept: str) -> None:
+    assert headers.accepts(accept, EVENT_STREAM)
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/json, */*", "application/*", "text/html"])
+def test_a_range_over_everything_does_not_ask_for_event_streams(accept: str) -> None:
+    assert not headers.accepts(accept, EVENT_STREAM)
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("text/event-stream;q=0, text/*", EVENT_STREAM),
+        ("text/*, text/event-stream;q=0", EVENT_STREAM),
+        ("application/json;q=0, */*", JSON),
+        ("application/*;q=0, */*;q=0.5", JSON),
+    ],
+)
+def test_the_most_specific_range_decides(accept: str, media_type: str) -> None:
+    assert not headers.accepts(accept, media_type)
+
+
+_ranges = st.sampled_from(
+    ["application/json", "text/event-stream", "text/*", "application/*", "*/*", "text/html", ""]
+)
+_parts = st.lists(st.tuples(_ranges, st.sampled_from(["", ";q=0.5", "; q=1", ";v=1"])), max_size=5)
+
+
+@given(_parts, st.randoms(), st.sampled_from([JSON, EVENT_STREAM]))
+def test_neither_order_nor_case_nor_space_changes_what_is_accepted(
+    parts: list[tuple[str, str]], random: object, media_type: str
+) -> None:
+    plain = [name + parameters for name, parameters in parts]
+    shuffled = list(plain)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    expected = headers.accepts(",".join(plain), media_type)
+    assert headers.accepts(" ,\t".join(shuffled).upper(), media_type) == expected
+
+
+@given(st.text(max_size=40), st.sampled_from([JSON, EVENT_STREAM]))
+def test_any_accept_header_has_an_answer(accept: str, media_type: str) -> None:
+    assert headers.accepts(accept, media_type) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [JSON, "application/json; charset=utf-8", "Application/JSON ;x", " application/json"],
+)
+def test_json_is_json_whatever_its_parameters(value: str) -> None:
+    assert headers.is_json(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["", ";", "text/plain", "application/json-rpc", "json", "a/b;application/json"]
+)
+def test_other_content_is_not_json(value: str) -> None:
+    assert not headers.is_json(value)

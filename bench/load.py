@@ -233,8 +233,6 @@ class Client:
             raise Wrong(f"call {self.id} with {self.text!r} was answered by {reply.body[:500]!r}")
 
     def _ask(self, body: bytes, method: bytes = b"POST") -> Reply:
-        if self.is_closing:
-            self.reconnect()
         length = b"Content-Length: %d\r\n\r\n" % len(body)
         self.socket.sendall(self._head(method) + length + body)
         data = b""
@@ -243,7 +241,8 @@ class Client:
             if not piece:
                 raise Wrong(f"the connection was closed after {data[:500]!r}")
             data += piece
-        self.is_closing = _CLOSE.search(reply.head) is not None
+        if _CLOSE.search(reply.head):
+            self.reconnect()
         return reply
 
     def _head(self, method: bytes) -> bytes:
@@ -351,14 +350,22 @@ def opened(job: Job) -> list[Client]:
     return clients
 
 
+def close_sessions(clients: list[Client], job: Job) -> None:
+    """Ends what `opened` has opened."""
+    for client in clients:
+        if client.is_closing:
+            client.reconnect()
+    for client in clients[: 1 if job.one_session else None]:
+        client.close_session()
+
+
 def main() -> int:
     """Does the job and prints the outcome."""
     job = msgspec.json.decode(sys.argv[1], type=Job)
     try:
         clients = opened(job)
         outcome = Run(clients).measure(job)
-        for client in clients[: 1 if job.one_session else None]:
-            client.close_session()
+        close_sessions(clients, job)
     except (Wrong, OSError) as error:
         print(error, file=sys.stderr)
         return 1

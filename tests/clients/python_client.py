@@ -29,7 +29,7 @@ ANSWER = "forty-two"
 
 @asynccontextmanager
 async def connected(url: str, mode: str, **callbacks: Any) -> AsyncIterator[tuple[Any, str]]:
-    """A session or, of SDK 2.x, a client, which has the same methods; and the revision it speaks."""
+    """A session or, of SDK 2.x, a client, which has the same methods; and its revision."""
     sdk: Any = mcp
     if version("mcp").startswith("1."):
         async with (

@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 
 import anyio
 import pytest
-from mcp import StdioServerParameters
+from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 
 from tests.clients import everything_steps, time_steps
 from tests.clients.programs import everything_server
-from tests.clients.recording import FAILURE, Outcomes, Step, walk
+from tests.clients.recording import FAILURE, Json, Outcomes, Step, walk
 from tests.support.proxy_process import MARK, ProxyProcess
+
+_TIME_SERVER = [sys.executable, "-m", "mcp_server_time"]
 
 
 class Pair(NamedTuple):
@@ -43,7 +45,7 @@ def everything() -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def time_server() -> Iterator[Pair]:
     """mcp-server-time, both ways."""
-    yield from _both_ways([sys.executable, "-m", "mcp_server_time"], time_steps.STEPS)
+    yield from _both_ways(_TIME_SERVER, time_steps.STEPS)
 
 
 def _both_ways(command: Sequence[str], steps: Sequence[Step]) -> Iterator[Pair]:
@@ -85,6 +87,33 @@ def test_every_tool_of_the_time_server_is_called(time_server: Pair) -> None:
 def test_nothing_comes_twice_or_without_a_step_that_waits_for_it(everything: Pair) -> None:
     last = everything.proxied["hear_nothing_else"]
     assert (last["heard"], last["asked"]) == ([], [])
+
+
+def test_a_server_of_both_eras_is_found_by_a_probing_client_at_its_last_legacy_revision() -> None:
+    """Only the revision differs from what the same client finds when it starts the server."""
+    direct, proxied = anyio.run(_probe_both)
+    assert (direct.pop("revision"), proxied.pop("revision")) == ("2026-07-28", "2025-11-25")
+    assert _normal(proxied) == _normal(direct)
+
+
+async def _probe_both() -> tuple[Json, Json]:
+    program, *arguments = _TIME_SERVER
+    with ProxyProcess(_TIME_SERVER) as proxy:
+        direct = await _probe(StdioServerParameters(command=program, args=arguments))
+        return direct, await _probe(proxy.url)
+
+
+async def _probe(server: StdioServerParameters | str) -> Json:
+    times = {"source_timezone": "UTC", "time": "12:34", "target_timezone": "Asia/Kathmandu"}
+    async with Client(server, mode="auto") as client:
+        listed = await client.list_tools()
+        called = await client.call_tool("convert_time", times)
+        return {
+            "revision": client.protocol_version,
+            "tools": [tool.model_dump(mode="json") for tool in listed.tools],
+            "content": [content.model_dump(mode="json") for content in called.content],
+            "structured": called.structured_content,
+        }
 
 
 def _compare(pair: Pair, step: str) -> None:

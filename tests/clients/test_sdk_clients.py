@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from tests.clients.programs import HERE, node, node_modules, python_with_mcp1, run_client
-from tests.support.proxy_process import ProxyProcess
+from tests.clients.programs import HERE, ROOT, node, node_modules, python_with_mcp1, run_client
+from tests.support.proxy_process import GUNICORN, GUNICORN_CHECKOUT, ProxyProcess
 
 _PYTHON = str(HERE / "python_client.py")
 _TYPESCRIPT = str(HERE / "typescript_client.mjs")
@@ -61,6 +62,15 @@ CLIENTS = {
     typescript_2_default: "2.",
     typescript_2_auto: "2.",
 }
+
+
+@pytest.mark.parametrize("way", [GUNICORN, GUNICORN_CHECKOUT], ids=["package", "checkout"])
+def test_gunicorn_itself_serves_a_client_like_the_command(
+    way: Sequence[str], demo: ProxyProcess
+) -> None:
+    command = [sys.executable, "-I", str(ROOT / "mcp_proxy" / "demo" / "server.py")]
+    with ProxyProcess(command, way=way) as proxy:
+        assert python_2_auto(proxy.url) == python_2_auto(demo.url)
 
 
 @pytest.fixture(scope="module", params=CLIENTS, ids=lambda client: client.__name__)

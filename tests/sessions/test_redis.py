@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
@@ -277,6 +278,29 @@ def test_close_leaves_a_client_that_was_handed_in_open(
         storage.close()
         storage.check()
         assert {line["id"] for line in admin.client_list()} == connections
+
+
+def test_closing_while_calls_run_makes_no_other_errors_than_ours(storage: RedisStorage) -> None:
+    is_over = threading.Event()
+
+    def load_on() -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(StorageUnavailable):
+                assert storage.load("s") == record("s")
+
+    def close_often() -> None:
+        for _ in range(200):
+            storage.load("s")  # so that there is a connection to close
+            storage.close()
+        is_over.set()
+
+    def load_until_closed() -> None:
+        try:
+            load_on()
+        finally:
+            is_over.set()
+
+    run_together([*[load_until_closed] * 7, close_often])
 
 
 def test_more_threads_than_redis_py_has_connections_are_served(

@@ -156,6 +156,26 @@ def test_payloads_that_are_not_json_are_parse_errors_too(value: str) -> None:
         jsonrpc.parse(request_body(params=f'{{"a":{value}}}'))
 
 
+MEBIBYTE = 1024 * 1024
+
+
+@pytest.mark.parametrize("place", [MEBIBYTE - 3, MEBIBYTE - 1, MEBIBYTE, 2 * MEBIBYTE - 2])
+def test_characters_of_a_large_body_may_lie_anywhere(place: int) -> None:
+    before = len(request_body(params='{"a":""}')) - 3
+    payload = f'{{"a":"{"x" * (place - before)}😀é"}}'
+    assert request(payload).params == Raw(payload.encode())
+
+
+@pytest.mark.parametrize("wrong", [b"\xff", b"\xf0\x9f\x98x", b"\xed\xa0\xbd", b"\xc3"])
+@pytest.mark.parametrize("place", [MEBIBYTE - 3, MEBIBYTE - 1, MEBIBYTE, 2 * MEBIBYTE - 2])
+def test_a_large_body_that_is_not_utf8_is_a_parse_error(place: int, wrong: bytes) -> None:
+    start = b'{"jsonrpc":"2.0","method":"m","params":{"a":"'
+    with pytest.raises(ParseError):
+        jsonrpc.parse(start.ljust(place, b"x") + wrong + b'"}}')
+    with pytest.raises(ParseError):
+        jsonrpc.parse(start.ljust(place, b"x") + wrong)
+
+
 @pytest.mark.parametrize("opening", ["[", '{"a":'], ids=["arrays", "objects"])
 @pytest.mark.parametrize("where", ["alone", "in params", "in a batch"])
 def test_a_hundred_thousand_brackets_are_a_parse_error(opening: str, where: str) -> None:
@@ -408,6 +428,10 @@ def test_an_error_carries_the_id_of_its_request(request_id: RequestId) -> None:
 
 def test_an_error_that_answers_no_request_has_no_id_at_all() -> None:
     assert "id" not in json.loads(jsonrpc.encode_error(-32600, "no", None))
+
+
+def test_an_error_object_has_code_and_message() -> None:
+    assert jsonrpc.error_payload(-32000, "é") == Raw('{"code":-32000,"message":"é"}'.encode())
 
 
 def test_a_value_becomes_a_payload() -> None:

@@ -1,0 +1,50 @@
+"""A value for every setting, as text and as what it means."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Sample(NamedTuple):
+    """A setting's text in the environment, its words on the command line, and its value."""
+
+    text: str
+    words: tuple[str, ...]
+    value: Any
+
+
+def _one(text: str, value: Any) -> Sample:
+    return Sample(text, (text,), value)
+
+
+#: Every setting but `command`, which the command line takes after `--`.
+SAMPLES: dict[str, Sample] = {
+    "config": _one("servers.json", "servers.json"),
+    "env": Sample("A=1, B=2=3,", ("A=1", "B=2=3"), ("A=1", "B=2=3")),
+    "cwd": _one("/srv", "/srv"),
+    "redis_url": _one("redis://127.0.0.1:1/0", "redis://127.0.0.1:1/0"),
+    "redis_prefix": _one("mine:", "mine:"),
+    "session_ttl": _one("0.5", 0.5),
+    "unknown_session_status": _one("404", 404),
+    "stdio_mode": _one("per-session", "per-session"),
+    "request_timeout": _one("30", 30.0),
+    "connect_timeout": _one("1.25", 1.25),
+    "keepalive_interval": _one("2", 2.0),
+    "sse_after": _one("0.1", 0.1),
+    "max_body_bytes": _one("1", 1),
+    "max_message_bytes": _one("1000", 1000),
+    "max_sessions": _one("3", 3),
+    "max_streams": _one("4", 4),
+    "allowed_origins": Sample("http://a, *", ("http://a", "*"), ("http://a", "*")),
+    "allowed_hosts": Sample("a.example", ("a.example",), ("a.example",)),
+    "log_format": _one("json", "json"),
+    "log_level": _one("debug", "debug"),
+    "bind": _one("unix:/run/x.sock", "unix:/run/x.sock"),
+    "workers": _one("2", 2),
+    "threads": _one("4", 4),
+    "worker_class": _one("gevent", "gevent"),
+    "cpu_affinity": _one("0,2", "0,2"),
+}
+
+#: Settings that go with a command only.
+NEED_COMMAND = {"env", "cwd"}

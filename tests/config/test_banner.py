@@ -1,0 +1,58 @@
+"""What is printed when the proxy listens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mcp_proxy.banner import banner, server_urls
+from mcp_proxy.config import ProxyConfig
+
+
+@pytest.fixture
+def two_servers(tmp_path: Path) -> ProxyConfig:
+    """A configuration with a file of two servers."""
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": {"a": {"command": "x"}, "b": {"command": "y"}}}))
+    return ProxyConfig(config=str(file))
+
+
+def pasted(printed: str) -> object:
+    """The client configuration in a banner."""
+    block = printed[printed.index("    {") : printed.rindex("}") + 1]
+    return json.loads(block)
+
+
+def test_one_server_is_at_the_root() -> None:
+    assert server_urls(ProxyConfig(command=("x",)), "http://h:1") == {"default": "http://h:1/mcp"}
+
+
+def test_servers_of_a_file_have_paths_of_their_own(two_servers: ProxyConfig) -> None:
+    assert server_urls(two_servers, "http://h:1") == {
+        "a": "http://h:1/servers/a/mcp",
+        "b": "http://h:1/servers/b/mcp",
+    }
+
+
+def test_the_banner_holds_what_a_client_wants_to_paste(two_servers: ProxyConfig) -> None:
+    printed = banner(two_servers, ["http://127.0.0.1:9000"])
+    assert pasted(printed) == {
+        "mcpServers": {
+            "a": {"type": "http", "url": "http://127.0.0.1:9000/servers/a/mcp"},
+            "b": {"type": "http", "url": "http://127.0.0.1:9000/servers/b/mcp"},
+        }
+    }
+    assert "http://127.0.0.1:9000/healthz" in printed
+
+
+@pytest.mark.parametrize("address", ["http://0.0.0.0:80", "http://[::]:80"])
+def test_every_interface_is_shown_as_this_machine(address: str) -> None:
+    printed = banner(ProxyConfig(), [address])
+    assert "http://127.0.0.1:80/mcp" in printed
+    assert address not in printed
+
+
+def test_without_an_address_the_setting_is_shown() -> None:
+    assert "http://127.0.0.1:8080/mcp" in banner(ProxyConfig(), [])

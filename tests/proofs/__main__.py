@@ -1,0 +1,48 @@
+"""The long demonstrations: loads, kills and soaks, with their figures; `scripts/prove` runs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+from tests.proofs import sessions
+
+PROOFS: dict[str, Callable[[], None]] = {
+    "sessions-deleted": partial(sessions.opened_and_deleted, "memory"),
+    "sessions-deleted-redis": partial(sessions.opened_and_deleted, "redis"),
+    "sessions-abandoned": partial(sessions.opened_and_abandoned, "memory"),
+    "sessions-abandoned-redis": partial(sessions.opened_and_abandoned, "redis"),
+    "killed-worker": partial(sessions.killed_worker, "memory"),
+}
+
+
+def main() -> int:
+    """Runs the proofs that were named, or all; 1 if one of them fails."""
+    parser = argparse.ArgumentParser("scripts/prove", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROOFS))
+    names = parser.parse_args().names or list(PROOFS)
+    failed = [name for name in names if not proves(name)]
+    print(f"\n{len(names) - len(failed)} proved, {len(failed)} failed: {' '.join(failed)}")
+    return 1 if failed else 0
+
+
+def proves(name: str) -> bool:
+    """Runs one proof and prints how it went."""
+    print(f"\n--- {name}", flush=True)
+    started = time.monotonic()
+    try:
+        PROOFS[name]()
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        print(f"FAILED after {time.monotonic() - started:.0f} s", flush=True)
+        return False
+    print(f"proved in {time.monotonic() - started:.0f} s", flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -177,7 +177,7 @@ def test_without_pidfd_exits_are_noticed_too(monkeypatch: pytest.MonkeyPatch) ->
     pid = spawned.ask("grandchild", holds_output=True)["pid"]
     spawned.send("die", code=6)
     assert spawned.end() == "exit code 6"
-    assert not is_alive(pid)
+    eventually(lambda: not is_alive(pid))
     supervisor.close()
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -208,8 +208,10 @@ def test_a_store_that_cannot_be_reached_makes_no_session_lost(
         unreachable.load(session_id)
 
 
-def test_the_store_is_asked_about_issued_ids_only_after_a_miss(own_redis: object) -> None:
-    server: RedisServer = own_redis()  # type: ignore[operator]
+def test_the_store_is_asked_about_issued_ids_only_after_a_miss(
+    own_redis: Callable[..., RedisServer],
+) -> None:
+    server = own_redis()
     manager = SessionManager.with_redis(server.url, prefix="p:")
     manager.create(record("s"))
     with recorded_commands(server) as commands:

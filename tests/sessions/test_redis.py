@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import traceback
@@ -280,27 +279,17 @@ def test_close_leaves_a_client_that_was_handed_in_open(
         assert {line["id"] for line in admin.client_list()} == connections
 
 
-def test_closing_while_calls_run_makes_no_other_errors_than_ours(storage: RedisStorage) -> None:
-    is_over = threading.Event()
-
-    def load_on() -> None:
-        while not is_over.is_set():
-            with contextlib.suppress(StorageUnavailable):
-                assert storage.load("s") == record("s")
-
-    def close_often() -> None:
-        for _ in range(200):
-            storage.load("s")  # so that there is a connection to close
-            storage.close()
-        is_over.set()
-
-    def load_until_closed() -> None:
-        try:
-            load_on()
-        finally:
-            is_over.set()
-
-    run_together([*[load_until_closed] * 7, close_often])
+def test_a_call_that_runs_while_the_store_is_closed_still_has_its_answer(
+    server: RedisServer, storage: RedisStorage
+) -> None:
+    server.pause()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(storage.load, "s")
+        eventually(loading.running, message="the call did not begin")
+        storage.close()
+        server.resume()
+        assert loading.result(30) == record("s")
+    storage.check()
 
 
 def test_more_threads_than_redis_py_has_connections_are_served(

@@ -390,9 +390,11 @@ class _Walk:
     def _take(self, action: str, detail: float, session_id: str) -> object:
         storage = self.house.storage
         if action == "wait":
-            return self.house.pass_time(detail)
+            self.house.pass_time(detail)
+            return None
         if action == "create":
-            return storage.create(self._write(session_id))
+            storage.create(self._write(session_id))
+            return None
         if action == "swap":
             old = self.written[session_id][-1 - min(int(detail), len(self.written[session_id]) - 1)]
             return storage.swap(old, self._write(session_id))

@@ -27,7 +27,12 @@ def recorded_commands(server: RedisServer) -> Iterator[list[list[str]]]:
             commands.extend(_until(marker, monitor))
 
 
+def _next(monitor: Monitor) -> dict[str, str]:
+    seen: dict[str, str] = monitor.next_command()  # type: ignore[no-untyped-call]
+    return seen
+
+
 def _until(marker: str, monitor: Monitor) -> Iterator[list[str]]:
-    while marker not in (seen := monitor.next_command())["command"]:
+    while marker not in (seen := _next(monitor))["command"]:
         if seen["client_type"] != "lua":
             yield seen["command"].split(" ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,11 +134,11 @@ _parts = st.lists(st.tuples(_ranges, st.sampled_from(["", ";q=0.5", "; q=1", ";v
 
 @given(_parts, st.randoms(), st.sampled_from([JSON, EVENT_STREAM]))
 def test_neither_order_nor_case_nor_space_changes_what_is_accepted(
-    parts: list[tuple[str, str]], random: object, media_type: str
+    parts: list[tuple[str, str]], random: Random, media_type: str
 ) -> None:
     plain = [name + parameters for name, parameters in parts]
     shuffled = list(plain)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     expected = headers.accepts(",".join(plain), media_type)
     assert headers.accepts(" ,\t".join(shuffled).upper(), media_type) == expected
 

@@ -107,7 +107,7 @@ class Application:
                 timeout=config.connect_timeout,
             )
         except ValueError as error:
-            raise ConfigError(f"redis_url: {error}") from error
+            raise ConfigError(f"redis_url {error}") from None
 
     def _mounted(self) -> WSGIApplication:
         """One server at the root; those of a file each under its name."""

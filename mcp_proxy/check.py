@@ -67,8 +67,10 @@ def _store(config: ProxyConfig) -> Row:
         store = RedisStorage(config.redis_url, timeout=config.connect_timeout)
         version = store.version()
         store.close()
-    except (ProxyError, ValueError) as error:
-        return Row("sessions", False, f"{error}")
+    except ProxyError as error:
+        return Row("sessions", False, str(error))
+    except ValueError as error:
+        return Row("sessions", False, f"redis_url {error}")
     found = ".".join(map(str, version))
     if version < REDIS_NEEDED:
         return Row("sessions", False, f"Redis {found} is too old: GETEX came with 6.2")

@@ -64,7 +64,9 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("mcp-wsgi-proxy", usage=_USAGE, epilog=_EPILOG)
+    parser = argparse.ArgumentParser(
+        "mcp-wsgi-proxy", usage=_USAGE, epilog=_EPILOG, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     for setting in settings():
         if setting.name != "command":
@@ -74,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
     spellings = {f"--{setting.name.replace('_', '-')}", f"--{setting.name}"}
-    reason = setting.reason if setting.default is None else f"{setting.reason} ({setting.default})"
+    has_default = setting.default not in (None, ())
+    reason = f"{setting.reason} ({setting.default})" if has_default else setting.reason
     parser.add_argument(
         *sorted(spellings),
         dest=setting.name,

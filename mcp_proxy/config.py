@@ -8,7 +8,6 @@ with a sentence.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -27,7 +26,7 @@ PREFIX = "MCP_PROXY_"
 #: Field metadata: the value must not be printed.
 SECRET = {"secret": True}
 
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=10 * 365 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -42,6 +41,9 @@ class StdioServer(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         return shlex.join(self.argv)
 
+    def __repr__(self) -> str:
+        return f"StdioServer({self.name!r}, {self.argv!r}, env={sorted(self.env)}, cwd={self.cwd!r})"
+
 
 class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set. Times are in seconds, sizes in bytes."""
@@ -51,7 +53,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
     ] = None
     env: Annotated[
-        tuple[str, ...], Meta(description="NAME=VALUE pairs for the server of `command`")
+        tuple[str, ...],
+        Meta(description="NAME=VALUE pairs for the server of `command`", extra=SECRET),
     ] = ()
     cwd: Annotated[str | None, Meta(description="working directory of that server")] = None
     redis_url: Annotated[
@@ -134,7 +137,7 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         for pair in self.env:
             if "=" not in pair:
-                raise ConfigError(f"env takes NAME=VALUE pairs, not {pair!r}")
+                raise ConfigError("env takes NAME=VALUE pairs, and one of them has no =")
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
 
@@ -239,12 +242,13 @@ def from_values(values: Mapping[str, Any]) -> ProxyConfig:
 
 def _plain(complaint: str) -> str:
     """msgspec's complaint about a text, as the one who wrote the text understands it."""
-    return complaint.replace(", got `str`", "").replace("`", "").lower()
+    complaint = complaint.replace(", got `str`", "").replace("`", "")
+    return complaint[:1].lower() + complaint[1:]
 
 
 def _value(setting: Setting, text: str) -> Any:
     if setting.name == "command":
-        return shlex.split(text)
+        return _split(text)
     if setting.is_list:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
@@ -256,6 +260,13 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
+class _Switch(msgspec.Struct):
+    """Whether a server of the file is to be served."""
+
+    disabled: bool = False
+    enabled: bool = True
+
+
 class _Entry(msgspec.Struct):
     """A server in the file; keys that other programs use are left alone."""
 
@@ -264,12 +275,10 @@ class _Entry(msgspec.Struct):
     env: dict[str, str] = {}
     cwd: str | None = None
     url: str | None = None
-    disabled: bool = False
-    enabled: bool = True
 
 
 class _File(msgspec.Struct):
-    servers: dict[str, _Entry] = msgspec.field(name="mcpServers")
+    servers: dict[str, Any] = msgspec.field(name="mcpServers")
 
 
 def read_servers(path: Path, environ: Mapping[str, str] = os.environ) -> list[StdioServer]:
@@ -279,26 +288,45 @@ def read_servers(path: Path, environ: Mapping[str, str] = os.environ) -> list[St
     that names the file and the server.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        entries = msgspec.convert(_expand(document, environ), _File).servers
+        entries = msgspec.json.decode(path.read_bytes(), type=_File).servers
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (ValueError, msgspec.ValidationError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    wanted = {name: e for name, e in entries.items() if e.enabled and not e.disabled}
-    if not wanted:
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {_plain(str(error))}") from error
+    servers = [_read_server(path, name, entry, environ) for name, entry in entries.items()]
+    enabled = [server for server in servers if server is not None]
+    if not enabled:
         raise ConfigError(f"{path}: no server is enabled")
-    return [_server(path, name, entry) for name, entry in wanted.items()]
+    return enabled
 
 
-def _server(path: Path, name: str, entry: _Entry) -> StdioServer:
-    if not _NAME.fullmatch(name):
+def _read_server(
+    path: Path, name: str, entry: Any, environ: Mapping[str, str]
+) -> StdioServer | None:
+    """The server of one entry, None if it is switched off."""
+    if not _NAME.fullmatch(name) or name in (".", ".."):
         raise ConfigError(f"{path}: a server's name becomes part of a path, {name!r} cannot")
+    try:
+        switch = msgspec.convert(entry, _Switch)
+        if switch.disabled or not switch.enabled:
+            return None
+        return _server(name, msgspec.convert(_expanded(entry, environ), _Entry))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {name}: {_plain(str(error))}") from error
+
+
+def _server(name: str, entry: _Entry) -> StdioServer:
     if entry.url is not None:
-        raise ConfigError(f"{path}: {name}: servers with a url are not supported yet")
+        raise ValueError("servers with a url are not supported yet")
     if not entry.command:
-        raise ConfigError(f"{path}: {name}: a command is missing")
+        raise ValueError("a command is missing")
     return StdioServer(name, (entry.command, *entry.args), entry.env, entry.cwd)
+
+
+def _expanded(entry: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """An entry with variables replaced, in the fields that are ours."""
+    ours = {field.name for field in msgspec.structs.fields(_Entry)}
+    return {name: _expand(value, environ) for name, value in entry.items() if name in ours}
 
 
 def _expand(value: Any, environ: Mapping[str, str]) -> Any:
@@ -319,9 +347,16 @@ def _lookup(match: re.Match[str], environ: Mapping[str, str]) -> str:
     return value
 
 
+def _split(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"command: {str(error).lower()}") from error
+
+
 def as_command(command: Sequence[str] | str) -> tuple[str, ...]:
     """A command as arguments, a string split as a shell would; ConfigError if it is empty."""
-    argv = tuple(shlex.split(command)) if isinstance(command, str) else tuple(command)
+    argv = tuple(_split(command)) if isinstance(command, str) else tuple(command)
     if not argv:
         raise ConfigError("The command of a stdio server is empty")
     return argv

@@ -3,12 +3,15 @@
 The only module of the session layer that knows redis-py. Each command names one key, so that a
 Cluster can serve it; a time to live travels in the command that writes. redis-py may repeat a
 command whose answer was lost, so the two commands that must not lie when repeated, `create` and
-`swap`, recognise their own earlier success.
+`swap`, sign what they write with a nonce of their call: by it they know their own earlier success
+from that of somebody else who wrote the very same record. The signature is a last member of the
+record's JSON object, which readers pass over.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,36 +20,50 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from mcp_proxy.errors import SessionExists, SessionNotFound, StorageUnavailable
+from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
 from mcp_proxy.sessions.session import Session, decode, encode
 from mcp_proxy.sessions.storage import ISSUED_TTL, Storage
+
+# As many as there are threads: each asks one thing at a time.
+_CONNECTIONS = 1 << 20
 
 #: A client of redis-py, as `connect` makes it or as a user hands it in.
 Client = redis.Redis
 
-# One key. A repeated swap finds its own value and says so: it won.
+_SIGNED = b',"signed":"'
+_SIGNATURE_BYTES = len(_SIGNED) + 32 + len(b'"}')
+
+# One key. ARGV: the old record without its closing brace, the new one signed, the time to live in
+# milliseconds, the length of a signature. A repeated swap finds its own value: it won.
 _SWAP = """
 local current = redis.call('GET', KEYS[1])
-if current == ARGV[1] then
-  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-  return 1
-end
+if not current then return 0 end
 if current == ARGV[2] then return 1 end
-return 0
+if string.sub(current, 1, -1 - tonumber(ARGV[4])) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
 """
 
 
 def connect(url: str, timeout: float) -> Client:
     """A client for `redis://`, `rediss://` or `unix://`; nothing is sent yet. `timeout` in seconds.
 
-    Raises ValueError when the URL cannot be read.
+    Raises ValueError when the URL cannot be read; its message does not show the URL.
     """
-    return Client.from_url(
-        url,
-        socket_connect_timeout=timeout,
-        socket_timeout=timeout,
-        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-    )
+    try:
+        return Client.from_url(
+            url,
+            socket_connect_timeout=timeout,
+            socket_timeout=timeout,
+            max_connections=_CONNECTIONS,
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        )
+    except ValueError:
+        # Without its cause: that one may show a part of the password.
+        raise ValueError(
+            "cannot be read; it has the form redis://USER:PASSWORD@HOST:PORT/DB, rediss://... or "
+            "unix://PATH, with special characters in the password percent-encoded"
+        ) from None
 
 
 @contextmanager
@@ -56,6 +73,8 @@ def _mapped_errors() -> Iterator[None]:
         yield
     except (redis.RedisError, OSError) as error:
         raise StorageUnavailable from error
+    except UnicodeDecodeError as error:  # a client that decodes, and what is no text
+        raise StorageError(f"The session record cannot be read: {error}") from error
 
 
 class RedisStorage(Storage):
@@ -82,13 +101,13 @@ class RedisStorage(Storage):
         return f"<RedisStorage prefix={self.prefix!r} ttl={self.ttl}>"
 
     def create(self, session: Session) -> None:
-        data = encode(session)
+        data = _signed(session)
         key = self._session_key(session.id)
         with _mapped_errors():
             self._client.set(self._issued_key(session.id), b"1", ex=ISSUED_TTL)
             if self._client.set(key, data, nx=True, px=self._ttl_ms):
                 return
-            if self._client.get(key) == data:
+            if _as_bytes(self._client.get(key) or b"") == data:
                 return  # the answer to our own first attempt was lost
         raise SessionExists(f"Session {session.id} exists already")
 
@@ -104,7 +123,8 @@ class RedisStorage(Storage):
             return bool(self._client.exists(self._session_key(session_id)))
 
     def swap(self, old: Session, new: Session) -> bool:
-        arguments: list[bytes | int] = [encode(old), encode(new), self._ttl_ms]
+        before = encode(old).removesuffix(b"}")
+        arguments: list[bytes | int] = [before, _signed(new), self._ttl_ms, _SIGNATURE_BYTES]
         with _mapped_errors():
             return bool(self._swap_script(keys=[self._session_key(old.id)], args=arguments))
 
@@ -128,13 +148,20 @@ class RedisStorage(Storage):
 
     def close(self) -> None:
         if self._owns_client:
-            self._client.close()
+            # Calls that are under way keep their connections and get their answers.
+            self._client.connection_pool.disconnect(inuse_connections=False)
 
     def _session_key(self, session_id: str) -> str:
         return f"{self.prefix}session:{session_id}"
 
     def _issued_key(self, session_id: str) -> str:
         return f"{self.prefix}issued:{session_id}"
+
+
+def _signed(session: Session) -> bytes:
+    """The record's JSON with a nonce of this one write as its last member."""
+    nonce = secrets.token_hex(16).encode()
+    return encode(session).removesuffix(b"}") + _SIGNED + nonce + b'"}'
 
 
 def _as_bytes(value: bytes | str) -> bytes:

@@ -50,12 +50,16 @@ def new_session(session_id: str, kind: str, **metadata: str) -> Session:
     return Session(id=session_id, type=kind, created_at=now, updated_at=now, metadata=metadata)
 
 
-_encoder = msgspec.json.Encoder()
+_encoder = msgspec.json.Encoder(order="deterministic")
 _decoder = msgspec.json.Decoder(Session)
 
 
 def encode(session: Session) -> bytes:
     """The record as JSON; equal records give equal bytes. Raises StorageError over 128 KiB."""
+    times = (session.created_at, session.updated_at)
+    if any(isinstance(moment, int) for moment in times):
+        created, updated = map(float, times)  # 1 and 1.0 are equal but not the same bytes
+        session = msgspec.structs.replace(session, created_at=created, updated_at=updated)
     data = _encoder.encode(session)
     if len(data) > MAX_RECORD:
         raise StorageError(f"The session record is larger than {MAX_RECORD} bytes")
@@ -66,5 +70,5 @@ def decode(data: bytes) -> Session:
     """The record in `data`; raises StorageError where it is none."""
     try:
         return _decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StorageError(f"The session record cannot be read: {error}") from error

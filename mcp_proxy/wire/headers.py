@@ -58,15 +58,17 @@ def accepts(accept: str, media_type: str) -> bool:
 
     `*/*` counts for JSON only: who cannot name event streams cannot be expected to read one.
     """
-    ranges = {media_type, media_type.partition("/")[0] + "/*"}
+    ranges = [media_type, media_type.partition("/")[0] + "/*"]
     if media_type == JSON:
-        ranges.add("*/*")
-    return any(_is_wanted(part, ranges) for part in accept.split(","))
+        ranges.append("*/*")
+    wanted = dict(_weighed(part) for part in accept.split(","))
+    return next((wanted[name] for name in ranges if name in wanted), False)  # the most specific
 
 
-def _is_wanted(part: str, ranges: set[str]) -> bool:
+def _weighed(part: str) -> tuple[str, bool]:
+    """A media range, and whether its weight is more than zero."""
     media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
-    return media_range in ranges and not any(re.fullmatch(r"q=0(\.0*)?", p) for p in parameters)
+    return media_range, not any(re.fullmatch(r"q=0(\.0*)?", p) for p in parameters)
 
 
 @lru_cache(maxsize=256)

@@ -219,7 +219,7 @@ def _field(decoder: msgspec.json.Decoder[T], payload: Raw | UnsetType, name: str
         return None
     try:
         value = getattr(decoder.decode(payload), name)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return None if value is UNSET else value
 

@@ -15,7 +15,7 @@ FIRST_MODERN = "2026-07-28"
 #: What a request without MCP-Protocol-Version is taken for where nothing else tells (2025-06-18).
 ASSUMED = "2025-03-26"
 
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 def is_legacy(version: str) -> bool:

@@ -12,6 +12,8 @@ import msgspec
 #: What a keepalive looks like: a comment, which every client ignores.
 KEEPALIVE = b": keepalive\n\n"
 
+_RETRY_DIGITS = 18  # milliseconds for longer than anybody waits
+
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
@@ -95,8 +97,10 @@ class Decoder:
             self._fields[name] = value
 
     def _is_sound(self, name: bytes, value: bytes) -> bool:
-        """Whether an `id` or a `retry` counts: no NUL in the one, only digits in the other."""
-        return (name == b"id" and b"\0" not in value) or (name == b"retry" and value.isdigit())
+        """Whether an `id` or a `retry` counts: no NUL in the one, a sane number in the other."""
+        if name == b"id":
+            return b"\0" not in value
+        return name == b"retry" and value.isdigit() and len(value) <= _RETRY_DIGITS
 
     def _dispatch(self) -> Event | None:
         fields, data = self._fields, self._data

@@ -20,9 +20,9 @@ import anyio
 import anyio.to_thread
 import httpx2
 import pytest
-from mcp import Client, MCPError, types
-from mcp.client.streamable_http import streamable_http_client
+from mcp import MCPError, types
 
+from tests.clients.talk import Talk, talking
 from tests.support.proxy_process import ProxyProcess, is_alive, is_guardian
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
@@ -55,73 +55,12 @@ _INITIALIZE = {
 _KILLED_WITHIN = 2.0
 _STOPPED_WITHIN = 15.0
 
-Scenario = Callable[["Talk"], Awaitable[None]]
-
-
-class Talk:
-    """A client of the SDK, and what a test wants to know of it.
-
-    `elicited` answers when the server asks the person.
-    """
-
-    def __init__(self, proxy: ProxyProcess) -> None:
-        self.client: Client
-        self.proxy = proxy
-        self.session_ids: set[str] = set()
-        self.elicited: Callable[[Any, Any], Awaitable[types.ElicitResult]] = _decline
-
-    async def note(self, request: httpx2.Request) -> None:
-        """Keeps the session id that a request goes under."""
-        if "Mcp-Session-Id" in request.headers:
-            self.session_ids.add(request.headers["Mcp-Session-Id"])
-
-    async def on_elicitation(self, context: Any, params: Any) -> types.ElicitResult:
-        """Answers as it was set to."""
-        return await self.elicited(context, params)
-
-    async def ask(self) -> str:
-        """What the server makes of the answer to a question that it asks meanwhile."""
-        return _text(await self.client.call_tool("ask", {}))
-
-    async def say(self, text: str) -> str:
-        """What the server echoes."""
-        return _text(await self.client.call_tool("echo", {"text": text}))
-
-    async def count(self, to: int, begun: anyio.Event | None = None) -> str:
-        """A call that takes a tenth of a second for each number; says when it has begun."""
-
-        async def progressed(progress: float, total: float | None, message: str | None) -> None:
-            if begun is not None:
-                begun.set()
-
-        counting = {"to": to, "pause": 0.1}
-        return _text(await self.client.call_tool("count", counting, progress_callback=progressed))
-
-
-def _text(result: types.CallToolResult) -> str:
-    (content,) = result.content
-    assert isinstance(content, types.TextContent)
-    return content.text
-
-
-async def _decline(context: Any, params: Any) -> types.ElicitResult:
-    return types.ElicitResult(action="decline")
-
-
-@asynccontextmanager
-async def _talking(proxy: ProxyProcess) -> AsyncIterator[Talk]:
-    talk = Talk(proxy)
-    async with httpx2.AsyncClient(timeout=60, event_hooks={"request": [talk.note]}) as http:
-        transport = streamable_http_client(proxy.url, http_client=http)
-        async with Client(
-            transport, mode="legacy", elicitation_callback=talk.on_elicitation
-        ) as talk.client:
-            yield talk
+Scenario = Callable[[Talk], Awaitable[None]]
 
 
 def _play(proxy: ProxyProcess, scenario: Scenario) -> None:
     async def play() -> None:
-        async with _talking(proxy) as talk:
+        async with talking(proxy) as talk:
             await scenario(talk)
 
     anyio.run(play)
@@ -130,6 +69,29 @@ def _play(proxy: ProxyProcess, scenario: Scenario) -> None:
 async def _until(condition: Callable[[], Any], timeout: float = 10, message: str = "") -> None:
     """Waits in another thread, so that the client lives on."""
     await anyio.to_thread.run_sync(functools.partial(eventually, condition, timeout, message))
+
+
+async def _failure_of_a_call(talk: Talk, strike: Callable[[], None]) -> MCPError:
+    """The error in which a call ends that is struck after it has begun."""
+    begun = anyio.Event()
+    errors: list[MCPError] = []
+
+    async def count() -> None:
+        with pytest.raises(MCPError) as raised:
+            await talk.count(6000, begun)
+        errors.append(raised.value)
+
+    async with anyio.create_task_group() as calls:
+        calls.start_soon(count)
+        await begun.wait()
+        await anyio.to_thread.run_sync(strike)
+    (error,) = errors
+    return error
+
+
+def _kill_server(proxy: ProxyProcess) -> None:
+    (server,) = proxy.server_pids()
+    os.kill(server, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -148,7 +110,7 @@ def test_server_killed_between_two_calls_is_replaced_and_the_session_goes_on(
     async def scenario(talk: Talk) -> None:
         assert await talk.say("before") == "before"
         (first,) = proxy.server_pids()
-        os.kill(first, signal.SIGKILL)
+        _kill_server(proxy)
         await _until(lambda: "ended by itself (signal SIGKILL)" in proxy.log())
         assert await talk.say("after") == "after"
         (second,) = proxy.server_pids()
@@ -162,21 +124,7 @@ def test_server_killed_during_a_call_fails_it_by_name_of_the_signal_and_serves_t
     proxy: ProxyProcess,
 ) -> None:
     async def scenario(talk: Talk) -> None:
-        begun = anyio.Event()
-        errors: list[MCPError] = []
-
-        async def count() -> None:
-            try:
-                await talk.count(600, begun)
-            except MCPError as error:
-                errors.append(error)
-
-        async with anyio.create_task_group() as calls:
-            calls.start_soon(count)
-            await begun.wait()
-            (server,) = proxy.server_pids()
-            os.kill(server, signal.SIGKILL)
-        (error,) = errors
+        error = await _failure_of_a_call(talk, functools.partial(_kill_server, proxy))
         assert (error.code, "SIGKILL" in error.message) == (-32000, True), error
         assert await talk.say("after") == "after"
         assert len(talk.session_ids) == 1
@@ -188,8 +136,7 @@ def test_server_killed_twice_in_a_row_is_given_time_and_then_replaced(proxy: Pro
     async def scenario(talk: Talk) -> None:
         for round in ("first", "second"):
             assert await talk.say(round) == round
-            (server,) = proxy.server_pids()
-            os.kill(server, signal.SIGKILL)
+            _kill_server(proxy)
             await _until(lambda: not proxy.server_pids())
         with pytest.raises(MCPError, match="keeps ending"):
             await _until_it_is_noticed(talk)
@@ -266,6 +213,20 @@ def test_worker_killed_leaves_the_session_in_redis_and_the_next_worker_goes_on_w
         _play(proxy, scenario)
 
 
+def test_worker_killed_during_a_call_fails_that_call_and_the_session_goes_on(
+    redis_server: RedisServer, redis_prefix: str
+) -> None:
+    async def scenario(talk: Talk) -> None:
+        error = await _failure_of_a_call(talk, functools.partial(_kill_worker, talk.proxy))
+        assert "ended without a response" in error.message, error  # the SDK's own words
+        assert await talk.say("after") == "after"
+        assert len(talk.session_ids) == 1
+
+    options = ["--redis-url", redis_server.url, "--redis-prefix", redis_prefix]
+    with ProxyProcess(options=options) as proxy:
+        _play(proxy, scenario)
+
+
 def test_guardian_killed_first_is_replaced_before_the_next_server_starts(
     proxy: ProxyProcess,
 ) -> None:
@@ -273,7 +234,7 @@ def test_guardian_killed_first_is_replaced_before_the_next_server_starts(
         assert await talk.say("before") == "before"
         (guardian,) = filter(is_guardian, proxy.all_pids())
         os.kill(guardian, signal.SIGKILL)
-        async with _talking(proxy) as other:
+        async with talking(proxy) as other:
             assert await other.say("another session") == "another session"
             await _until(lambda: any(map(is_guardian, proxy.all_pids())))
             await anyio.to_thread.run_sync(_kill_worker, proxy)
@@ -328,26 +289,13 @@ def test_proxy_told_to_stop_ends_streams_lets_a_call_finish_and_leaves_nothing()
 
 
 def test_proxy_told_to_stop_fails_a_call_that_takes_too_long_and_leaves_nothing() -> None:
-    errors: list[MCPError] = []
-
     async def scenario(talk: Talk) -> None:
-        begun = anyio.Event()
-
-        async def count() -> None:
-            with pytest.raises(MCPError) as raised:
-                await talk.count(6000, begun)
-            errors.append(raised.value)
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(count)
-            await begun.wait()
-            _tell_to_stop(talk.proxy)
-            await anyio.to_thread.run_sync(_stopped_in_order, talk.proxy)
+        error = await _failure_of_a_call(talk, functools.partial(_tell_to_stop, talk.proxy))
+        assert error.code == -32000, error
+        await anyio.to_thread.run_sync(_stopped_in_order, talk.proxy)
 
     with ProxyProcess() as proxy:
         _play(proxy, scenario)
-    (error,) = errors
-    assert error.code == -32000, error
 
 
 @pytest.mark.xfail(strict=True, reason="a replica that is told to stop refuses these answers")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from mcp_proxy.errors import SessionNotFound
+from mcp_proxy.errors import SessionExists, SessionNotFound
 from mcp_proxy.sessions import local
 from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.storage import ISSUED_TTL
 from tests.sessions.houses import record
+from tests.support.threads import run_together
 from tests.support.waiting import eventually
 
 
@@ -74,15 +77,14 @@ def _use(storage: LocalStorage, use: str) -> None:
 
 
 def test_the_sweep_spares_what_was_used_since(storage: LocalStorage, clock: Clock) -> None:
-    for session_id in ("idle", "loaded", "swapped"):
+    for session_id in ("loaded", "swapped", "idle"):
         storage.create(record(session_id))
     clock.now += 6
     storage.load("loaded")
     storage.swap(record("swapped"), record("swapped", a="1"))
     clock.now += 6
-    storage.create(record("new"))
-    assert held(storage) == (3, 4)
     assert not storage.exists("idle")
+    assert held(storage) == (2, 3)
     assert storage.load("loaded") == record("loaded")
     assert storage.load("swapped") == record("swapped", a="1")
 
@@ -130,6 +132,36 @@ def test_stores_know_nothing_of_each_other(storage: LocalStorage) -> None:
     other = LocalStorage()
     assert not other.exists("s")
     assert not other.issued("s")
+
+
+def test_no_thread_swaps_what_another_one_has_just_swapped() -> None:
+    storage = LocalStorage()
+    storage.create(record(count="0"))
+
+    def add_many() -> int:
+        won = 0
+        for _ in range(6000):
+            old = storage.load("s")
+            count = int(old.metadata["count"]) + 1
+            won += storage.swap(old, record(count=str(count)))
+        return won
+
+    won = run_together([add_many] * 8)
+    assert storage.load("s") == record(count=str(sum(won)))
+
+
+def test_no_two_threads_create_the_same_id() -> None:
+    storage = LocalStorage()
+
+    def create_many() -> int:
+        created = 0
+        for number in range(8000):
+            with contextlib.suppress(SessionExists):
+                storage.create(record(str(number)))
+                created += 1
+        return created
+
+    assert sum(run_together([create_many] * 8)) == 8000
 
 
 def test_without_a_clock_of_its_own_time_passes_by_itself() -> None:

@@ -153,6 +153,7 @@ def test_the_status_of_an_unknown_id_can_be_chosen(manager: SessionManager) -> N
     with pytest.raises(SessionUnknown) as caught:
         lenient.load("s")
     assert caught.value.status == 404
+    assert SessionUnknown().status == 400
     with pytest.raises(SessionUnknown) as caught:
         manager.load("s")
     assert caught.value.status == 400

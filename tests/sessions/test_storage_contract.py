@@ -262,6 +262,25 @@ class TestSwap:
             (winner,) = itertools.compress(new, outcomes)
             assert storage.load("s") == winner
 
+    def test_no_change_is_lost_among_many_threads(self, storage: Storage) -> None:
+        def add_one(thread: str) -> None:
+            while True:
+                old = storage.load("s")
+                count = int(old.metadata["count"]) + 1
+                if storage.swap(old, record(count=str(count), by=thread)):
+                    return
+
+        def adding(thread: str) -> Callable[[], None]:
+            def add_many() -> None:
+                for _ in range(50):
+                    add_one(thread)
+
+            return add_many
+
+        storage.create(record(count="0"))
+        run_together([adding(str(number)) for number in range(8)])
+        assert storage.load("s").metadata["count"] == "400"
+
     def test_a_delete_among_swaps_is_final(self, storage: Storage) -> None:
         def deleting() -> bool:
             storage.delete("s")

@@ -490,6 +490,22 @@ def test_repair_replaces_what_is_not_unicode_and_nothing_else(line: bytes, expec
     assert jsonrpc.repair(line) == expected
 
 
+@pytest.mark.parametrize("spell", ["\\u{:04x}", "\\u{:04X}", "\\uD{:03x}", "\\ud{:03X}"])
+def test_repair_tells_every_half_from_every_other_character(spell: str) -> None:
+    digits = range(0x1000) if "{:03" in spell else range(0x10000)
+    for number in digits:
+        line = f'"{spell.format(number)}"'.encode()
+        is_half = 0xD800 <= (number if len(digits) > 0x1000 else 0xD000 + number) <= 0xDFFF
+        assert jsonrpc.repair(line) == (rb'"\ufffd"' if is_half else line)
+
+
+@pytest.mark.parametrize("first", [r"\ud800", r"\uD8FF", r"\udaBc", r"\uDBFF"])
+@pytest.mark.parametrize("second", [r"\udc00", r"\uDCFF", r"\udeAd", r"\uDFFF"])
+def test_repair_leaves_every_pair_alone(first: str, second: str) -> None:
+    line = f'"{first}{second}"'.encode()
+    assert jsonrpc.repair(line) == line
+
+
 def test_a_repaired_line_parses() -> None:
     line = b'{"jsonrpc":"2.0","id":1,"result":{"text":"half \\ud83d and \xff"}}'
     with pytest.raises(ParseError):

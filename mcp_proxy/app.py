@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Seconds that running calls get to end by themselves once a worker is told to stop.
-DRAIN_TIME = 10.0
+DRAIN_TIME = 8.0
 
 _DRAIN_POLL = 0.1
 

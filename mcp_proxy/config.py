@@ -42,7 +42,9 @@ class StdioServer(msgspec.Struct, frozen=True):
         return shlex.join(self.argv)
 
     def __repr__(self) -> str:
-        return f"StdioServer({self.name!r}, {self.argv!r}, env={sorted(self.env)}, cwd={self.cwd!r})"
+        return (
+            f"StdioServer({self.name!r}, {self.argv!r}, env={sorted(self.env)}, cwd={self.cwd!r})"
+        )
 
 
 class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -22,6 +22,9 @@ from mcp_proxy.errors import ConfigError
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+# Seconds between looks at whether the worker is ending without a signal.
+_LOOK = 1.0
+
 # Connections of a worker beyond its threads: kept alive, between two requests.
 _KEPT_ALIVE = 8
 
@@ -113,7 +116,7 @@ class Hooks:
             app.replica.affinity = frozenset(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {worker.cpu})
         if hasattr(app, "drain"):
-            _chain_sigterm(app)
+            _drain_at_the_end(worker, app)
 
     def worker_int(self, worker: Any) -> None:
         """SIGINT or SIGQUIT: the worker leaves at once, and so do its children."""
@@ -124,17 +127,29 @@ class Hooks:
         _close(worker)
 
 
-def _chain_sigterm(app: Any) -> None:
-    """At SIGTERM gunicorn waits for open streams and tells nobody: ours comes first."""
+def _drain_at_the_end(worker: Any, app: Any) -> None:
+    """Has the application drained before gunicorn's worker goes.
+
+    gunicorn tells nobody that a worker is to end, and then waits for open streams. So its SIGTERM
+    handler is called only after the drain: until then the worker still accepts, to say that it is
+    shutting down. The other ends, `max_requests` and a master that is gone, are looked for.
+    """
+    told = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=app.drain, name="mcp-drain", daemon=True).start()
-        if callable(before):
-            before(number, frame)
+        told.set()
+
+    def watch() -> None:
+        while not told.wait(_LOOK) and worker.alive and os.getppid() == worker.ppid:
+            pass
+        app.drain()
+        if told.is_set() and callable(before):
+            before(signal.SIGTERM, None)
 
     signal.signal(signal.SIGTERM, handle)
     signal.siginterrupt(signal.SIGTERM, False)
+    threading.Thread(target=watch, name="mcp-drain", daemon=True).start()
 
 
 def _close(worker: Any) -> None:

@@ -27,6 +27,9 @@ from mcp_proxy.errors import BackendLost, BackendTimeout
 
 log = logging.getLogger(__name__)
 
+# What gunicorn adds to its own environment.
+_OF_GUNICORN = frozenset({"SERVER_SOFTWARE"})
+
 _BUFFER = 16 * 1024
 _TAIL_LINES = 20
 _LINE_SHOWN = 2000  # characters of a line of noise or stderr that the log gets
@@ -216,8 +219,12 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without our own settings: a Redis password is none of a server's business."""
-    return {name: value for name, value in environ.items() if not name.startswith("MCP_PROXY_")}
+    """Our environment without our settings: a Redis password is none of a server's business."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("MCP_PROXY_") and name not in _OF_GUNICORN
+    }
 
 
 @contextlib.contextmanager

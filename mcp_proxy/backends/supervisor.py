@@ -128,7 +128,7 @@ class Supervisor:
 
     def _read(self, watched: _Watched, on_line: Callable[[bytes], None]) -> None:
         watched.child.read_lines(on_line)
-        self._order(lambda: self._leaving.add(watched))
+        self._order(lambda: self._note_eof(watched))
 
     def _order(self, act: Callable[[], None]) -> None:
         """Has `act` done by the supervisor's thread."""
@@ -188,6 +188,10 @@ class Supervisor:
     def _drain_stderr(self, child: Child) -> None:
         if child.drain_stderr() == 0:
             self._selector.unregister(child.stderr)
+
+    def _note_eof(self, watched: _Watched) -> None:
+        if watched.child in self._watched:  # else its exit was seen first, and that was its end
+            self._leaving.add(watched)
 
     def _begin_stop(self, child: Child) -> None:
         watched = self._watched.get(child)

@@ -34,6 +34,11 @@ class Edge:
         self.is_draining = False
         self._guard = Guard(settings.allowed_origins, settings.allowed_hosts)
 
+    def require_open(self) -> None:
+        """Raises Draining when this replica takes no new work; answers to running work are none."""
+        if self.is_draining:
+            raise Draining
+
     def serve(
         self,
         environ: WSGIEnvironment,
@@ -43,7 +48,7 @@ class Edge:
     ) -> Iterable[bytes]:
         """Answers one request by what `handle` returns or raises, if it may come in at all.
 
-        Our own endpoints (`is_own`) are open to probes under any Host and answer while draining.
+        Our own endpoints (`is_own`) are open to probes under any Host.
         """
         request = ClientRequest(environ)
         token = current_request.set(request.id)
@@ -62,8 +67,6 @@ class Edge:
             if is_own:
                 return handle(request)
             self._guard.check(request.environ)
-            if self.is_draining:
-                raise Draining
             if request.method == "OPTIONS" and "HTTP_ORIGIN" in request.environ:
                 return empty_reply(204, self._guard.preflight_headers())
             return handle(request)

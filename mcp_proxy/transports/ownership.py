@@ -22,6 +22,7 @@ from mcp_proxy.config import ProxyConfig, StdioServer
 from mcp_proxy.errors import (
     BackendError,
     BackendLost,
+    Draining,
     Overloaded,
     SessionEnded,
     SessionNotFound,
@@ -158,6 +159,8 @@ class StdioSessions:
     # --- recovery --------------------------------------------------------------------------------
 
     def _recover(self, session: Session) -> Bridge:
+        if self._closing.is_set():
+            raise Draining
         self.restarts.require_patience_over(session.id)
         claimed = self._claim(session)
         if claimed is None:
@@ -232,11 +235,11 @@ class StdioSessions:
                 )
                 self._sweeper.start()
 
-    def _release(self, url: str) -> None:
+    def _release(self, url: str, reason: str = "The session was ended") -> None:
         with self._lock:
             held = self._held.pop(url, None)
         if held is not None:
-            held.bridge.close()
+            held.bridge.close(reason)
 
     def _held_copy(self) -> dict[str, _Held]:
         with self._lock:
@@ -291,7 +294,7 @@ class StdioSessions:
         """Ends every child of this replica; the records stay, so another one can take over."""
         self._closing.set()
         for url in self._held_copy():
-            self._release(url)
+            self._release(url, "The proxy is shutting down")
 
 
 def _is_stale(claim: str) -> bool:

@@ -117,12 +117,13 @@ class StreamableProxy:
         session = self._session(request)
         if isinstance(message, list):
             return self._batch(request, session, message)
-        backend = self.sessions.backend_of(session)
-        _pass_on(backend, message)
+        request.rpc = message.method if isinstance(message, Notification) else "response"
+        _pass_on(self.sessions.backend_of(session), message)
         return empty_reply(202)
 
     def _request(self, request: ClientRequest, message: Request) -> Reply:
         request.rpc = message.method
+        self.edge.require_open()
         meta = jsonrpc.meta_of(message)
         if isinstance(meta.protocol_version, str):
             raise _not_spoken(meta.protocol_version)
@@ -167,13 +168,15 @@ class StreamableProxy:
         calls = [message for message in batch if isinstance(message, Request)]
         if any(call.method == handshake.INITIALIZE for call in calls):
             raise InvalidRequest("initialize must not be part of a batch")
+        request.rpc = f"batch of {len(batch)}"
+        if calls:
+            self.edge.require_open()
         backend = self.sessions.backend_of(session)
         for message in batch:
             if not isinstance(message, Request):
                 _pass_on(backend, message)
         if not calls:
             return empty_reply(202)
-        request.rpc = f"batch of {len(calls)}"
         return self._answer(request, self._send(request, session, calls), None)
 
     # --- the answer ------------------------------------------------------------------------------
@@ -242,6 +245,7 @@ class StreamableProxy:
         """The session's standing stream, "Listening for Messages from the Server"."""
         if not request.accepts(headers.EVENT_STREAM):
             raise NotAcceptable("Accept must name text/event-stream")
+        self.edge.require_open()
         session = self._session(request)
         self.edge.slots.take()
         try:

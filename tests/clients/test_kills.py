@@ -298,7 +298,6 @@ def test_proxy_told_to_stop_fails_a_call_that_takes_too_long_and_leaves_nothing(
         _play(proxy, scenario)
 
 
-@pytest.mark.xfail(strict=True, reason="a replica that is told to stop refuses these answers")
 def test_proxy_told_to_stop_still_takes_the_answer_that_a_running_call_waits_for() -> None:
     answers: list[str] = []
 
@@ -319,7 +318,6 @@ def test_proxy_told_to_stop_still_takes_the_answer_that_a_running_call_waits_for
     assert ["in time" in answer for answer in answers] == [True]
 
 
-@pytest.mark.xfail(strict=True, reason="a worker that is told to stop accepts and never answers")
 def test_proxy_told_to_stop_says_so_to_whoever_comes_while_a_call_still_runs() -> None:
     async def scenario(talk: Talk) -> None:
         begun = anyio.Event()

@@ -117,7 +117,12 @@ def test_what_nobody_foresaw_is_a_500_without_details(caplog: pytest.LogCaptureF
 def test_a_draining_edge_serves_nothing_new() -> None:
     edge = Edge(ProxyConfig())
     edge.is_draining = True
-    status, headers, _ = serve(edge, lambda request: empty_reply(202))
+
+    def begin_work(request: ClientRequest) -> Reply:
+        edge.require_open()
+        return empty_reply(202)
+
+    status, headers, _ = serve(edge, begin_work)
     assert status == "503 Service Unavailable"
     assert "Retry-After" in headers
 

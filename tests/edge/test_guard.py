@@ -13,8 +13,23 @@ def environ(host: str | None, server: str = "127.0.0.1", **more: str) -> dict[st
     return {"SERVER_NAME": server, **headers, **more}
 
 
-LOCAL = ["localhost", "localhost:8080", "127.0.0.1", "127.9.9.9:1", "[::1]", "[::1]:80", "a.localhost"]
-FOREIGN = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "10.0.0.1", "", "["]
+LOCAL = [
+    "localhost",
+    "localhost:8080",
+    "127.0.0.1",
+    "127.9.9.9:1",
+    "[::1]",
+    "[::1]:80",
+    "a.localhost",
+]
+FOREIGN = [
+    "evil.example",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example:80",
+    "10.0.0.1",
+    "",
+    "[",
+]
 
 
 @pytest.mark.parametrize("host", LOCAL)

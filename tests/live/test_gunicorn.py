@@ -219,7 +219,7 @@ def test_json_logs_carry_the_request_and_hide_secrets(redis_server: RedisServer)
         request = answer.headers["X-Request-ID"]
         assert client.call("echo", X_Request_ID="my-own-id").headers["X-Request-ID"] == "my-own-id"
         eventually(lambda: "my-own-id" in process.log())
-        lines = [json.loads(line) for line in process.log().splitlines() if line.startswith("{\"")]
+        lines = [json.loads(line) for line in process.log().splitlines() if line.startswith('{"')]
         (line,) = [line for line in lines if line.get("request") == request]
         assert line["rpc"] == "initialize"
         assert line["status"] == 200

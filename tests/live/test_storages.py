@@ -15,7 +15,13 @@ from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
 
 # A configuration of somebody else's: none of our hooks and settings.
-BARE = ("-m", "gunicorn", "-c", "python:tests.live.plain_gunicorn", "tests.live.bare_streamable:app")
+BARE = (
+    "-m",
+    "gunicorn",
+    "-c",
+    "python:tests.live.plain_gunicorn",
+    "tests.live.bare_streamable:app",
+)
 
 
 @contextlib.contextmanager

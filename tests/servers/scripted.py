@@ -165,7 +165,10 @@ def grandchild(message: Json, params: Json) -> Any:
     command = [sys.executable, "-I", "-S", "-c", STUBBORN]
     keep = None if params.get("holds_output") else subprocess.DEVNULL
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=keep, start_new_session=params.get("escape", False)
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=keep,
+        start_new_session=params.get("escape", False),
     )
     return {"pid": process.pid}
 
@@ -263,7 +266,11 @@ class Server:
         time.sleep(options.slow_start)
         wanted = message["params"]["protocolVersion"]
         info = {"name": "scripted", "version": "1"}
-        result = {"protocolVersion": options.version or wanted, "capabilities": {}, "serverInfo": info}
+        result = {
+            "protocolVersion": options.version or wanted,
+            "capabilities": {},
+            "serverInfo": info,
+        }
         send({"id": message["id"], "result": result})
 
 

@@ -24,7 +24,9 @@ _PATIENCE = 30.0
 class Answer:
     """One HTTP response: complete, or an event stream that is read as it comes."""
 
-    def __init__(self, status: int, headers: Mapping[str, str], pieces: Iterator[bytes], close: Any):
+    def __init__(
+        self, status: int, headers: Mapping[str, str], pieces: Iterator[bytes], close: Any
+    ):
         self.status = status
         self.headers = headers
         self._pieces = pieces
@@ -145,7 +147,9 @@ class McpClient:
         assert self.notify("notifications/initialized").status == 202
         return self
 
-    def call(self, method: str, params: Json | None = None, key: Any = None, **headers: str) -> Answer:
+    def call(
+        self, method: str, params: Json | None = None, key: Any = None, **headers: str
+    ) -> Answer:
         """Sends a request and returns the response as it comes."""
         key = next(self._ids) if key is None else key
         return self.post(_request(method, params, key), **headers)

@@ -154,13 +154,17 @@ def test_progress_tokens_of_two_calls_do_not_cross(client: McpClient) -> None:
 
 
 def test_payloads_pass_as_the_bytes_they_were(client: McpClient) -> None:
-    result = b'{"n": 1.10,  "big": 123456789012345678901234567890, "e": 1E400, "u": "\\u00fc\xc3\xbc"}'
+    result = (
+        b'{"n": 1.10,  "big": 123456789012345678901234567890, "e": 1E400, "u": "\\u00fc\xc3\xbc"}'
+    )
     params = {"bytes": base64.b64encode(result).decode()}
     assert result in client.call("raw_answer", params).body()
 
 
 def test_a_pretty_printed_body_reaches_the_server_as_one_line(client: McpClient) -> None:
-    body = b'{\r\n "jsonrpc": "2.0",\n "id": 5,\n "method": "echo",\n "params": {\n  "a": "b"\n }\n}'
+    body = (
+        b'{\r\n "jsonrpc": "2.0",\n "id": 5,\n "method": "echo",\n "params": {\n  "a": "b"\n }\n}'
+    )
     assert client.post(body).message()["result"] == {"a": "b"}
 
 
@@ -331,7 +335,9 @@ def test_on_a_stream_the_time_limit_is_an_error_event(way: str) -> None:
         client = proxy.client().open()
         answer = client.call("silence", key=3)
         assert answer.is_stream
-        assert answer.message()["error"]["message"] == "The server did not answer within 0.6 seconds"
+        assert (
+            answer.message()["error"]["message"] == "The server did not answer within 0.6 seconds"
+        )
 
 
 # --- sessions ------------------------------------------------------------------------------------

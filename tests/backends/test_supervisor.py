@@ -276,9 +276,8 @@ sys.path.insert(0, {root!r})
 from mcp_proxy.backends.replica import Replica
 from mcp_proxy.config import StdioServer
 replica = Replica()
-children = [
-    replica.supervisor.spawn(StdioServer("x", tuple({argv!r})), 1000, print, print) for _ in range(3)
-]
+server = StdioServer("x", tuple({argv!r}))
+children = [replica.supervisor.spawn(server, 1000, print, print) for _ in range(3)]
 print(*[child.pid for child in children], flush=True)
 time.sleep(600)
 """

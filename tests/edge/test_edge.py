@@ -187,7 +187,7 @@ def test_elsewhere_nobody_knows() -> None:
 class Script(Exchange):
     """An exchange that delivers what it is given: messages, silences (None) and errors."""
 
-    def __init__(self, *items: Delivery | None | ProxyError, replaced: bool = False) -> None:
+    def __init__(self, *items: Delivery | ProxyError | None, replaced: bool = False) -> None:
         self.items = list(items)
         self.was_replaced = replaced
         self.closed = 0

@@ -1,4 +1,4 @@
-"""A transport served on its own, as somebody with a WSGI stack would: no application, no configuration.
+"""A transport served on its own, as somebody with a WSGI stack would serve it.
 
 `gunicorn tests.live.bare_streamable:app`; sessions in Redis if BARE_REDIS_URL is set.
 """

@@ -1,4 +1,4 @@
-"""The real command and real gunicorn: start, refusals, signals, workers' kinds, departing clients."""
+"""The real command and real gunicorn: start, refusals, signals, kinds of workers, departures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The long demonstrations: loads, kills and soaks, with their figures; `scripts/prove` runs them."""
+"""The long demonstrations, loads, kills and soaks, with their figures: `scripts/prove`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A stdio server that does what its requests say; standard library only, so that it starts fast.
 
-Each JSON-RPC method below is a behaviour. Requests run in threads of their own, so that several can be
-under way. `seen` returns what has reached the server, which is how tests look at the other side.
+Each JSON-RPC method below is a behaviour. Requests run in threads of their own, so that several can
+be under way. `seen` returns what has reached the server: how tests look at the other side.
 """
 
 from __future__ import annotations

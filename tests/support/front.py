@@ -1,4 +1,4 @@
-"""The two ways in: werkzeug's test client, and HTTP to a real gunicorn; the same tests run over both."""
+"""The two ways in, for the same tests: werkzeug's test client, and HTTP to a real gunicorn."""
 
 from __future__ import annotations
 

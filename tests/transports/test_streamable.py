@@ -1,4 +1,4 @@
-"""Streamable HTTP in front of a stdio server, the same through the test client and real gunicorn."""
+"""Streamable HTTP in front of a stdio server, through the test client and real gunicorn."""
 
 from __future__ import annotations
 

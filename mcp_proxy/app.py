@@ -86,28 +86,12 @@ class Application:
     # --- putting together ------------------------------------------------------------------------
 
     def _proxy(self, server: StdioServer) -> StreamableProxy:
-        storage = self._storage(server.name)
+        storage = open_storage(self.config, server.name)
         self._stores.append(storage)
         manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
         return StreamableProxy(
             server, settings=self.config, manager=manager, replica=self.replica, edge=self.edge
         )
-
-    def _storage(self, server: str) -> Storage:
-        config = self.config
-        if config.redis_url is None:
-            return LocalStorage(config.session_ttl)
-        from mcp_proxy.sessions.redis import RedisStorage
-
-        try:
-            return RedisStorage(
-                config.redis_url,
-                ttl=config.session_ttl,
-                prefix=f"{config.redis_prefix}{server}:",
-                timeout=config.connect_timeout,
-            )
-        except ValueError as error:
-            raise ConfigError(f"redis_url {error}") from None
 
     def _mounted(self) -> WSGIApplication:
         """One server at the root; those of a file each under its name."""
@@ -153,6 +137,23 @@ class Application:
 def create_app(config: ProxyConfig | None = None) -> Application:
     """The application for `config`, or for the environment. Raises ConfigError with a sentence."""
     return Application(config or ProxyConfig.from_env())
+
+
+def open_storage(config: ProxyConfig, server: str) -> Storage:
+    """The store of one server's sessions; nothing is sent yet. Raises ConfigError."""
+    if config.redis_url is None:
+        return LocalStorage(config.session_ttl)
+    from mcp_proxy.sessions.redis import RedisStorage
+
+    try:
+        return RedisStorage(
+            config.redis_url,
+            ttl=config.session_ttl,
+            prefix=f"{config.redis_prefix}{server}:",
+            timeout=config.connect_timeout,
+        )
+    except ValueError as error:
+        raise ConfigError(f"redis_url {error}") from None
 
 
 def _store_probe(store: Storage) -> health.Probe:

@@ -8,8 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from mcp_proxy import __version__
+from mcp_proxy.app import open_storage
 from mcp_proxy.check import check
-from mcp_proxy.config import ProxyConfig, Setting, environment_values, from_values, settings
+from mcp_proxy.config import (
+    ProxyConfig,
+    Setting,
+    as_command,
+    environment_values,
+    from_values,
+    settings,
+)
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.server import require_shared_sessions, serve
 
@@ -35,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_check:
             return check(config)
         require_shared_sessions(config.workers)
+        open_storage(config, "check").close()
     except ConfigError as error:
         print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
         return 2
@@ -46,19 +55,28 @@ def read_config(arguments: Sequence[str]) -> ProxyConfig:
     """The configuration of the environment with the options over it; raises ConfigError."""
     options, command = _split(list(arguments))
     given = vars(_parser().parse_args(options))
-    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if command:
-        values["command"] = command
+    values: dict[str, Any] = {
+        name: _split_lists(name, value) for name, value in given.items() if value is not None
+    }
+    if command is not None:
+        values["command"] = as_command(command)
     inherited = environment_values()
     if any(name in values for name in ("command", "config")):
         inherited = {name: v for name, v in inherited.items() if name not in _SOURCES}
     return from_values({**inherited, **values})
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def _split_lists(name: str, value: str | list[str]) -> str | list[str]:
+    """Lists may be repeated options or separated by commas; a value in `env` may have commas."""
+    if isinstance(value, str) or name == "env":
+        return value
+    return [part.strip() for item in value for part in item.split(",") if part.strip()]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     """The options, and the command after `--`, word for word."""
     if "--" not in arguments:
-        return arguments, []
+        return arguments, None
     at = arguments.index("--")
     return arguments[:at], arguments[at + 1 :]
 

@@ -245,12 +245,12 @@ def from_values(values: Mapping[str, Any]) -> ProxyConfig:
 def _plain(complaint: str) -> str:
     """msgspec's complaint about a text, as the one who wrote the text understands it."""
     complaint = complaint.replace(", got `str`", "").replace("`", "")
-    return complaint[:1].lower() + complaint[1:]
+    return complaint[:1].lower() + complaint[1:] if complaint[1:2].islower() else complaint
 
 
 def _value(setting: Setting, text: str) -> Any:
     if setting.name == "command":
-        return _split(text)
+        return as_command(text)
     if setting.is_list:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
@@ -258,6 +258,7 @@ def _value(setting: Setting, text: str) -> Any:
 
 # --- the config file -----------------------------------------------------------------------------
 
+_BOM = b"\xef\xbb\xbf"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -290,7 +291,7 @@ def read_servers(path: Path, environ: Mapping[str, str] = os.environ) -> list[St
     that names the file and the server.
     """
     try:
-        entries = msgspec.json.decode(path.read_bytes(), type=_File).servers
+        entries = msgspec.json.decode(path.read_bytes().removeprefix(_BOM), type=_File).servers
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

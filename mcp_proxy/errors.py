@@ -163,6 +163,10 @@ class BackendLost(BackendError):
     """The backend ended while it was used, or before."""
 
 
+class BackendUnreached(BackendLost):
+    """The backend got nothing of the request, so it may be sent again, there or elsewhere."""
+
+
 class BackendTimeout(BackendError):
     """The backend did not answer in time."""
 

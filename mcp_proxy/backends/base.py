@@ -62,7 +62,8 @@ class Backend(ABC):
 
         The exchange is over when each was answered; each is answered within `timeout` seconds, if
         need be by a failure. `accepts_stream` says whether anything but responses may be delivered.
-        Raises BackendLost when the backend is gone.
+        Raises BackendLost when the backend is gone, BackendUnreached when it is certain that it got
+        nothing of them.
         """
 
     @abstractmethod

@@ -27,6 +27,7 @@ from mcp_proxy.errors import (
     BackendError,
     BackendLost,
     BackendTimeout,
+    BackendUnreached,
     Cancelled,
     ClientError,
 )
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 #: Seconds that a server has to read a message, and that a cancelled call has to end by itself.
 WRITE_TIMEOUT = 30.0
 CANCEL_GRACE = 2.0
+
+# Seconds until the end of a child that cannot be written to is noticed.
+_NOTICE = 2.0
 
 _NOBODY = "No client is listening that could answer"
 
@@ -67,6 +71,7 @@ class Bridge(Backend):
         self._switchboard = Switchboard()
         self._lost: str | None = None
         self._is_closed = False
+        self._gone = threading.Event()
         self._child = supervisor.spawn(server, max_message, self._on_line, self._on_exit)
 
     def __repr__(self) -> str:
@@ -102,8 +107,15 @@ class Bridge(Backend):
             self._require_alive()
             lines = [self._switchboard.enter(request, exchange) for request in requests]
         exchange.set_deadline(timeout, lambda: _no_answer(timeout))
-        for line in lines:
-            self._write(line)
+        try:
+            self._write(b"\n".join(lines))
+        except BackendUnreached as error:
+            with self._lock:
+                self._switchboard.leave_exchange(exchange)
+            self._gone.wait(
+                _NOTICE
+            )  # how it ended is a better reason than that its input is closed
+            raise BackendUnreached(self._lost or str(error)) from error
         return exchange
 
     def notify(self, notification: Notification) -> None:
@@ -157,21 +169,29 @@ class Bridge(Backend):
             raise BackendLost(self._lost)
 
     def _write(self, line: bytes) -> None:
+        """Writes to the child; one that cannot be written to any more is stopped."""
         try:
             self._child.write(line, WRITE_TIMEOUT)
         except BackendTimeout:
             log.error("[%s] the server does not read its input; stopping it", self.name)
             self._supervisor.retire(self._child)
             raise
+        except BackendUnreached:
+            self._supervisor.retire(self._child)
+            raise
         except BackendLost:
             # Its exit is about to be noticed, and every call will be told how it ended.
-            log.debug("[%s] wrote to a server that is gone", self.name)
+            self._supervisor.retire(self._child)
 
     # --- from the child --------------------------------------------------------------------------
 
     def _on_line(self, line: bytes) -> None:
         for message in self._parse(line):
-            exchange = self._take(message)
+            try:
+                exchange = self._take(message)
+            except ClientError as error:
+                log.warning("[%s] dropped a message (%s): %s", self.name, error, shown(line))
+                continue
             if exchange is not None:
                 exchange.wait_for_room()
 
@@ -222,10 +242,12 @@ class Bridge(Backend):
             if not _is_ping(message):
                 log.warning("[%s] no client listens; refused a %s", self.name, message.method)
                 answer = Response(message.id, error=jsonrpc.error_payload(PROXY_ERROR, _NOBODY))
-            self._write(jsonrpc.encode(answer))
+            with contextlib.suppress(BackendError):
+                self._write(jsonrpc.encode(answer))
 
     def _on_exit(self, how: str) -> None:
         self._fail_all(f"The server ended ({how})")
+        self._gone.set()
         if not self._is_closed:
             log.warning("[%s] the server ended by itself (%s)", self.name, how)
             self._on_lost(self)
@@ -250,7 +272,7 @@ class Bridge(Backend):
             _fail(call, failure)
             if call.method != _INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:
                 reason = {"requestId": call.wire_id, "reason": "The proxy's time limit has passed"}
-                with contextlib.suppress(BackendTimeout):  # then it is being stopped anyway
+                with contextlib.suppress(BackendError):  # then it is being stopped anyway
                     self._write(
                         jsonrpc.encode(Notification(_CANCELLED, jsonrpc.as_payload(reason)))
                     )

@@ -23,7 +23,7 @@ from typing import IO
 
 from mcp_proxy.backends.guardian import MARK
 from mcp_proxy.config import StdioServer
-from mcp_proxy.errors import BackendLost, BackendTimeout
+from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +124,9 @@ class Child:
     def write(self, line: bytes, timeout: float) -> None:
         """Writes one message; returns when the pipe has taken it all.
 
-        Raises BackendLost when the server is gone and BackendTimeout when it has not read its input
-        for `timeout` seconds; after the latter a message may be cut in two, so the server must end.
+        Raises BackendUnreached when the server is gone, BackendLost when it went while it read
+        this, and BackendTimeout when it has not read its input for `timeout` seconds; after that a
+        message may be cut in two, so the server must end.
         """
         deadline = time.monotonic() + timeout
         if not self._write_lock.acquire(timeout=timeout):
@@ -136,13 +137,15 @@ class Child:
             self._write_lock.release()
 
     def _write_all(self, data: memoryview, deadline: float) -> None:
+        size = len(data)
         while data:
             try:
                 data = data[os.write(self._stdin.fileno(), data) :]
             except BlockingIOError:
                 self._wait_writable(deadline)
             except (OSError, ValueError) as error:
-                raise BackendLost("The server has closed its input") from error
+                kind = BackendUnreached if len(data) == size else BackendLost
+                raise kind("The server has closed its input") from error
 
     def _wait_writable(self, deadline: float) -> None:
         poll = select.poll()

@@ -164,7 +164,8 @@ class Switchboard:
 
     def _route_progress(self, progress: Notification) -> tuple[QueuedExchange | None, Notification]:
         """Where progress goes, and as which message: under the token that the client gave."""
-        call = self._tokens.get(jsonrpc.progress_token_of(progress) or "")
+        token = jsonrpc.progress_token_of(progress)
+        call = None if token is None else self._tokens.get(token)
         if call is None:
             return self._route(progress), progress
         if call.token is not None and call.token != call.wire_token:
@@ -177,7 +178,8 @@ class Switchboard:
     def _route(self, message: Request | Notification) -> QueuedExchange | None:
         """Where a message goes that names no call of the client."""
         if isinstance(message, Notification) and message.method == _CANCELLED:
-            asked = self._asked.pop(jsonrpc.cancelled_id_of(message) or "", None)
+            named = jsonrpc.cancelled_id_of(message)
+            asked = None if named is None else self._asked.pop(named, None)
             if asked is not None and (asked in self._posts or asked is self._stream):
                 return asked
         newest = self._newest_streaming()

@@ -28,10 +28,10 @@ from mcp_proxy.errors import (
     SessionNotFound,
     StorageError,
 )
+from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import (
     BACKEND_URL,
-    CLAIM,
     INIT_BODY,
     PROTOCOL_VERSION,
     RESUME,
@@ -42,10 +42,9 @@ from mcp_proxy.transports.restarts import Restarts
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a lost child may take to come back before somebody else may try.
-CLAIM_TIME = 30.0
+# Seconds for a new child to answer each request of the replay: well within a claim.
+_REPLAY_TIME = claims.CLAIM_TIME / 3
 
-_CLAIM_POLL = 0.05
 _SWEEPS_PER_TTL = 4
 _MAX_SWEEP = 30.0
 _MIN_SWEEP = 0.25
@@ -149,7 +148,7 @@ class StdioSessions:
         """Remembers a log level or a subscription, for the day when the child is lost."""
         while True:
             try:
-                session = self.manager.load(session_id)
+                session = claims.unclaimed(self.manager, self.manager.load(session_id))
             except SessionNotFound:
                 return
             resume = handshake.changed(session.metadata.get(RESUME), change)
@@ -162,39 +161,30 @@ class StdioSessions:
         if self._closing.is_set():
             raise Draining
         self.restarts.require_patience_over(session.id)
-        claimed = self._claim(session)
+        claimed = claims.claim(self.manager, session)
         if claimed is None:
             return self.backend_of(self.manager.load(session.id))
-        try:
-            bridge = self._bring_back(claimed)
-        except BackendError as error:
-            self.restarts.note_failure(str(error))
-            self.restarts.note_exit(session.id, lifetime=0)
-            self.manager.swap(claimed, session)  # the next request may try
-            raise
-        except SessionEnded:
-            self.end(session.id)
-            raise
+        bridge = self._bring_back_or_release(claimed)
         url = self._url(bridge)
         self._hold(url, session.id, bridge)
-        if not self.manager.swap(claimed, claimed.with_metadata(**{CLAIM: None, BACKEND_URL: url})):
+        if not claims.settle(self.manager, claimed, **{BACKEND_URL: url}):
             self._release(url)
             return self.backend_of(self.manager.load(session.id))
         self.restarts.note_success()
         log.info("[%s] the server of a session was started again", self.server.name)
         return bridge
 
-    def _claim(self, session: Session) -> Session | None:
-        """The record with our claim on it, None when another one's recovery is over by now."""
-        waiting = CLAIM in session.metadata
-        while CLAIM in session.metadata and not _is_stale(session.metadata[CLAIM]):
-            time.sleep(_CLAIM_POLL)
-            session = self.manager.load(session.id)
-        if waiting and CLAIM not in session.metadata:
-            return None
-        claim = f"{time.time() + CLAIM_TIME:.3f} {self._replica.id} {threading.get_ident()}"
-        claimed = session.with_metadata(**{CLAIM: claim})
-        return claimed if self.manager.swap(session, claimed) else None
+    def _bring_back_or_release(self, claimed: Session) -> Bridge:
+        try:
+            return self._bring_back(claimed)
+        except BackendError as error:
+            self.restarts.note_failure(str(error))
+            self.restarts.note_exit(claimed.id, lifetime=0)
+            claims.release(self.manager, claimed)
+            raise
+        except SessionEnded:
+            self.end(claimed.id)
+            raise
 
     def _bring_back(self, session: Session) -> Bridge:
         """A new child in the state of the lost one, as far as the record tells."""
@@ -204,7 +194,7 @@ class StdioSessions:
             raise SessionEnded
         bridge = self._spawn()
         try:
-            handshake.replay(bridge, body, version, session.metadata.get(RESUME), CLAIM_TIME / 2)
+            handshake.replay(bridge, body, version, session.metadata.get(RESUME), _REPLAY_TIME)
         except BaseException:
             bridge.close()
             raise
@@ -295,8 +285,3 @@ class StdioSessions:
         self._closing.set()
         for url in self._held_copy():
             self._release(url, "The proxy is shutting down")
-
-
-def _is_stale(claim: str) -> bool:
-    deadline = claim.partition(" ")[0]
-    return float(deadline) < time.time()

@@ -23,6 +23,7 @@ from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.streaming import EventStream
 from mcp_proxy.edge.surround import Edge
 from mcp_proxy.errors import (
+    BackendUnreached,
     InvalidRequest,
     MethodNotAllowed,
     MissingSession,
@@ -139,9 +140,14 @@ class StreamableProxy:
     def _send(
         self, request: ClientRequest, session: Session, messages: Sequence[Request]
     ) -> Exchange:
-        backend = self.sessions.backend_of(session)
         accepts_stream = request.accepts(headers.EVENT_STREAM)
-        return backend.send(messages, accepts_stream, self.settings.request_timeout)
+        timeout = self.settings.request_timeout
+        try:
+            return self.sessions.backend_of(session).send(messages, accepts_stream, timeout)
+        except BackendUnreached:
+            # It ended a moment ago, so it is brought back now, and gets the call.
+            session = self.manager.load(session.id)
+            return self.sessions.backend_of(session).send(messages, accepts_stream, timeout)
 
     def _initialize(self, request: ClientRequest, message: Request) -> Reply:
         """Opens a session: one child, asked by the client itself; recorded once it has accepted."""

@@ -262,8 +262,11 @@ def as_payload(value: object) -> Raw:
 
 
 def replace_field(payload: Raw | UnsetType, path: Sequence[str], value: RequestId) -> Raw:
-    """`payload` with the existing field at `path` replaced; every other value keeps its bytes."""
-    fields = _fields.decode(b"{}" if payload is UNSET else payload)
+    """`payload` with the existing field at `path` replaced; every other value keeps its bytes.
+
+    Raises ParseError where the nesting is at the limit of what `parse` could still read.
+    """
+    fields = _decode(_fields, b"{}" if payload is UNSET else payload)
     head, *rest = path
     fields[head] = replace_field(fields[head], rest, value) if rest else as_payload(value)
     return as_payload(fields)

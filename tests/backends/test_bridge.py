@@ -17,7 +17,7 @@ from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import QueuedExchange
 from mcp_proxy.backends.replica import Replica
 from mcp_proxy.config import StdioServer
-from mcp_proxy.errors import BackendError, BackendLost
+from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from tests.support.front import SCRIPTED
@@ -184,6 +184,44 @@ def test_progress_that_nobody_can_take_is_not_kept(bridge: Bridge) -> None:
     params = jsonrpc.as_payload({"_meta": {"progressToken": 1}})
     received(bridge.send([Request(1, "progress", params)], False, 5))
     assert len(bridge._switchboard._waiting) == 0
+
+
+@pytest.mark.parametrize("token", [0, ""])
+def test_progress_under_an_empty_token_finds_its_call(bridge: Bridge, token: Any) -> None:
+    params = jsonrpc.as_payload({"_meta": {"progressToken": token}, "seconds": 0.1})
+    other = bridge.send([request("sleep", key=2, seconds=0.5, _meta={"progressToken": 9})], True, 5)
+    mine = bridge.send([Request(1, "progress", params)], True, 5)
+    progress, answer = received(mine, 2)
+    assert isinstance(progress, Notification)
+    assert isinstance(answer, Response)
+    assert isinstance(received(other)[0], Response)
+
+
+def test_a_server_that_cancels_its_request_0_is_understood(bridge: Bridge) -> None:
+    ours = bridge.send([request("ask", method="roots/list", id=0)], True, 10)
+    received(ours)
+    bridge.listen()
+    cancel = {"method": "notifications/cancelled", "params": {"requestId": 0}}
+    ask(bridge, "later", message=cancel, seconds=0)
+    assert isinstance(received(ours)[0], Notification)
+
+
+def test_a_message_at_the_limit_of_nesting_costs_only_itself(bridge: Bridge) -> None:
+    stream = bridge.listen()
+    for depth in range(900, 1000):
+        nested = b"[" * depth + b"]" * depth
+        line = b'{"jsonrpc":"2.0","method":"x","params":{"a":%s}}\n' % nested
+        ask(bridge, "raw", bytes=base64.b64encode(line).decode())
+    ask(bridge, "later", message=note(1), seconds=0)
+    delivered = iter(lambda: stream.receive(10), None)
+    assert any(b"notifications/message" in delivery.data for delivery in delivered)
+
+
+def test_a_call_to_a_server_that_has_just_ended_did_not_reach_it(bridge: Bridge) -> None:
+    bridge._child.close_stdin()
+    with pytest.raises(BackendUnreached, match="The server ended"):
+        bridge.send([request("count")], False, 5)
+    assert not bridge._switchboard._calls
 
 
 def test_a_lost_bridge_refuses_everything(bridge: Bridge) -> None:

@@ -220,3 +220,21 @@ def test_the_package_is_the_program() -> None:
         timeout=60,
     )
     assert printed.stdout == f"mcp-wsgi-proxy {__version__}\n"
+
+
+def test_nothing_after_the_dashes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--"]) == 2
+    assert "command" in capsys.readouterr().err
+
+
+def test_a_bad_redis_url_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--redis-url", "http://x:hunter2@h"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("mcp-wsgi-proxy: redis_url cannot be read")
+    assert "hunter2" not in complaint
+
+
+def test_lists_may_be_separated_by_commas_or_repeated() -> None:
+    made = read_config(["--allowed-hosts", "a,b", "--allowed-hosts", "c", "--env=A=1,2", "--", "x"])
+    assert made.allowed_hosts == ("a", "b", "c")
+    assert made.env == ("A=1,2",)

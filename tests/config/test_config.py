@@ -96,7 +96,7 @@ def test_texts_by_name_are_values_too() -> None:
     assert config.values_of({"env": "A=1,B=2", "threads": "4", "command": "a 'b c'"}) == {
         "env": ["A=1", "B=2"],
         "threads": "4",
-        "command": ["a", "b c"],
+        "command": ("a", "b c"),
     }
     with pytest.raises(ConfigError, match=r"Unknown setting thread$"):
         config.values_of({"thread": "4"})

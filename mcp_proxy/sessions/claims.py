@@ -1,0 +1,59 @@
+"""Claim before acting: of all who want to bring back a session's backend exactly one does.
+
+Whoever acts first swaps the record to a claim with a deadline, does the work, and swaps in the
+result. Who loses that swap waits for the winner. A session that is ended in between stays ended:
+the last swap finds no record, and what was just started has to be stopped again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.session import CLAIM, Session
+
+#: Seconds that the winner has; after that somebody else may try.
+CLAIM_TIME = 30.0
+
+_POLL = 0.05
+
+
+def claim(manager: SessionManager, session: Session) -> Session | None:
+    """The record with our claim on it; None when somebody else was faster, and is done by now.
+
+    Waits for a claim that stands already, until its deadline. Raises SessionEnded when the session
+    ends meanwhile, StorageUnavailable.
+    """
+    if CLAIM in session.metadata and not _is_stale(session):
+        unclaimed(manager, session)
+        return None
+    deadline = f"{time.time() + CLAIM_TIME:.3f} {secrets.token_hex(8)}"
+    claimed = session.with_metadata(**{CLAIM: deadline})
+    return claimed if manager.swap(session, claimed) else None
+
+
+def settle(manager: SessionManager, claimed: Session, **result: str | None) -> bool:
+    """Swaps in the result of the work; False when the session is no longer ours to change."""
+    return manager.swap(claimed, claimed.with_metadata(**{CLAIM: None, **result}))
+
+
+def release(manager: SessionManager, claimed: Session) -> None:
+    """Takes the claim back: the work failed, and the next request may try."""
+    manager.swap(claimed, claimed.with_metadata(**{CLAIM: None}))
+
+
+def unclaimed(manager: SessionManager, session: Session) -> Session:
+    """The record without anybody's claim, or with one whose time is over; waits for that.
+
+    A claimed record is the claimant's to change: another change would make its last swap fail.
+    """
+    while CLAIM in session.metadata and not _is_stale(session):
+        time.sleep(_POLL)
+        session = manager.load(session.id)
+    return session
+
+
+def _is_stale(session: Session) -> bool:
+    deadline = session.metadata[CLAIM].partition(" ")[0]
+    return float(deadline) < time.time()

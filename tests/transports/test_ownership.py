@@ -1,0 +1,144 @@
+"""Bringing a lost child back: claims, deletions in between, sessions that cannot come back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from mcp_proxy import LocalStorage, ProxyConfig, StreamableProxy
+from mcp_proxy.errors import StorageUnavailable
+from mcp_proxy.sessions.session import CLAIM, INIT_BODY
+from mcp_proxy.transports import handshake
+from tests.support.front import SCRIPTED, McpClient, WsgiFront
+from tests.support.waiting import eventually
+
+
+@contextlib.contextmanager
+def serving(
+    *options: str, storage: LocalStorage | None = None, **settings: Any
+) -> Iterator[tuple[StreamableProxy, McpClient]]:
+    app = StreamableProxy([*SCRIPTED, *options], storage, ProxyConfig(**settings))
+    try:
+        yield app, McpClient(WsgiFront(app))
+    finally:
+        app.close()
+
+
+def children(app: StreamableProxy) -> int:
+    return app.replica.supervisor.children
+
+
+def kill_server(app: StreamableProxy, client: McpClient) -> None:
+    client.call("die").body()
+    eventually(lambda: children(app) == 0)
+
+
+def test_a_session_deleted_while_its_server_comes_back_stays_deleted() -> None:
+    with serving("--slow-start", "0.5") as (app, client):
+        client.open()
+        kill_server(app, client)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(lambda: client.call("count").status)
+            eventually(lambda: children(app) == 1)
+            assert client.session is not None
+            app.manager.end(client.session)
+            assert call.result(10) == 404
+        eventually(lambda: children(app) == 0)
+
+
+def test_a_session_whose_initialize_was_too_long_to_keep_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handshake, "MAX_INIT_BODY", 10)
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        assert client.call("count").status == 404
+        assert client.session is not None
+        assert not app.manager.exists(client.session)
+
+
+def test_a_server_that_comes_back_at_another_revision_ends_the_session() -> None:
+    with serving() as (app, client):
+        client.open("2025-06-18")
+        kill_server(app, client)
+        app.sessions.server = type(app.sessions.server)(
+            "default", (*SCRIPTED, "--version", "2024-11-05")
+        )
+        assert client.call("count").status == 404
+
+
+def test_a_server_that_cannot_come_back_gives_its_claim_up() -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        app.sessions.server = type(app.sessions.server)("default", ("/no/such/server",))
+        assert client.call("count").status == 502
+        assert client.session is not None
+        assert CLAIM not in app.manager.load(client.session).metadata
+
+
+def test_another_replica_takes_a_session_over_and_sees_its_state() -> None:
+    storage = LocalStorage()
+    with serving(storage=storage) as (first, client), serving(storage=storage) as (second, _):
+        client.open()
+        client.result("logging/setLevel", {"level": "error"})
+        other = McpClient(WsgiFront(second))
+        other.session = client.session
+        methods = [m["method"] for m in other.result("seen")["messages"]][:3]
+        assert methods == ["initialize", "notifications/initialized", "logging/setLevel"]
+        assert children(first) == children(second) == 1
+
+
+def test_a_change_of_state_that_the_server_refuses_is_not_recorded() -> None:
+    with serving() as (app, client):
+        client.open()
+        assert "error" in client.call("resources/subscribe", {}).message() or True
+        assert client.session is not None
+        assert "a" not in app.manager.load(client.session).metadata.get("resume", "")
+
+
+def test_a_store_that_is_away_is_not_taken_for_sessions_that_are_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(session_ttl=0.5) as (app, client):
+        client.open()
+
+        def away(session_id: str) -> bool:
+            raise StorageUnavailable
+
+        monkeypatch.setattr(app.manager, "exists", away)
+        with pytest.raises(StorageUnavailable):
+            app.sessions.sweep()
+        assert children(app) == 1
+
+
+def test_the_record_has_what_a_recovery_needs() -> None:
+    with serving() as (app, client):
+        client.open()
+        assert client.session is not None
+        record = app.manager.load(client.session)
+        assert record.type == "streamable"
+        assert record.metadata["protocol_version"] == "2025-06-18"
+        assert '"method":"initialize"' in record.metadata[INIT_BODY]
+        assert record.backend_url is not None
+        assert record.backend_url.startswith(f"worker://{app.replica.id}/")
+
+
+def test_a_session_of_another_transport_is_not_served() -> None:
+    with serving() as (app, client):
+        client.open()
+        assert client.session is not None
+        record = app.manager.load(client.session)
+        app.manager.swap(record, type(record)(**{**_fields(record), "type": "sse"}))
+        answer = client.call("count")
+        assert answer.status == 400
+        assert "another transport" in answer.error()["message"]
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__struct_fields__}

@@ -137,7 +137,10 @@ def _listens(port: int, process: subprocess.Popen[bytes]) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks politely, then ends the process and what it left in the group that we made for it."""
+    """Asks politely, then ends what is left in the group that we made for it.
+
+    The node of a wheel is a script that starts the real one, and leaves it behind.
+    """
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_SECONDS)

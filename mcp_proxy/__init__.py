@@ -1,18 +1,21 @@
 """A plain WSGI application that puts MCP servers on the network."""
 
 from mcp_proxy.app import Application, create_app
-from mcp_proxy.config import ProxyConfig, StdioServer
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.servers import HttpServer, StdioServer
 from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.redis import RedisStorage
 from mcp_proxy.sessions.session import Session
 from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.transports.streamable import StreamableProxy
+from mcp_proxy.transports.transparent import TransparentProxy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Application",
+    "HttpServer",
     "LocalStorage",
     "ProxyConfig",
     "RedisStorage",
@@ -21,5 +24,6 @@ __all__ = [
     "StdioServer",
     "Storage",
     "StreamableProxy",
+    "TransparentProxy",
     "create_app",
 ]

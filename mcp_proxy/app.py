@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -11,21 +10,25 @@ from typing import TYPE_CHECKING
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.backends.replica import Replica
-from mcp_proxy.config import ProxyConfig, StdioServer
+from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge import health
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.surround import Edge
 from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.servers import HttpServer, Server
 from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.transports.streamable import StreamableProxy
+from mcp_proxy.transports.transparent import TransparentProxy
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
+
+Proxy = StreamableProxy | TransparentProxy
 
 #: Seconds that running calls get to end by themselves once a worker is told to stop.
 DRAIN_TIME = 8.0
@@ -65,7 +68,7 @@ class Application:
         """The orderly end: no new work, streams ended, running calls given time, then `close`."""
         self.edge.is_draining = True
         for proxy in self.proxies.values():
-            proxy.sessions.end_streams()
+            proxy.end_streams()
         deadline = time.monotonic() + timeout
         while self._is_busy() and time.monotonic() < deadline:
             time.sleep(_DRAIN_POLL)
@@ -75,30 +78,43 @@ class Application:
         """Ends every child and connection of this process; harmless when repeated."""
         self.edge.is_draining = True
         for proxy in self.proxies.values():
-            proxy.sessions.close()
+            proxy.shut_down()
         self.replica.close()
         for store in self._stores:
             store.close()
 
     def _is_busy(self) -> bool:
-        return any(proxy.sessions.is_busy for proxy in self.proxies.values())
+        return any(proxy.is_busy for proxy in self.proxies.values())
 
     # --- putting together ------------------------------------------------------------------------
 
-    def _proxy(self, server: StdioServer) -> StreamableProxy:
+    def _proxy(self, server: Server) -> Proxy:
         storage = open_storage(self.config, server.name)
         self._stores.append(storage)
         manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
+        if isinstance(server, HttpServer):
+            return TransparentProxy(
+                server.urls,
+                settings=self.config,
+                allowed_backends=self.config.allowed_backends,
+                manager=manager,
+                edge=self.edge,
+            )
         return StreamableProxy(
             server, settings=self.config, manager=manager, replica=self.replica, edge=self.edge
         )
 
     def _mounted(self) -> WSGIApplication:
-        """One server at the root; those of a file each under its name."""
-        mounts: dict[str, WSGIApplication] = {
-            (f"/servers/{name}/mcp" if self.config.config else "/mcp"): proxy
-            for name, proxy in self.proxies.items()
-        }
+        """One server at the root; those of a file each under its name.
+
+        An HTTP server gets every path below its mount, a stdio server has one endpoint.
+        """
+        mounts: dict[str, WSGIApplication] = {}
+        for name, proxy in self.proxies.items():
+            prefix = f"/servers/{name}" if self.config.config else ""
+            if isinstance(proxy, TransparentProxy) and not prefix:
+                return proxy
+            mounts[prefix if isinstance(proxy, TransparentProxy) else f"{prefix}/mcp"] = proxy
         return DispatcherMiddleware(self._nothing, mounts)
 
     def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -124,10 +140,9 @@ class Application:
 
     def _ready(self) -> Reply:
         probes: dict[str, health.Probe] = {"worker": self._draining}
-        for proxy, store in zip(self.proxies.values(), self._stores, strict=True):
-            name = proxy.server.name
+        for (name, proxy), store in zip(self.proxies.items(), self._stores, strict=True):
             probes[f"sessions of {name}"] = _store_probe(store)
-            probes[f"server {name}"] = _server_probe(proxy)
+            probes[f"server {name}"] = proxy.trouble
         return health.ready(probes)
 
     def _draining(self) -> str | None:
@@ -163,15 +178,5 @@ def _store_probe(store: Storage) -> health.Probe:
         except StorageUnavailable as error:
             return str(error)
         return None
-
-    return probe
-
-
-def _server_probe(proxy: StreamableProxy) -> health.Probe:
-    def probe() -> str | None:
-        program = proxy.server.argv[0]
-        if shutil.which(program, path=proxy.server.env.get("PATH")) is None:
-            return f"{program} is not an executable file"
-        return proxy.sessions.restarts.trouble()
 
     return probe

@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 from mcp_proxy import __version__
 from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.http import HttpClient
 from mcp_proxy.backends.replica import Replica
-from mcp_proxy.config import ProxyConfig, StdioServer
+from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError, ProxyError
-from mcp_proxy.server import require_shared_sessions
+from mcp_proxy.gunicorn_server import require_shared_sessions
+from mcp_proxy.servers import HttpServer, StdioServer
 from mcp_proxy.sessions.redis import RedisStorage
 from mcp_proxy.transports import handshake
 from mcp_proxy.wire import jsonrpc, revisions
 from mcp_proxy.wire.jsonrpc import Request
+from mcp_proxy.wire.targets import parse_target
 
 #: The first Redis with GETEX.
 REDIS_NEEDED = (6, 2)
@@ -47,14 +50,17 @@ def _rows(config: ProxyConfig) -> Iterator[Row]:
     replica = Replica()
     try:
         for server in config.servers():
-            yield _server(config, server, replica)
+            if isinstance(server, HttpServer):
+                yield from _backends(config, server)
+            else:
+                yield _server(config, server, replica)
     finally:
         replica.close()
 
 
 def _workers(config: ProxyConfig) -> Row:
     try:
-        require_shared_sessions(config.workers)
+        require_shared_sessions(config, config.workers)
     except ConfigError as error:
         return Row("workers", False, str(error))
     return Row("workers", True, f"{config.workers} with {config.threads} threads")
@@ -75,6 +81,16 @@ def _store(config: ProxyConfig) -> Row:
     if version < REDIS_NEEDED:
         return Row("sessions", False, f"Redis {found} is too old: GETEX came with 6.2")
     return Row("sessions", True, f"Redis {found}")
+
+
+def _backends(config: ProxyConfig, server: HttpServer) -> Iterator[Row]:
+    """Whether each replica of an HTTP server can be connected to."""
+    client = HttpClient(config.connect_timeout, pool_size=1)
+    for url in server.urls:
+        target = parse_target(url)
+        assert target is not None
+        trouble = client.probe(target.address)
+        yield Row(f"server {server.name}", trouble is None, trouble or f"{url} can be connected to")
 
 
 def _server(config: ProxyConfig, server: StdioServer, replica: Replica) -> Row:

@@ -13,15 +13,16 @@ from mcp_proxy.check import check
 from mcp_proxy.config import (
     ProxyConfig,
     Setting,
-    as_command,
     environment_values,
     from_values,
     settings,
 )
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server import require_shared_sessions, serve
+from mcp_proxy.gunicorn_server import require_shared_sessions, serve
+from mcp_proxy.servers import as_command
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
+       mcp-wsgi-proxy [options] --target-url URL
        mcp-wsgi-proxy [options] --config FILE
        mcp-wsgi-proxy check [options] [-- COMMAND ARG...]"""
 
@@ -29,8 +30,10 @@ _EPILOG = """Without a command and without a file the bundled demo server is ser
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
 out and serves nothing."""
 
+_WITH_COMMAS = ("env", "target_url", "forward_headers")
+
 # What says which servers there are: an option takes the place of all of them.
-_SOURCES = ("command", "config", "env", "cwd")
+_SOURCES = ("command", "target_url", "config", "env", "cwd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.servers()  # its errors belong here, not in a worker's log
         if is_check:
             return check(config)
-        require_shared_sessions(config.workers)
+        require_shared_sessions(config, config.workers)
         open_storage(config, "check").close()
     except ConfigError as error:
         print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
@@ -61,14 +64,14 @@ def read_config(arguments: Sequence[str]) -> ProxyConfig:
     if command is not None:
         values["command"] = as_command(command)
     inherited = environment_values()
-    if any(name in values for name in ("command", "config")):
+    if any(name in values for name in ("command", "target_url", "config")):
         inherited = {name: v for name, v in inherited.items() if name not in _SOURCES}
     return from_values({**inherited, **values})
 
 
 def _split_lists(name: str, value: str | list[str]) -> str | list[str]:
-    """Lists may be repeated options or separated by commas; a value in `env` may have commas."""
-    if isinstance(value, str) or name == "env":
+    """Lists may be repeated options or separated by commas, unless their values may have some."""
+    if isinstance(value, str) or name in _WITH_COMMAS:
         return value
     return [part.strip() for item in value for part in item.split(",") if part.strip()]
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,6 +18,16 @@ import msgspec
 from msgspec import Meta
 
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.servers import (
+    HttpServer,
+    Server,
+    StdioServer,
+    as_command,
+    demo_server,
+    plain,
+    read_servers,
+)
+from mcp_proxy.wire.targets import parse_target
 
 PREFIX = "MCP_PROXY_"
 
@@ -30,27 +38,13 @@ Seconds = Annotated[float, Meta(gt=0, le=10 * 365 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1)]
 
 
-class StdioServer(msgspec.Struct, frozen=True):
-    """An MCP server that is started as a child process and speaks over its standard streams."""
-
-    name: str
-    argv: tuple[str, ...]
-    env: dict[str, str] = {}
-    cwd: str | None = None
-
-    def __str__(self) -> str:
-        return shlex.join(self.argv)
-
-    def __repr__(self) -> str:
-        return (
-            f"StdioServer({self.name!r}, {self.argv!r}, env={sorted(self.env)}, cwd={self.cwd!r})"
-        )
-
-
 class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set. Times are in seconds, sizes in bytes."""
 
     command: Annotated[tuple[str, ...], Meta(description="the stdio server to serve")] = ()
+    target_url: Annotated[
+        tuple[str, ...], Meta(description="the HTTP server to serve: the URL of each replica")
+    ] = ()
     config: Annotated[
         str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
     ] = None
@@ -109,6 +103,18 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             description="Host names that are served, * for all; none: loopback on a loopback bind"
         ),
     ] = None
+    allowed_backends: Annotated[
+        tuple[str, ...],
+        Meta(description="URLs that a session may be routed to besides `target_url`, * for all"),
+    ] = ()
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        Meta(description="addresses whose X-Forwarded-* headers are believed, * for all"),
+    ] = ()
+    forward_headers: Annotated[
+        tuple[str, ...],
+        Meta(description="changes to what an HTTP server gets: Name: value sets, Name: removes"),
+    ] = ()
     log_format: Annotated[Literal["text", "json"], Meta(description="form of the log lines")] = (
         "text"
     )
@@ -131,8 +137,14 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "auto"
 
     def __post_init__(self) -> None:
-        if self.command and self.config:
-            raise ConfigError("Give either a command or a config file, not both")
+        if bool(self.command) + bool(self.config) + bool(self.target_url) > 1:
+            raise ConfigError("Give one of a command, a target_url and a config file, not both")
+        for change in self.forward_headers:
+            if ":" not in change:
+                raise ConfigError("forward_headers takes Name: value to set and Name: to remove")
+        for url in self.target_url:
+            if parse_target(url) is None:
+                raise ConfigError("target_url takes absolute http:// or https:// URLs")
         if (self.env or self.cwd) and not self.command:
             raise ConfigError(
                 "env and cwd belong to a command; in a config file each server has its own"
@@ -167,20 +179,16 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError("cpu_affinity is auto, off, or a list of CPU numbers such as 0,2")
         return tuple(int(part) for part in self.cpu_affinity.split(","))
 
-    def servers(self) -> list[StdioServer]:
+    def servers(self) -> list[Server]:
         """The servers to serve; without any setting the bundled demo. Raises ConfigError."""
         if self.config:
-            return read_servers(Path(self.config))
+            return read_servers(Path(self.config), os.environ)
         if self.command:
             env = dict(pair.split("=", 1) for pair in self.env)
             return [StdioServer("default", self.command, env, self.cwd)]
+        if self.target_url:
+            return [HttpServer("default", self.target_url)]
         return [demo_server()]
-
-
-def demo_server() -> StdioServer:
-    """The server that comes with the package."""
-    script = Path(__file__).parent / "demo" / "server.py"
-    return StdioServer("demo", (sys.executable, "-I", str(script)))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -238,128 +246,15 @@ def from_values(values: Mapping[str, Any]) -> ProxyConfig:
     except msgspec.ValidationError as error:
         match = re.fullmatch(r"(.*) - at `\$\.(\w+).*`", str(error), re.DOTALL)
         if match:
-            raise ConfigError(f"{match.group(2)}: {_plain(match.group(1))}") from error
+            raise ConfigError(f"{match.group(2)}: {plain(match.group(1))}") from error
         raise ConfigError(str(error)) from error
-
-
-def _plain(complaint: str) -> str:
-    """msgspec's complaint about a text, as the one who wrote the text understands it."""
-    complaint = complaint.replace(", got `str`", "").replace("`", "")
-    return complaint[:1].lower() + complaint[1:] if complaint[1:2].islower() else complaint
 
 
 def _value(setting: Setting, text: str) -> Any:
     if setting.name == "command":
         return as_command(text)
+    if setting.name == "target_url":
+        return text.split()
     if setting.is_list:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
-
-
-# --- the config file -----------------------------------------------------------------------------
-
-_BOM = b"\xef\xbb\xbf"
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-class _Switch(msgspec.Struct):
-    """Whether a server of the file is to be served."""
-
-    disabled: bool = False
-    enabled: bool = True
-
-
-class _Entry(msgspec.Struct):
-    """A server in the file; keys that other programs use are left alone."""
-
-    command: str | None = None
-    args: list[str] = []
-    env: dict[str, str] = {}
-    cwd: str | None = None
-    url: str | None = None
-
-
-class _File(msgspec.Struct):
-    servers: dict[str, Any] = msgspec.field(name="mcpServers")
-
-
-def read_servers(path: Path, environ: Mapping[str, str] = os.environ) -> list[StdioServer]:
-    """The enabled servers of a `{"mcpServers": {...}}` file.
-
-    `${NAME}` and `${NAME:-default}` are replaced from `environ`. Raises ConfigError with a sentence
-    that names the file and the server.
-    """
-    try:
-        entries = msgspec.json.decode(path.read_bytes().removeprefix(_BOM), type=_File).servers
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {_plain(str(error))}") from error
-    servers = [_read_server(path, name, entry, environ) for name, entry in entries.items()]
-    enabled = [server for server in servers if server is not None]
-    if not enabled:
-        raise ConfigError(f"{path}: no server is enabled")
-    return enabled
-
-
-def _read_server(
-    path: Path, name: str, entry: Any, environ: Mapping[str, str]
-) -> StdioServer | None:
-    """The server of one entry, None if it is switched off."""
-    if not _NAME.fullmatch(name) or name in (".", ".."):
-        raise ConfigError(f"{path}: a server's name becomes part of a path, {name!r} cannot")
-    try:
-        switch = msgspec.convert(entry, _Switch)
-        if switch.disabled or not switch.enabled:
-            return None
-        return _server(name, msgspec.convert(_expanded(entry, environ), _Entry))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {name}: {_plain(str(error))}") from error
-
-
-def _server(name: str, entry: _Entry) -> StdioServer:
-    if entry.url is not None:
-        raise ValueError("servers with a url are not supported yet")
-    if not entry.command:
-        raise ValueError("a command is missing")
-    return StdioServer(name, (entry.command, *entry.args), entry.env, entry.cwd)
-
-
-def _expanded(entry: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """An entry with variables replaced, in the fields that are ours."""
-    ours = {field.name for field in msgspec.structs.fields(_Entry)}
-    return {name: _expand(value, environ) for name, value in entry.items() if name in ours}
-
-
-def _expand(value: Any, environ: Mapping[str, str]) -> Any:
-    if isinstance(value, str):
-        return _VARIABLE.sub(lambda match: _lookup(match, environ), value)
-    if isinstance(value, list):
-        return [_expand(item, environ) for item in value]
-    if isinstance(value, dict):
-        return {key: _expand(item, environ) for key, item in value.items()}
-    return value
-
-
-def _lookup(match: re.Match[str], environ: Mapping[str, str]) -> str:
-    name, default = match.groups()
-    value = environ.get(name, default)
-    if value is None:
-        raise ValueError(f"the environment variable {name} is not set")
-    return value
-
-
-def _split(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError as error:
-        raise ConfigError(f"command: {str(error).lower()}") from error
-
-
-def as_command(command: Sequence[str] | str) -> tuple[str, ...]:
-    """A command as arguments, a string split as a shell would; ConfigError if it is empty."""
-    argv = tuple(_split(command)) if isinstance(command, str) else tuple(command)
-    if not argv:
-        raise ConfigError("The command of a stdio server is empty")
-    return argv

@@ -21,7 +21,6 @@ from mcp_proxy.backends.exchange import QueuedExchange
 from mcp_proxy.backends.stdio import shown
 from mcp_proxy.backends.supervisor import Supervisor
 from mcp_proxy.backends.switchboard import Call, Switchboard
-from mcp_proxy.config import StdioServer
 from mcp_proxy.errors import (
     PROXY_ERROR,
     BackendError,
@@ -31,6 +30,7 @@ from mcp_proxy.errors import (
     Cancelled,
     ClientError,
 )
+from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 from mcp_proxy.backends.guardian import MARK
-from mcp_proxy.config import StdioServer
 from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached
+from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)
 

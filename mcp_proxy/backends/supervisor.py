@@ -24,8 +24,8 @@ from functools import partial
 
 from mcp_proxy.backends.guardian import Guardian
 from mcp_proxy.backends.stdio import Child
-from mcp_proxy.config import StdioServer
 from mcp_proxy.errors import BackendLost
+from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)
 

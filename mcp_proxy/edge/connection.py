@@ -26,6 +26,11 @@ class ClientConnection:
         self._socket: socket.socket | None = environ.get("gunicorn.socket")
         self._disconnected = environ.get("waitress.client_disconnected")
 
+    @property
+    def is_visible(self) -> bool:
+        """Whether the server lets one see the connection at all."""
+        return self._socket is not None or self._disconnected is not None
+
     def has_left(self) -> bool:
         """Whether the client is known to have closed its side. Never blocks."""
         if self._disconnected is not None:

@@ -13,6 +13,8 @@ MAX_RECORD = 128 * 1024
 
 # Metadata keys. DESIGN: every session has a `backend_url`, and routing is one look-up of it.
 BACKEND_URL = "backend_url"
+BACKEND_HOST = "backend_host"
+BACKEND_SID = "backend_sid"
 INIT_BODY = "init_body"
 PROTOCOL_VERSION = "protocol_version"
 RESUME = "resume"

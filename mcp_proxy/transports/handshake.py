@@ -56,9 +56,11 @@ class _Uri(msgspec.Struct):
     uri: str
 
 
-def opened(session_id: str, kind: str, request: Request, response: Response) -> Session:
-    """The record of a session that `request` opened and `response` accepted."""
-    metadata = {PROTOCOL_VERSION: jsonrpc.protocol_version_of(response.result) or ""}
+def opened(session_id: str, kind: str, request: Request, response: Response | None) -> Session:
+    """The record of a session that `request` opened, and that `response`, if known, accepted."""
+    metadata: dict[str, str] = {}
+    if response is not None:
+        metadata[PROTOCOL_VERSION] = jsonrpc.protocol_version_of(response.result) or ""
     body = jsonrpc.encode(request)
     if len(body) <= MAX_INIT_BODY:
         metadata[INIT_BODY] = body.decode()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.replica import Replica
-from mcp_proxy.config import ProxyConfig, StdioServer
+from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import (
     BackendError,
     BackendLost,
@@ -28,6 +28,7 @@ from mcp_proxy.errors import (
     SessionNotFound,
     StorageError,
 )
+from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import (

@@ -7,6 +7,7 @@ DELETE ends the session. References are to "Streamable HTTP" in the transports p
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import msgspec
 from mcp_proxy.backends.base import Backend, Delivery, Exchange
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.replica import Replica
-from mcp_proxy.config import ProxyConfig, StdioServer, as_command
+from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.connection import ClientConnection
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
@@ -32,6 +33,7 @@ from mcp_proxy.errors import (
     ProxyError,
     UnsupportedMediaType,
 )
+from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import PROTOCOL_VERSION, Session
 from mcp_proxy.sessions.storage import Storage
@@ -91,6 +93,26 @@ class StreamableProxy:
         """Ends every child of this replica; for a transport that is used on its own."""
         self.sessions.close()
         self.replica.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a client waits for an answer."""
+        return self.sessions.is_busy
+
+    def end_streams(self) -> None:
+        """Ends the standing streams; their clients come back, to another replica."""
+        self.sessions.end_streams()
+
+    def shut_down(self) -> None:
+        """Ends the sessions' servers; the replica is closed by who shares it."""
+        self.sessions.close()
+
+    def trouble(self) -> str | None:
+        """Why new sessions cannot be expected to begin, None if they can."""
+        program = self.server.argv[0]
+        if shutil.which(program, path=self.server.env.get("PATH")) is None:
+            return f"{program} is not an executable file"
+        return self.sessions.restarts.trouble()
 
     def handle(self, request: ClientRequest) -> Reply:
         """The answer to one request; raises ProxyError."""

@@ -191,7 +191,7 @@ def _response(envelope: _Envelope) -> Response:
 # --- the few fields that routing needs -----------------------------------------------------------
 
 
-def meta_of(request: Request) -> Meta:
+def meta_of(request: Request | Notification) -> Meta:
     """The routing keys in `request.params._meta`; InvalidRequest where they have wrong types."""
     if request.params is UNSET or _first_byte(request.params) != b"{":
         return _NO_META

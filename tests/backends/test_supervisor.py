@@ -19,8 +19,8 @@ from mcp_proxy.backends import supervisor as supervising
 from mcp_proxy.backends.guardian import MARK, Guardian, marked_processes
 from mcp_proxy.backends.stdio import Child, describe_exit, shown
 from mcp_proxy.backends.supervisor import Supervisor
-from mcp_proxy.config import StdioServer
 from mcp_proxy.errors import BackendLost, BackendTimeout
+from mcp_proxy.servers import StdioServer
 from tests.support.front import SCRIPTED
 from tests.support.waiting import eventually
 
@@ -274,7 +274,7 @@ HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})
 from mcp_proxy.backends.replica import Replica
-from mcp_proxy.config import StdioServer
+from mcp_proxy.servers import StdioServer
 replica = Replica()
 server = StdioServer("x", tuple({argv!r}))
 children = [replica.supervisor.spawn(server, 1000, print, print) for _ in range(3)]

@@ -19,6 +19,9 @@ def _one(text: str, value: Any) -> Sample:
 
 #: Every setting but `command`, which the command line takes after `--`.
 SAMPLES: dict[str, Sample] = {
+    "target_url": Sample(
+        "http://a/mcp https://b", ("http://a/mcp", "https://b"), ("http://a/mcp", "https://b")
+    ),
     "config": _one("servers.json", "servers.json"),
     "env": Sample("A=1, B=2=3,", ("A=1", "B=2=3"), ("A=1", "B=2=3")),
     "cwd": _one("/srv", "/srv"),
@@ -37,6 +40,9 @@ SAMPLES: dict[str, Sample] = {
     "max_streams": _one("4", 4),
     "allowed_origins": Sample("http://a, *", ("http://a", "*"), ("http://a", "*")),
     "allowed_hosts": Sample("a.example", ("a.example",), ("a.example",)),
+    "allowed_backends": Sample("http://a:1", ("http://a:1",), ("http://a:1",)),
+    "trusted_proxies": Sample("10.0.0.1, *", ("10.0.0.1", "*"), ("10.0.0.1", "*")),
+    "forward_headers": Sample("X-A:, X-B: 1", ("X-A:", "X-B: 1"), ("X-A:", "X-B: 1")),
     "log_format": _one("json", "json"),
     "log_level": _one("debug", "debug"),
     "bind": _one("unix:/run/x.sock", "unix:/run/x.sock"),

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_proxy import config
-from mcp_proxy.config import ProxyConfig, StdioServer, read_servers
+from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.servers import StdioServer, read_servers
 from tests.config.samples import NEED_COMMAND, SAMPLES
 
 
@@ -39,7 +40,10 @@ def test_the_samples_cover_the_table() -> None:
 
 def test_lists_and_secrets_are_marked() -> None:
     lists = {setting.name for setting in config.settings() if setting.is_list}
-    assert lists == {"command", "env", "allowed_origins", "allowed_hosts"}
+    assert lists == {
+        *("command", "env", "target_url", "allowed_origins", "allowed_hosts"),
+        *("allowed_backends", "trusted_proxies", "forward_headers"),
+    }
     assert "redis_url" in {setting.name for setting in config.settings() if setting.secret}
 
 
@@ -413,7 +417,7 @@ def test_a_name_that_cannot_be_part_of_a_path_is_refused(file: File, name: str) 
         ({}, "command is missing"),
         ({"command": ""}, "command is missing"),
         ({"command": None}, "command is missing"),
-        ({"url": "https://127.0.0.1/mcp"}, "url"),
+        ({"url": "/mcp"}, "url"),
         ({"command": "x", "url": "https://127.0.0.1/mcp"}, "url"),
         ({"command": ["x"]}, "str"),
         ({"command": "x", "args": "y"}, "array"),

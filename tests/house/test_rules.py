@@ -21,7 +21,7 @@ LAYERS = {
     "wsgi": 0,
     "__init__": 0,
     "check": 0,
-    "server": 0,
+    "gunicorn_server": 0,
     "app": 1,
     "transports": 2,
     "edge": 3,
@@ -30,6 +30,7 @@ LAYERS = {
     "backends": 5,
     "affinity": 6,
     "banner": 6,
+    "servers": 6,
     "wire": 6,
     "config": 6,
     "errors": 6,
@@ -43,7 +44,7 @@ SEAMS = {
     "urllib3": ("backends/http.py",),
     "subprocess": ("backends/",),
     "werkzeug": ("transports/", "edge/", "app.py"),
-    "gunicorn": ("server.py",),
+    "gunicorn": ("gunicorn_server.py",),
 }
 
 

@@ -1,0 +1,398 @@
+"""A reverse proxy for MCP servers that speak HTTP themselves, with session-sticky routing.
+
+Bytes pass as they are. What is looked at: whether a POST is an initialize, and the era of its
+`_meta`; the session id; the answer to an initialize. What happens then: an initialize chooses a
+backend and records it, a request with a session id goes where the record says, on every replica,
+and everything else, modern requests (2026-07-28) above all, goes to the target without a look-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from mcp_proxy.backends.choosing import BackendChooser, Resolver, resolve
+from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.edge.connection import ClientConnection
+from mcp_proxy.edge.departures import Departures
+from mcp_proxy.edge.forwarding import Forwarding, raw_path
+from mcp_proxy.edge.reply import Reply, empty_reply
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.surround import Edge
+from mcp_proxy.errors import (
+    BackendError,
+    BackendLost,
+    BackendTimeout,
+    BackendUnreached,
+    ConfigError,
+    ProxyError,
+    SessionExists,
+)
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.session import (
+    BACKEND_HOST,
+    BACKEND_SID,
+    BACKEND_URL,
+    PROTOCOL_VERSION,
+    Session,
+)
+from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.transports import handshake
+from mcp_proxy.transports.classification import is_lost_session, is_modern, peek
+from mcp_proxy.transports.keeping import SessionKeeper
+from mcp_proxy.transports.open_bodies import OpenBodies
+from mcp_proxy.transports.passing import InitializeObserver, PassingBody, is_event_stream
+from mcp_proxy.transports.routing import Route, Router
+from mcp_proxy.wire import headers, jsonrpc
+from mcp_proxy.wire.headers import Headers
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
+from mcp_proxy.wire.targets import Address, parse_target
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+KIND = "mcp"
+
+# An answer that says "I do not know this session" is short.
+_EXPLANATION_LIMIT = 64 * 1024
+
+
+class TransparentProxy:
+    """A WSGI application in front of one or several HTTP MCP servers.
+
+    `target_url` is an absolute URL, or several; a path in it is where the MCP endpoint lives.
+    Without `session_storage` sessions live in memory. A session's record may name any http(s) URL
+    as its backend unless `allowed_backends` says otherwise: the targets and the addresses they
+    resolve to are always allowed, and the URLs in it; `*` allows all. `verify` is requests' own.
+    Nothing starts before the first request; `close` ends everything that did.
+    """
+
+    def __init__(
+        self,
+        target_url: str | Sequence[str],
+        session_storage: Storage | None = None,
+        settings: ProxyConfig | None = None,
+        *,
+        allowed_backends: Sequence[str] = ("*",),
+        resolver: Resolver = resolve,
+        verify: bool | str = True,
+        manager: SessionManager | None = None,
+        edge: Edge | None = None,
+    ) -> None:
+        self.settings = settings or ProxyConfig()
+        urls = [target_url] if isinstance(target_url, str) else list(target_url)
+        targets = [target for url in urls if (target := parse_target(url)) is not None]
+        if not urls or len(targets) < len(urls):
+            raise ConfigError("target_url takes absolute http:// or https:// URLs")
+        self.manager = manager or SessionManager(
+            session_storage, self.settings.session_ttl, self.settings.unknown_session_status
+        )
+        self.edge = edge or Edge(self.settings)
+        self.chooser = BackendChooser(targets, self.settings.session_ttl, resolver)
+        self.departures = Departures()
+        self.keeper = SessionKeeper(self.manager, self.settings.session_ttl)
+        self._open = OpenBodies()
+        self._client = HttpClient(self.settings.connect_timeout, self.settings.threads, verify)
+        self._router = Router(
+            targets[0],
+            self.chooser,
+            self._client,
+            self.manager,
+            allowed_backends,
+            self.settings.request_timeout,
+        )
+        self._forwarding = Forwarding(self.settings.trusted_proxies, self.settings.forward_headers)
+
+    def __repr__(self) -> str:
+        return f"<TransparentProxy {self.chooser!r} {self.manager!r}>"
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return self.edge.serve(environ, start_response, self.handle)
+
+    def close(self) -> None:
+        """Closes idle connections and ends the threads."""
+        self.shut_down()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a client waits for an answer; a standing stream is none."""
+        return self._open.calls > 0
+
+    def end_streams(self) -> None:
+        """Ends the standing streams; their clients come back, to another replica."""
+        self._open.end_streams()
+
+    def shut_down(self) -> None:
+        """Ends what runs: nobody will read the rest."""
+        self.keeper.close()
+        self._open.end_all()
+        self._client.close()
+
+    def trouble(self) -> str | None:
+        """Why no backend can be reached, None if one can: they are asked for a connection only."""
+        failures = [why for a in self.chooser.candidates() if (why := self._client.probe(a))]
+        return "; ".join(failures) if len(failures) == len(self.chooser.candidates()) else None
+
+    def handle(self, request: ClientRequest) -> Reply:
+        """The answer to one request; raises ProxyError."""
+        body = request.read_body(self.settings.max_body_bytes)
+        message = peek(request, body)
+        if isinstance(message, (Request, Notification)):
+            request.rpc = message.method
+        try:
+            return self._handle(request, body, message)
+        except ProxyError as error:
+            error.request_id = message.id if isinstance(message, Request) else None
+            raise
+
+    def _handle(
+        self, request: ClientRequest, body: bytes, message: Message | Batch | None
+    ) -> Reply:
+        if is_modern(request, message):
+            return self._without_session(request, body, message)
+        if isinstance(message, Request) and message.method == handshake.INITIALIZE:
+            self.edge.require_open()
+            return self._initialize(request, body, message)
+        if request.session_id is not None:
+            return self._in_session(request, body, message, self.manager.load(request.session_id))
+        return self._without_session(request, body, message)
+
+    # --- without a session -----------------------------------------------------------------------
+
+    def _without_session(
+        self, request: ClientRequest, body: bytes, message: Message | Batch | None
+    ) -> Reply:
+        """To a target, in turn; nothing is looked up, stored or minted."""
+        call = self._first_reached(request, body)
+        return self._reply(request, call, message)
+
+    def _first_reached(self, request: ClientRequest, body: bytes) -> HttpCall:
+        """The call at the first backend that can be reached."""
+        failure: BackendError = BackendLost("No backend is configured")
+        for address in self.chooser.candidates():
+            try:
+                return self._call(request, body, Route(address, None, None))
+            except BackendUnreached as error:
+                failure = error
+        raise failure
+
+    # --- initialize ------------------------------------------------------------------------------
+
+    def _initialize(self, request: ClientRequest, body: bytes, message: Request) -> Reply:
+        call = self._first_reached(request, body)
+        session_id = call.header(headers.SESSION_ID)
+        if call.status >= 300 or session_id is None:
+            return self._reply(request, call, message)
+        try:
+            session = self._record(call.address, session_id, message)
+        except BaseException:
+            call.close()
+            raise
+        observer = InitializeObserver(call, lambda answer: self._accept(session, answer))
+        return self._reply(request, call, message, session, observer)
+
+    def _record(self, address: Address, session_id: str, message: Request) -> Session:
+        """The session's record, before the client can use its id.
+
+        A backend's id that another session has already (two backends that count from one) is given
+        to the client under an id of our own.
+        """
+        session = handshake.opened(session_id, KIND, message, None).with_metadata(
+            **{BACKEND_URL: address.url, BACKEND_HOST: address.name}
+        )
+        try:
+            self.manager.create(session)
+        except SessionExists:
+            session = handshake.opened(self.manager.mint_id(), KIND, message, None).with_metadata(
+                **{
+                    BACKEND_URL: address.url,
+                    BACKEND_HOST: address.name,
+                    BACKEND_SID: session_id,
+                }
+            )
+            self.manager.create(session)
+        self.chooser.opened(session.id, address)
+        return session
+
+    def _accept(self, session: Session, answer: Response | None) -> None:
+        """Completes the record, or drops it when the server said no."""
+        version = None if answer is None else jsonrpc.protocol_version_of(answer.result)
+        if version is None:
+            self._forget(session.id)
+        else:
+            self.manager.swap(session, session.with_metadata(**{PROTOCOL_VERSION: version}))
+
+    # --- in a session ----------------------------------------------------------------------------
+
+    def _in_session(
+        self,
+        request: ClientRequest,
+        body: bytes,
+        message: Message | Batch | None,
+        session: Session,
+    ) -> Reply:
+        self.chooser.used(session.id)
+        if request.method == "DELETE":
+            return self._delete(request, body, session)
+        try:
+            call = self._call(request, body, self._router.route(session))
+        except BackendTimeout:
+            self._cancel(request, session, message)
+            raise
+        except BackendUnreached:
+            return self._again(request, body, message, session)
+        except BackendLost:
+            # It may have been executed: the session is brought back, the request is not repeated.
+            session = self._bring_back(request, session)
+            if request.method != "GET":
+                raise
+            return self._again_at(request, body, message, session)
+        explanation = self._explanation(call)
+        if explanation is not None and is_lost_session(call.status, explanation):
+            call.close()
+            return self._again(request, body, message, session)
+        if explanation is not None:
+            call.close()
+            return Reply(call.status, self._inbound(call, session), explanation)
+        return self._reply(request, call, message, session)
+
+    def _again(
+        self,
+        request: ClientRequest,
+        body: bytes,
+        message: Message | Batch | None,
+        session: Session,
+    ) -> Reply:
+        """The request at a backend that knows the session; the old one has not executed it."""
+        return self._again_at(request, body, message, self._bring_back(request, session))
+
+    def _again_at(
+        self,
+        request: ClientRequest,
+        body: bytes,
+        message: Message | Batch | None,
+        session: Session,
+    ) -> Reply:
+        call = self._call(request, body, self._router.route(session))
+        return self._reply(request, call, message, session)
+
+    def _bring_back(self, request: ClientRequest, session: Session) -> Session:
+        return self._router.bring_back(session, self._forwarding.outbound(request.environ))
+
+    def _explanation(self, call: HttpCall) -> bytes | None:
+        """The body of an answer that may say that the session is lost, None for other answers."""
+        if call.status not in (400, 404) or is_event_stream(call):
+            return None
+        return call.read(_EXPLANATION_LIMIT)
+
+    def _delete(self, request: ClientRequest, body: bytes, session: Session) -> Reply:
+        """Ends the session where it is; a backend that is gone has ended it already."""
+        try:
+            call = self._call(request, body, self._router.route(session))
+        except BackendError:
+            self._forget(session.id)
+            return empty_reply(204)
+        if call.status < 300 or call.status == 404:
+            self._forget(session.id)
+        return self._reply(request, call, None, session)
+
+    def _forget(self, session_id: str) -> None:
+        self.manager.end(session_id)
+        self.chooser.closed(session_id)
+
+    def _cancel(
+        self, request: ClientRequest, session: Session, message: Message | Batch | None
+    ) -> None:
+        """Tells the backend that nobody waits for an answer any more."""
+        if not isinstance(message, Request):
+            return
+        reason = {"requestId": message.id, "reason": "The proxy's time limit has passed"}
+        note = Notification("notifications/cancelled", jsonrpc.as_payload(reason))
+        route = self._router.route(session)
+        with contextlib.suppress(BackendError):  # it will find out
+            self._call(request, jsonrpc.encode(note), route, watch=False).close()
+
+    # --- one call --------------------------------------------------------------------------------
+
+    def _call(
+        self, request: ClientRequest, body: bytes, route: Route, watch: bool = True
+    ) -> HttpCall:
+        """The call, answered as far as its headers, redirects followed; raises BackendError."""
+        outbound = [
+            (name, value)
+            for name, value in self._forwarding.outbound(request.environ)
+            if name.lower() != "mcp-session-id"
+        ]
+        if route.session_id is not None:
+            outbound.append((headers.SESSION_ID, route.session_id))
+        query = request.environ.get("QUERY_STRING", "")
+        target = self._router.target_of(route, raw_path(request.environ), query)
+        call = HttpCall(self._client, route.address, request.method, target, outbound, body)
+        return self._sent(request, call, watch)
+
+    def _sent(self, request: ClientRequest, call: HttpCall, watch: bool) -> HttpCall:
+        connection = ClientConnection(request.environ)
+        while True:
+            forget = self.departures.watch(connection, call.abort) if watch else _nothing
+            try:
+                call.send(self.settings.request_timeout)
+            except BackendError:
+                call.close()
+                raise
+            finally:
+                forget()
+            successor = call.redirected()
+            if successor is None:
+                return call
+            call.close()
+            call = successor
+
+    def _reply(
+        self,
+        request: ClientRequest,
+        call: HttpCall,
+        message: Message | Batch | None,
+        session: Session | None = None,
+        observer: InitializeObserver | None = None,
+    ) -> Reply:
+        """The backend's answer for the client, from its headers on."""
+        is_standing = request.method == "GET" and is_event_stream(call)
+        body = PassingBody(
+            call,
+            request_id=message.id if isinstance(message, Request) else None,
+            observe=observer or _unobserved,
+        )
+        if is_standing:
+            body.on_close(self._slot(call))
+            call.wait_for_ever()
+        if session is not None and is_event_stream(call):
+            body.on_close(self.keeper.keep(session.id))
+        body.on_close(self.departures.watch(ClientConnection(request.environ), call.abort))
+        body.on_close(self._open.add(body, is_standing))
+        return Reply(call.status, self._inbound(call, session), body)
+
+    def _slot(self, call: HttpCall) -> Callable[[], None]:
+        """Takes a place for a standing stream and returns what gives it back."""
+        try:
+            self.edge.slots.take()
+        except BaseException:
+            call.close()
+            raise
+        return self.edge.slots.release
+
+    def _inbound(self, call: HttpCall, session: Session | None) -> Headers:
+        """The response's headers; the client sees no id of a session but its own."""
+        passed = self._forwarding.inbound(call.headers)
+        if session is None:
+            return passed
+        return [(n, session.id if n.lower() == "mcp-session-id" else v) for n, v in passed]
+
+
+def _unobserved(piece: bytes) -> None:
+    """Nobody wants to know what passes."""
+
+
+def _nothing() -> None:
+    """There is nothing to end."""

@@ -105,8 +105,8 @@ class Bridge(Backend):
         exchange = QueuedExchange(self, len(requests), accepts_stream)
         with self._lock:
             self._require_alive()
+            exchange.set_deadline(timeout, lambda: _no_answer(timeout))
             lines = [self._switchboard.enter(request, exchange) for request in requests]
-        exchange.set_deadline(timeout, lambda: _no_answer(timeout))
         try:
             self._write(b"\n".join(lines))
         except BackendUnreached as error:

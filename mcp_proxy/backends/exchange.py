@@ -46,7 +46,7 @@ class QueuedExchange(Exchange):
         self._queue: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self._offered = 0  # bytes; written by the reader
         self._taken = 0  # bytes; written by the receiver
-        self._room = threading.Event()
+        self._room: threading.Event | None = None  # made when the client is slow
         self._closed = False
         self._ended = False
 
@@ -83,7 +83,8 @@ class QueuedExchange(Exchange):
 
     def _account(self, item: Delivery) -> Delivery:
         self._taken += len(item.data)
-        self._room.set()
+        if self._room is not None:
+            self._room.set()
         if item.is_response and self._expected is not None:
             self._expected -= 1
         return item
@@ -91,7 +92,8 @@ class QueuedExchange(Exchange):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._room.set()
+            if self._room is not None:
+                self._room.set()
             self._owner.detach(self)
 
     # --- the offering side -----------------------------------------------------------------------
@@ -108,10 +110,13 @@ class QueuedExchange(Exchange):
 
     def wait_for_room(self) -> None:
         """Returns when the client has caught up or left. Called by the reader, without any lock."""
-        while self._offered - self._taken > MAX_BACKLOG and not self._closed:
-            self._room.clear()
-            if self._offered - self._taken > MAX_BACKLOG and not self._closed:
-                self._room.wait(_ROOM_CHECK)
+        while self._is_crowded():
+            room = self._room = threading.Event()
+            if self._is_crowded():
+                room.wait(_ROOM_CHECK)
+
+    def _is_crowded(self) -> bool:
+        return self._offered - self._taken > MAX_BACKLOG and not self._closed
 
     def end(self, replaced: bool = False) -> None:
         """Ends a stream after what is queued."""
@@ -133,9 +138,11 @@ class QueuedExchange(Exchange):
 
     def set_deadline(self, seconds: float, on_deadline: Callable[[], BackendError]) -> None:
         """In `seconds` from now everything unanswered is answered by what `on_deadline` makes."""
+        is_new = self.deadline is None
         self.deadline = time.monotonic() + seconds
         self._on_deadline = on_deadline
-        self._queue.put(None)  # a receiver that waits learns of the new deadline
+        if not is_new:
+            self._queue.put(None)  # a receiver that waits learns of the new deadline
 
     def expire_if_due(self) -> None:
         """Acts on a deadline that has passed; once."""

@@ -173,6 +173,14 @@ class BackendTimeout(BackendError):
     status = 504
 
 
+class ClientLeft(ProxyError):
+    """The client is gone: there is nobody to answer, and the backend has done nothing wrong."""
+
+    status = 499
+    code = PROXY_ERROR
+    sentence = "The client closed the connection"
+
+
 class Cancelled(BackendError):
     """The client cancelled the call and the server sent no answer of its own."""
 

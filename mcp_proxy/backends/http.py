@@ -24,7 +24,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import SKIP_HEADER
 
-from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached
+from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.targets import Address, parse_target
 
@@ -109,12 +109,15 @@ class HttpCall:
     def send(self, timeout: float) -> None:
         """Sends the request and receives status and headers.
 
-        Raises BackendUnreached when the backend cannot have got anything of it, BackendTimeout when
-        no answer begins within `timeout` seconds, BackendLost otherwise.
+        Raises ClientLeft when the call was aborted meanwhile, BackendUnreached when the backend
+        cannot have got anything of it, BackendTimeout when no answer begins within `timeout`
+        seconds, BackendLost otherwise.
         """
         try:
             self._response = self._client.send(self._request, self, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            if self._is_aborted:
+                raise ClientLeft from error
             raise _translated(error, timeout) from error
         raw = self._response.raw
         self.status = raw.status

@@ -338,7 +338,7 @@ class TransparentProxy:
             forget = self.departures.watch(connection, call.abort) if watch else _nothing
             try:
                 call.send(self.settings.request_timeout)
-            except BackendError:
+            except ProxyError:
                 call.close()
                 raise
             finally:

@@ -2,7 +2,7 @@
 
 from mcp_proxy.app import Application, create_app
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.servers import HttpServer, StdioServer
+from mcp_proxy.servers import HttpServer, StdioServer, demo_server
 from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.redis import RedisStorage
@@ -26,4 +26,5 @@ __all__ = [
     "StreamableProxy",
     "TransparentProxy",
     "create_app",
+    "demo_server",
 ]

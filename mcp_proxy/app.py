@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from mcp_proxy.servers import HttpServer, Server
 from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
 from mcp_proxy.transports.streamable import StreamableProxy
 from mcp_proxy.transports.transparent import TransparentProxy
 
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
-
-Proxy = StreamableProxy | TransparentProxy
-
-#: Seconds that running calls get to end by themselves once a worker is told to stop.
-DRAIN_TIME = 8.0
-
-_DRAIN_POLL = 0.1
 
 
 class Application:
@@ -66,12 +59,7 @@ class Application:
 
     def drain(self, timeout: float = DRAIN_TIME) -> None:
         """The orderly end: no new work, streams ended, running calls given time, then `close`."""
-        self.edge.is_draining = True
-        for proxy in self.proxies.values():
-            proxy.end_streams()
-        deadline = time.monotonic() + timeout
-        while self._is_busy() and time.monotonic() < deadline:
-            time.sleep(_DRAIN_POLL)
+        drain(self.proxies.values(), timeout)
         self.close()
 
     def close(self) -> None:
@@ -83,12 +71,9 @@ class Application:
         for store in self._stores:
             store.close()
 
-    def _is_busy(self) -> bool:
-        return any(proxy.is_busy for proxy in self.proxies.values())
-
     # --- putting together ------------------------------------------------------------------------
 
-    def _proxy(self, server: Server) -> Proxy:
+    def _proxy(self, server: Server) -> Transport:
         storage = open_storage(self.config, server.name)
         self._stores.append(storage)
         manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)

@@ -100,7 +100,9 @@ class HttpCall:
         self._hops = 0
         self._request = _outbound(address, method, target, headers, body)
         self._response: requests.Response | None = None
-        self._connection: HTTPConnection | None = None
+        self._lock = threading.Lock()  # guards what follows
+        self._socket: socket.socket | None = None
+        self._was_connected = False
         self._is_aborted = False
 
     def __repr__(self) -> str:
@@ -118,7 +120,7 @@ class HttpCall:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             if self._is_aborted:
                 raise ClientLeft from error
-            raise _translated(error, timeout) from error
+            raise _translated(error, timeout, self._was_connected) from error
         raw = self._response.raw
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
@@ -130,9 +132,9 @@ class HttpCall:
 
     def wait_for_ever(self) -> None:
         """From now on the backend may be silent as long as it likes: an event stream."""
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            connection.sock.settimeout(None)
+        with self._lock, contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.settimeout(None)
 
     def pieces(self) -> Iterator[bytes]:
         """The body, each piece as soon as it is there, its encoding untouched.
@@ -163,10 +165,10 @@ class HttpCall:
         A server that writes headers and body apart, with Nagle on, waits for that before
         it sends the rest; left to itself the kernel takes 40 ms (measured with uvicorn's streams).
         """
-        connection = self._connection
-        if _QUICKACK is not None and connection is not None and connection.sock is not None:
+        sock = self._socket
+        if _QUICKACK is not None and sock is not None:
             with contextlib.suppress(OSError):
-                connection.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
     def read(self, limit: int) -> bytes:
         """The whole body; raises as `pieces` does, and BackendLost over `limit` bytes."""
@@ -208,22 +210,32 @@ class HttpCall:
     def _named_url(self) -> str:
         return self.address._replace(host=self.address.name or self.address.host).url + self._target
 
-    def connected(self, connection: HTTPConnection) -> None:
-        """The pool has chosen this connection for the call."""
-        self._connection = connection
+    def connected(self, sock: socket.socket) -> None:
+        """The call has this socket to itself, until it is told otherwise."""
+        with self._lock:
+            self._socket = sock
+            self._was_connected = True
         if self._is_aborted:
             self._shut_down()
+
+    def disconnected(self) -> None:
+        """The call is over, and the socket another call's from now on."""
+        with self._lock:
+            self._socket = None
 
     def abort(self) -> None:
         """Nobody wants the answer any more: whoever waits for it stops waiting."""
         self._is_aborted = True
         self._shut_down()
 
+    def end(self) -> None:
+        """As `abort`, for who ends everything that goes on."""
+        self.abort()
+
     def _shut_down(self) -> None:
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        with self._lock, contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Frees the connection: kept if the response was read to its end, closed otherwise."""
@@ -287,14 +299,29 @@ class _Response(http.client.HTTPResponse):
             http.client.parse_headers(self.fp)
 
 
-class _HttpConnection(HTTPConnection):
-    response_class = _Response
+class _KnownToTheCall:
+    """A connection that tells the call of its thread as soon as it stands.
+
+    Its socket, not the connection: that one gives its socket away when the response is to end with
+    it, and keeps it from the call that has to be able to shut it down.
+    """
+
     idle_since = 0.0
+    call: HttpCall | None = None
+    sock: Any
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]
+        if self.call is not None:
+            self.call.connected(self.sock)
 
 
-class _HttpsConnection(HTTPSConnection):
+class _HttpConnection(_KnownToTheCall, HTTPConnection):
     response_class = _Response
-    idle_since = 0.0
+
+
+class _HttpsConnection(_KnownToTheCall, HTTPSConnection):
+    response_class = _Response
 
 
 class _FreshConnections:
@@ -304,14 +331,17 @@ class _FreshConnections:
         connection: Any = super()._get_conn(timeout)  # type: ignore[misc]
         if connection.sock is not None and time.monotonic() - connection.idle_since > MAX_IDLE:
             connection.close()
-        call = getattr(_calling, "call", None)
-        if call is not None:
-            call.connected(connection)
+        connection.call = getattr(_calling, "call", None)
+        if connection.call is not None and connection.sock is not None:
+            connection.call.connected(connection.sock)
         return connection
 
     def _put_conn(self, connection: Any) -> None:
         if connection is not None:
             connection.idle_since = time.monotonic()
+            if connection.call is not None:
+                connection.call.disconnected()
+                connection.call = None
         super()._put_conn(connection)  # type: ignore[misc]
 
 
@@ -324,13 +354,15 @@ class _HttpsPool(_FreshConnections, HTTPSConnectionPool):
 
 
 def _translated(
-    error: requests.RequestException | urllib3.exceptions.HTTPError, timeout: float
+    error: requests.RequestException | urllib3.exceptions.HTTPError,
+    timeout: float,
+    was_connected: bool,
 ) -> BackendLost | BackendTimeout:
     """What an error of requests means for the call."""
     reason = getattr(error.args[0], "reason", error.args[0]) if error.args else None
     if isinstance(error, requests.ConnectTimeout):
         return BackendUnreached("The server cannot be reached in time")
-    if isinstance(error, requests.exceptions.SSLError):
+    if isinstance(error, requests.exceptions.SSLError) and not was_connected:
         return BackendUnreached(f"The server's certificate or TLS is not acceptable: {reason}")
     if isinstance(
         reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.NameResolutionError)

@@ -32,6 +32,7 @@ class Forwarding:
     def __init__(self, trusted: tuple[str, ...] = (), changes: tuple[str, ...] = ()) -> None:
         self._trusted = trusted
         pairs = [(name.strip(), value.strip()) for name, _, value in _parted(changes)]
+        pairs = [(n.strip(), v.strip()) for n, _, v in (c.partition(":") for c in changes)]
         self._removed = {name.lower() for name, value in pairs if not value}
         self._set = [(name, value) for name, value in pairs if value]
 
@@ -48,7 +49,10 @@ class Forwarding:
 
     def inbound(self, headers: Headers) -> Headers:
         """The response's headers for the client."""
-        return [(n, v) for n, v in end_to_end(headers) if n.lower() not in _OF_THE_SERVER]
+        unwanted = _OF_THE_SERVER
+        if any(name.lower() == "transfer-encoding" for name, _ in headers):
+            unwanted |= {"content-length"}  # RFC 9112 section 6.3: it means nothing
+        return [(n, v) for n, v in end_to_end(headers) if n.lower() not in unwanted]
 
 
 def _parted(changes: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:

@@ -40,7 +40,7 @@ class Guard:
     def check(self, environ: WSGIEnvironment) -> None:
         """Raises Forbidden for a foreign Host or Origin."""
         host = environ.get("HTTP_HOST")
-        if host is not None and not self._allows_host(host, environ["SERVER_NAME"]):
+        if host is not None and not self._allows_host(host, _listens_on_loopback(environ)):
             raise Forbidden(f"Host {host!r} is not served here; allowed_hosts can name it")
         origin = environ.get("HTTP_ORIGIN")
         if origin is not None and not self._allows_origin(origin):
@@ -65,16 +65,25 @@ class Guard:
             ("Access-Control-Max-Age", "600"),
         ]
 
-    def _allows_host(self, host: str, server_name: str) -> bool:
+    def _allows_host(self, host: str, listens_on_loopback: bool) -> bool:
         if self._hosts is not None:
             return _ANY in self._hosts or host in self._hosts or host_name(host) in self._hosts
-        return not is_loopback(server_name) or is_loopback(host_name(host))
+        return not listens_on_loopback or is_loopback(host_name(host))
 
     def _allows_origin(self, origin: str) -> bool:
         if self._origins is not None:
             return _ANY in self._origins or origin in self._origins
         name = url_host(origin)
         return is_loopback(name) or name in (self._hosts or ())
+
+
+def _listens_on_loopback(environ: WSGIEnvironment) -> bool:
+    """Whether the request came in by a loopback address, as far as the WSGI server tells.
+
+    waitress calls itself `waitress.invalid` wherever it listens; then the peer's address has to do.
+    """
+    name: str = environ["SERVER_NAME"]
+    return is_loopback(environ.get("REMOTE_ADDR", "") if name.endswith(".invalid") else name)
 
 
 def host_name(host: str) -> str:

@@ -47,3 +47,9 @@ def is_lost_session(status: int, explanation: bytes) -> bool:
         return False
     said = bytes(message.error).lower()
     return b"session" in said if status == 404 else b"no valid session id" in said
+
+
+def cancellation_of(request: Request) -> bytes:
+    """What tells a server that nobody waits for its answer any more."""
+    params = {"requestId": request.id, "reason": "The proxy's time limit has passed"}
+    return jsonrpc.encode(Notification("notifications/cancelled", jsonrpc.as_payload(params)))

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from mcp_proxy.errors import SessionNotFound, StorageError
+from mcp_proxy.errors import SessionNotFound, StorageError, StorageUnavailable
 from mcp_proxy.sessions.manager import SessionManager
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,11 @@ class SessionKeeper:
                 self._manager.storage.load(session_id)
             except SessionNotFound:
                 log.debug("a session with an open stream is over")
-            except StorageError as error:
+            except StorageUnavailable as error:
                 log.warning("sessions with open streams were not prolonged: %s", error)
                 return
+            except StorageError as error:
+                log.warning("a session with an open stream was not prolonged: %s", error)
 
     def _release(self, session_id: str) -> None:
         with self._lock:

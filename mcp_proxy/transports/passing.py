@@ -13,6 +13,9 @@ from mcp_proxy.wire.jsonrpc import Response
 
 log = logging.getLogger(__name__)
 
+# An answer that says "I do not know this session" is short.
+_EXPLANATION_LIMIT = 64 * 1024
+
 #: An initialize response that is longer (bytes) is passed on without being understood.
 MAX_OBSERVED = 4 * 1024 * 1024
 
@@ -22,8 +25,9 @@ class PassingBody:
 
     A backend that breaks off breaks the response off: an exception leaves the iterator, and the
     server aborts the connection, so that nobody takes the part for the whole. On an event stream
-    that answers `request_id` silence beyond the time limit becomes a JSON-RPC error event. `close`
-    frees the backend's connection and does what `on_close` was given, once.
+    that answers `request_id` silence beyond the time limit becomes a JSON-RPC error event; in any
+    case `on_timeout` is done then. `close` frees the backend's connection and does what `on_close`
+    was given, once.
     """
 
     def __init__(
@@ -31,10 +35,12 @@ class PassingBody:
         call: HttpCall,
         request_id: RequestId | None = None,
         observe: Callable[[bytes], None] = lambda piece: None,
+        on_timeout: Callable[[], None] = lambda: None,
     ) -> None:
         self._call = call
         self._request_id = request_id
         self._observe = observe
+        self._on_timeout = on_timeout
         self._on_close: list[Callable[[], None]] = []
         self._is_closed = False
         self._is_ended = False
@@ -55,7 +61,8 @@ class PassingBody:
                 self._observe(piece)
                 yield piece
         except BackendTimeout as error:
-            if self._request_id is None or not is_event_stream(self._call):
+            self._on_timeout()
+            if self._request_id is None or not self._takes_events:
                 raise
             error.request_id = self._request_id
             yield b"\n\n" + sse.encode_message(as_message(error))
@@ -63,6 +70,12 @@ class PassingBody:
             if not (self._is_ended and is_event_stream(self._call)):
                 raise
         self._observe(b"")
+
+    @property
+    def _takes_events(self) -> bool:
+        """Whether an event of ours can stand in this body."""
+        is_fixed = self._call.header("Content-Length") or self._call.header("Content-Encoding")
+        return is_event_stream(self._call) and not is_fixed
 
     def close(self) -> None:
         if self._is_closed:
@@ -117,5 +130,24 @@ class InitializeObserver:
 
 def is_event_stream(call: HttpCall) -> bool:
     """Whether the backend answers with an event stream."""
-    media_type = (call.header("Content-Type") or "").partition(";")[0].strip().lower()
+    media_type = _content_type(call).partition(";")[0].strip().lower()
     return media_type == headers.EVENT_STREAM
+
+
+def explanation_of(call: HttpCall) -> bytes | None:
+    """The body of an answer that may say that a session is lost, None for other answers.
+
+    Such an answer is a short JSON document; the body of any other is left to be passed on.
+    """
+    length = call.header("Content-Length") or "0"
+    is_long = not length.isdigit() or int(length) > _EXPLANATION_LIMIT
+    if call.status not in (400, 404) or is_long or not headers.is_json(_content_type(call)):
+        return None
+    try:
+        return call.read(_EXPLANATION_LIMIT)
+    finally:
+        call.close()
+
+
+def _content_type(call: HttpCall) -> str:
+    return call.header("Content-Type") or ""

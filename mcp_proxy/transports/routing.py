@@ -33,7 +33,8 @@ _INITIALIZED = jsonrpc.encode(Notification("notifications/initialized"))
 # What a request cannot take along into another session.
 _OF_THE_OLD_SESSION = frozenset({"mcp-session-id", "last-event-id", "mcp-protocol-version"})
 
-_ANSWER_LIMIT = 4 * 1024 * 1024
+# What we read ourselves has to be readable, and says what it accepts itself.
+_OURS = frozenset({"accept", "accept-encoding", "content-type", "content-encoding"})
 
 
 class Route(NamedTuple):
@@ -100,7 +101,7 @@ class Router:
         """
         claimed = claims.claim(self._manager, session)
         if claimed is None:
-            return self._manager.load(session.id)
+            return claims.unclaimed(self._manager, self._manager.load(session.id))
         body = claimed.metadata.get(INIT_BODY)
         if body is None:
             self._manager.end(session.id)
@@ -121,8 +122,9 @@ class Router:
             BACKEND_SID: session_id or "",
         }
         if not claims.settle(self._manager, claimed, **result):
+            # Ended meanwhile, or taken over by somebody who thought us dead.
             self._discard(address, session_id, request_headers)
-            raise SessionEnded
+            return claims.unclaimed(self._manager, self._manager.load(claimed.id))
         self._chooser.opened(claimed.id, address)
         log.info("a session was initialized again at %s", address.url)
         return self._manager.load(claimed.id)
@@ -173,9 +175,8 @@ class Router:
         self, address: Address, body: bytes, request_headers: Headers, session_id: str | None
     ) -> HttpCall:
         target = request_target(self.static, None, "/mcp", "")
-        given = [(n, v) for n, v in _without_session(request_headers) if n.lower() != "accept"]
+        given = [(n, v) for n, v in _without_session(request_headers) if n.lower() not in _OURS]
         given += [("Accept", f"{headers.JSON}, {headers.EVENT_STREAM}")]
-        given = [(n, v) for n, v in given if n.lower() != "content-type"]
         given += [("Content-Type", headers.JSON)]
         if session_id is not None:
             given.append((headers.SESSION_ID, session_id))

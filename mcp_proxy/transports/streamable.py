@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import msgspec
 
@@ -38,13 +37,11 @@ from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import PROTOCOL_VERSION, Session
 from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.transports import handshake
+from mcp_proxy.transports.base import Transport
 from mcp_proxy.transports.observed import ObservedExchange
 from mcp_proxy.transports.ownership import StdioSessions
 from mcp_proxy.wire import headers, jsonrpc, revisions
 from mcp_proxy.wire.jsonrpc import Batch, Notification, Request, Response
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 KIND = "streamable"
 
@@ -52,7 +49,7 @@ _PATHS = frozenset({"", "/", "/mcp", "/mcp/"})
 _METHODS = "GET, POST, DELETE"
 
 
-class StreamableProxy:
+class StreamableProxy(Transport):
     """A WSGI application that serves a stdio server over streamable HTTP.
 
     `command` is a list of arguments, a string, or a StdioServer. Without `session_storage` sessions
@@ -86,9 +83,6 @@ class StreamableProxy:
     def __repr__(self) -> str:
         return f"<StreamableProxy {self.sessions!r} {self.manager!r}>"
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        return self.edge.serve(environ, start_response, self.handle)
-
     def close(self) -> None:
         """Ends every child of this replica; for a transport that is used on its own."""
         self.sessions.close()
@@ -96,11 +90,9 @@ class StreamableProxy:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a client waits for an answer."""
         return self.sessions.is_busy
 
     def end_streams(self) -> None:
-        """Ends the standing streams; their clients come back, to another replica."""
         self.sessions.end_streams()
 
     def shut_down(self) -> None:
@@ -108,14 +100,12 @@ class StreamableProxy:
         self.sessions.close()
 
     def trouble(self) -> str | None:
-        """Why new sessions cannot be expected to begin, None if they can."""
         program = self.server.argv[0]
         if shutil.which(program, path=self.server.env.get("PATH")) is None:
             return f"{program} is not an executable file"
         return self.sessions.restarts.trouble()
 
     def handle(self, request: ClientRequest) -> Reply:
-        """The answer to one request; raises ProxyError."""
         if request.path not in _PATHS:
             raise NotFound
         if request.method == "POST":

@@ -9,8 +9,7 @@ and everything else, modern requests (2026-07-28) above all, goes to the target 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from mcp_proxy.backends.choosing import BackendChooser, Resolver, resolve
 from mcp_proxy.backends.http import HttpCall, HttpClient
@@ -26,6 +25,7 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
     BackendUnreached,
+    ClientLeft,
     ConfigError,
     ProxyError,
     SessionExists,
@@ -39,27 +39,24 @@ from mcp_proxy.sessions.session import (
     Session,
 )
 from mcp_proxy.sessions.storage import Storage
-from mcp_proxy.transports import handshake
-from mcp_proxy.transports.classification import is_lost_session, is_modern, peek
+from mcp_proxy.transports import handshake, passing
+from mcp_proxy.transports.base import Transport
+from mcp_proxy.transports.classification import cancellation_of, is_lost_session, is_modern, peek
 from mcp_proxy.transports.keeping import SessionKeeper
 from mcp_proxy.transports.open_bodies import OpenBodies
-from mcp_proxy.transports.passing import InitializeObserver, PassingBody, is_event_stream
 from mcp_proxy.transports.routing import Route, Router
 from mcp_proxy.wire import headers, jsonrpc
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
 from mcp_proxy.wire.targets import Address, parse_target
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
 KIND = "mcp"
 
-# An answer that says "I do not know this session" is short.
-_EXPLANATION_LIMIT = 64 * 1024
+# Seconds for a backend that was too slow to take notice of that.
+_CANCEL_TIME = 1.0
 
 
-class TransparentProxy:
+class TransparentProxy(Transport):
     """A WSGI application in front of one or several HTTP MCP servers.
 
     `target_url` is an absolute URL, or several; a path in it is where the MCP endpoint lives.
@@ -108,20 +105,15 @@ class TransparentProxy:
     def __repr__(self) -> str:
         return f"<TransparentProxy {self.chooser!r} {self.manager!r}>"
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        return self.edge.serve(environ, start_response, self.handle)
-
     def close(self) -> None:
         """Closes idle connections and ends the threads."""
         self.shut_down()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a client waits for an answer; a standing stream is none."""
         return self._open.calls > 0
 
     def end_streams(self) -> None:
-        """Ends the standing streams; their clients come back, to another replica."""
         self._open.end_streams()
 
     def shut_down(self) -> None:
@@ -132,11 +124,15 @@ class TransparentProxy:
 
     def trouble(self) -> str | None:
         """Why no backend can be reached, None if one can: they are asked for a connection only."""
-        failures = [why for a in self.chooser.candidates() if (why := self._client.probe(a))]
-        return "; ".join(failures) if len(failures) == len(self.chooser.candidates()) else None
+        failures = []
+        for address in self.chooser.candidates():
+            failure = self._client.probe(address)
+            if failure is None:
+                return None
+            failures.append(failure)
+        return "; ".join(failures)
 
     def handle(self, request: ClientRequest) -> Reply:
-        """The answer to one request; raises ProxyError."""
         body = request.read_body(self.settings.max_body_bytes)
         message = peek(request, body)
         if isinstance(message, (Request, Notification)):
@@ -150,6 +146,8 @@ class TransparentProxy:
     def _handle(
         self, request: ClientRequest, body: bytes, message: Message | Batch | None
     ) -> Reply:
+        if request.method == "GET" and request.accepts(headers.EVENT_STREAM):
+            self.edge.require_open()  # a standing stream, which would outlast the drain
         if is_modern(request, message):
             return self._without_session(request, body, message)
         if isinstance(message, Request) and message.method == handshake.INITIALIZE:
@@ -190,7 +188,7 @@ class TransparentProxy:
         except BaseException:
             call.close()
             raise
-        observer = InitializeObserver(call, lambda answer: self._accept(session, answer))
+        observer = passing.InitializeObserver(call, lambda answer: self._accept(session, answer))
         return self._reply(request, call, message, session, observer)
 
     def _record(self, address: Address, session_id: str, message: Request) -> Session:
@@ -217,11 +215,14 @@ class TransparentProxy:
         return session
 
     def _accept(self, session: Session, answer: Response | None) -> None:
-        """Completes the record, or drops it when the server said no."""
+        """Completes the record, or drops it when the server said no.
+
+        An answer that could not be read (it is compressed, or enormous) has opened the session.
+        """
         version = None if answer is None else jsonrpc.protocol_version_of(answer.result)
-        if version is None:
+        if answer is not None and version is None:
             self._forget(session.id)
-        else:
+        elif version is not None:
             self.manager.swap(session, session.with_metadata(**{PROTOCOL_VERSION: version}))
 
     # --- in a session ----------------------------------------------------------------------------
@@ -249,12 +250,10 @@ class TransparentProxy:
             if request.method != "GET":
                 raise
             return self._again_at(request, body, message, session)
-        explanation = self._explanation(call)
+        explanation = passing.explanation_of(call)
         if explanation is not None and is_lost_session(call.status, explanation):
-            call.close()
             return self._again(request, body, message, session)
         if explanation is not None:
-            call.close()
             return Reply(call.status, self._inbound(call, session), explanation)
         return self._reply(request, call, message, session)
 
@@ -281,12 +280,6 @@ class TransparentProxy:
     def _bring_back(self, request: ClientRequest, session: Session) -> Session:
         return self._router.bring_back(session, self._forwarding.outbound(request.environ))
 
-    def _explanation(self, call: HttpCall) -> bytes | None:
-        """The body of an answer that may say that the session is lost, None for other answers."""
-        if call.status not in (400, 404) or is_event_stream(call):
-            return None
-        return call.read(_EXPLANATION_LIMIT)
-
     def _delete(self, request: ClientRequest, body: bytes, session: Session) -> Reply:
         """Ends the session where it is; a backend that is gone has ended it already."""
         try:
@@ -303,21 +296,19 @@ class TransparentProxy:
         self.chooser.closed(session_id)
 
     def _cancel(
-        self, request: ClientRequest, session: Session, message: Message | Batch | None
+        self, request: ClientRequest, session: Session | None, message: Message | Batch | None
     ) -> None:
         """Tells the backend that nobody waits for an answer any more."""
-        if not isinstance(message, Request):
+        if session is None or not isinstance(message, Request):
             return
-        reason = {"requestId": message.id, "reason": "The proxy's time limit has passed"}
-        note = Notification("notifications/cancelled", jsonrpc.as_payload(reason))
         route = self._router.route(session)
-        with contextlib.suppress(BackendError):  # it will find out
-            self._call(request, jsonrpc.encode(note), route, watch=False).close()
+        with contextlib.suppress(ProxyError):  # it will find out
+            self._call(request, cancellation_of(message), route, _CANCEL_TIME).close()
 
     # --- one call --------------------------------------------------------------------------------
 
     def _call(
-        self, request: ClientRequest, body: bytes, route: Route, watch: bool = True
+        self, request: ClientRequest, body: bytes, route: Route, limit: float | None = None
     ) -> HttpCall:
         """The call, answered as far as its headers, redirects followed; raises BackendError."""
         outbound = [
@@ -330,19 +321,24 @@ class TransparentProxy:
         query = request.environ.get("QUERY_STRING", "")
         target = self._router.target_of(route, raw_path(request.environ), query)
         call = HttpCall(self._client, route.address, request.method, target, outbound, body)
-        return self._sent(request, call, watch)
+        return self._sent(request, call, limit)
 
-    def _sent(self, request: ClientRequest, call: HttpCall, watch: bool) -> HttpCall:
+    def _sent(self, request: ClientRequest, call: HttpCall, limit: float | None) -> HttpCall:
+        """`limit` is for what goes on when the client has left."""
         connection = ClientConnection(request.environ)
         while True:
-            forget = self.departures.watch(connection, call.abort) if watch else _nothing
+            forget = self.departures.watch(connection, call.abort) if limit is None else _nothing
+            done = self._open.add(call, is_standing=False)
             try:
-                call.send(self.settings.request_timeout)
-            except ProxyError:
+                call.send(limit or self.settings.request_timeout)
+            except ProxyError as error:
                 call.close()
+                if isinstance(error, ClientLeft):
+                    self.edge.require_open()  # it may have been us who gave up
                 raise
             finally:
                 forget()
+                done()
             successor = call.redirected()
             if successor is None:
                 return call
@@ -355,19 +351,20 @@ class TransparentProxy:
         call: HttpCall,
         message: Message | Batch | None,
         session: Session | None = None,
-        observer: InitializeObserver | None = None,
+        observer: passing.InitializeObserver | None = None,
     ) -> Reply:
         """The backend's answer for the client, from its headers on."""
-        is_standing = request.method == "GET" and is_event_stream(call)
-        body = PassingBody(
+        is_standing = request.method == "GET" and passing.is_event_stream(call)
+        body = passing.PassingBody(
             call,
             request_id=message.id if isinstance(message, Request) else None,
             observe=observer or _unobserved,
+            on_timeout=lambda: self._cancel(request, session, message),
         )
         if is_standing:
             body.on_close(self._slot(call))
             call.wait_for_ever()
-        if session is not None and is_event_stream(call):
+        if session is not None and passing.is_event_stream(call):
             body.on_close(self.keeper.keep(session.id))
         body.on_close(self.departures.watch(ClientConnection(request.environ), call.abort))
         body.on_close(self._open.add(body, is_standing))

@@ -98,3 +98,15 @@ def test_cors_names_the_origin_and_only_an_allowed_one() -> None:
 @pytest.mark.parametrize(("name", "expected"), [("::1", True), ("0.0.0.0", False), ("x y", False)])
 def test_loopback_addresses(name: str, expected: bool) -> None:
     assert is_loopback(name) is expected
+
+
+@pytest.mark.parametrize(("peer", "served"), [("127.0.0.1", False), ("10.0.0.9", True)])
+def test_a_server_that_does_not_say_where_it_listens_is_judged_by_its_peer(
+    peer: str, served: bool
+) -> None:
+    asked = environ("proxy.example", "waitress.invalid", REMOTE_ADDR=peer)
+    if served:
+        Guard().check(asked)
+    else:
+        with pytest.raises(Forbidden):
+            Guard().check(asked)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 
-from tests.proofs import sessions
+from tests.proofs import passing, sessions, sticky
 
 PROOFS: dict[str, Callable[[], None]] = {
     "sessions-deleted": partial(sessions.opened_and_deleted, "memory"),
@@ -17,6 +17,10 @@ PROOFS: dict[str, Callable[[], None]] = {
     "sessions-abandoned": partial(sessions.opened_and_abandoned, "memory"),
     "sessions-abandoned-redis": partial(sessions.opened_and_abandoned, "redis"),
     "killed-worker": partial(sessions.killed_worker, "memory"),
+    "sticky-routing": sticky.routing,
+    "sticky-routing-kills": sticky.routing_kills,
+    "routing-commands": passing.routing_commands,
+    "large-response": passing.large_response,
 }
 
 

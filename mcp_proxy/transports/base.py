@@ -1,0 +1,69 @@
+"""What every transport is: a WSGI application over its edge, with an orderly end."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from mcp_proxy.edge.reply import Reply
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.surround import Edge
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+#: Seconds that running calls get to end by themselves once a worker is told to stop.
+DRAIN_TIME = 8.0
+
+_POLL = 0.1
+
+
+class Transport(ABC):
+    """One wire to clients. Every method may be called from any thread."""
+
+    edge: Edge
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return self.edge.serve(environ, start_response, self.handle)
+
+    def drain(self, timeout: float = DRAIN_TIME) -> None:
+        """The orderly end of a transport on its own: no new work, streams ended, then `close`."""
+        drain([self], timeout)
+        self.close()
+
+    @abstractmethod
+    def handle(self, request: ClientRequest) -> Reply:
+        """The answer to one request; raises ProxyError."""
+
+    @property
+    @abstractmethod
+    def is_busy(self) -> bool:
+        """Whether a client waits for an answer; a standing stream is none."""
+
+    @abstractmethod
+    def end_streams(self) -> None:
+        """Ends the standing streams; their clients come back, to another replica."""
+
+    @abstractmethod
+    def shut_down(self) -> None:
+        """Ends what is this transport's alone; what it shares is ended by who shared it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends everything that this transport started; for one that is used on its own."""
+
+    @abstractmethod
+    def trouble(self) -> str | None:
+        """Why new sessions cannot be expected to begin, None if they can."""
+
+
+def drain(transports: Collection[Transport], timeout: float) -> None:
+    """Takes no new work, ends standing streams and gives running calls `timeout` seconds."""
+    for transport in transports:
+        transport.edge.is_draining = True
+        transport.end_streams()
+    deadline = time.monotonic() + timeout
+    while any(transport.is_busy for transport in transports) and time.monotonic() < deadline:
+        time.sleep(_POLL)

@@ -1,0 +1,106 @@
+"""An HTTP server of the standard library that answers as an MCP server would, and no more.
+
+Three ways to POST: initialize issues a session id, `tools/call` is answered with a line, and
+`large` with `BLOCK` times the number of blocks asked for, with its length or in chunks. A GET is a
+stream that says nothing until the server is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+Json = dict[str, Any]
+
+#: What a large response consists of.
+BLOCK = bytes(range(256)) * 256
+
+_VERSION = "2025-06-18"
+
+
+class RawBackend(ThreadingHTTPServer):
+    """The server, in threads of this process, on a port of its own."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.is_over = threading.Event()
+        self.sessions = 0
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self.serve_forever, name="backend", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_over.set()
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+    @property
+    def url(self) -> str:
+        """The MCP endpoint."""
+        return f"http://127.0.0.1:{self.server_port}/mcp"
+
+    def new_session(self) -> str:
+        """An id that this server has not issued before."""
+        with self._lock:
+            self.sessions += 1
+            return f"session-{self.server_port}-{self.sessions}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RawBackend
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if message["method"] == "initialize":
+            result: Json = {"protocolVersion": _VERSION, "capabilities": {}, "serverInfo": {}}
+            self._answer(message, result, {"Mcp-Session-Id": self.server.new_session()})
+        elif message["method"] == "large":
+            self._answer_large(**message["params"])
+        elif "id" in message:
+            self._answer(message, {"content": []}, {})
+        else:
+            self._begin(202, {"Content-Length": "0"})
+
+    def do_GET(self) -> None:
+        self._begin(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
+        self.server.is_over.wait()
+        self.close_connection = True
+
+    def do_DELETE(self) -> None:
+        self._begin(204, {})
+
+    def _answer(self, message: Json, result: Json, headers: dict[str, str]) -> None:
+        body = json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}).encode()
+        about = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        self._begin(200, {**about, **headers})
+        self.wfile.write(body)
+
+    def _answer_large(self, blocks: int, chunked: bool) -> None:
+        length = {"Content-Length": str(blocks * len(BLOCK))}
+        framing = {"Transfer-Encoding": "chunked"} if chunked else length
+        self._begin(200, {"Content-Type": "application/json", **framing})
+        piece = b"%x\r\n%b\r\n" % (len(BLOCK), BLOCK) if chunked else BLOCK
+        for _ in range(blocks):
+            self.wfile.write(piece)
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def _begin(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""

@@ -1,0 +1,508 @@
+"""What passes through the transparent proxy, byte by byte, in both ways."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mcp_proxy.errors import BackendLost
+from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
+from tests.support.front import Answer
+from tests.support.transparent import BOTH, Transparent, transparent
+from tests.support.waiting import eventually
+
+JSON = "application/json"
+BROKEN = (BackendLost, http.client.HTTPException, OSError)
+MODERN_BODY = (
+    b'{"jsonrpc":"2.0","id":1,"method":"hang","params":{"_meta":'
+    b'{"io.modelcontextprotocol/protocolVersion":"2026-07-28"}}}'
+)
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[HttpBackend]:
+    with HttpBackend(name="target") as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def shared(
+    request: pytest.FixtureRequest, target: HttpBackend, redis_server: Any
+) -> Iterator[Transparent]:
+    settings = {
+        "request_timeout": 1,
+        "max_streams": 2,
+        "forward_headers": ["X-Set: by proxy", "X-Gone:"],
+        "trusted_proxies": ["10.0.0.1"],
+    }
+    with transparent(request.param, target.url, redis_server.url, **settings) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(shared: Transparent, target: HttpBackend) -> Iterator[Transparent]:
+    target.reset()
+    yield shared
+    shared.leave()
+
+
+def pieces(answer: Answer) -> Iterator[bytes]:
+    return (piece for piece in answer._pieces if piece)
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close", "length"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_event_passes_before_the_next_is_there(
+    proxy: Transparent, target: HttpBackend, framing: str, method: str
+) -> None:
+    feed = Feed()
+    target.on(method, "/events", stream(feed, framing=framing, length=32))
+    body = b'{"jsonrpc":"2.0","id":1,"method":"x"}' if method == "POST" else None
+    answer = proxy.request(method, "/events", body, Content_Type=JSON)
+    assert answer.is_stream  # the headers are there before the first event
+    events = pieces(answer)
+    for number in range(4):
+        feed.put(b"data:%d\n\n" % number)  # 8 bytes
+        assert next(events) == b"data:%d\n\n" % number
+    feed.put(None)
+    assert list(events) == []
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_a_standing_stream_may_be_silent_beyond_the_time_limit(
+    proxy: Transparent, target: HttpBackend, framing: str
+) -> None:
+    feed = Feed()
+    target.on("GET", "/mcp", stream(b": hello\n\n", feed, framing=framing))
+    events = pieces(proxy.request("GET", "/mcp"))
+    assert next(events) == b": hello\n\n"
+    time.sleep(1.3)
+    feed.put(b"data: 1\n\n")
+    assert next(events) == b"data: 1\n\n"
+    feed.put(None)
+
+
+def test_a_stalled_answer_on_a_stream_ends_with_an_error(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    target.rpc["stall"] = stream(b'data: {"jsonrpc":"2.0","method":"n"}\n\n', Feed())
+    client = proxy.client().open()
+    messages = client.call("stall", key="k").messages()
+    assert messages[0]["method"] == "n"
+    assert (messages[1]["id"], messages[1]["error"]["code"]) == ("k", -32000)
+    cancelled = eventually(lambda: target.calls("notifications/cancelled"))
+    assert cancelled[0].json["params"]["requestId"] == "k"
+
+
+def test_a_stalled_json_answer_breaks_off(proxy: Transparent, target: HttpBackend) -> None:
+    feed = Feed()
+    target.rpc["stall"] = stream(b'{"jsonrpc"', feed, content_type=JSON)
+    answer = proxy.client().open().call("stall")
+    with pytest.raises((Exception,)) as caught:
+        answer.body()
+    assert not isinstance(caught.value, AssertionError)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+@pytest.mark.parametrize("content_type", [JSON, "text/event-stream"])
+def test_a_short_body_is_never_a_clean_end(
+    proxy: Transparent, target: HttpBackend, framing: str, content_type: str
+) -> None:
+    feed = Feed()
+    act = stream(b"data: 1\n\n", feed, framing=framing, length=100, content_type=content_type)
+    target.on("GET", "/short", act)
+    answer = proxy.request("GET", "/short")
+    found = pieces(answer)
+    assert next(found) == b"data: 1\n\n"
+    feed.put(Feed.BREAK)
+    with pytest.raises(BROKEN):
+        list(found)
+
+
+def test_streams_beyond_the_limit_are_503(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/mcp", stream(b": hello\n\n", Feed()))
+    answers = [proxy.request("GET", "/mcp") for _ in range(2)]
+    assert [next(pieces(answer)) for answer in answers] == [b": hello\n\n"] * 2
+    third = proxy.request("GET", "/mcp")
+    assert third.status == 503
+    assert third.headers["Retry-After"]
+    assert third.error()["code"] == -32000
+    assert proxy.request("GET", "/other").status == 200
+    for answer in answers:
+        answer.close()
+
+    def has_place() -> bool:
+        answer = proxy.request("GET", "/mcp")
+        answer.close()
+        return answer.status == 200
+
+    eventually(has_place)
+
+
+# --- answers as they are -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 400, 401, 403, 404, 405, 418, 429, 500, 503])
+def test_statuses_headers_and_bodies_pass(
+    proxy: Transparent, target: HttpBackend, status: int
+) -> None:
+    fields = ['WWW-Authenticate: Bearer a="b", c="d"', "Set-Cookie: a=1", "Set-Cookie: b=2"]
+    target.on("POST", "/mcp", reply(status, b'{"a": 1.10}', "Content-Type: x/y; Z=1", *fields))
+    answer = proxy.request("POST", "/mcp", b"\xff\x00", Content_Type="application/octet-stream")
+    assert answer.status == status
+    assert answer.headers["Content-Type"] == "x/y; Z=1"
+    assert answer.headers["WWW-Authenticate"] == 'Bearer a="b", c="d"'
+    found: Any = answer.headers
+    cookies = (
+        found.get_all("Set-Cookie") if hasattr(found, "get_all") else found.getlist("Set-Cookie")
+    )
+    assert cookies == ["a=1", "b=2"]
+    assert answer.body() == b'{"a": 1.10}'
+    assert target.last.body == b"\xff\x00"
+
+
+@pytest.mark.parametrize("size", [0, 100, 70_000, 300_000])
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_refusal_in_a_session_passes_whatever_its_size(
+    proxy: Transparent, target: HttpBackend, status: int, framing: str, size: int
+) -> None:
+    client = proxy.client().open()
+    body = b"x" * size
+    target.rpc["r"] = (
+        stream(body, framing=framing, length=size, content_type="text/html", status=status)
+        if size or framing == "length"
+        else reply(status)
+    )
+    answer = client.call("r")
+    assert (answer.status, answer.body()) == (status, body)
+    assert len(target.calls("initialize")) == 1
+
+
+def test_204_and_304_have_no_body(proxy: Transparent, target: HttpBackend) -> None:
+    for status in (204, 304):
+        target.on("PUT", "/none", reply(status, b"", "ETag: x"))
+        answer = proxy.request("PUT", "/none")
+        assert (answer.status, answer.headers["ETag"], answer.body()) == (status, "x", b"")
+        assert "Content-Length" not in answer.headers
+
+
+def test_head(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("HEAD", "/file", reply(200, b"", "X-A: 1", length=12345))
+    answer = proxy.request("HEAD", "/file")
+    assert (answer.status, answer.headers["Content-Length"]) == (200, "12345")
+    assert answer.body() == b""
+
+
+def test_gzip_passes_untouched(proxy: Transparent, target: HttpBackend) -> None:
+    packed = gzip.compress(b"hello" * 100)
+    target.on("GET", "/z", reply(200, packed, "Content-Encoding: gzip"))
+    answer = proxy.request("GET", "/z", Accept_Encoding="gzip")
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert answer.body() == packed
+    assert target.last.header("Accept-Encoding") == "gzip"
+
+
+def test_informational_answers_are_passed_over(proxy: Transparent, target: HttpBackend) -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    final = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    target.on("GET", "/early", raw(b"HTTP/1.1 100 Continue\r\n\r\n" + early + early + final))
+    answer = proxy.request("GET", "/early")
+    assert (answer.status, answer.body()) == (200, b"ok")
+    assert "Link" not in answer.headers
+
+
+def test_http_1_0_without_a_length(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/old", raw(b"HTTP/1.0 200 OK\r\nContent-Type: a/b\r\n\r\nbody"))
+    assert proxy.request("GET", "/old").body() == b"body"
+
+
+def test_a_length_beside_chunks_means_nothing(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/both", stream(b"hello world", headers=("Content-Length: 3",)))
+    assert proxy.request("GET", "/both").body() == b"hello world"
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nX"])
+def test_what_is_no_answer_is_502(proxy: Transparent, target: HttpBackend, data: bytes) -> None:
+    target.on("POST", "/mcp", raw(data))
+    answer = proxy.request(
+        "POST", "/mcp", b'{"jsonrpc":"2.0","id":7,"method":"x"}', Content_Type=JSON
+    )
+    if data.startswith(b"HTTP"):
+        assert answer.status in (200, 502)
+        return
+    assert answer.status == 502
+    message = answer.message()
+    assert (message["id"], message["error"]["code"]) == (7, -32000)
+
+
+def test_a_large_answer_passes(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/large", reply(200, bytes(20_000_000)))
+    assert sum(map(len, pieces(proxy.request("GET", "/large")))) == 20_000_000
+
+
+# --- requests as they are ------------------------------------------------------------------------
+
+
+def test_headers_of_the_request_pass(proxy: Transparent, target: HttpBackend) -> None:
+    given = {
+        "Authorization": "Bearer t",
+        "Traceparent": "00-a-b-01",
+        "Mcp-Param-Region": "eu",
+        "Mcp-Unheard-Of": "1",
+        "Last-Event-Id": "e-1",
+        "Accept": "text/event-stream",
+        "Cookie": "a=1; b=2",
+    }
+    proxy.request("GET", "/other", **given)
+    for name, value in given.items():
+        assert target.last.header(name) == value
+    assert target.last.header("X-Set") == "by proxy"
+    assert target.last.header("Host") == f"127.0.0.1:{target.port}"
+
+
+def test_headers_of_the_connection_and_our_own_do_not(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    given = {
+        "Connection": "close, X-Hop",
+        "X-Hop": "1",
+        "Keep-Alive": "5",
+        "TE": "trailers",
+        "Proxy-Authorization": "secret",
+        "X-Gone": "1",
+        "X-Set": "by client",
+        "X-Forwarded-For": "6.6.6.6",
+        "Forwarded": "for=6.6.6.6",
+    }
+    proxy.request("GET", "/other", **given)
+    unwanted = {"x-hop", "keep-alive", "te", "proxy-authorization", "x-gone", "forwarded"}
+    assert not target.last.names & (unwanted | {"user-agent", "accept-encoding"})
+    assert [v for n, v in target.last.headers if n == "X-Set"] == ["by proxy"]
+    assert target.last.header("X-Forwarded-For") == "127.0.0.1"
+    assert target.last.header("X-Forwarded-Proto") == "http"
+    assert target.last.header("X-Forwarded-Host")
+
+
+def test_headers_of_the_backends_connection_do_not_pass(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    fields = ["Connection: X-Hop, keep-alive", "X-Hop: 1", "Keep-Alive: 5", "X-Kept: 1"]
+    target.on("GET", "/hop", reply(200, b"", *fields))
+    answer = proxy.request("GET", "/hop")
+    assert "X-Hop" not in answer.headers
+    assert "Keep-Alive" not in answer.headers
+    assert answer.headers["X-Kept"] == "1"
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "OPTIONS", "PROPFIND"])
+def test_other_methods_and_paths_pass(proxy: Transparent, target: HttpBackend, method: str) -> None:
+    target.on(method, "/.well-known/oauth", reply(200, b"found"))
+    body = b"data" if method == "PUT" else None
+    assert proxy.request(method, "/.well-known/oauth?a=%20b", body).body() == b"found"
+    assert (target.last.method, target.last.target) == (method, "/.well-known/oauth?a=%20b")
+    assert target.last.body == (body or b"")
+
+
+@pytest.mark.parametrize(
+    "body", [b"not json", b"", b"\xff", b"[]", b'[{"jsonrpc":"2.0","id":1,"method":"a"}]']
+)
+def test_bodies_that_are_no_message_pass(
+    proxy: Transparent, target: HttpBackend, body: bytes
+) -> None:
+    target.on("POST", "/mcp", reply(400, b"what?"))
+    answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert (answer.status, answer.body(), target.last.body) == (400, b"what?", body)
+
+
+# --- redirects -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("location", ["/mcp/", "{base}/mcp/", "mcp/"])
+def test_redirects_on_the_same_host_keep_method_and_body(
+    proxy: Transparent, target: HttpBackend, status: int, location: str
+) -> None:
+    where = location.format(base=target.url)
+    target.on("POST", "/mcp", reply(status, b"moved", f"Location: {where}"))
+    client = proxy.client().open()
+    assert client.session in target.sessions
+    client.result("tools/call", {"a": 1})
+    first, second = target.seen[-2:]
+    assert (first.target, second.target) == ("/mcp", "/mcp/")
+    assert second.method == "POST"
+    assert second.body == first.body
+    assert second.header("Mcp-Session-Id") == client.session
+    assert target.executed["tools/call"] == 1
+
+
+@pytest.mark.parametrize("location", ["http://elsewhere.invalid/mcp", "//elsewhere.invalid/x", ""])
+def test_redirects_elsewhere_pass(proxy: Transparent, target: HttpBackend, location: str) -> None:
+    target.on("GET", "/moved", reply(307, b"", f"Location: {location}"))
+    answer = proxy.request("GET", "/moved")
+    assert (answer.status, answer.headers["Location"]) == (307, location) or not location
+
+
+def test_redirects_in_a_circle_end(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/round", reply(307, b"", "Location: /round"))
+    assert proxy.request("GET", "/round").status == 307
+    assert len(target.seen) == 6
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+def test_connections_are_reused(proxy: Transparent, target: HttpBackend) -> None:
+    for _ in range(5):
+        assert proxy.request("GET", "/again").status == 200
+        proxy.request("GET", "/again").body()
+    assert len({seen.connection for seen in target.seen}) <= 2
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_a_backend_that_closes_after_each_request_is_no_trouble(way: str, redis_url: str) -> None:
+    with (
+        HttpBackend(requests_per_connection=1) as backend,
+        transparent(way, backend.url, redis_url) as proxy,
+    ):
+        client = proxy.client().open()
+        for _ in range(20):
+            client.result("tools/call")
+        assert len(backend.calls("initialize")) == 1
+        assert backend.executed["tools/call"] == 20
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_idle_connections_are_not_used_again(way: str, redis_url: str) -> None:
+    with HttpBackend() as backend, transparent(way, backend.url, redis_url) as proxy:
+        proxy.request("GET", "/a").body()
+        time.sleep(2.2)
+        proxy.request("GET", "/a").body()
+        assert backend.seen[0].connection != backend.seen[1].connection
+
+
+# --- clients that leave --------------------------------------------------------------------------
+
+
+def leaving(base: str, body: bytes, session: str = "") -> None:
+    """Sends a request and leaves without waiting."""
+    port = int(base.rpartition(":")[2])
+    fields = f"Mcp-Session-Id: {session}\r\n" if session else ""
+    head = f"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: {JSON}\r\n{fields}"
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(0.3)
+
+
+@pytest.fixture
+def patient(target: HttpBackend, redis_url: str) -> Iterator[Transparent]:
+    """gunicorn with all the time in the world: only the client's leaving can end a call."""
+    target.reset()
+    with transparent("gunicorn", target.url, redis_url, request_timeout=60, threads=8) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        silent,
+        stream(Feed()),
+        stream(Feed(), framing="close"),
+        stream(b": a\n\n", Feed(), framing="close"),
+    ],
+    ids=["silent", "chunked", "close", "close-begun"],
+)
+def test_a_modern_call_is_closed_when_its_client_leaves(
+    patient: Transparent, target: HttpBackend, act: Any
+) -> None:
+    target.rpc["hang"] = act
+    assert patient.process is not None
+    leaving(patient.process.base, MODERN_BODY)
+    left = time.monotonic()
+    eventually(lambda: target.gone, 5)
+    assert target.gone[0] - left < 1
+
+
+def test_a_client_that_leaves_costs_its_session_nothing(
+    patient: Transparent, target: HttpBackend
+) -> None:
+    client = patient.client().open()
+    target.rpc["hang"] = silent
+    assert patient.process is not None
+    body = b'{"jsonrpc":"2.0","id":9,"method":"hang"}'
+    leaving(patient.process.base, body, client.session or "")
+    eventually(lambda: target.gone, 5)
+    client.result("tools/call")
+    assert target.executed["initialize"] == 1
+
+
+def test_a_client_that_leaves_while_the_last_piece_is_sent_harms_no_other(
+    target: HttpBackend,
+) -> None:
+    """The connection is another call's as soon as the last byte was read."""
+    from mcp_proxy.backends.http import HttpCall, HttpClient
+    from mcp_proxy.wire.targets import Address
+
+    target.reset()
+    client = HttpClient(1, 4)
+    address = Address("http", "127.0.0.1", target.port)
+    first = HttpCall(client, address, "GET", "/a", [], b"")
+    first.send(1)
+    target.on("GET", "/a", reply(200, b"hello"))
+    assert first.read(100)
+    feed = Feed()
+    target.on("GET", "/b", stream(b"one", feed))
+    second = HttpCall(client, address, "GET", "/b", [], b"")
+    second.send(1)
+    assert target.seen[0].connection == target.seen[1].connection
+    first.abort()
+    first.wait_for_ever()
+    feed.put(b"two")
+    feed.put(None)
+    assert second.read(100) == b"onetwo"
+    first.close()
+    second.close()
+    client.close()
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_sigterm_ends_streams_cleanly_and_lets_calls_finish(
+    target: HttpBackend, redis_url: str, framing: str
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    target.reset()
+
+    def slow(turn: Turn) -> None:
+        time.sleep(1.5)
+        turn.result({"slow": True})
+
+    with transparent("gunicorn", target.url, redis_url, threads=8) as proxy:
+        client = proxy.client().open()
+        target.on("GET", "/mcp", stream(b": hello\n\n", Feed(), framing=framing))
+        target.rpc["slow"] = slow
+        events = pieces(client.listen())
+        assert next(events) == b": hello\n\n"
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(lambda: client.call("slow").message())
+            eventually(lambda: target.calls("slow"))
+            begun = time.monotonic()
+            assert proxy.process is not None
+            proxy.process._process.send_signal(signal.SIGTERM)
+            assert list(events) == []  # a clean end
+            assert call.result(20)["result"] == {"slow": True}
+        proxy.process.wait(15)
+        assert time.monotonic() - begun < 12

@@ -1,0 +1,389 @@
+"""A backend that is lost, and its sessions brought back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from mcp_proxy import LocalStorage, RedisStorage, TransparentProxy
+from mcp_proxy.sessions.storage import Storage
+from tests.servers.http_backend import LOST_400, LOST_404, HttpBackend, Turn, reply, reset, stream
+from tests.support.front import McpClient
+from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
+from tests.support.waiting import eventually
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def backend() -> Iterator[HttpBackend]:
+    with HttpBackend() as backend:
+        yield backend
+
+
+@pytest.fixture
+def proxy(way: str, backend: HttpBackend, redis_server: Any) -> Iterator[Transparent]:
+    with transparent(way, backend.url, redis_server.url, request_timeout=5) as proxy:
+        yield proxy
+        proxy.leave()
+
+
+def lose_by_restart(backend: HttpBackend) -> None:
+    backend.stop()
+    backend.start()
+
+
+def lose_session_404(backend: HttpBackend) -> None:
+    backend.lost = LOST_404
+    backend.sessions.clear()
+
+
+def lose_session_400(backend: HttpBackend) -> None:
+    backend.lost = LOST_400
+    backend.sessions.clear()
+
+
+@pytest.mark.parametrize("lose", [lose_by_restart, lose_session_404, lose_session_400])
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_a_lost_session_is_initialized_again(
+    proxy: Transparent, backend: HttpBackend, lose: Any, method: str
+) -> None:
+    client = proxy.client().open()
+    session = client.session
+    first = backend.calls("initialize")[0]
+    client.result("tools/call")
+    lose(backend)
+    backend.reset()
+    if method == "POST":
+        answer = client.call(
+            "tools/call", Authorization="Bearer current", Accept_Encoding="gzip", Last_Event_ID="7"
+        )
+        assert answer.message()["result"]["backend"] == "backend"
+    else:
+        answer = client.listen(Authorization="Bearer current")
+    assert answer.status == 200
+    again = [
+        seen for seen in backend.seen if seen.rpc in ("initialize", "notifications/initialized")
+    ]
+    assert [seen.rpc for seen in again] == ["initialize", "notifications/initialized"]
+    assert again[0].json == first.json
+    assert again[0].header("Authorization") == "Bearer current"
+    assert not again[0].names & {"mcp-session-id", "accept-encoding", "last-event-id"}
+    new = again[1].header("Mcp-Session-Id")
+    assert new in backend.sessions
+    assert new != session
+    assert backend.last.header("Mcp-Session-Id") == new
+    assert new not in str(answer.headers)
+    assert client.session == session
+    client.result("tools/call")
+    assert backend.executed["initialize"] == 1
+    assert backend.executed["tools/call"] == (2 if method == "POST" else 1)
+    assert client.delete().status == 200
+    assert backend.ended == {new}
+    assert client.call("tools/call").status == 404
+
+
+def test_a_refused_connection_is_another_target(way: str, redis_url: str) -> None:
+    with (
+        HttpBackend(name="one") as one,
+        HttpBackend(name="two") as two,
+        transparent(way, [one.url, two.url], redis_url) as proxy,
+    ):
+        clients = [proxy.client().open() for _ in range(4)]
+        one.stop()
+        for client in clients:
+            for _ in range(2):
+                assert client.result("tools/call")["backend"] == "two"
+        assert two.executed["tools/call"] == 8
+        assert two.executed["initialize"] == 4
+
+
+def test_a_reset_is_502_and_the_next_request_works(
+    proxy: Transparent, backend: HttpBackend
+) -> None:
+    client = proxy.client().open()
+    backend.rpc["crash"] = reset
+    answer = client.call("crash", key="k")
+    assert answer.status == 502
+    message = answer.message()
+    assert (message["id"], message["error"]["code"]) == ("k", -32000)
+    client.result("tools/call")
+    assert backend.executed["crash"] == 1
+    assert backend.executed["tools/call"] == 1
+    assert backend.executed["initialize"] == 2
+
+
+def test_an_answer_that_breaks_off_is_not_repeated(
+    proxy: Transparent, backend: HttpBackend
+) -> None:
+    from tests.servers.http_backend import Feed
+
+    client = proxy.client().open()
+    feed = Feed()
+    backend.rpc["half"] = stream(b"data: 1\n\n", feed)
+    answer = client.call("half")
+    feed.put(Feed.BREAK)
+    with pytest.raises(Exception, match=r"."):
+        answer.body()
+    assert backend.executed["half"] == 1
+    assert backend.executed["initialize"] == 1
+
+
+@pytest.mark.parametrize("status", [404, 400])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>no such page</html>",
+        b'{"error":"not_found"}',
+        b'{"jsonrpc":"2.0","id":1,"error":{"code":-32601,"message":"Method not found"}}',
+        b'{"jsonrpc":"2.0","id":1,"result":{"session":1}}',
+        b"",
+    ],
+)
+def test_other_refusals_are_no_lost_session(
+    proxy: Transparent, backend: HttpBackend, status: int, body: bytes
+) -> None:
+    client = proxy.client().open()
+    backend.rpc["x"] = reply(status, body, "Content-Type: application/json")
+    answer = client.call("x")
+    assert (answer.status, answer.body()) == (status, body)
+    assert backend.executed["initialize"] == 1
+
+
+def test_a_session_that_stays_lost_is_not_tried_for_ever(
+    proxy: Transparent, backend: HttpBackend
+) -> None:
+    client = proxy.client().open()
+    backend.rpc["x"] = lambda turn: turn.error(404, -32001, "Session not found")
+    assert client.call("x").status == 404
+    assert backend.executed["initialize"] == 2
+
+
+def test_a_backend_that_cannot_be_had_is_502_and_the_session_stays(
+    proxy: Transparent, backend: HttpBackend
+) -> None:
+    client = proxy.client().open()
+    backend.stop()
+    for _ in range(2):
+        answer = client.call("tools/call", key=5)
+        assert answer.status == 502
+        assert answer.message()["id"] == 5
+    backend.start()
+    assert client.result("tools/call")["backend"] == "backend"
+
+
+def test_a_backend_that_refuses_the_handshake_is_502(
+    proxy: Transparent, backend: HttpBackend
+) -> None:
+    client = proxy.client().open()
+    backend.sessions.clear()
+    backend.rpc["initialize"] = reply(401, b"{}", "Content-Type: application/json")
+    assert client.call("tools/call").status == 502
+    del backend.rpc["initialize"]
+    client.result("tools/call")
+
+
+def test_another_version_is_another_session(proxy: Transparent, backend: HttpBackend) -> None:
+    client = proxy.client().open("2025-06-18")
+    backend.sessions.clear()
+
+    def older(turn: Turn) -> None:
+        turn.result({"protocolVersion": "2025-03-26"}, *backend.new_session())
+
+    backend.rpc["initialize"] = older
+    assert client.call("tools/call").status == 404
+    assert client.call("tools/call").status == 404
+    assert backend.executed["tools/call"] == 0
+
+
+def test_a_handshake_answered_by_a_stream(proxy: Transparent, backend: HttpBackend) -> None:
+    client = proxy.client().open()
+    backend.sessions.clear()
+    answer = {"jsonrpc": "2.0", "id": 0, "result": {"protocolVersion": "2025-06-18"}}
+    event = b"data: " + json.dumps(answer).encode() + b"\n\n"
+
+    def act(turn: Turn) -> None:
+        stream(b": x\n\n", event, headers=tuple(backend.new_session()))(turn)
+
+    backend.rpc["initialize"] = act
+    client.result("tools/call")
+
+
+def test_a_delete_never_initializes(proxy: Transparent, backend: HttpBackend) -> None:
+    client = proxy.client().open()
+    lose_session_404(backend)
+    assert client.delete().status == 404
+    other = proxy.client().open()
+    lose_by_restart(backend)
+    assert other.delete().status in (204, 404)
+    assert backend.executed["initialize"] == 2
+    assert client.call("tools/call").status == 404
+    assert other.call("tools/call").status == 404
+
+
+def test_a_handshake_too_long_to_keep_cannot_be_repeated(
+    proxy: Transparent, backend: HttpBackend
+) -> None:
+    client = proxy.client()
+    params = {"protocolVersion": "2025-06-18", "capabilities": {"x": "y" * 70_000}}
+    body = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
+    client.session = client.post(body).headers["Mcp-Session-Id"]
+    client.result("tools/call")
+    lose_session_404(backend)
+    assert client.call("tools/call").status == 404
+    assert client.call("tools/call").error()["code"] == -32001
+    assert backend.executed["initialize"] == 1
+
+
+def test_a_record_of_somebody_else_without_handshake_is_404(
+    proxy: Transparent, backend: HttpBackend
+) -> None:
+    client = proxy.in_record(backend_url=backend.url)
+    assert client.call("tools/call").status == 404
+
+
+# --- two replicas --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "redis"])
+def storage(request: pytest.FixtureRequest, redis_server: Any) -> Iterator[Storage]:
+    if request.param == "local":
+        yield LocalStorage()
+    else:
+        with contextlib.closing(
+            RedisStorage(redis_server.url, prefix=f"test-{uuid.uuid4().hex}:")
+        ) as made:
+            yield made
+
+
+@pytest.fixture
+def fronts(storage: Storage, backend: HttpBackend) -> Iterator[list[LocalFront]]:
+    replicas = [TransparentProxy(backend.url, storage) for _ in range(2)]
+    fronts = [LocalFront(replica) for replica in replicas]
+    yield fronts
+    for front, replica in zip(fronts, replicas, strict=True):
+        front.close()
+        replica.close()
+
+
+def in_session(front: LocalFront, client: McpClient) -> McpClient:
+    same = McpClient(front)
+    same.session = client.session
+    return same
+
+
+@pytest.mark.parametrize("lose", [lose_by_restart, lose_session_404])
+def test_replicas_that_notice_at_once_initialize_once(
+    fronts: list[LocalFront], backend: HttpBackend, lose: Any
+) -> None:
+    def slowly(turn: Turn) -> None:
+        threading.Event().wait(0.3)
+        backend.initialize(turn)
+
+    client = McpClient(fronts[0]).open()
+    lose(backend)
+    backend.reset()
+    backend.rpc["initialize"] = slowly
+    barrier = threading.Barrier(8)
+
+    def call(number: int) -> str:
+        one = in_session(fronts[number % 2], client)
+        barrier.wait(10)
+        return str(one.result("tools/call")["backend"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(call, range(8))) == ["backend"] * 8
+    assert backend.executed["initialize"] == 1
+    assert backend.executed["notifications/initialized"] == 1
+    assert backend.executed["tools/call"] == 8
+
+
+def test_refused_connections_noticed_at_once_initialize_once(
+    storage: Storage, fronts: list[LocalFront], backend: HttpBackend
+) -> None:
+    with HttpBackend(name="new") as new:
+
+        def slowly(turn: Turn) -> None:
+            threading.Event().wait(0.3)
+            new.initialize(turn)
+
+        client = McpClient(fronts[0]).open()
+        backend.stop()
+        new.rpc["initialize"] = slowly
+        replicas = [TransparentProxy([backend.url, new.url], storage) for _ in range(2)]
+        others = [LocalFront(replica) for replica in replicas]
+        with ThreadPoolExecutor(6) as pool:
+            calls = [
+                pool.submit(in_session(others[n % 2], client).result, "tools/call")
+                for n in range(6)
+            ]
+            assert [call.result(20)["backend"] for call in calls] == ["new"] * 6
+        assert new.executed["initialize"] == 1
+        for front, replica in zip(others, replicas, strict=True):
+            front.close()
+            replica.close()
+
+
+def test_a_delete_during_the_handshake_wins(fronts: list[LocalFront], backend: HttpBackend) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slowly(turn: Turn) -> None:
+        entered.set()
+        go_on.wait(10)
+        backend.initialize(turn)
+
+    client = McpClient(fronts[0]).open()
+    lose_session_404(backend)
+    backend.rpc["initialize"] = slowly
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(lambda: in_session(fronts[0], client).call("tools/call").status)
+        assert entered.wait(10)
+        assert in_session(fronts[1], client).delete().status in (204, 404)
+        go_on.set()
+        assert call.result(10) == 404
+    assert backend.executed["tools/call"] == 0
+    eventually(lambda: not backend.sessions)
+    assert len(backend.ended) == 1
+    assert in_session(fronts[1], client).call("tools/call").status == 404
+
+
+def test_who_was_thought_dead_finds_the_session_of_the_successor(
+    fronts: list[LocalFront],
+    backend: HttpBackend,
+    storage: Storage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mcp_proxy.sessions import claims
+
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slowly(turn: Turn) -> None:
+        if not entered.is_set():
+            entered.set()
+            go_on.wait(10)
+        backend.initialize(turn)
+
+    client = McpClient(fronts[0]).open()
+    lose_session_404(backend)
+    backend.reset()
+    backend.rpc["initialize"] = slowly
+    monkeypatch.setattr(claims, "CLAIM_TIME", 0.1)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(lambda: in_session(fronts[0], client).result("tools/call")["backend"])
+        assert entered.wait(10)
+        threading.Event().wait(0.2)
+        assert in_session(fronts[1], client).result("tools/call")["backend"] == "backend"
+        go_on.set()
+        assert call.result(10) == "backend"
+    assert len(backend.sessions) == 1  # what the slow one had made was ended
+    assert backend.executed["tools/call"] == 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mcp_proxy.wire.targets import Address, Target
 
@@ -42,6 +43,7 @@ class BackendChooser:
         self._turn = 0
         self._live: OrderedDict[str, tuple[Address, float]] = OrderedDict()  # by session
         self._counts: Counter[Address] = Counter()
+        self._opening: Counter[Address] = Counter()
         self._seen: dict[tuple[str, str, int], float] = {}  # scheme, host, port
 
     def __repr__(self) -> str:
@@ -55,7 +57,22 @@ class BackendChooser:
             self._turn += 1
             first = self._turn % len(addresses)
             turned = addresses[first:] + addresses[:first]
-            return sorted(turned, key=lambda address: self._counts[address])
+            return sorted(
+                turned, key=lambda address: self._counts[address] + self._opening[address]
+            )
+
+    @contextlib.contextmanager
+    def opening(self, address: Address) -> Iterator[None]:
+        """While a session is about to begin there it counts: many that begin at once are spread."""
+        with self._lock:
+            self._opening[address] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._opening[address] -= 1
+                if not self._opening[address]:
+                    del self._opening[address]
 
     def opened(self, session_id: str, address: Address) -> None:
         """A session began there."""

@@ -195,7 +195,10 @@ class HttpCall:
         location = self.header("Location")
         if self.status not in (301, 302, 307, 308) or location is None or self._hops >= _MAX_HOPS:
             return None
-        there = parse_target(urljoin(self._named_url(), location))
+        try:
+            there = parse_target(urljoin(self._named_url(), location))
+        except ValueError:
+            return None
         if there is None or there.host != (self.address.name or self.address.host):
             return None
         if self.address.scheme == "https" and there.scheme == "http":

@@ -42,10 +42,12 @@ class Forwarding:
         kept = [
             (name, value)
             for name, value in end_to_end(_headers_of(environ))
-            if name.lower() not in _OURS | self._removed
-            and (is_trusted or name.lower() not in _FORWARDING)
+            if name.lower() not in _OURS and (is_trusted or name.lower() not in _FORWARDING)
         ]
-        return _with_changes(_with_forwarding(kept, environ), self._set)
+        said = [
+            (n, v) for n, v in _with_forwarding(kept, environ) if n.lower() not in self._removed
+        ]
+        return _with_changes(said, self._set)
 
     def inbound(self, headers: Headers) -> Headers:
         """The response's headers for the client."""

@@ -30,7 +30,10 @@ def claim(manager: SessionManager, session: Session) -> Session | None:
         return None
     deadline = f"{time.time() + CLAIM_TIME:.3f} {secrets.token_hex(8)}"
     claimed = session.with_metadata(**{CLAIM: deadline})
-    return claimed if manager.swap(session, claimed) else None
+    if manager.swap(session, claimed):
+        return claimed
+    unclaimed(manager, manager.load(session.id))
+    return None
 
 
 def settle(manager: SessionManager, claimed: Session, **result: str | None) -> bool:

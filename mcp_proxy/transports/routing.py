@@ -19,7 +19,14 @@ from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached, SessionEnded
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import BACKEND_HOST, BACKEND_SID, BACKEND_URL, INIT_BODY, Session
+from mcp_proxy.sessions.session import (
+    BACKEND_HOST,
+    BACKEND_SID,
+    BACKEND_URL,
+    INIT_BODY,
+    PROTOCOL_VERSION,
+    Session,
+)
 from mcp_proxy.transports.passing import InitializeObserver
 from mcp_proxy.wire import headers, jsonrpc
 from mcp_proxy.wire.headers import Headers
@@ -101,16 +108,21 @@ class Router:
         """
         claimed = claims.claim(self._manager, session)
         if claimed is None:
-            return claims.unclaimed(self._manager, self._manager.load(session.id))
+            return self._manager.load(session.id)
         body = claimed.metadata.get(INIT_BODY)
         if body is None:
             self._manager.end(session.id)
             raise SessionEnded
         try:
-            address, session_id = self._initialize(body.encode(), request_headers)
+            address, session_id, version = self._initialize(body.encode(), request_headers)
         except BackendError:
             claims.release(self._manager, claimed)
             raise
+        if claimed.metadata.get(PROTOCOL_VERSION, version) != version:
+            # The client would go on in a revision that this server does not speak.
+            self._manager.end(claimed.id)
+            self._discard(address, session_id, request_headers)
+            raise SessionEnded
         return self._settle(claimed, address, session_id, request_headers)
 
     def _settle(
@@ -129,33 +141,35 @@ class Router:
         log.info("a session was initialized again at %s", address.url)
         return self._manager.load(claimed.id)
 
-    def _initialize(self, body: bytes, request_headers: Headers) -> tuple[Address, str | None]:
-        """A backend that has accepted the handshake, and its id for the session."""
+    def _initialize(
+        self, body: bytes, request_headers: Headers
+    ) -> tuple[Address, str | None, str | None]:
+        """A backend that has accepted the handshake, its id for the session, and the revision."""
         failure: BackendError = BackendLost("No backend is configured")
         for address in self._chooser.candidates():
             try:
-                return address, self._handshake(address, body, request_headers)
+                with self._chooser.opening(address):
+                    return address, *self._handshake(address, body, request_headers)
             except BackendUnreached as error:
                 failure = error
         raise failure
 
-    def _handshake(self, address: Address, body: bytes, request_headers: Headers) -> str | None:
-        call = self._post(address, body, request_headers, None)
+    def _handshake(
+        self, address: Address, body: bytes, request_headers: Headers
+    ) -> tuple[str | None, str | None]:
+        call = self._post(address, body, request_headers)
         try:
-            answers: list[Response | None] = []
-            observe = InitializeObserver(call, answers.append)
-            for piece in call.pieces():
-                observe(piece)
-                if answers:
-                    break
+            answer = _answer_of(call)
         finally:
             call.close()
-        accepted = answers and answers[0] is not None and answers[0].result is not UNSET
-        if call.status >= 300 or not accepted:
+        if call.status >= 300 or answer is None or answer.result is UNSET:
             raise BackendLost(f"The server refused to be initialized again (status {call.status})")
+        version = jsonrpc.protocol_version_of(answer.result)
         session_id = call.header(headers.SESSION_ID)
-        self._post(address, _INITIALIZED, request_headers, session_id).close()
-        return session_id
+        ours = [(headers.SESSION_ID, session_id), (headers.PROTOCOL_VERSION, version)]
+        given = [(name, value) for name, value in ours if value is not None]
+        self._post(address, _INITIALIZED, request_headers, given).close()
+        return session_id, version
 
     def _discard(self, address: Address, session_id: str | None, request_headers: Headers) -> None:
         """Ends a backend's session that nobody will use."""
@@ -172,17 +186,26 @@ class Router:
             call.close()
 
     def _post(
-        self, address: Address, body: bytes, request_headers: Headers, session_id: str | None
+        self, address: Address, body: bytes, request_headers: Headers, ours: Headers | None = None
     ) -> HttpCall:
         target = request_target(self.static, None, "/mcp", "")
         given = [(n, v) for n, v in _without_session(request_headers) if n.lower() not in _OURS]
         given += [("Accept", f"{headers.JSON}, {headers.EVENT_STREAM}")]
-        given += [("Content-Type", headers.JSON)]
-        if session_id is not None:
-            given.append((headers.SESSION_ID, session_id))
+        given += [("Content-Type", headers.JSON), *(ours or ())]
         call = HttpCall(self._client, address, "POST", target, given, body)
         call.send(self._timeout)
         return call
+
+
+def _answer_of(call: HttpCall) -> Response | None:
+    """The response to an initialize, as soon as it is there."""
+    answers: list[Response | None] = []
+    observe = InitializeObserver(call, answers.append)
+    for piece in call.pieces():
+        observe(piece)
+        if answers:
+            break
+    return answers[0] if answers else None
 
 
 def _place(target: Target) -> tuple[str, str, int]:

@@ -28,6 +28,7 @@ from mcp_proxy.errors import (
     ClientLeft,
     ConfigError,
     ProxyError,
+    SessionEnded,
     SessionExists,
 )
 from mcp_proxy.sessions.manager import SessionManager
@@ -51,6 +52,9 @@ from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Respon
 from mcp_proxy.wire.targets import Address, parse_target
 
 KIND = "mcp"
+
+# How often a request is sent, at the most, while the backends of its session get lost.
+_ATTEMPTS = 3
 
 # Seconds for a backend that was too slow to take notice of that.
 _CANCEL_TIME = 1.0
@@ -87,9 +91,10 @@ class TransparentProxy(Transport):
             session_storage, self.settings.session_ttl, self.settings.unknown_session_status
         )
         self.edge = edge or Edge(self.settings)
-        self.chooser = BackendChooser(targets, self.settings.session_ttl, resolver)
+        ttl = getattr(self.manager.storage, "ttl", self.settings.session_ttl)
+        self.chooser = BackendChooser(targets, ttl, resolver)
         self.departures = Departures()
-        self.keeper = SessionKeeper(self.manager, self.settings.session_ttl)
+        self.keeper = SessionKeeper(self.manager, ttl)
         self._open = OpenBodies()
         self._client = HttpClient(self.settings.connect_timeout, self.settings.threads, verify)
         self._router = Router(
@@ -171,7 +176,8 @@ class TransparentProxy(Transport):
         failure: BackendError = BackendLost("No backend is configured")
         for address in self.chooser.candidates():
             try:
-                return self._call(request, body, Route(address, None, None))
+                with self.chooser.opening(address):
+                    return self._call(request, body, Route(address, None, None))
             except BackendUnreached as error:
                 failure = error
         raise failure
@@ -237,45 +243,41 @@ class TransparentProxy(Transport):
         self.chooser.used(session.id)
         if request.method == "DELETE":
             return self._delete(request, body, session)
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return self._attempt(request, body, message, session)
+            except (BackendUnreached, SessionEnded):
+                session = self._bring_back(request, session)
+            except BackendLost:
+                # It may have been executed. If the backend is gone, the next request will find out;
+                # if it lives, so does the session. Only a stream is harmless to ask for again.
+                if request.method != "GET":
+                    raise
+        try:
+            return self._attempt(request, body, message, session)
+        except SessionEnded:
+            self._forget(session.id)  # no backend keeps it: the client had better begin anew
+            raise
+
+    def _attempt(
+        self,
+        request: ClientRequest,
+        body: bytes,
+        message: Message | Batch | None,
+        session: Session,
+    ) -> Reply:
+        """The backend's answer; raises SessionEnded where that does not know the session."""
         try:
             call = self._call(request, body, self._router.route(session))
         except BackendTimeout:
             self._cancel(request, session, message)
             raise
-        except BackendUnreached:
-            return self._again(request, body, message, session)
-        except BackendLost:
-            # It may have been executed: the session is brought back, the request is not repeated.
-            session = self._bring_back(request, session)
-            if request.method != "GET":
-                raise
-            return self._again_at(request, body, message, session)
         explanation = passing.explanation_of(call)
-        if explanation is not None and is_lost_session(call.status, explanation):
-            return self._again(request, body, message, session)
-        if explanation is not None:
-            return Reply(call.status, self._inbound(call, session), explanation)
-        return self._reply(request, call, message, session)
-
-    def _again(
-        self,
-        request: ClientRequest,
-        body: bytes,
-        message: Message | Batch | None,
-        session: Session,
-    ) -> Reply:
-        """The request at a backend that knows the session; the old one has not executed it."""
-        return self._again_at(request, body, message, self._bring_back(request, session))
-
-    def _again_at(
-        self,
-        request: ClientRequest,
-        body: bytes,
-        message: Message | Batch | None,
-        session: Session,
-    ) -> Reply:
-        call = self._call(request, body, self._router.route(session))
-        return self._reply(request, call, message, session)
+        if explanation is None:
+            return self._reply(request, call, message, session)
+        if is_lost_session(call.status, explanation):
+            raise SessionEnded
+        return Reply(call.status, self._inbound(call, session), explanation)
 
     def _bring_back(self, request: ClientRequest, session: Session) -> Session:
         return self._router.bring_back(session, self._forwarding.outbound(request.environ))
@@ -326,9 +328,10 @@ class TransparentProxy(Transport):
     def _sent(self, request: ClientRequest, call: HttpCall, limit: float | None) -> HttpCall:
         """`limit` is for what goes on when the client has left."""
         connection = ClientConnection(request.environ)
+        is_standing = request.method == "GET" and request.accepts(headers.EVENT_STREAM)
         while True:
             forget = self.departures.watch(connection, call.abort) if limit is None else _nothing
-            done = self._open.add(call, is_standing=False)
+            done = self._open.add(call, is_standing)
             try:
                 call.send(limit or self.settings.request_timeout)
             except ProxyError as error:

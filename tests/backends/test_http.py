@@ -1,0 +1,520 @@
+"""Calls to HTTP backends: what arrives, what fails in which way, and TLS."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from mcp_proxy.backends import http as backends_http
+from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft
+from mcp_proxy.wire.targets import Address
+from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, reset, silent, stream
+from tests.support.waiting import eventually
+
+
+@pytest.fixture
+def backend() -> Iterator[HttpBackend]:
+    with HttpBackend() as backend:
+        yield backend
+
+
+@pytest.fixture
+def client() -> Iterator[HttpClient]:
+    client = HttpClient(1, 4)
+    yield client
+    client.close()
+
+
+class Calls:
+    """Makes calls and closes them."""
+
+    def __init__(self, client: HttpClient, backend: HttpBackend) -> None:
+        self.client, self.backend = client, backend
+        self.made: list[HttpCall] = []
+
+    def __call__(self, method: str = "GET", target: str = "/x", body: bytes = b"") -> HttpCall:
+        address = Address("http", "127.0.0.1", self.backend.port)
+        call = HttpCall(self.client, address, method, target, [("A", "1")], body)
+        self.made.append(call)
+        return call
+
+    def sent(self, *args: Any) -> HttpCall:
+        call = self(*args)
+        call.send(2)
+        return call
+
+
+@pytest.fixture
+def calls(client: HttpClient, backend: HttpBackend) -> Iterator[Calls]:
+    calls = Calls(client, backend)
+    yield calls
+    for call in calls.made:
+        call.close()
+        call.close()
+
+
+# --- what is sent --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "length"),
+    [
+        ("GET", b"", None),
+        ("POST", b"", "0"),
+        ("POST", b"abc", "3"),
+        ("DELETE", b"", None),
+        ("DELETE", b"x", "1"),
+    ],
+)
+def test_a_request_has_no_headers_but_those_given(
+    calls: Calls, backend: HttpBackend, method: str, body: bytes, length: str | None
+) -> None:
+    backend.on(method, "/x", reply(200))
+    calls.sent(method, "/x?a=%20b&c", body)
+    seen = backend.last
+    assert (seen.method, seen.target, seen.body) == (method, "/x?a=%20b&c", body)
+    given = {"A": "1", "Host": f"127.0.0.1:{backend.port}"}
+    assert dict(seen.headers) == {**given, **({"Content-Length": length} if length else {})}
+
+
+def test_the_environments_proxies_and_passwords_are_not_asked(
+    calls: Calls, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login u password p\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    backend.on("GET", "/x", reply(200, b"", "Set-Cookie: a=1"))
+    assert calls.sent().status == 200
+    calls.sent()
+    assert not backend.last.names & {"authorization", "cookie"}
+
+
+# --- what comes back -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "close"])
+def test_each_piece_as_soon_as_it_is_there(
+    calls: Calls, backend: HttpBackend, framing: str
+) -> None:
+    feed = Feed()
+    backend.on("GET", "/x", stream(feed, framing=framing, length=6))
+    call = calls.sent()
+    pieces = call.pieces()
+    for piece in (b"one", b"two"):
+        feed.put(piece)
+        assert next(pieces) == piece
+    feed.put(None)
+    assert list(pieces) == []
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+def test_an_early_end_is_a_loss(calls: Calls, backend: HttpBackend, framing: str) -> None:
+    feed = Feed()
+    feed.put(b"one")
+    feed.put(Feed.BREAK)
+    backend.on("GET", "/x", stream(feed, framing=framing, length=6))
+    with pytest.raises(BackendLost):
+        calls.sent().read(100)
+
+
+def test_a_body_that_stalls_is_a_timeout(calls: Calls, backend: HttpBackend) -> None:
+    backend.on("GET", "/x", stream(b"one", Feed()))
+    call = calls()
+    call.send(0.2)
+    with pytest.raises(BackendTimeout):
+        call.read(100)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_an_event_stream_may_stall(calls: Calls, backend: HttpBackend, framing: str) -> None:
+    feed = Feed()
+    backend.on("GET", "/x", stream(feed, framing=framing))
+    call = calls()
+    call.send(0.2)
+    call.wait_for_ever()
+    threading.Timer(0.5, feed.put, [b"late"]).start()
+    pieces = call.pieces()
+    assert next(pieces) == b"late"
+    feed.put(None)
+
+
+def test_a_body_over_the_limit_is_refused(calls: Calls, backend: HttpBackend) -> None:
+    backend.on("GET", "/x", reply(200, bytes(101)))
+    with pytest.raises(BackendLost):
+        calls.sent().read(100)
+
+
+def test_headers_that_come_twice_stay_two(calls: Calls, backend: HttpBackend) -> None:
+    backend.on("GET", "/x", reply(200, b"", "B: 1", "a: 2", "b: 3"))
+    call = calls.sent()
+    assert call.headers == [("B", "1"), ("B", "3"), ("a", "2"), ("Content-Length", "0")]
+    assert (call.header("A"), call.header("b"), call.header("c")) == ("2", "1", None)
+
+
+# --- what fails ----------------------------------------------------------------------------------
+
+
+def test_a_refused_connection_got_nothing(calls: Calls, backend: HttpBackend) -> None:
+    backend.stop()
+    with pytest.raises(BackendUnreached, match="refused"):
+        calls.sent()
+
+
+def test_a_name_that_is_not_known_got_nothing(client: HttpClient) -> None:
+    call = HttpCall(client, Address("http", "no-such-name.invalid", 80), "GET", "/", [], b"")
+    with pytest.raises(BackendUnreached):
+        call.send(1)
+
+
+def test_a_connection_that_takes_too_long_got_nothing() -> None:
+    client = HttpClient(0.3, 1)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        waiting = [socket.socket() for _ in range(3)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", port))
+        call = HttpCall(client, Address("http", "127.0.0.1", port), "GET", "/", [], b"")
+        begun = time.monotonic()
+        with pytest.raises(BackendUnreached, match="time"):
+            call.send(5)
+        assert time.monotonic() - begun < 2
+        for sock in waiting:
+            sock.close()
+    client.close()
+
+
+@pytest.mark.parametrize("act", [reset, raw(b""), raw(b"HT"), raw(b"rubbish\r\n\r\n")])
+def test_a_broken_connection_may_have_executed(
+    calls: Calls, backend: HttpBackend, act: Any
+) -> None:
+    backend.on("POST", "/x", act)
+    with pytest.raises(BackendLost) as caught:
+        calls.sent("POST", "/x", b"x")
+    assert not isinstance(caught.value, BackendUnreached)
+
+
+def test_silence_is_a_timeout(calls: Calls, backend: HttpBackend) -> None:
+    backend.on("GET", "/x", silent)
+    call = calls()
+    begun = time.monotonic()
+    with pytest.raises(BackendTimeout):
+        call.send(0.3)
+    assert 0.2 < time.monotonic() - begun < 1.5
+    eventually(lambda: backend.gone)
+
+
+# --- aborting ------------------------------------------------------------------------------------
+
+
+def test_a_call_that_waits_is_aborted(calls: Calls, backend: HttpBackend) -> None:
+    backend.on("GET", "/x", silent)
+    call = calls()
+    threading.Timer(0.2, call.abort).start()
+    with pytest.raises(ClientLeft):
+        call.send(30)
+    eventually(lambda: backend.gone)
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_call_that_was_aborted_before_it_was_sent(
+    calls: Calls, backend: HttpBackend, reused: bool
+) -> None:
+    if reused:
+        backend.on("GET", "/first", reply(200))
+        calls.sent("GET", "/first").read(1)
+    backend.on("GET", "/x", silent)
+    call = calls()
+    call.abort()
+    with pytest.raises(ClientLeft):
+        call.send(30)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close", "length"])
+def test_a_body_is_aborted(calls: Calls, backend: HttpBackend, framing: str) -> None:
+    backend.on("GET", "/x", stream(b"one", Feed(), framing=framing, length=9))
+    call = calls.sent()
+    call.wait_for_ever()
+    threading.Timer(0.2, call.abort).start()
+    pieces = call.pieces()
+    assert next(pieces) == b"one"
+    begun = time.monotonic()
+    try:
+        assert list(pieces) == []
+        assert framing == "close"
+    except BackendLost:
+        assert framing != "close"
+    assert time.monotonic() - begun < 2
+    call.close()
+    eventually(lambda: backend.gone)
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+def test_idle_connections_grow_old(
+    calls: Calls, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.on("GET", "/x", reply(200, b"x"))
+    for _ in range(3):
+        calls.sent().read(10)
+    monkeypatch.setattr(backends_http, "MAX_IDLE", 0.05)
+    time.sleep(0.1)
+    calls.sent().read(10)
+    assert [seen.connection for seen in backend.seen] == [1, 1, 1, 2]
+
+
+def test_an_unread_answer_is_not_left_to_the_next(calls: Calls, backend: HttpBackend) -> None:
+    backend.on("GET", "/x", stream(b"one", Feed()))
+    calls.sent().close()
+    backend.on("GET", "/x", reply(200, b"two"))
+    assert calls.sent().read(10) == b"two"
+    eventually(lambda: backend.gone)
+
+
+def test_probing_sends_nothing(client: HttpClient, backend: HttpBackend) -> None:
+    address = Address("http", "127.0.0.1", backend.port)
+    assert client.probe(address) is None
+    backend.stop()
+    failure = client.probe(address)
+    assert failure is not None
+    assert "refused" in failure
+    assert backend.seen == []
+
+
+# --- redirects -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("/y?a=1", ("http://127.0.0.1:{port}", "/y?a=1")),
+        ("y", ("http://127.0.0.1:{port}", "/y")),
+        ("http://localhost:{port}/y", None),
+        ("http://127.0.0.1.elsewhere.invalid/", None),
+        ("//elsewhere.invalid/y", None),
+        ("ftp://127.0.0.1/y", None),
+        ("http://user@127.0.0.1/y", None),
+        ("http://[", None),
+        ("http://127.0.0.1:x/", None),
+    ],
+)
+def test_where_a_redirect_leads(
+    calls: Calls, backend: HttpBackend, location: str, expected: tuple[str, str] | None
+) -> None:
+    port = backend.port
+    backend.on("POST", "/x", reply(307, b"", f"Location: {location.format(port=port)}"))
+    call = calls.sent("POST", "/x", b"body")
+    successor = call.redirected()
+    if expected is None:
+        assert successor is None
+        return
+    assert successor is not None
+    url, target = expected
+    assert repr(successor) == f"<HttpCall POST {url.format(port=port)}{target} unsent>"
+
+
+@pytest.mark.parametrize("status", [200, 201, 300, 303, 304])
+def test_other_statuses_are_no_redirects(calls: Calls, backend: HttpBackend, status: int) -> None:
+    backend.on("GET", "/x", reply(status, b"", "Location: /y"))
+    assert calls.sent().redirected() is None
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+NAME = "backend.example"
+
+
+class Authority:
+    """A CA of our own and certificates by it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
+        self.file = directory / "ca.pem"
+        constraints = x509.BasicConstraints(ca=True, path_length=None)
+        certificate = self._signed(self._name, self._key, (constraints, True))
+        self.file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+    def server(self, name: str) -> ssl.SSLContext:
+        """A server's TLS with a certificate for `name`."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names = x509.SubjectAlternativeName([x509.DNSName(name)])
+        path = self._directory / f"{name}.pem"
+        path.write_bytes(
+            self._signed(subject, key, (names, False)).public_bytes(serialization.Encoding.PEM)
+            + key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        return context
+
+    def _signed(
+        self, subject: x509.Name, key: Any, extension: tuple[Any, bool]
+    ) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(extension[0], critical=extension[1])
+            .sign(self._key, hashes.SHA256())
+        )
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls"))
+
+
+class Secure:
+    """A TLS backend that notes the server names it was asked for."""
+
+    def __init__(self, authority: Authority, name: str = NAME) -> None:
+        self.names: list[str | None] = []
+        context = authority.server(name)
+        context.sni_callback = lambda _sock, asked, _context: self.names.append(asked)  # type: ignore[assignment]
+        self.backend = HttpBackend(tls=context)
+        self.backend.on("GET", "/x", reply(200, b"secure"))
+
+    def address(self, name: str | None = NAME) -> Address:
+        return Address("https", "127.0.0.1", self.backend.port, name)
+
+
+@pytest.fixture
+def secure(authority: Authority) -> Iterator[Secure]:
+    made = Secure(authority)
+    yield made
+    made.backend.stop()
+
+
+def get(client: HttpClient, address: Address) -> bytes:
+    call = HttpCall(client, address, "GET", "/x", [], b"")
+    try:
+        call.send(3)
+        return call.read(100)
+    finally:
+        call.close()
+        client.close()
+
+
+def test_a_certificate_is_checked_against_the_name(authority: Authority, secure: Secure) -> None:
+    client = HttpClient(1, 2, verify=str(authority.file))
+    assert get(client, secure.address()) == b"secure"
+    assert secure.names == [NAME]
+    assert secure.backend.last.header("Host") == f"{NAME}:{secure.backend.port}"
+
+
+@pytest.mark.parametrize("name", ["other.example", None])
+def test_a_certificate_for_another_name_is_refused(
+    authority: Authority, secure: Secure, name: str | None
+) -> None:
+    client = HttpClient(1, 2, verify=str(authority.file))
+    with pytest.raises(BackendUnreached, match="certificate"):
+        get(client, secure.address(name))
+    assert secure.backend.seen == []
+
+
+def test_a_certificate_of_nobody_known_is_refused(secure: Secure) -> None:
+    with pytest.raises(BackendUnreached, match="certificate"):
+        get(HttpClient(1, 2), secure.address())
+
+
+def test_without_verification_everything_is_taken(secure: Secure) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert get(HttpClient(1, 2, verify=False), secure.address("other.example")) == b"secure"
+
+
+def test_names_on_one_address_do_not_share_a_connection(
+    authority: Authority, secure: Secure
+) -> None:
+    client = HttpClient(1, 2, verify=str(authority.file))
+    assert get(client, secure.address()) == b"secure"
+    with pytest.raises(BackendUnreached):
+        get(client, secure.address("other.example"))
+
+
+def test_a_broken_connection_over_tls_may_have_executed(
+    authority: Authority, secure: Secure
+) -> None:
+    def break_tls(turn: Turn) -> None:
+        sock: Any = turn._sock
+        plain = socket.socket(fileno=sock.detach())
+        plain.sendall(b"\x15\x03\x03\x00\x02no certainly no alert")
+        plain.close()
+
+    for act in (reset, raw(b""), break_tls):
+        secure.backend.on("GET", "/x", act)
+        with pytest.raises(BackendLost) as caught:
+            get(HttpClient(1, 2, verify=str(authority.file)), secure.address())
+        assert not isinstance(caught.value, BackendUnreached), act
+
+
+def test_no_redirect_from_https_to_http(authority: Authority, secure: Secure) -> None:
+    port = secure.backend.port
+    client = HttpClient(1, 2, verify=str(authority.file))
+    for location, is_followed in [
+        (f"http://{NAME}:{port}/y", False),
+        (f"https://{NAME}:{port}/y", True),
+        (f"https://127.0.0.1:{port}/y", False),
+    ]:
+        secure.backend.on("GET", "/x", reply(308, b"", f"Location: {location}"))
+        call = HttpCall(client, secure.address(), "GET", "/x", [], b"")
+        call.send(3)
+        successor = call.redirected()
+        assert (successor is not None) is is_followed, location
+        if successor is not None:
+            assert successor.address == secure.address()
+        call.close()
+    client.close()
+
+
+def test_a_target_over_tls_is_pinned_by_address_and_name(
+    authority: Authority, secure: Secure
+) -> None:
+    from mcp_proxy import TransparentProxy
+    from tests.support.front import McpClient
+    from tests.support.transparent import LocalFront
+
+    url = f"https://{NAME}:{secure.backend.port}"
+    addresses = ["127.0.0.1", "127.0.0.2"]
+    proxy = TransparentProxy(url, resolver=lambda h, p: addresses, verify=str(authority.file))
+    front = LocalFront(proxy)
+    clients = [McpClient(front).open() for _ in range(4)]
+    for client in clients:
+        assert client.session is not None
+        metadata = proxy.manager.load(client.session).metadata
+        assert metadata["backend_url"] == f"https://127.0.0.1:{secure.backend.port}"
+        assert metadata["backend_host"] == NAME
+        client.result("tools/call")
+    assert set(secure.names) == {NAME}
+    front.close()
+    proxy.close()

@@ -1,0 +1,131 @@
+"""Which headers go to a backend, and which come back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mcp_proxy.edge.forwarding import Forwarding, raw_path
+from mcp_proxy.wire.headers import HOP_BY_HOP
+
+
+def environ(**fields: str) -> dict[str, Any]:
+    base = {"REMOTE_ADDR": "9.9.9.9", "HTTP_HOST": "front:80", "wsgi.url_scheme": "https"}
+    return {**base, **fields}
+
+
+def sent(forwarding: Forwarding, **fields: str) -> dict[str, str]:
+    pairs = forwarding.outbound(environ(**fields))
+    assert len({name.lower() for name, _ in pairs}) == len(pairs)
+    return dict(pairs)
+
+
+def test_end_to_end_headers_pass() -> None:
+    found = sent(
+        Forwarding(),
+        HTTP_AUTHORIZATION="Bearer x",
+        HTTP_MCP_PARAM_A="1",
+        HTTP_TRACEPARENT="00-1",
+        HTTP_MCP_SESSION_ID="s",
+        CONTENT_TYPE="application/json",
+        CONTENT_LENGTH="5",
+    )
+    assert found == {
+        "Authorization": "Bearer x",
+        "Mcp-Param-A": "1",
+        "Traceparent": "00-1",
+        "Mcp-Session-Id": "s",
+        "Content-Type": "application/json",
+        "X-Forwarded-For": "9.9.9.9",
+        "X-Forwarded-Host": "front:80",
+        "X-Forwarded-Proto": "https",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(HOP_BY_HOP))
+def test_headers_of_the_connection_stay(name: str) -> None:
+    key = "HTTP_" + name.upper().replace("-", "_")
+    assert name.title() not in sent(Forwarding(), **{key: "x"})
+    assert Forwarding().inbound([(name.upper(), "x"), ("A", "1")]) == [("A", "1")]
+
+
+def test_headers_that_connection_names_stay() -> None:
+    assert "X-Hop" not in sent(Forwarding(), HTTP_CONNECTION="close, x-hop", HTTP_X_HOP="1")
+    assert Forwarding().inbound([("connection", "X-Hop"), ("x-hop", "1")]) == []
+
+
+SAID = {
+    "HTTP_X_FORWARDED_FOR": "1.1.1.1, 2.2.2.2",
+    "HTTP_X_FORWARDED_HOST": "public",
+    "HTTP_X_FORWARDED_PROTO": "http",
+    "HTTP_X_FORWARDED_PREFIX": "/p",
+    "HTTP_FORWARDED": "for=1.1.1.1",
+}
+
+
+def test_strangers_are_not_believed() -> None:
+    found = sent(Forwarding(("8.8.8.8",)), **SAID)
+    assert found == {
+        "X-Forwarded-For": "9.9.9.9",
+        "X-Forwarded-Host": "front:80",
+        "X-Forwarded-Proto": "https",
+    }
+
+
+@pytest.mark.parametrize("trusted", ["9.9.9.9", "*"])
+def test_a_trusted_proxy_is_continued(trusted: str) -> None:
+    found = sent(Forwarding((trusted,)), **SAID)
+    assert found == {
+        "X-Forwarded-For": "1.1.1.1, 2.2.2.2, 9.9.9.9",
+        "X-Forwarded-Host": "public",
+        "X-Forwarded-Proto": "http",
+        "X-Forwarded-Prefix": "/p",
+        "Forwarded": "for=1.1.1.1",
+    }
+
+
+def test_changes_set_and_remove() -> None:
+    forwarding = Forwarding((), ("X-Set: a: b", "authorization:", "X-Forwarded-For: hidden"))
+    found = sent(forwarding, HTTP_AUTHORIZATION="Bearer x", HTTP_X_SET="client")
+    assert found["X-Set"] == "a: b"
+    assert found["X-Forwarded-For"] == "hidden"
+    assert "Authorization" not in found
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "X-Forwarded-Host", "x-forwarded-proto"])
+def test_what_we_say_ourselves_can_be_removed(name: str) -> None:
+    found = sent(Forwarding((), (f"{name}:",)))
+    assert name.lower() not in {known.lower() for known in found}
+
+
+def test_answers_keep_what_is_the_backends() -> None:
+    given = [
+        ("Set-Cookie", "a"),
+        ("Set-Cookie", "b"),
+        ("Content-Length", "5"),
+        ("WWW-Authenticate", "x"),
+    ]
+    assert Forwarding().inbound([*given, ("Date", "x"), ("SERVER", "y")]) == given
+
+
+def test_a_length_beside_a_transfer_encoding_is_dropped() -> None:
+    given = [("Content-Length", "5"), ("transfer-encoding", "chunked"), ("A", "1")]
+    assert Forwarding().inbound(given) == [("A", "1")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"PATH_INFO": "/a b/ü".encode().decode("latin-1")}, "/a%20b/%C3%BC"),
+        ({"PATH_INFO": "/a%b?c#d"}, "/a%25b%3Fc%23d"),
+        ({"PATH_INFO": "/a/b", "RAW_URI": "/a%2Fb?q=1"}, "/a%2Fb"),
+        ({"PATH_INFO": "/a/b", "REQUEST_URI": "/a%2fb"}, "/a%2fb"),
+        ({"PATH_INFO": "/b c", "SCRIPT_NAME": "/a", "RAW_URI": "/a/b%20c"}, "/b%20c"),
+        ({"PATH_INFO": "/a", "RAW_URI": "http://host/a?x"}, "/a"),
+        ({"PATH_INFO": ""}, ""),
+        ({"PATH_INFO": "/x;y=1,2/@:~"}, "/x;y=1,2/@:~"),
+    ],
+)
+def test_the_path_as_the_client_wrote_it(fields: dict[str, str], expected: str) -> None:
+    assert raw_path(environ(**fields)) == expected

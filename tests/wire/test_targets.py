@@ -1,0 +1,100 @@
+"""Targets, addresses, and where a request goes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcp_proxy.wire.targets import Address, Target, parse_target, request_target
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://h", Target("http", "h", 80, "", "")),
+        ("https://h", Target("https", "h", 443, "", "")),
+        ("HTTP://H:81/Mcp?A=b,c", Target("http", "h", 81, "/Mcp", "A=b,c")),
+        ("http://[::1]:8/x", Target("http", "::1", 8, "/x", "")),
+        ("http://h:0/", Target("http", "h", 0, "/", "")),
+        ("http://h/a#part", Target("http", "h", 80, "/a", "")),
+    ],
+)
+def test_an_absolute_url_is_a_target(url: str, expected: Target) -> None:
+    assert parse_target(url) == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "/",
+            "h:1",
+            "//h",
+            "http:",
+            "http:///x",
+            "http://:80",
+            "ftp://h",
+            "file:///etc/passwd",
+        ),
+        *("http://h:x", "http://h:65536", "http://h:-1", "http://[", "http://[::1", "unix:/x"),
+        *("http://u@h", "http://u:p@h", "http://@h", "javascript:alert(1)"),
+    ],
+)
+def test_anything_else_is_none(url: str) -> None:
+    assert parse_target(url) is None
+
+
+@given(st.text(max_size=30))
+def test_nothing_breaks_the_reading(text: str) -> None:
+    for url in (text, f"http://{text}", f"http://h/{text}"):
+        target = parse_target(url)
+        assert target is None or target.host
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "host"),
+    [
+        (Address("http", "h", 80), "http://h:80", "h"),
+        (Address("https", "h", 443), "https://h:443", "h"),
+        (Address("http", "h", 443), "http://h:443", "h:443"),
+        (Address("http", "1.2.3.4", 80, "name"), "http://1.2.3.4:80", "name"),
+        (Address("https", "::1", 8443, "name"), "https://[::1]:8443", "name:8443"),
+        (Address("http", "::1", 80), "http://[::1]:80", "[::1]"),
+    ],
+)
+def test_what_an_address_is_called(address: Address, url: str, host: str) -> None:
+    assert address.url == url
+    assert address.host_header == host
+    target = parse_target(url)
+    assert target is not None
+    assert target.address == address._replace(name=None)
+
+
+@pytest.mark.parametrize(
+    ("static", "backend", "path", "query", "expected"),
+    [
+        ("http://h:1", None, "/mcp", "", "/mcp"),
+        ("http://h:1/", None, "/x", "", "/x"),
+        ("http://h:1/", None, "", "", "/mcp"),
+        ("http://h:1/", None, "/mcp/", "", "/mcp/"),
+        ("http://h:1/mcp", None, "/mcp", "", "/mcp"),
+        ("http://h:1/mcp", None, "/.well-known/y", "a=1", "/.well-known/y?a=1"),
+        ("https://h/v2/mcp?t=a,b", None, "/mcp", "c=1", "/v2/mcp?t=a,b&c=1"),
+        ("https://h/v2/mcp?t=a,b", None, "/mcp", "", "/v2/mcp?t=a,b"),
+        ("https://h/v2/mcp?t=a,b", None, "/other", "c=1", "/other?c=1"),
+        ("http://h:1", "http://k:2", "/mcp", "c=1", "/mcp?c=1"),
+        ("http://h:1/v2?q=1", "http://k:2/", "/mcp", "c=1", "/v2?q=1&c=1"),
+        ("http://h:1", "http://k:2/z", "/mcp", "c=1", "/z?c=1"),
+        ("http://h:1/v2?t=1", "http://k:2/z?u=1", "/mcp", "c=1", "/z?u=1&c=1"),
+        ("http://h:1/v2", "http://k:2/z", "/x", "c=1", "/x?c=1"),
+    ],
+)
+def test_where_a_request_goes(
+    static: str, backend: str | None, path: str, query: str, expected: str
+) -> None:
+    target = parse_target(static)
+    assert target is not None
+    other = parse_target(backend) if backend is not None else None
+    assert request_target(target, other, path, query) == expected

@@ -203,6 +203,8 @@ class HttpCall:
             return None
         if self.address.scheme == "https" and there.scheme == "http":
             return None
+        if there.scheme == self.address.scheme and there.port != self.address.port:
+            return None  # another program on that host, to which Authorization does not belong
         address = self.address._replace(scheme=there.scheme, port=there.port)
         target = f"{there.path or '/'}?{there.query}" if there.query else there.path or "/"
         method, body = str(self._request.method), self._body

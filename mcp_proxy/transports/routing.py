@@ -35,6 +35,9 @@ from mcp_proxy.wire.targets import Address, Target, parse_target, request_target
 
 log = logging.getLogger(__name__)
 
+#: Seconds that a backend has for each step of a handshake: all of them well within a claim.
+HANDSHAKE_TIME = claims.CLAIM_TIME / 3
+
 _INITIALIZED = jsonrpc.encode(Notification("notifications/initialized"))
 
 # What a request cannot take along into another session.

@@ -45,7 +45,7 @@ from mcp_proxy.transports.base import Transport
 from mcp_proxy.transports.classification import cancellation_of, is_lost_session, is_modern, peek
 from mcp_proxy.transports.keeping import SessionKeeper
 from mcp_proxy.transports.open_bodies import OpenBodies
-from mcp_proxy.transports.routing import Route, Router
+from mcp_proxy.transports.routing import HANDSHAKE_TIME, Route, Router
 from mcp_proxy.wire import headers, jsonrpc
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
@@ -103,7 +103,7 @@ class TransparentProxy(Transport):
             self._client,
             self.manager,
             allowed_backends,
-            self.settings.request_timeout,
+            min(self.settings.request_timeout, HANDSHAKE_TIME),
         )
         self._forwarding = Forwarding(self.settings.trusted_proxies, self.settings.forward_headers)
 

@@ -230,8 +230,13 @@ class HttpBackend:
                 self.seen.append(seen)
                 self._answer(Turn(self, sock, seen))
             reader.close()
-        self._open.discard(sock)
         sock.close()
+        self._open.discard(sock)
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections are open: one that is not counted any more has been closed."""
+        return len(self._open)
 
     # --- answers ---------------------------------------------------------------------------------
 

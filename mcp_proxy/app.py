@@ -14,11 +14,11 @@ from mcp_proxy.edge import health
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.surround import Edge
-from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.errors import MethodNotAllowed, NotFound, StorageUnavailable
 from mcp_proxy.servers import HttpServer, Server
-from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.sharing import Sharing
 from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
 from mcp_proxy.transports.streamable import StreamableProxy
 from mcp_proxy.transports.transparent import TransparentProxy
@@ -39,6 +39,8 @@ class Application:
         self.config = config
         self.edge = Edge(config)
         self.replica = Replica()
+        self._sharing = Sharing(config)
+        self._relay = self._sharing.relay(self.replica)
         self._stores: list[Storage] = []
         self.proxies = {server.name: self._proxy(server) for server in config.servers()}
         self._transports = self._mounted()
@@ -67,14 +69,15 @@ class Application:
         self.edge.is_draining = True
         for proxy in self.proxies.values():
             proxy.shut_down()
+        if self._relay is not None:
+            self._relay.close()
         self.replica.close()
-        for store in self._stores:
-            store.close()
+        self._sharing.close()
 
     # --- putting together ------------------------------------------------------------------------
 
     def _proxy(self, server: Server) -> Transport:
-        storage = open_storage(self.config, server.name)
+        storage = self._sharing.storage(server.name)
         self._stores.append(storage)
         manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
         if isinstance(server, HttpServer):
@@ -86,7 +89,12 @@ class Application:
                 edge=self.edge,
             )
         return StreamableProxy(
-            server, settings=self.config, manager=manager, replica=self.replica, edge=self.edge
+            server,
+            settings=self.config,
+            manager=manager,
+            replica=self.replica,
+            edge=self.edge,
+            relay=self._relay,
         )
 
     def _mounted(self) -> WSGIApplication:
@@ -137,23 +145,6 @@ class Application:
 def create_app(config: ProxyConfig | None = None) -> Application:
     """The application for `config`, or for the environment. Raises ConfigError with a sentence."""
     return Application(config or ProxyConfig.from_env())
-
-
-def open_storage(config: ProxyConfig, server: str) -> Storage:
-    """The store of one server's sessions; nothing is sent yet. Raises ConfigError."""
-    if config.redis_url is None:
-        return LocalStorage(config.session_ttl)
-    from mcp_proxy.sessions.redis import RedisStorage
-
-    try:
-        return RedisStorage(
-            config.redis_url,
-            ttl=config.session_ttl,
-            prefix=f"{config.redis_prefix}{server}:",
-            timeout=config.connect_timeout,
-        )
-    except ValueError as error:
-        raise ConfigError(f"redis_url {error}") from None
 
 
 def _store_probe(store: Storage) -> health.Probe:

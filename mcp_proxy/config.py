@@ -31,6 +31,8 @@ from mcp_proxy.wire.targets import parse_target
 
 PREFIX = "MCP_PROXY_"
 
+_WEB_CONCURRENCY = "WEB_CONCURRENCY"
+
 #: Field metadata: the value must not be printed.
 SECRET = {"secret": True}
 
@@ -224,6 +226,8 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     named = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
     texts.pop("replica", None)  # what marks the children of a proxy that started this one
+    if _WEB_CONCURRENCY in environ:  # gunicorn's own name for it
+        texts.setdefault("workers", environ[_WEB_CONCURRENCY])
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 

@@ -18,7 +18,6 @@ from mcp_proxy.banner import banner
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import configure
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.servers import StdioServer
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -77,14 +76,7 @@ def serve(config: ProxyConfig) -> None:
 
 def require_shared_sessions(config: ProxyConfig, worker_count: int) -> None:
     """Raises ConfigError where several workers could not serve each other's sessions."""
-    if worker_count <= 1:
-        return
-    if any(isinstance(server, StdioServer) for server in config.servers()):
-        raise ConfigError(
-            f"{worker_count} workers cannot serve each other's stdio sessions yet: a session's "
-            "server is a child of one worker. Set workers to 1 and raise threads instead"
-        )
-    if config.redis_url is None:
+    if worker_count > 1 and config.redis_url is None:
         raise ConfigError(
             f"{worker_count} workers do not know each other's sessions while those are in memory: "
             "set redis_url, or set workers to 1 and raise threads instead"

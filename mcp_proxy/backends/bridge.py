@@ -143,7 +143,7 @@ class Bridge(Backend):
         else:
             log.info("[%s] dropped a client's response that nobody waits for", self.name)
 
-    def listen(self) -> QueuedExchange:
+    def listen(self, after: str | None = None) -> QueuedExchange:
         stream = QueuedExchange(self, None, accepts_stream=True)
         with self._lock:
             self._require_alive()
@@ -159,6 +159,15 @@ class Bridge(Backend):
         if stream is not None:
             stream.end()
 
+    def retire(self) -> bool:
+        """Ends the backend unless a client waits for an answer; whether it did."""
+        with self._lock:
+            if self._switchboard.has_posts:
+                return False
+            self._lost = self._lost or "The session goes to another replica"
+        self.close()
+        return True
+
     def close(self, reason: str = "The session was ended") -> None:
         self._is_closed = True
         self._fail_all(reason)
@@ -166,7 +175,7 @@ class Bridge(Backend):
 
     def _require_alive(self) -> None:
         if self._lost is not None:
-            raise BackendLost(self._lost)
+            raise BackendUnreached(self._lost)
 
     def _write(self, line: bytes) -> None:
         """Writes to the child; one that cannot be written to any more is stopped."""

@@ -46,6 +46,9 @@ class Transport(ABC):
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
 
+    def hand_over(self) -> None:  # noqa: B027  (only children of this replica have to be)
+        """Lets go of sessions that another replica can serve, if nobody waits for an answer."""
+
     @abstractmethod
     def shut_down(self) -> None:
         """Ends what is this transport's alone; what it shares is ended by who shared it."""
@@ -60,10 +63,17 @@ class Transport(ABC):
 
 
 def drain(transports: Collection[Transport], timeout: float) -> None:
-    """Takes no new work, ends standing streams and gives running calls `timeout` seconds."""
+    """Takes no new work, ends standing streams and gives running calls `timeout` seconds.
+
+    Sessions for which nobody waits are handed over at once, the others when their calls are done.
+    """
     for transport in transports:
         transport.edge.is_draining = True
         transport.end_streams()
     deadline = time.monotonic() + timeout
-    while any(transport.is_busy for transport in transports) and time.monotonic() < deadline:
+    while True:
+        for transport in transports:
+            transport.hand_over()
+        if not any(transport.is_busy for transport in transports) or time.monotonic() > deadline:
+            return
         time.sleep(_POLL)

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
-from mcp_proxy.sessions.redis import RedisStorage, connect
+from mcp_proxy.sessions.redis import Access, RedisStorage
 from mcp_proxy.sessions.session import encode
 from mcp_proxy.sessions.storage import ISSUED_TTL
 from tests.sessions.houses import record
@@ -246,13 +246,13 @@ def test_a_wrong_password_is_a_store_that_cannot_be_reached(
 )
 def test_a_url_that_cannot_be_read_is_a_value_error(url: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        connect(url, timeout=1)
+        Access(url, timeout=1)
 
 
 @pytest.mark.parametrize("url", ["redis://:hunter/2@h", "redis://me:hunter?2@h", "me:hunter2@h"])
 def test_the_complaint_about_a_url_shows_nothing_of_its_password(url: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
-        connect(url, timeout=1)
+        Access(url, timeout=1)
     assert "hunter" not in "".join(traceback.format_exception(caught.value))
 
 

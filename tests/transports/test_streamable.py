@@ -36,7 +36,9 @@ def client(proxy: Proxy) -> Iterator[McpClient]:
 
 def seen(client: McpClient) -> list[dict[str, Any]]:
     """What has reached the server of this session."""
-    messages: list[dict[str, Any]] = client.result("seen")["messages"]
+    # Without event streams: a message of the server must not go out on this very call.
+    answer = client.call("seen", Accept="application/json")
+    messages: list[dict[str, Any]] = answer.message()["result"]["messages"]
     return messages
 
 

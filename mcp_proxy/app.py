@@ -59,9 +59,17 @@ class Application:
             return self._transports(environ, start_response)
         return self._serve_own(environ, start_response, endpoint)
 
-    def drain(self, timeout: float = DRAIN_TIME) -> None:
-        """The orderly end: no new work, streams ended, running calls given time, then `close`."""
-        drain(self.proxies.values(), timeout)
+    @property
+    def is_shared(self) -> bool:
+        """Whether other replicas can serve the same sessions."""
+        return all(proxy.is_shared for proxy in self.proxies.values())
+
+    def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
+        """The orderly end: streams ended, no new work, running calls given time, then `close`.
+
+        All times in seconds; see `mcp_proxy.transports.base.drain`.
+        """
+        drain(self.proxies.values(), timeout, linger)
         self.close()
 
     def close(self) -> None:

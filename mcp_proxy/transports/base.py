@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.surround import Edge
+from mcp_proxy.sessions.local import LocalStorage
+from mcp_proxy.sessions.manager import SessionManager
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 #: Seconds that running calls get to end by themselves once a worker is told to stop.
 DRAIN_TIME = 8.0
+
+#: Seconds in which a worker that accepts nothing new still answers on connections it has kept:
+#: gunicorn closes those two seconds after it was told to stop.
+LINGER = 2.5
 
 _POLL = 0.1
 
@@ -24,14 +30,20 @@ class Transport(ABC):
     """One wire to clients. Every method may be called from any thread."""
 
     edge: Edge
+    manager: SessionManager
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.edge.serve(environ, start_response, self.handle)
 
-    def drain(self, timeout: float = DRAIN_TIME) -> None:
+    def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
         """The orderly end of a transport on its own: no new work, streams ended, then `close`."""
-        drain([self], timeout)
+        drain([self], timeout, linger)
         self.close()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other replicas can serve the same sessions."""
+        return not isinstance(self.manager.storage, LocalStorage)
 
     @abstractmethod
     def handle(self, request: ClientRequest) -> Reply:
@@ -62,11 +74,16 @@ class Transport(ABC):
         """Why new sessions cannot be expected to begin, None if they can."""
 
 
-def drain(transports: Collection[Transport], timeout: float) -> None:
-    """Takes no new work, ends standing streams and gives running calls `timeout` seconds.
+def drain(transports: Collection[Transport], timeout: float, linger: float = 0.0) -> None:
+    """Ends standing streams, takes no new work, and gives running calls `timeout` seconds.
 
-    Sessions for which nobody waits are handed over at once, the others when their calls are done.
+    Before that, requests are served for `linger` seconds: for a worker that accepts no connections
+    any more but has some. Sessions for which nobody waits are handed over at once, the others when
+    their calls are done.
     """
+    for transport in transports:
+        transport.end_streams()
+    time.sleep(linger)
     for transport in transports:
         transport.edge.is_draining = True
         transport.end_streams()

@@ -67,6 +67,10 @@ class StdioTransport(Transport):
         self.replica.close()
 
     @property
+    def is_shared(self) -> bool:
+        return self.relay is not None
+
+    @property
     def is_busy(self) -> bool:
         return self.sessions.is_busy
 
@@ -74,7 +78,7 @@ class StdioTransport(Transport):
         self.sessions.end_streams()
 
     def hand_over(self) -> None:
-        if self.relay is not None:
+        if self.is_shared:
             self.sessions.hand_over()
 
     def shut_down(self) -> None:

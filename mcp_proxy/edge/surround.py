@@ -14,7 +14,7 @@ from mcp_proxy.edge.errors import render
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.edge.logs import current_request, log_access
 from mcp_proxy.edge.reply import Body, Reply, empty_reply
-from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.request import ClientRequest, RequestIds
 from mcp_proxy.edge.slots import StreamSlots
 from mcp_proxy.errors import Draining, ProxyError
 
@@ -32,6 +32,7 @@ class Edge:
     def __init__(self, settings: ProxyConfig) -> None:
         self.slots = StreamSlots(settings.stream_limit)
         self.is_draining = False
+        self._ids = RequestIds()
         self._guard = Guard(settings.allowed_origins, settings.allowed_hosts)
 
     def require_open(self) -> None:
@@ -50,7 +51,7 @@ class Edge:
 
         Our own endpoints (`is_own`) are open to probes under any Host.
         """
-        request = ClientRequest(environ)
+        request = ClientRequest(environ, self._ids)
         token = current_request.set(request.id)
         try:
             reply = self._answer(request, handle, is_own)

@@ -18,7 +18,7 @@ from mcp_proxy.edge import logs
 from mcp_proxy.edge.connection import ClientConnection
 from mcp_proxy.edge.errors import render
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
-from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.request import ClientRequest, RequestIds
 from mcp_proxy.edge.slots import StreamSlots
 from mcp_proxy.edge.streaming import EventStream
 from mcp_proxy.edge.surround import Edge
@@ -32,7 +32,9 @@ from mcp_proxy.errors import (
 
 
 def request_with(body: bytes = b"", **headers: str) -> ClientRequest:
-    return ClientRequest(create_environ("/mcp", method="POST", data=body, headers=headers))
+    return ClientRequest(
+        create_environ("/mcp", method="POST", data=body, headers=headers), RequestIds()
+    )
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -49,21 +51,53 @@ def test_a_chunked_body_is_limited_too() -> None:
     environ.pop("CONTENT_LENGTH", None)
     environ |= {"wsgi.input": io.BytesIO(b"x" * 100), "wsgi.input_terminated": True}
     with pytest.raises(BodyTooLarge):
-        ClientRequest(environ).read_body(99)
+        ClientRequest(environ, RequestIds()).read_body(99)
 
 
 def test_a_body_that_ends_early_is_an_error() -> None:
     environ = create_environ("/mcp", method="POST", data=b"abc")
     environ["CONTENT_LENGTH"] = "5"
     with pytest.raises(InvalidRequest, match="ended early"):
-        ClientRequest(environ).read_body(100)
+        ClientRequest(environ, RequestIds()).read_body(100)
+
+
+def test_a_stream_may_give_a_body_bit_by_bit() -> None:
+    class Trickle(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(1 if size else 0)
+
+    environ = create_environ("/mcp", method="POST", data=b"abcde")
+    environ["wsgi.input"] = Trickle(b"abcdefgh")
+    assert ClientRequest(environ, RequestIds()).read_body(5) == b"abcde"
+
+
+def test_a_body_is_not_touched_when_its_length_is_over_the_limit() -> None:
+    environ = create_environ("/mcp", method="POST", data=b"x" * 11)
+    with pytest.raises(BodyTooLarge):
+        ClientRequest(environ, RequestIds()).read_body(10)
+    assert environ["wsgi.input"].read() == b"x" * 11
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "\u0661", "+3", " 3"])
+def test_a_length_that_is_none_is_not_believed(length: str) -> None:
+    environ = create_environ("/mcp", method="POST", data=b"abc")
+    environ["CONTENT_LENGTH"] = length
+    assert ClientRequest(environ, RequestIds()).read_body(100) in (b"", b"abc")
+
+
+def test_request_ids_are_new_and_a_fork_has_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = RequestIds()
+    ours = [ids.new() for _ in range(3)]
+    assert len(set(ours)) == 3
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert ids.new()[:8] != ours[0][:8]
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "\u00e4"])
 def test_a_bad_request_id_is_replaced(given: str) -> None:
     environ = create_environ("/mcp")
     environ["HTTP_X_REQUEST_ID"] = given
-    assert len(ClientRequest(environ).id) == 16
+    assert len(ClientRequest(environ, RequestIds()).id) == 16
 
 
 def test_headers_are_found_by_their_names() -> None:

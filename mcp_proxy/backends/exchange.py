@@ -112,7 +112,8 @@ class QueuedExchange(PushedExchange):
             self._closed = True
             if self._room is not None:
                 self._room.set()
-            self._owner.detach(self)
+            if self._expected != 0:  # nothing follows the last response, so nobody holds this
+                self._owner.detach(self)
 
     # --- the offering side -----------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ class Hooks:
         app = worker.wsgi
         if worker.cpu is not None and hasattr(app, "replica"):
             app.replica.affinity = frozenset(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {worker.cpu})
+            affinity.pin(worker.cpu)
         if hasattr(app, "drain"):
             _drain_at_the_end(worker, app)
 

@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import IO
 
 from mcp_proxy.backends.guardian import MARK
@@ -232,16 +232,25 @@ def _inherited(environ: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _cpus(affinity: frozenset[int] | None) -> Iterator[None]:
-    """Runs this thread, and so what it starts, on these CPUs: a child is not pinned."""
+    """Runs this thread, and so what it starts, on these CPUs and under the normal policy.
+
+    A child is not pinned, and shares CPUs with everybody.
+    """
     if affinity is None:
         yield
         return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, affinity)
+    before, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    _schedule(affinity, os.SCHED_OTHER)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        _schedule(before, policy)
+
+
+def _schedule(cpus: Set[int], policy: int) -> None:
+    os.sched_setaffinity(0, cpus)
+    with contextlib.suppress(OSError):  # where it is forbidden the policy was never changed
+        os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 def describe_exit(status: int) -> str:

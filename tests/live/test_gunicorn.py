@@ -198,8 +198,11 @@ def test_the_worker_has_one_cpu_and_its_children_all() -> None:
     with ProxyProcess(SCRIPTED, options=["--cpu-affinity", str(max(everything))]) as process:
         (worker,) = process.worker_pids()
         eventually(lambda: os.sched_getaffinity(worker) == {max(everything)})
+        assert os.sched_getscheduler(worker) == os.SCHED_BATCH
         client = client_of(process).open()
         assert set(client.result("environment")["cpus"]) == everything
+        (server,) = process.server_pids()
+        assert os.sched_getscheduler(server) == os.SCHED_OTHER
 
 
 def test_affinity_can_be_off() -> None:

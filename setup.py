@@ -24,7 +24,7 @@ setup(
         "werkzeug>=3.1",
         "requests>=2.32",
         "redis[hiredis]>=6.2",
-        "gunicorn>=23.0",
+        "gunicorn>=27.0",
         "msgspec>=0.20",
     ],
     extras_require={

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 # Seconds between looks at whether the worker is ending without a signal.
 _LOOK = 1.0
 
-# Connections of a worker beyond its threads: kept alive, between two requests.
-_KEPT_ALIVE = 8
+# Connections of a worker beyond its threads: kept alive, between two requests. Sessions need file
+# descriptors, too.
+_KEPT_ALIVE = 128
+
+_STAYING_WORKER = "mcp_proxy.gunicorn_worker.StayingWorker"
 
 
 def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
@@ -37,11 +40,13 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
         "bind": config.bind,
         "workers": config.workers,
         "threads": config.threads,
-        "worker_class": config.worker_class,
+        "worker_class": _STAYING_WORKER if is_gthread else config.worker_class,
         "loglevel": config.log_level,
-        # A gthread worker without a free thread must stop accepting, so that another one takes the
-        # connection.
         "worker_connections": config.threads + _KEPT_ALIVE if is_gthread else 10_000,
+        # gunicorn looks at every header for these; X-Forwarded-* is believed by `trusted_proxies`.
+        "forwarded_allow_ips": "*",
+        "forwarder_headers": "",
+        "secure_scheme_headers": {},
         # The main loop beats this heartbeat whatever the threads do: it is no limit for requests.
         "timeout": 60,
         "graceful_timeout": 20,

@@ -22,6 +22,7 @@ LAYERS = {
     "__init__": 0,
     "check": 0,
     "gunicorn_server": 0,
+    "gunicorn_worker": 0,
     "app": 1,
     "sharing": 1,
     "transports": 2,
@@ -45,7 +46,7 @@ SEAMS = {
     "urllib3": ("backends/http.py",),
     "subprocess": ("backends/",),
     "werkzeug": ("transports/", "edge/", "app.py"),
-    "gunicorn": ("gunicorn_server.py",),
+    "gunicorn": ("gunicorn_server.py", "gunicorn_worker.py"),
 }
 
 

@@ -1,0 +1,184 @@
+"""gunicorn's thread worker with shorter ways for small requests on kept-alive connections.
+
+Four things differ from `gunicorn.workers.gthread.ThreadWorker`:
+
+- A thread that has answered stays at the connection for a moment while enough others are free: the
+  next request of a busy client then needs no hand-over by way of the main loop, its queues and its
+  poller.
+- The head of a response and the first piece of its body leave in one write.
+- A worker stops accepting when no thread is free, so that another one takes the connection, however
+  few or many connections are idle.
+- Settings are plain attributes once the worker runs; gunicorn asks a registry for one fifty times a
+  request.
+
+It relies on this in gunicorn, 27.0 or later: the main loop calls `enqueue_req`, `finish_request`,
+and `set_accept_enabled` each time around while the worker should accept and does not; `handle`
+returns True for a connection that is to be kept, whose surplus bytes are in `parser.unreader.buf`;
+`wsgi.create` takes a `response_class`, whose `write` sends head and body by `sock.sendall`; an
+attribute of `cfg` hides the setting of that name. `handle_request` does what gunicorn's own does,
+with that class. What ends a worker or a connection (signals, timeouts, bad requests) is gunicorn's.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterable
+from concurrent.futures import Future
+from datetime import datetime
+from typing import Any
+
+from gunicorn import util
+from gunicorn.http import wsgi
+from gunicorn.workers import gthread
+
+#: Seconds for which a thread stays at a connection on which it has answered.
+STAY = 0.05
+
+# From this many bytes on a piece is sent on its own instead of being copied behind the head.
+_LARGE = 64 * 1024
+
+
+class _Gathering:
+    """Stands in for a socket and keeps what it is to send."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def sendall(self, data: bytes) -> None:
+        self.data += data
+
+
+class JoinedResponse(wsgi.Response):  # type: ignore[misc]
+    """A response whose head leaves together with the first piece of the body.
+
+    An empty piece sends the head at once. Used by one thread.
+    """
+
+    sock: Any
+
+    def write(self, arg: bytes) -> None:
+        """Sends a piece of the body; gunicorn names the parameter."""
+        if self.headers_sent or not 0 < len(arg) < _LARGE:
+            super().write(arg)
+            return
+        sock, self.sock = self.sock, _Gathering()
+        try:
+            super().write(arg)
+        finally:
+            gathered, self.sock = self.sock.data, sock
+        sock.sendall(gathered)
+
+
+class StayingWorker(gthread.ThreadWorker):  # type: ignore[misc]
+    """The worker class behind the setting `gthread`."""
+
+    alive: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Connections that a thread has or that wait for one; the main thread counts.
+        self.busy = 0
+
+    # --- in the main thread ----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """The main loop, until the worker is to end."""
+        settings = (name for name in self.cfg.settings if not hasattr(type(self.cfg), name))
+        self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
+        super().run()
+
+    def enqueue_req(self, conn: gthread.TConn) -> None:
+        """Hands a connection to a thread."""
+        self.busy += 1
+        super().enqueue_req(conn)
+        if self.busy >= self.cfg.threads:
+            self.set_accept_enabled(False)
+
+    def finish_request(self, conn: gthread.TConn, fs: Future[Any]) -> None:
+        """Takes a connection back from a thread."""
+        self.busy -= 1
+        super().finish_request(conn, fs)
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Begins or ceases to accept; begins only while a thread is free."""
+        super().set_accept_enabled(enabled and self.busy < self.cfg.threads)
+
+    # --- in a thread of the pool -----------------------------------------------------------------
+
+    def handle(self, conn: gthread.TConn) -> Any:
+        """Answers the requests of a connection until it ends or falls silent."""
+        outcome = super().handle(conn)
+        while outcome is True and self._can_stay(conn) and _becomes_readable(conn.sock):
+            outcome = super().handle(conn)
+        return outcome
+
+    def _can_stay(self, conn: gthread.TConn) -> bool:
+        """Whether waiting here for the next request is safe, and keeps nobody from a thread.
+
+        Bytes that were read already, by the parser or by TLS, do not make a socket readable.
+        """
+        has_surplus = self.cfg.is_ssl or conn.parser.unreader.buf.getvalue()
+        return self.alive and not has_surplus and self.busy <= self.cfg.threads // 2
+
+    def handle_request(self, req: Any, conn: gthread.TConn) -> bool:
+        """Answers one request; whether the connection is to be kept."""
+        environ: dict[str, Any] = {}
+        response: Any = None
+        try:
+            self.cfg.pre_request(self, req)
+            begin = datetime.now()
+            response, environ = wsgi.create(
+                req, conn.sock, conn.client, conn.server, self.cfg, response_class=JoinedResponse
+            )
+            environ["wsgi.multithread"] = True
+            self._decide_on_keeping(response)
+            body = self.wsgi(environ, response.start_response)
+            try:
+                _send(body, response, environ)
+            finally:
+                self.log.access(response, req, environ, datetime.now() - begin)
+                if hasattr(body, "close"):
+                    body.close()
+            return not response.should_close()
+        except OSError:
+            raise
+        except (Exception, SystemExit):
+            if response is None or not response.headers_sent:
+                raise
+            # An error page would be taken for the rest of the response that has begun.
+            self.log.exception("Error handling request")
+            util.close_graceful(conn.sock)
+            raise StopIteration from None
+        finally:
+            self._tell_hook(req, environ, response)
+
+    def _decide_on_keeping(self, response: Any) -> None:
+        self.nr += 1
+        if self.nr >= self.max_requests and self.alive:
+            self.log.info("Autorestarting worker after current request.")
+            self.alive = False
+        has_room = len(self.keepalived_conns) < self.max_keepalived
+        if not (self.alive and self.cfg.keepalive and has_room):
+            response.force_close()
+
+    def _tell_hook(self, req: Any, environ: dict[str, Any], response: Any) -> None:
+        try:
+            self.cfg.post_request(self, req, environ, response)
+        except Exception:
+            self.log.exception("Exception in post_request hook")
+
+
+def _send(body: Iterable[bytes], response: Any, environ: dict[str, Any]) -> None:
+    if isinstance(body, environ["wsgi.file_wrapper"]):
+        response.write_file(body)
+    else:
+        for piece in body:
+            response.write(piece)
+    response.close()
+
+
+def _becomes_readable(sock: Any) -> bool:
+    """Waits for `STAY` seconds at the most."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(STAY * 1000))

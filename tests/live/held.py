@@ -1,0 +1,35 @@
+"""A WSGI application whose answers are held back until a file appears.
+
+`gunicorn tests.live.held:app`; HELD_UNTIL names the file. Of the path the last part counts:
+
+- `held` answers when the file is there; `open` sends its head at once, its body when it is there;
+- `broken` fails in the middle of its body; anything else answers at once, with the worker's pid.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def _hold() -> None:
+    while not Path(os.environ["HELD_UNTIL"]).exists():
+        time.sleep(0.01)
+
+
+def _body(way: str) -> Iterator[bytes]:
+    if way == "open":
+        yield b""
+    if way in ("open", "held"):
+        _hold()
+    yield b"%d\n" % os.getpid()
+    if way == "broken":
+        raise RuntimeError("broken on purpose")
+
+
+def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+    way = environ["PATH_INFO"].rpartition("/")[2]
+    environ["wsgi.input"].read()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return _body(way)

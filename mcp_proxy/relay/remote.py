@@ -77,10 +77,13 @@ class RemoteExchange(QueuedExchange, Conversation):
             self._relay.wake(self)
         return super()._account(item)
 
-    def detach(self, exchange: QueuedExchange) -> None:
+    def close(self) -> None:
+        super().close()
         if self.is_over or self._is_answered():
             self._relay.forget(self)
-        else:
+
+    def detach(self, exchange: QueuedExchange) -> None:
+        if not self._is_answered():
             self._say(Leave())
 
     def expire(self, exchange: QueuedExchange, failure: BackendError) -> None:

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 #: Seconds that running calls get to end by themselves once a worker is told to stop.
 DRAIN_TIME = 8.0
 
-#: Seconds in which a worker that accepts nothing new still answers on connections it has kept:
-#: gunicorn closes those two seconds after it was told to stop.
-LINGER = 2.5
-
 _POLL = 0.1
 
 

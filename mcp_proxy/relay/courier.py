@@ -44,8 +44,8 @@ class Conversation(ABC):
         """A message of the other side, to be acted upon before `fresh_until` (monotonic)."""
 
     @abstractmethod
-    def lose(self, sentence: str, is_unreached: bool = False) -> None:
-        """The other side cannot be reached any more, or (`is_unreached`) got nothing at all."""
+    def lose(self, sentence: str) -> None:
+        """The other side cannot be reached any more; `channel` says whether it ever was."""
 
     def tick(self) -> None:  # noqa: B027  (most have no deadlines to look at)
         """Called now and then."""
@@ -131,12 +131,15 @@ class Courier:
             accepted = self._mailboxes.post(letters)
         except StorageUnavailable as error:
             log.warning("letters to other replicas wait: %s", error)
+            for item in batch:
+                item.conversation.channel.has_reached = True  # nobody knows
             for peer in {letter.to for letter in letters}:
                 self._pause_or_give_up(peer, str(error))
             return False
         refused = [letter.to for letter, ok in zip(letters, accepted, strict=True) if not ok]
-        for letter in letters:
+        for item, letter in zip(batch, letters, strict=True):
             if letter.to not in refused:
+                item.conversation.channel.has_reached = True
                 self._drop_first(letter.to)
         for peer in dict.fromkeys(refused):
             self._consider(peer)
@@ -156,21 +159,18 @@ class Courier:
         except StorageUnavailable:
             is_gone = False
         if is_gone:
-            self._give_up(peer, "The replica that holds the session is gone", is_unreached=True)
+            self._give_up(peer, "The replica that held the session is gone")
         else:
             self._pause_or_give_up(peer, "The replica that holds the session cannot be reached")
 
     def _pause_or_give_up(self, peer: str, sentence: str) -> None:
         self._paused[peer] = time.monotonic() + _PAUSE
         if time.monotonic() - self._outbox[peer][0].since > self._mailboxes.lease:
-            self._give_up(peer, sentence, is_unreached=False)
+            self._give_up(peer, sentence)
 
-    def _give_up(self, peer: str, sentence: str, is_unreached: bool) -> None:
-        """Tells everybody who waits for this replica; `is_unreached`: no letter was accepted."""
+    def _give_up(self, peer: str, sentence: str) -> None:
+        """Tells everybody who waits for this replica."""
         self._paused.pop(peer, None)
-        lost: dict[Conversation, bool] = {}
-        for item in self._outbox.pop(peer):
-            is_first = item.frame.kind == frames.Kind.PIECE and item.frame.number == 1
-            lost[item.conversation] = lost.get(item.conversation, False) or is_first
-        for conversation, never_began in lost.items():
-            conversation.lose(sentence, is_unreached and never_began)
+        lost = dict.fromkeys(item.conversation for item in self._outbox.pop(peer))
+        for conversation in lost:
+            conversation.lose(sentence)

@@ -62,6 +62,8 @@ class Channel:
     def __init__(self, name: str, own: str, peer: str) -> None:
         self.name = name
         self.peer = peer
+        #: Whether anything that was sent may have arrived; the courier's to say.
+        self.has_reached = False
         self._own = own
         self._lock = threading.Lock()  # guards what follows
         self._outbound: deque[tuple[bytes, bool]] = deque()

@@ -140,7 +140,7 @@ class Hosted(Conversation):
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def lose(self, sentence: str, is_unreached: bool = False) -> None:
+    def lose(self, sentence: str) -> None:
         """The client's replica is gone: nobody listens any more."""
         log.info("a client's replica is gone: %s", sentence)
         self._relay.in_order(self._lane, self._leave)

@@ -296,5 +296,5 @@ class _Remark(Conversation):
     def take(self, message: bytes, fresh_until: float) -> None:
         pass
 
-    def lose(self, sentence: str, is_unreached: bool = False) -> None:
+    def lose(self, sentence: str) -> None:
         pass

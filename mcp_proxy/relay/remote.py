@@ -114,8 +114,8 @@ class RemoteExchange(QueuedExchange, Conversation):
         elif isinstance(said, messages.Refused):
             self._fail(messages.error_of(said.failure))
 
-    def lose(self, sentence: str, is_unreached: bool = False) -> None:
-        self._fail((BackendUnreached if is_unreached else BackendLost)(sentence))
+    def lose(self, sentence: str) -> None:
+        self._fail(_loss(self.channel, sentence))
 
     def _is_answered(self) -> bool:
         with self._lock:
@@ -170,8 +170,8 @@ class _Errand(Conversation):
         if isinstance(said, (messages.Refused, Done)):
             self._done.set()
 
-    def lose(self, sentence: str, is_unreached: bool = False) -> None:
-        self._failure = (BackendUnreached if is_unreached else BackendLost)(sentence)
+    def lose(self, sentence: str) -> None:
+        self._failure = _loss(self.channel, sentence)
         self._done.set()
 
     def run(self, message: messages.ToOwner, timeout: float) -> None:
@@ -223,6 +223,11 @@ class RemoteBackend(Backend):
 
     def close(self) -> None:
         self._relay.converse(_Errand(self._relay, self._replica), Stop(self._child))
+
+
+def _loss(channel: Channel, sentence: str) -> BackendLost:
+    """The loss of the other side: whether it is certain that it got nothing."""
+    return BackendLost(sentence) if channel.has_reached else BackendUnreached(sentence)
 
 
 def _no_answer(timeout: float) -> BackendTimeout:

@@ -127,20 +127,21 @@ class Courier:
     def _send(self, batch: Sequence[_Item]) -> bool:
         """Whether the store took the batch; what a mailbox refused waits, or is given up."""
         letters = [Letter(i.conversation.channel.peer, frames.encode(i.frame)) for i in batch]
+        for item in batch:
+            item.conversation.channel.has_reached = True  # until the contrary is known
         try:
             accepted = self._mailboxes.post(letters)
         except StorageUnavailable as error:
             log.warning("letters to other replicas wait: %s", error)
-            for item in batch:
-                item.conversation.channel.has_reached = True  # nobody knows
             for peer in {letter.to for letter in letters}:
                 self._pause_or_give_up(peer, str(error))
             return False
         refused = [letter.to for letter, ok in zip(letters, accepted, strict=True) if not ok]
         for item, letter in zip(batch, letters, strict=True):
             if letter.to not in refused:
-                item.conversation.channel.has_reached = True
                 self._drop_first(letter.to)
+            elif item.frame.is_first:
+                item.conversation.channel.has_reached = False
         for peer in dict.fromkeys(refused):
             self._consider(peer)
         return True

@@ -41,6 +41,11 @@ class Frame(msgspec.Struct, array_like=True, frozen=True):
     more: bool = False
     data: bytes = b""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether a conversation begins with this piece."""
+        return self.kind == Kind.PIECE and self.number == 1
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Frame)

@@ -239,8 +239,7 @@ class _Running:
             known = self._conversations.get(frame.channel)
             if known is not None:
                 return known
-            is_new = frame.kind == Kind.PIECE and frame.number == 1
-            if is_new and frame.channel not in self._over:
+            if frame.is_first and frame.channel not in self._over:
                 channel = Channel(frame.channel, self._own, frame.sender)
                 hosted = self._conversations[frame.channel] = Hosted(channel, self)
                 return hosted

@@ -9,7 +9,15 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 
-from tests.proofs import passing, sessions, sticky
+from tests.proofs import (
+    churn,
+    conformance,
+    passing,
+    replica_failures,
+    replicas,
+    sessions,
+    sticky,
+)
 
 PROOFS: dict[str, Callable[[], None]] = {
     "sessions-deleted": partial(sessions.opened_and_deleted, "memory"),
@@ -19,6 +27,13 @@ PROOFS: dict[str, Callable[[], None]] = {
     "killed-worker": partial(sessions.killed_worker, "memory"),
     "sticky-routing": sticky.routing,
     "sticky-routing-kills": sticky.routing_kills,
+    "replicas-load": replicas.load,
+    "replicas-kills": replica_failures.kills,
+    "replicas-kills-each": replica_failures.kills_of_each,
+    "replicas-frozen": replica_failures.frozen,
+    "redis-outage": replica_failures.outage,
+    "sessions-churn": churn.sessions_churn,
+    "conformance-replicas": conformance.through_replicas,
     "routing-commands": passing.routing_commands,
     "large-response": passing.large_response,
 }

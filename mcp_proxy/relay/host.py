@@ -96,6 +96,7 @@ class Hosted(Conversation):
         elif isinstance(said, Listen):
             self._is_standing = True
             self._serve(backend.listen(said.after))
+            self.channel.put(messages.encode(Done()))
         else:
             requests = [_as_request(line) for line in said.lines]
             self._serve(backend.send(requests, said.accepts_stream, said.timeout))

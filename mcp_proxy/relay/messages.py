@@ -25,7 +25,10 @@ class Call(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Listen(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """The standing stream of a child's session, after an event of an earlier one."""
+    """The standing stream of a child's session, after an event of an earlier one.
+
+    Answered by Done once it has its place.
+    """
 
     child: str
     after: str | None
@@ -77,7 +80,7 @@ class Refused(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """What was told has reached the child."""
+    """What was asked for is done: what was told has reached the child, a stream has its place."""
 
 
 ToOwner = Call | Listen | Tell | Stop | Begin | Leave

@@ -59,6 +59,8 @@ class RemoteExchange(QueuedExchange, Conversation):
         self._lock = threading.Lock()  # guards _unanswered
         self._unanswered = None if ids is None else list(ids)
         self._has_begun = False
+        self._accepted = threading.Event()  # or refused, of a standing stream
+        self._refusal: BackendError | None = None
 
     def __repr__(self) -> str:
         return f"<RemoteExchange {self.channel!r} over={self.is_over}>"
@@ -109,6 +111,8 @@ class RemoteExchange(QueuedExchange, Conversation):
             if said.is_response:
                 self._note_answered(said.data)
             self.offer(Delivery(said.data, said.is_response, failure, said.event_id))
+        elif isinstance(said, Done):
+            self._accepted.set()
         elif isinstance(said, Ended):
             self.end(said.replaced)
         elif isinstance(said, messages.Refused):
@@ -146,9 +150,21 @@ class RemoteExchange(QueuedExchange, Conversation):
             self.offer(Delivery(data, is_response=True, failure=failure))
 
     def _end_stream(self, failure: BackendError) -> None:
-        if isinstance(failure, BackendUnreached):
-            self.offer(Delivery(b"", is_response=False, failure=failure))
+        if not self._accepted.is_set():
+            self._refusal = failure
+            self._accepted.set()
         self.end()
+
+    def require_accepted(self, timeout: float) -> None:
+        """Returns when the owner has made this the standing stream; raises why it has not.
+
+        Without this an older stream could arrive there after a newer one.
+        """
+        if not self._accepted.wait(timeout):
+            self._refusal = _silent()
+        if self._refusal is not None:
+            self.close()
+            raise self._refusal
 
 
 class _Errand(Conversation):
@@ -180,7 +196,7 @@ class _Errand(Conversation):
         is_done = self._done.wait(timeout)
         self._relay.forget(self)
         if not is_done:
-            raise BackendTimeout("The replica that holds the session does not answer")
+            raise _silent()
         if self._failure is not None:
             raise self._failure
 
@@ -219,6 +235,7 @@ class RemoteBackend(Backend):
     def listen(self, after: str | None = None) -> RemoteExchange:
         exchange = RemoteExchange(self._relay, self._replica, None, streams=True)
         self._relay.converse(exchange, Listen(self._child, after))
+        exchange.require_accepted(WRITE_TIMEOUT + _GRACE)
         return exchange
 
     def close(self) -> None:
@@ -228,6 +245,10 @@ class RemoteBackend(Backend):
 def _loss(channel: Channel, sentence: str) -> BackendLost:
     """The loss of the other side: whether it is certain that it got nothing."""
     return BackendLost(sentence) if channel.has_reached else BackendUnreached(sentence)
+
+
+def _silent() -> BackendTimeout:
+    return BackendTimeout("The replica that holds the session does not answer")
 
 
 def _no_answer(timeout: float) -> BackendTimeout:

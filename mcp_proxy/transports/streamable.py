@@ -235,7 +235,7 @@ class StreamableProxy(StdioTransport):
         return stream_reply(body)
 
     def _standing(self, session: Session, after: str | None) -> Exchange:
-        return self.open_exchange(session, lambda backend: backend.listen(after))
+        return self.sessions.on_backend(session, lambda backend: backend.listen(after))
 
     def _resumed(self, session: Session, after: str) -> Exchange:
         """The stream that an event belongs to, from there on; only events of this session count."""

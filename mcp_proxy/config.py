@@ -71,6 +71,10 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stdio_mode: Annotated[
         Literal["per-session"], Meta(description="one server process for each session")
     ] = "per-session"
+    stdio_transports: Annotated[
+        tuple[Literal["streamable", "sse"], ...],
+        Meta(description="in front of stdio servers: streamable HTTP at /mcp, HTTP+SSE at /sse"),
+    ] = ("streamable", "sse")
     request_timeout: Annotated[
         Seconds, Meta(description="how long a call may take before it is given up")
     ] = 600
@@ -141,6 +145,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if bool(self.command) + bool(self.config) + bool(self.target_url) > 1:
             raise ConfigError("Give one of a command, a target_url and a config file, not both")
+        if not self.stdio_transports:
+            raise ConfigError("stdio_transports names at least one of streamable and sse")
         for change in self.forward_headers:
             if ":" not in change:
                 raise ConfigError("forward_headers takes Name: value to set and Name: to remove")

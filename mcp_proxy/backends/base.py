@@ -75,6 +75,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def submit(self, request: Request, timeout: float) -> None:
+        """Passes a request on whose answer, or failure, goes to the session's standing stream.
+
+        That is how the HTTP+SSE wire of 2024-11-05 works. Raises BackendLost when the backend is
+        gone or there is no such stream, BackendUnreached when it is certain that it got nothing.
+        """
+
+    @abstractmethod
     def notify(self, notification: Notification) -> None:
         """Passes a notification on; raises BackendLost when the backend is gone."""
 

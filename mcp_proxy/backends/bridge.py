@@ -90,7 +90,7 @@ class Bridge(Backend):
     @property
     def is_watched(self) -> bool:
         """Whether a client is listening right now."""
-        return self.is_busy or self._switchboard.has_stream
+        return self.is_busy or self._switchboard.stream is not None
 
     @property
     def stderr_tail(self) -> list[str]:
@@ -118,6 +118,24 @@ class Bridge(Backend):
             raise BackendUnreached(self._lost or str(error)) from error
         return exchange
 
+    def submit(self, request: Request, timeout: float) -> None:
+        with self._lock:
+            self._require_alive()
+            stream = self._switchboard.stream
+            if stream is None:
+                raise BackendLost("There is no stream that the answer could go to")
+            line = self._switchboard.enter(request, stream, time.monotonic() + timeout)
+            self._set_next_deadline(stream, lambda: _no_answer(timeout))
+        self._write(line)
+
+    def _set_next_deadline(
+        self, stream: QueuedExchange, on_deadline: Callable[[], BackendError]
+    ) -> None:
+        """Has the stream look at its calls when the first of them is due; the lock is held."""
+        due = self._switchboard.next_deadline(stream)
+        if due is not None and due != stream.deadline:
+            stream.set_deadline(due - time.monotonic(), on_deadline)
+
     def notify(self, notification: Notification) -> None:
         self._require_alive()
         if notification.method == _CANCELLED:
@@ -133,7 +151,8 @@ class Bridge(Backend):
             return  # the answer was faster, or it must not be cancelled (lifecycle page)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
         self._write(jsonrpc.encode(Notification(_CANCELLED, params)))
-        call.exchange.set_deadline(CANCEL_GRACE, Cancelled)
+        if call.deadline is None:  # on the HTTP+SSE wire nothing waits for an answer
+            call.exchange.set_deadline(CANCEL_GRACE, Cancelled)
 
     def respond(self, response: Response) -> None:
         with self._lock:
@@ -276,7 +295,8 @@ class Bridge(Backend):
     def expire(self, exchange: QueuedExchange, failure: BackendError) -> None:
         """Answers what is unanswered, and tells the child not to go on with it."""
         with self._lock:
-            overdue = self._switchboard.leave_exchange(exchange)
+            overdue = self._switchboard.leave_overdue(exchange, time.monotonic())
+            self._set_next_deadline(exchange, lambda: failure)
         for call in overdue:
             _fail(call, failure)
             if call.method != _INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:

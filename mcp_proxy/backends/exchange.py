@@ -82,7 +82,7 @@ class QueuedExchange(PushedExchange):
                 self._ended = True
             elif item is not None:
                 return self._account(item)
-            elif time.monotonic() >= until:
+            elif time.monotonic() >= until and self._queue.empty():
                 return None
         return None
 

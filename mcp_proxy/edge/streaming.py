@@ -26,6 +26,7 @@ _LARGE = 64 * 1024
 class EventStream:
     """Sends what an exchange delivers, as server-sent events, and keepalives while it is silent.
 
+    `first` is what the stream begins with, unless there are early deliveries.
     `early` are deliveries that came before it was known that a stream was needed. The first bytes
     leave at once. `primes` says whether the client understands an event without data, by which a
     stream that can be resumed begins (MCP 2025-11-25, "Sending Messages to the Server"). The
@@ -41,6 +42,7 @@ class EventStream:
         early: Sequence[Delivery] = (),
         request_id: RequestId | None = None,
         primes: bool = False,
+        first: bytes = sse.KEEPALIVE,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self._exchange = exchange
@@ -49,13 +51,14 @@ class EventStream:
         self._early = early
         self._request_id = request_id
         self._primes = primes
+        self._first = first
         self._on_close = on_close
         self._is_closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         self._connection.give_up_after(2 * self._keepalive)
         if not self._early:
-            yield sse.KEEPALIVE
+            yield self._first
         for delivery in self._early:
             yield from self._event(delivery)
         try:

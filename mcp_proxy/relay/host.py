@@ -88,7 +88,7 @@ class Hosted(Conversation):
 
     def _begin(self, backend: Backend, said: Call | Listen | Tell | Stop) -> None:
         if isinstance(said, Tell):
-            _tell(backend, said.line)
+            _tell(backend, said)
             self._finish(Done())
         elif isinstance(said, Stop):
             backend.close()
@@ -157,12 +157,14 @@ class Hosted(Conversation):
             self._exchange.expire_if_due()
 
 
-def _tell(backend: Backend, line: bytes) -> None:
-    message = jsonrpc.parse_message(line)
+def _tell(backend: Backend, said: Tell) -> None:
+    message = jsonrpc.parse_message(said.line)
     if isinstance(message, Notification):
         backend.notify(message)
     elif isinstance(message, Response):
         backend.respond(message)
+    else:
+        backend.submit(message, said.timeout)
 
 
 def _as_request(line: bytes) -> Request:

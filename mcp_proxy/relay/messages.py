@@ -35,10 +35,13 @@ class Listen(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Tell(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """A notification or a response for a child; answered by Done."""
+    """What has no answer here: a notification, a response, or a request for whose answer there is
+    a standing stream (within `timeout` seconds). Answered by Done.
+    """
 
     child: str
     line: bytes
+    timeout: float = 0.0
 
 
 class Stop(msgspec.Struct, array_like=True, frozen=True, tag=True):

@@ -156,9 +156,9 @@ class _Running:
             self._mailboxes.post([Letter(self._own, _NOTHING)])
         self._listener.join(_WAIT)
         self.lease.stop()
-        self._lanes.close()
         for conversation in self._all():
             conversation.lose("This replica is shutting down")
+        self._lanes.close()
 
     # --- for conversations -----------------------------------------------------------------------
 

@@ -222,15 +222,18 @@ class RemoteBackend(Backend):
         self._relay.converse(exchange, Call(self._child, lines, accepts_stream, timeout))
         return exchange
 
+    def submit(self, request: Request, timeout: float) -> None:
+        self._tell(jsonrpc.encode(request), timeout)
+
     def notify(self, notification: Notification) -> None:
         self._tell(jsonrpc.encode(notification))
 
     def respond(self, response: Response) -> None:
         self._tell(jsonrpc.encode(response))
 
-    def _tell(self, line: bytes) -> None:
+    def _tell(self, line: bytes, timeout: float = 0.0) -> None:
         errand = _Errand(self._relay, self._replica)
-        errand.run(Tell(self._child, line), WRITE_TIMEOUT + _GRACE)
+        errand.run(Tell(self._child, line, timeout), WRITE_TIMEOUT + _GRACE)
 
     def listen(self, after: str | None = None) -> RemoteExchange:
         exchange = RemoteExchange(self._relay, self._replica, None, streams=True)

@@ -120,21 +120,23 @@ class StdioSessions:
             self.restarts.note_failure(str(error))
             raise
 
-    def establish(self, session: Session, bridge: Bridge) -> None:
-        """Records a session whose child has answered initialize.
+    def establish(self, session: Session, bridge: Bridge) -> Session:
+        """Records a session whose child is ready for it, and returns the record.
 
         Raises StorageError, and then the child has been ended.
         """
         url = self._url(bridge)
+        session = session.with_metadata(**{BACKEND_URL: url})
         try:
             self._announce()
-            self.manager.create(session.with_metadata(**{BACKEND_URL: url}))
+            self.manager.create(session)
         except StorageError:
             self.abandon(bridge)
             raise
         self._hold(url, session.id, bridge)
         self._opening_is_over()
         self.restarts.note_success()
+        return session
 
     def abandon(self, bridge: Bridge, failure: BackendError | None = None) -> None:
         """Ends a child that opened no session, because of `failure` if there was one."""
@@ -223,6 +225,14 @@ class StdioSessions:
         elif self._relay is not None and place is not None and not self._is_void(place):
             self._relay.backend(*place).close()
         self.events.forget(session.id)
+
+    def dismiss(self, session: Session) -> None:
+        """Ends a session whose client is gone; its record expires if the store is away."""
+        self._release(session.backend_url or "")
+        try:
+            self.manager.end(session.id)
+        except StorageError as error:
+            log.warning("[%s] the record of a session is left: %s", self.server.name, error)
 
     def update_resume(self, session_id: str, change: handshake.Change) -> None:
         """Remembers a log level or a subscription, for the day when the child is lost."""

@@ -50,6 +50,9 @@ class ResumableBackend(Backend):
         ids = [request.id for request in requests]
         return LoggedExchange(inner, self._journal, name, ids, self._recorder)
 
+    def submit(self, request: Request, timeout: float) -> None:
+        self._bridge.submit(request, timeout)
+
     def notify(self, notification: Notification) -> None:
         self._bridge.notify(notification)
 

@@ -27,9 +27,9 @@ class StdioTransport(Transport):
 
     `command` is a list of arguments, a string, or a StdioServer. Without `session_storage` sessions
     live in memory; with a Redis one they are served by every replica that shares it, over `relay`,
-    which is made for it if none is given. `manager`, `replica` and `edge` are given by an
-    application that shares them among transports. Nothing starts before the first request; `close`
-    ends everything that did.
+    which is made for it if none is given. `manager`, `replica`, `edge` and `sessions` are given by
+    an application that shares them among transports. Nothing starts before the first request;
+    `close` ends everything that did.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class StdioTransport(Transport):
         replica: Replica | None = None,
         edge: Edge | None = None,
         relay: Relay | None = None,
+        sessions: StdioSessions | None = None,
     ) -> None:
         self.settings = settings or ProxyConfig()
         self.server = (
@@ -55,7 +56,7 @@ class StdioTransport(Transport):
         self.replica = replica or Replica()
         self.edge = edge or Edge(self.settings)
         self.relay = relay or relay_for(self.manager.storage, self.replica)
-        self.sessions = StdioSessions(
+        self.sessions = sessions or StdioSessions(
             self.server, self.manager, self.replica, self.settings, self.relay
         )
 

@@ -42,6 +42,11 @@ class PushedExchange(Exchange):
     def wake_with(self, wake: Callable[[], None]) -> None:
         """Has `wake`, which must be quick, called by whoever makes something happen here."""
 
+    @property
+    @abstractmethod
+    def is_due(self) -> bool:
+        """Whether a deadline has passed."""
+
     @abstractmethod
     def expire_if_due(self) -> None:
         """Acts on a deadline that has passed; for an exchange that nobody waits for."""
@@ -171,6 +176,11 @@ class QueuedExchange(PushedExchange):
         self._on_deadline = on_deadline
         if not is_new:
             self.nudge()  # a receiver that waits learns of the new deadline
+
+    @property
+    def is_due(self) -> bool:
+        deadline = self.deadline
+        return deadline is not None and time.monotonic() >= deadline
 
     def expire_if_due(self) -> None:
         make = self._on_deadline

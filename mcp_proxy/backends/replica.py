@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import socket
 import threading
 from pathlib import Path
 
 from mcp_proxy.backends.supervisor import Supervisor
+
+# The end of a replica's id, where everything about its process is known.
+_PROCESS = re.compile(
+    r".*-(?P<space>[0-9a-f]{8})-(?P<pid>[1-9][0-9]{0,9})-(?P<start>[1-9][0-9]{0,19})-[0-9a-f]{8}"
+)
 
 
 class Replica:
@@ -67,10 +73,10 @@ def has_ended(replica_id: str) -> bool:
 
     False where nothing is known, for example of another machine or another container.
     """
-    space, pid, start, _ = replica_id.rsplit("-", 4)[-4:]
-    if start == "0" or space != _process_space():
+    parts = _PROCESS.fullmatch(replica_id)
+    if parts is None or parts["space"] != _process_space():
         return False
-    return _start_of(int(pid)) != start
+    return _start_of(int(parts["pid"])) != parts["start"]
 
 
 def _process_space() -> str:

@@ -93,11 +93,12 @@ class Courier:
                 self.run_once(_PAUSE if self._outbox else None)
             except Exception:
                 log.exception("sending letters failed")
+        self.run_once(0)
 
     def run_once(self, timeout: float | None) -> None:
         """Waits until a conversation is woken or the time is over, then sends what can be sent."""
         for conversation in self._take_woken(timeout):
-            for frame in conversation.step():
+            for frame in _step(conversation):
                 items = self._outbox.setdefault(conversation.channel.peer, deque())
                 items.append(_Item(conversation, frame, time.monotonic()))
         while batch := self._next_batch():
@@ -133,16 +134,21 @@ class Courier:
             accepted = self._mailboxes.post(letters)
         except StorageUnavailable as error:
             log.warning("letters to other replicas wait: %s", error)
+            for item in batch:
+                item.conversation.channel.is_uncertain = True
             for peer in {letter.to for letter in letters}:
                 self._pause_or_give_up(peer, str(error))
             return False
-        refused = [letter.to for letter, ok in zip(letters, accepted, strict=True) if not ok]
-        for item, letter in zip(batch, letters, strict=True):
-            if letter.to not in refused:
+        refused: dict[str, None] = {}
+        for item, letter, is_accepted in zip(batch, letters, accepted, strict=True):
+            if not is_accepted:
+                refused[letter.to] = None
+                if item.frame.is_first:
+                    channel = item.conversation.channel
+                    channel.has_reached = channel.is_uncertain
+            elif letter.to not in refused:
                 self._drop_first(letter.to)
-            elif item.frame.is_first:
-                item.conversation.channel.has_reached = False
-        for peer in dict.fromkeys(refused):
+        for peer in refused:
             self._consider(peer)
         return True
 
@@ -175,3 +181,12 @@ class Courier:
         lost = dict.fromkeys(item.conversation for item in self._outbox.pop(peer))
         for conversation in lost:
             conversation.lose(sentence)
+
+
+def _step(conversation: Conversation) -> list[Frame]:
+    """What a conversation has to send; one that fails does not keep the others from it."""
+    try:
+        return conversation.step()
+    except Exception:
+        log.exception("a conversation with another replica failed")
+        return []

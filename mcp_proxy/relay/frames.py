@@ -25,7 +25,7 @@ class Kind(enum.IntEnum):
     """What a frame is for, and what its `number` means."""
 
     PIECE = 0  #: a piece of a message; the pieces of one direction are numbered from 1
-    CREDIT = 1  #: so many more pieces may be sent
+    CREDIT = 1  #: so many pieces have made room, ever; a window more than that may be sent
     PROBE = 2  #: so many pieces were sent, and how many were by you?
     COUNT = 3  #: so many pieces were sent, in answer to a probe
     UNKNOWN = 4  #: the answer to a probe where there is no such channel
@@ -69,25 +69,30 @@ class Channel:
         self.peer = peer
         #: Whether anything that was sent may have arrived; the courier's to say.
         self.has_reached = False
+        self.is_uncertain = False  # the store failed while it had something to take
         self._own = own
         self._lock = threading.Lock()  # guards what follows
         self._outbound: deque[tuple[bytes, bool]] = deque()
         self._sent = 0
-        self._credit = WINDOW
+        self._allowed = WINDOW  # pieces that may be sent, ever
         self._received = 0
         self._pieces: list[bytes] = []
-        self._due = 0  # pieces read since credit was last granted
+        self._unread = 0  # whole messages
+        self._withheld = 0  # pieces of a message behind unread ones
+        self._read = 0  # pieces that made room
+        self._granted = 0  # of these, what the other side was told
+        self._owes_credit = False
 
     def __repr__(self) -> str:
         return (
             f"<Channel {self.name} sent={self._sent} waiting={len(self._outbound)}"
-            f" credit={self._credit} received={self._received}>"
+            f" allowed={self._allowed} received={self._received}>"
         )
 
     @property
     def has_room(self) -> bool:
         """Whether a message that is put now leaves at once."""
-        return self._credit > 0 and not self._outbound
+        return self._sent < self._allowed and not self._outbound
 
     @property
     def is_drained(self) -> bool:
@@ -113,13 +118,12 @@ class Channel:
         """What may be sent now: frames as far as credit goes, and credit that is due itself."""
         frames: list[Frame] = []
         with self._lock:
-            if self._due >= WINDOW // 2:
-                frames.append(Frame(self.name, self._own, Kind.CREDIT, self._due))
-                self._due = 0
-            while self._outbound and self._credit > 0:
+            if self._owes_credit or self._is_credit_due():
+                frames.append(Frame(self.name, self._own, Kind.CREDIT, self._read))
+                self._granted, self._owes_credit = self._read, False
+            while self._outbound and self._sent < self._allowed:
                 data, more = self._outbound.popleft()
                 self._sent += 1
-                self._credit -= 1
                 frames.append(Frame(self.name, self._own, Kind.PIECE, self._sent, more, data))
         return frames
 
@@ -133,9 +137,10 @@ class Channel:
         """
         with self._lock:
             if frame.kind == Kind.CREDIT:
-                self._credit += frame.number
+                self._allowed = max(self._allowed, WINDOW + frame.number)
                 return None
             if frame.kind != Kind.PIECE:
+                self._owes_credit = True  # what was said of it before may be lost
                 self._require_all(frame.number)
                 return None
             if frame.number != self._received + 1:
@@ -143,8 +148,10 @@ class Channel:
             self._received = frame.number
             if frame.more:
                 self._pieces.append(frame.data)
-                self._due += 1  # a message must come whole before anybody can read it
+                self._withheld += 1
+                self._release_withheld()
                 return None
+            self._unread += 1
             pieces, self._pieces = self._pieces, []
             return b"".join([*pieces, frame.data]) if pieces else frame.data
 
@@ -155,10 +162,27 @@ class Channel:
     def note_read(self) -> bool:
         """A message was read by whom it was for; True when credit is due to the other side."""
         with self._lock:
-            self._due += 1
-            return self._due >= WINDOW // 2
+            self._unread -= 1
+            self._read += 1
+            self._release_withheld()
+            return self._is_credit_due()
+
+    def _release_withheld(self) -> None:
+        """A message must come whole before anybody can read it, but not ahead of unread ones."""
+        if self._unread <= 0:
+            self._read += self._withheld
+            self._withheld = 0
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether any piece has been sent."""
+        return self._sent > 0
 
     @property
     def is_credit_due(self) -> bool:
         """Whether the other side is to be told that it may send more."""
-        return self._due >= WINDOW // 2
+        with self._lock:
+            return self._is_credit_due()
+
+    def _is_credit_due(self) -> bool:
+        return self._read - self._granted >= WINDOW // 2

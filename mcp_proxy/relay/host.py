@@ -13,7 +13,7 @@ from typing import Protocol
 
 from mcp_proxy.backends.base import Backend, Delivery
 from mcp_proxy.backends.exchange import PushedExchange
-from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached, ProxyError
+from mcp_proxy.errors import BackendError, BackendUnreached, ProxyError
 from mcp_proxy.relay import messages
 from mcp_proxy.relay.courier import Conversation
 from mcp_proxy.relay.frames import Channel, Frame
@@ -65,7 +65,7 @@ class Hosted(Conversation):
 
     def _act(self, said: messages.ToOwner, fresh_until: float) -> None:
         if isinstance(said, Leave):
-            self._leave()
+            self.leave()
         elif isinstance(said, Begin):
             if self._exchange is not None:
                 self._exchange.begin()
@@ -76,7 +76,7 @@ class Hosted(Conversation):
     def _open(self, said: Call | Listen | Tell | Stop, fresh_until: float) -> None:
         try:
             if time.monotonic() > fresh_until:
-                raise BackendLost("The replica that holds the session did not answer in time")
+                raise BackendUnreached("The replica that held the session was away for too long")
             backend = self._relay.find(said.child)
             if backend is None:
                 raise BackendUnreached("The server of the session is not here any more")
@@ -85,6 +85,9 @@ class Hosted(Conversation):
             self._finish(messages.Refused(messages.failure_of(error)))
         except ProxyError as error:
             self._finish(messages.Refused(("BackendLost", error.message)))
+        except Exception:
+            log.exception("serving a client of another replica failed")
+            self._finish(messages.Refused(("BackendLost", "The request could not be served")))
 
     def _begin(self, backend: Backend, said: Call | Listen | Tell | Stop) -> None:
         if isinstance(said, Tell):
@@ -144,17 +147,20 @@ class Hosted(Conversation):
     def lose(self, sentence: str) -> None:
         """The client's replica is gone: nobody listens any more."""
         log.info("a client's replica is gone: %s", sentence)
-        self._relay.in_order(self._lane, self._leave)
+        self._relay.in_order(self._lane, self.leave)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Nobody listens any more."""
         self._is_done = True
         if self._exchange is not None:
             self._exchange.close()
         self._relay.forget(self)
 
     def tick(self) -> None:
-        if self._exchange is not None:
-            self._exchange.expire_if_due()
+        exchange = self._exchange
+        if exchange is not None and exchange.is_due:
+            # Not by the thread that asks: telling the child may take time.
+            self._relay.in_order(self._lane, exchange.expire_if_due)
 
 
 def _tell(backend: Backend, said: Tell) -> None:

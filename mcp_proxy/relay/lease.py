@@ -76,7 +76,12 @@ class Lease:
     @property
     def is_held(self) -> bool:
         """Whether nobody can have declared this replica dead: false after having been frozen."""
-        return time.monotonic() - self._renewed < self._mailboxes.lease
+        return time.monotonic() < self.fresh_until
+
+    @property
+    def fresh_until(self) -> float:
+        """Until when (monotonic) nobody can declare this replica dead."""
+        return self._renewed + self._mailboxes.lease
 
     def _run(self) -> None:
         pause = min(_RETRY, self._mailboxes.lease / _LOOKS)
@@ -130,6 +135,6 @@ class Lease:
         since, lease = self._in_contact_since, self._mailboxes.lease
         if since is None:
             return False
-        if time.monotonic() - since > lease:
-            return True
-        return not self._was_away and self._mailboxes.uptime() > lease
+        is_settled = time.monotonic() - since > lease or not self._was_away
+        # A store that came back faster than anybody noticed has lost every mailbox.
+        return is_settled and self._mailboxes.uptime() > lease

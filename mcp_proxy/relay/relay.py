@@ -86,7 +86,7 @@ class Relay:
     def is_held(self) -> bool:
         """Whether nobody can have declared this replica dead."""
         running = self._running
-        return running is None or running.lease.is_held
+        return running is None or running.pid != os.getpid() or running.lease.is_held
 
     def close(self) -> None:
         """Ends every conversation and the mailbox; harmless when repeated."""
@@ -156,9 +156,12 @@ class _Running:
             self._mailboxes.post([Letter(self._own, _NOTHING)])
         self._listener.join(_WAIT)
         self.lease.stop()
-        for conversation in self._all():
-            conversation.lose("This replica is shutting down")
         self._lanes.close()
+        for conversation in self._all():
+            if isinstance(conversation, Hosted):
+                conversation.leave()
+            else:
+                conversation.lose("This replica is shutting down")
 
     # --- for conversations -----------------------------------------------------------------------
 
@@ -166,9 +169,9 @@ class _Running:
         return Channel(f"{self._own}/{next(self._numbers)}", self._own, replica)
 
     def converse(self, conversation: Conversation, first: messages.ToOwner) -> None:
+        conversation.channel.put(messages.encode(first))
         with self._lock:
             self._conversations[conversation.channel.name] = conversation
-        conversation.channel.put(messages.encode(first))
         self._courier.wake(conversation)
 
     def wake(self, conversation: Conversation) -> None:
@@ -194,7 +197,7 @@ class _Running:
 
     def _listen(self) -> None:
         while not self._is_stopping:
-            asked = time.monotonic()
+            fresh_until = min(time.monotonic() + self._mailboxes.lease, self.lease.fresh_until)
             try:
                 letters = self._mailboxes.collect(self._own, _WAIT)
             except StorageUnavailable as error:
@@ -202,18 +205,28 @@ class _Running:
                 time.sleep(_PAUSE)
                 continue
             for letter in filter(None, letters):
-                self._take(letter, asked + self._mailboxes.lease)
+                self._take(letter, fresh_until)
 
     def _take(self, letter: bytes, fresh_until: float) -> None:
         try:
             frame = frames.decode(letter)
             conversation = self._conversation_of(frame)
             if conversation is not None:
-                self._hand_over(conversation, frame, fresh_until)
+                self._hand_over_or_forget(conversation, frame, fresh_until)
         except msgspec.DecodeError as error:
             log.error("a letter of another replica cannot be read: %s", error)
         except Exception:
             log.exception("a letter of another replica was not understood")
+
+    def _hand_over_or_forget(
+        self, conversation: Conversation, frame: Frame, fresh_until: float
+    ) -> None:
+        try:
+            self._hand_over(conversation, frame, fresh_until)
+        except Exception:
+            if isinstance(conversation, Hosted) and frame.is_first:
+                self.forget(conversation)
+            raise
 
     def _hand_over(self, conversation: Conversation, frame: Frame, fresh_until: float) -> None:
         channel = conversation.channel
@@ -230,7 +243,7 @@ class _Running:
             self._send(frame.sender, channel.count(Kind.COUNT))
         if message is not None:
             conversation.take(message, fresh_until)
-        if frame.kind == Kind.CREDIT or channel.is_credit_due:
+        if frame.kind != Kind.PIECE or channel.is_credit_due:
             self._courier.wake(conversation)
 
     def _conversation_of(self, frame: Frame) -> Conversation | None:
@@ -239,7 +252,8 @@ class _Running:
             known = self._conversations.get(frame.channel)
             if known is not None:
                 return known
-            if frame.is_first and frame.channel not in self._over:
+            is_ours = frame.channel.startswith(f"{self._own}/")
+            if frame.is_first and not is_ours and frame.channel not in self._over:
                 channel = Channel(frame.channel, self._own, frame.sender)
                 hosted = self._conversations[frame.channel] = Hosted(channel, self)
                 return hosted
@@ -274,7 +288,7 @@ class _Running:
 
     def _probe(self, conversations: list[Conversation]) -> None:
         for conversation in conversations:
-            if not isinstance(conversation, Hosted):
+            if not isinstance(conversation, Hosted) and conversation.channel.has_sent:
                 self._send(conversation.channel.peer, conversation.channel.count(Kind.PROBE))
 
     def _note_lapse(self) -> None:

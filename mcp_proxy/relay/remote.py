@@ -184,11 +184,15 @@ class _Errand(Conversation):
         if isinstance(said, messages.Refused):
             self._failure = messages.error_of(said.failure)
         if isinstance(said, (messages.Refused, Done)):
-            self._done.set()
+            self._finish()
 
     def lose(self, sentence: str) -> None:
         self._failure = _loss(self.channel, sentence)
+        self._finish()
+
+    def _finish(self) -> None:
         self._done.set()
+        self._relay.forget(self)
 
     def run(self, message: messages.ToOwner, timeout: float) -> None:
         """Returns when it is done; raises why it is not."""

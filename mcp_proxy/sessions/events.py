@@ -67,7 +67,7 @@ class _Log:
     def append(self, event: LoggedEvent) -> None:
         self.events.append(event)
         self.size += len(event.data)
-        while len(self.events) > MAX_EVENTS or self.size > MAX_BYTES:
+        while len(self.events) > MAX_EVENTS or (self.size > MAX_BYTES and len(self.events) > 1):
             self.size -= len(self.events.popleft().data)
 
 

@@ -121,6 +121,10 @@ class LoggedExchange(PushedExchange):
     def wake_with(self, wake: Callable[[], None]) -> None:
         self._inner.wake_with(wake)
 
+    @property
+    def is_due(self) -> bool:
+        return self._inner.is_due
+
     def expire_if_due(self) -> None:
         self._inner.expire_if_due()
 
@@ -148,6 +152,10 @@ class Missed(PushedExchange):
 
     def wake_with(self, wake: Callable[[], None]) -> None:
         wake()
+
+    @property
+    def is_due(self) -> bool:
+        return False
 
     def expire_if_due(self) -> None:
         pass

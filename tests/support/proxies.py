@@ -122,7 +122,8 @@ class Line(Mailboxes):
         return self._pass(lambda: self._mailboxes.post(letters))
 
     def collect(self, replica: str, timeout: float) -> list[bytes]:
-        return self._pass(lambda: self._mailboxes.collect(replica, timeout))
+        # A wait that is longer than the lease would make what comes late in it look stale.
+        return self._pass(lambda: self._mailboxes.collect(replica, min(timeout, self.lease / 3)))
 
     def remove(self, replica: str) -> None:
         self._pass(lambda: self._mailboxes.remove(replica))

@@ -9,7 +9,7 @@ from mcp_proxy.sessions.events import KEPT, MAX_BYTES, MAX_EVENTS, EventLog, Log
 from mcp_proxy.sessions.redis.client import Access, as_bytes, mapped_errors
 
 # The form of an entry's id; anything else would be an error of the command, or a wildcard.
-_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 
 # Entries that one look reads: with the largest events that is what a log may hold.
 _COUNT = 256
@@ -25,7 +25,8 @@ local id = redis.call('XADD', KEYS[1], '*', 't', total, 's', ARGV[1], 'd', ARGV[
 redis.call('XTRIM', KEYS[1], 'MAXLEN', ARGV[4])
 while true do
   local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-  if first[1] == id or total - tonumber(first[2][2]) < tonumber(ARGV[5]) then break end
+  local before = tonumber(first[2][2]) - #first[2][6]
+  if first[1] == id or total - before <= tonumber(ARGV[5]) then break end
   redis.call('XDEL', KEYS[1], first[1])
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[6])

@@ -241,7 +241,9 @@ class Supervisor:
         del self._watched[watched.child]
         assert watched.ended is not None
         log.debug("[%s] process %d ended: %s", watched.child.name, watched.child.pid, watched.ended)
-        watched.on_exit(watched.ended)
-        with self._idle:
-            self._alive -= 1
-            self._idle.notify_all()
+        try:
+            watched.on_exit(watched.ended)
+        finally:
+            with self._idle:
+                self._alive -= 1
+                self._idle.notify_all()

@@ -188,13 +188,13 @@ def test_one_child_s_trouble_is_not_the_others(
         raise RuntimeError(how)
 
     server = StdioServer("test", SCRIPTED)
-    supervisor.spawn(server, 1 << 20, lambda line: None, explode)
+    child = supervisor.spawn(server, 1 << 20, lambda line: None, explode)
     other = Spawned(supervisor)
-    for child in list(supervisor._watched):
-        supervisor.retire(child)
+    supervisor.retire(child)
+    supervisor.retire(other.child)
     assert other.end() == "exit code 0"
     eventually(lambda: "supervising a child failed" in caplog.text)
-    supervisor._alive = 0
+    eventually(lambda: supervisor.children == 0)
 
 
 def test_stderr_goes_to_the_log_and_its_end_is_kept(

@@ -8,6 +8,7 @@ from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.redis import RedisStorage
 from mcp_proxy.sessions.session import Session
 from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.streamable import StreamableProxy
 from mcp_proxy.transports.transparent import TransparentProxy
 
@@ -19,6 +20,7 @@ __all__ = [
     "LocalStorage",
     "ProxyConfig",
     "RedisStorage",
+    "SSEProxy",
     "Session",
     "SessionManager",
     "StdioServer",

@@ -14,12 +14,15 @@ from mcp_proxy.edge import health
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.surround import Edge
-from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
-from mcp_proxy.servers import HttpServer, Server
-from mcp_proxy.sessions.local import LocalStorage
+from mcp_proxy.errors import MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.servers import Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.sharing import Sharing
 from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
+from mcp_proxy.transports.ownership import StdioSessions
+from mcp_proxy.transports.sse import SSEProxy
+from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
 from mcp_proxy.transports.transparent import TransparentProxy
 
@@ -27,6 +30,12 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
+
+# By their names in the configuration: the path below a server's mount, and the class.
+_STDIO_TRANSPORTS: dict[str, tuple[str, type[StdioTransport]]] = {
+    "streamable": ("/mcp", StreamableProxy),
+    "sse": ("", SSEProxy),
+}
 
 
 class Application:
@@ -39,9 +48,12 @@ class Application:
         self.config = config
         self.edge = Edge(config)
         self.replica = Replica()
-        self._stores: list[Storage] = []
-        self.proxies = {server.name: self._proxy(server) for server in config.servers()}
-        self._transports = self._mounted()
+        self._sharing = Sharing(config)
+        self._relay = self._sharing.relay(self.replica)
+        self._mounts = {server.name: self._transports_of(server) for server in config.servers()}
+        #: The transports that are asked for a server's health, by the server's name.
+        self.proxies = {name: next(iter(mounts.values())) for name, mounts in self._mounts.items()}
+        self._front = self._dispatcher()
         self._endpoints: dict[str, Callable[[], Reply]] = {
             "/healthz": health.alive,
             "/readyz": self._ready,
@@ -54,53 +66,80 @@ class Application:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         endpoint = self._endpoints.get(environ.get("PATH_INFO", ""))
         if endpoint is None:
-            return self._transports(environ, start_response)
+            return self._front(environ, start_response)
         return self._serve_own(environ, start_response, endpoint)
 
-    def drain(self, timeout: float = DRAIN_TIME) -> None:
-        """The orderly end: no new work, streams ended, running calls given time, then `close`."""
-        drain(self.proxies.values(), timeout)
+    @property
+    def is_shared(self) -> bool:
+        """Whether other replicas can serve the same sessions."""
+        return all(transport.is_shared for transport in self._transports())
+
+    def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
+        """The orderly end: streams ended, no new work, running calls given time, then `close`.
+
+        All times in seconds; see `mcp_proxy.transports.base.drain`.
+        """
+        drain(self._transports(), timeout, linger)
         self.close()
 
     def close(self) -> None:
         """Ends every child and connection of this process; harmless when repeated."""
         self.edge.is_draining = True
-        for proxy in self.proxies.values():
-            proxy.shut_down()
+        for transport in self._transports():
+            transport.shut_down()
+        if self._relay is not None:
+            self._relay.close()
         self.replica.close()
-        for store in self._stores:
-            store.close()
+        self._sharing.close()
 
     # --- putting together ------------------------------------------------------------------------
 
-    def _proxy(self, server: Server) -> Transport:
-        storage = open_storage(self.config, server.name)
-        self._stores.append(storage)
-        manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
-        if isinstance(server, HttpServer):
-            return TransparentProxy(
-                server.urls,
-                settings=self.config,
-                allowed_backends=self.config.allowed_backends,
-                manager=manager,
-                edge=self.edge,
-            )
-        return StreamableProxy(
-            server, settings=self.config, manager=manager, replica=self.replica, edge=self.edge
-        )
+    def _transports(self) -> list[Transport]:
+        return [transport for mounts in self._mounts.values() for transport in mounts.values()]
 
-    def _mounted(self) -> WSGIApplication:
-        """One server at the root; those of a file each under its name.
+    def _transports_of(self, server: Server) -> dict[str, Transport]:
+        """The transports in front of a server, by the path below the server's mount.
 
-        An HTTP server gets every path below its mount, a stdio server has one endpoint.
+        An HTTP server gets every path, and so does what is left of a stdio server's beside `/mcp`.
         """
+        storage = self._sharing.storage(server.name)
+        manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
+        if isinstance(server, StdioServer):
+            return self._in_front_of_stdio(server, manager)
+        proxy = TransparentProxy(
+            server.urls,
+            settings=self.config,
+            allowed_backends=self.config.allowed_backends,
+            manager=manager,
+            edge=self.edge,
+        )
+        return {"": proxy}
+
+    def _in_front_of_stdio(
+        self, server: StdioServer, manager: SessionManager
+    ) -> dict[str, Transport]:
+        sessions = StdioSessions(server, manager, self.replica, self.config, self._relay)
+        mounts: dict[str, Transport] = {}
+        for name in self.config.stdio_transports:
+            path, kind = _STDIO_TRANSPORTS[name]
+            mounts[path] = kind(
+                server,
+                settings=self.config,
+                manager=manager,
+                replica=self.replica,
+                edge=self.edge,
+                relay=self._relay,
+                sessions=sessions,
+            )
+        return mounts
+
+    def _dispatcher(self) -> WSGIApplication:
+        """One server at the root; those of a file each under its name."""
         mounts: dict[str, WSGIApplication] = {}
-        for name, proxy in self.proxies.items():
+        for name, transports in self._mounts.items():
             prefix = f"/servers/{name}" if self.config.config else ""
-            if isinstance(proxy, TransparentProxy) and not prefix:
-                return proxy
-            mounts[prefix if isinstance(proxy, TransparentProxy) else f"{prefix}/mcp"] = proxy
-        return DispatcherMiddleware(self._nothing, mounts)
+            mounts |= {f"{prefix}{path}": transport for path, transport in transports.items()}
+        return DispatcherMiddleware(mounts.pop("", self._nothing), mounts)
 
     def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def handle(request: ClientRequest) -> Reply:
@@ -125,8 +164,8 @@ class Application:
 
     def _ready(self) -> Reply:
         probes: dict[str, health.Probe] = {"worker": self._draining}
-        for (name, proxy), store in zip(self.proxies.items(), self._stores, strict=True):
-            probes[f"sessions of {name}"] = _store_probe(store)
+        for name, proxy in self.proxies.items():
+            probes[f"sessions of {name}"] = _store_probe(proxy.manager.storage)
             probes[f"server {name}"] = proxy.trouble
         return health.ready(probes)
 
@@ -137,23 +176,6 @@ class Application:
 def create_app(config: ProxyConfig | None = None) -> Application:
     """The application for `config`, or for the environment. Raises ConfigError with a sentence."""
     return Application(config or ProxyConfig.from_env())
-
-
-def open_storage(config: ProxyConfig, server: str) -> Storage:
-    """The store of one server's sessions; nothing is sent yet. Raises ConfigError."""
-    if config.redis_url is None:
-        return LocalStorage(config.session_ttl)
-    from mcp_proxy.sessions.redis import RedisStorage
-
-    try:
-        return RedisStorage(
-            config.redis_url,
-            ttl=config.session_ttl,
-            prefix=f"{config.redis_prefix}{server}:",
-            timeout=config.connect_timeout,
-        )
-    except ValueError as error:
-        raise ConfigError(f"redis_url {error}") from None
 
 
 def _store_probe(store: Storage) -> health.Probe:

@@ -14,6 +14,7 @@ from mcp_proxy.errors import ConfigError, ProxyError
 from mcp_proxy.gunicorn_server import require_shared_sessions
 from mcp_proxy.servers import HttpServer, StdioServer
 from mcp_proxy.sessions.redis import RedisStorage
+from mcp_proxy.sharing import Sharing
 from mcp_proxy.transports import handshake
 from mcp_proxy.wire import jsonrpc, revisions
 from mcp_proxy.wire.jsonrpc import Request
@@ -70,13 +71,12 @@ def _store(config: ProxyConfig) -> Row:
     if config.redis_url is None:
         return Row("sessions", True, "in memory of the one worker")
     try:
-        store = RedisStorage(config.redis_url, timeout=config.connect_timeout)
+        store = Sharing(config).storage("check")
+        assert isinstance(store, RedisStorage)
         version = store.version()
         store.close()
     except ProxyError as error:
         return Row("sessions", False, str(error))
-    except ValueError as error:
-        return Row("sessions", False, f"redis_url {error}")
     found = ".".join(map(str, version))
     if version < REDIS_NEEDED:
         return Row("sessions", False, f"Redis {found} is too old: GETEX came with 6.2")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mcp_proxy import __version__
-from mcp_proxy.app import open_storage
 from mcp_proxy.check import check
 from mcp_proxy.config import (
     ProxyConfig,
@@ -20,6 +19,7 @@ from mcp_proxy.config import (
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.gunicorn_server import require_shared_sessions, serve
 from mcp_proxy.servers import as_command
+from mcp_proxy.sharing import Sharing
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --target-url URL
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_check:
             return check(config)
         require_shared_sessions(config, config.workers)
-        open_storage(config, "check").close()
+        Sharing(config).close()
     except ConfigError as error:
         print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
         return 2

@@ -31,6 +31,8 @@ from mcp_proxy.wire.targets import parse_target
 
 PREFIX = "MCP_PROXY_"
 
+_WEB_CONCURRENCY = "WEB_CONCURRENCY"
+
 #: Field metadata: the value must not be printed.
 SECRET = {"secret": True}
 
@@ -69,6 +71,10 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stdio_mode: Annotated[
         Literal["per-session"], Meta(description="one server process for each session")
     ] = "per-session"
+    stdio_transports: Annotated[
+        tuple[Literal["streamable", "sse"], ...],
+        Meta(description="in front of stdio servers: streamable HTTP at /mcp, HTTP+SSE at /sse"),
+    ] = ("streamable", "sse")
     request_timeout: Annotated[
         Seconds, Meta(description="how long a call may take before it is given up")
     ] = 600
@@ -139,6 +145,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if bool(self.command) + bool(self.config) + bool(self.target_url) > 1:
             raise ConfigError("Give one of a command, a target_url and a config file, not both")
+        if not self.stdio_transports:
+            raise ConfigError("stdio_transports names at least one of streamable and sse")
         for change in self.forward_headers:
             if ":" not in change:
                 raise ConfigError("forward_headers takes Name: value to set and Name: to remove")
@@ -224,6 +232,8 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     named = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
     texts.pop("replica", None)  # what marks the children of a proxy that started this one
+    if _WEB_CONCURRENCY in environ:  # gunicorn's own name for it
+        texts.setdefault("workers", environ[_WEB_CONCURRENCY])
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 

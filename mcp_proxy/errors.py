@@ -167,6 +167,16 @@ class BackendUnreached(BackendLost):
     """The backend got nothing of the request, so it may be sent again, there or elsewhere."""
 
 
+class BackendUnavailable(BackendError):
+    """The backend got nothing of the request and may be alive: try again shortly, there."""
+
+    status = 503
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message)
+        self.headers = [("Retry-After", "1")]
+
+
 class BackendTimeout(BackendError):
     """The backend did not answer in time."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -18,13 +19,19 @@ from mcp_proxy.banner import banner
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import configure
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.servers import StdioServer
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 # Seconds between looks at whether the worker is ending without a signal.
 _LOOK = 1.0
+
+# Seconds in which a worker that accepts nothing new still answers on connections that it has kept:
+# gunicorn closes those two seconds after it was told to stop.
+LINGER = 2.5
+
+# Files that a worker may have open, if the system lets it.
+_FILES = 16_384
 
 # Connections of a worker beyond its threads: kept alive, between two requests. Sessions need file
 # descriptors, too.
@@ -82,14 +89,7 @@ def serve(config: ProxyConfig) -> None:
 
 def require_shared_sessions(config: ProxyConfig, worker_count: int) -> None:
     """Raises ConfigError where several workers could not serve each other's sessions."""
-    if worker_count <= 1:
-        return
-    if any(isinstance(server, StdioServer) for server in config.servers()):
-        raise ConfigError(
-            f"{worker_count} workers cannot serve each other's stdio sessions yet: a session's "
-            "server is a child of one worker. Set workers to 1 and raise threads instead"
-        )
-    if config.redis_url is None:
+    if worker_count > 1 and config.redis_url is None:
         raise ConfigError(
             f"{worker_count} workers do not know each other's sessions while those are in memory: "
             "set redis_url, or set workers to 1 and raise threads instead"
@@ -106,6 +106,7 @@ class Hooks:
     def on_starting(self, server: Any) -> None:
         """Refuses what cannot work before anything listens."""
         configure(self._config.log_format, self._config.log_level)
+        _allow_many_files()
         try:
             require_shared_sessions(self._config, server.cfg.workers)
         except ConfigError as error:
@@ -136,16 +137,28 @@ class Hooks:
         _close(worker)
 
     def worker_exit(self, server: Any, worker: Any) -> None:
-        """The last word of a worker, however it came to its end."""
-        _close(worker)
+        """The last word of a worker: it may still be working for clients of other replicas."""
+        drain = getattr(getattr(worker, "wsgi", None), "drain", None)
+        if drain is not None:
+            drain()
+
+
+def _allow_many_files() -> None:
+    """Each stdio session takes four descriptors, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _drain_at_the_end(worker: Any, app: Any) -> None:
-    """Has the application drained before gunicorn's worker goes.
+    """Has the application drained when gunicorn's worker is to end.
 
-    gunicorn tells nobody that a worker is to end, and then waits for open streams. So its SIGTERM
-    handler is called only after the drain: until then the worker still accepts, to say that it is
-    shutting down. The other ends, `max_requests` and a master that is gone, are looked for.
+    gunicorn tells nobody that a worker is to end, and then waits for open streams. Where other
+    replicas serve the same sessions the worker stops accepting first, and answers on the
+    connections that it has. Otherwise it goes on accepting until it is drained, to say that it is
+    shutting down. The ends without a signal, `max_requests` and a master that is gone, are looked
+    for.
     """
     told = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
@@ -153,12 +166,19 @@ def _drain_at_the_end(worker: Any, app: Any) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
         told.set()
 
+    def leave() -> None:
+        if told.is_set() and callable(before):
+            before(signal.SIGTERM, None)
+
     def watch() -> None:
         while not told.wait(_LOOK) and worker.alive and os.getppid() == worker.ppid:
             pass
-        app.drain()
-        if told.is_set() and callable(before):
-            before(signal.SIGTERM, None)
+        if app.is_shared:
+            leave()
+            app.drain(linger=LINGER)
+        else:
+            app.drain()
+            leave()
 
     signal.signal(signal.SIGTERM, handle)
     signal.siginterrupt(signal.SIGTERM, False)

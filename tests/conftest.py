@@ -6,10 +6,12 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from mcp_proxy.sessions.redis.client import Access, _pools
 from tests.support.redis_server import RedisServer
 
 settings.register_profile(
@@ -23,6 +25,24 @@ def redis_server() -> Iterator[RedisServer]:
     """A server that all tests share; a test that stops or freezes one takes `own_redis`."""
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def _connections_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes connections to Redis that no `close` of the test reached."""
+    made: list[Access] = []
+    original = Access.__init__
+
+    def note(self: Access, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Access, "__init__", note)
+    yield
+    for access in made:
+        if access._owns_client and access._client is not None:
+            for pool in _pools(access._client):
+                pool.disconnect()
 
 
 @pytest.fixture

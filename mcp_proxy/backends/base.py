@@ -18,12 +18,14 @@ class Delivery(NamedTuple):
     """One message for the client: a line of JSON.
 
     `is_response` tells answers from what comes before them. `failure` is set where the proxy wrote
-    the answer itself because the backend gave none.
+    the answer itself because the backend gave none. `event_id` is set where the message was logged
+    under it; without data it is where a stream begins.
     """
 
     data: bytes
     is_response: bool
     failure: BackendError | None = None
+    event_id: str | None = None
 
 
 class Exchange(ABC):
@@ -45,7 +47,13 @@ class Exchange(ABC):
         """The next message, None if nothing came for `timeout` seconds or the exchange is over.
 
         A backend that is lost, silent beyond the request's deadline, or cancelled is no exception
-        here: each request gets a delivery that says so.
+        here: each request gets a delivery that says so. Only that the backend got nothing of the
+        request, where this turns out late, raises BackendUnreached, before any delivery.
+        """
+
+    def begin(self) -> None:  # noqa: B027  (not every exchange has something to do here)
+        """The client gets a stream, even if nothing but the answer comes: what is received from
+        now on can be resumed, if the backend keeps a log. Harmless when repeated.
         """
 
     @abstractmethod
@@ -67,6 +75,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def submit(self, request: Request, timeout: float) -> None:
+        """Passes a request on whose answer, or failure, goes to the session's standing stream.
+
+        That is how the HTTP+SSE wire of 2024-11-05 works. Raises BackendLost when the backend is
+        gone or there is no such stream, BackendUnreached when it is certain that it got nothing.
+        """
+
+    @abstractmethod
     def notify(self, notification: Notification) -> None:
         """Passes a notification on; raises BackendLost when the backend is gone."""
 
@@ -75,8 +91,12 @@ class Backend(ABC):
         """Passes on the answer to a request of the server; drops one that nobody waits for."""
 
     @abstractmethod
-    def listen(self) -> Exchange:
-        """The session's standing stream; an older one ends."""
+    def listen(self, after: str | None = None) -> Exchange:
+        """The session's standing stream; an older one ends.
+
+        `after` names the last event that the client got of an earlier one, which then goes on where
+        it was; unless another has begun meanwhile: then what the client missed is all it gets.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -90,7 +90,12 @@ class Bridge(Backend):
     @property
     def is_watched(self) -> bool:
         """Whether a client is listening right now."""
-        return self.is_busy or self._switchboard.has_stream
+        return self.is_busy or self.has_stream
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether a client is listening to the standing stream."""
+        return self._switchboard.stream is not None
 
     @property
     def stderr_tail(self) -> list[str]:
@@ -118,6 +123,24 @@ class Bridge(Backend):
             raise BackendUnreached(self._lost or str(error)) from error
         return exchange
 
+    def submit(self, request: Request, timeout: float) -> None:
+        with self._lock:
+            self._require_alive()
+            stream = self._switchboard.stream
+            if stream is None:
+                raise BackendLost("There is no stream that the answer could go to")
+            line = self._switchboard.enter(request, stream, time.monotonic() + timeout)
+            self._set_next_deadline(stream, lambda: _no_answer(timeout))
+        self._write(line)
+
+    def _set_next_deadline(
+        self, stream: QueuedExchange, on_deadline: Callable[[], BackendError]
+    ) -> None:
+        """Has the stream look at its calls when the first of them is due; the lock is held."""
+        due = self._switchboard.next_deadline(stream)
+        if due is not None and due != stream.deadline:
+            stream.set_deadline(due - time.monotonic(), on_deadline)
+
     def notify(self, notification: Notification) -> None:
         self._require_alive()
         if notification.method == _CANCELLED:
@@ -133,7 +156,8 @@ class Bridge(Backend):
             return  # the answer was faster, or it must not be cancelled (lifecycle page)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
         self._write(jsonrpc.encode(Notification(_CANCELLED, params)))
-        call.exchange.set_deadline(CANCEL_GRACE, Cancelled)
+        if call.deadline is None:  # on the HTTP+SSE wire nothing waits for an answer
+            call.exchange.set_deadline(CANCEL_GRACE, Cancelled)
 
     def respond(self, response: Response) -> None:
         with self._lock:
@@ -143,7 +167,7 @@ class Bridge(Backend):
         else:
             log.info("[%s] dropped a client's response that nobody waits for", self.name)
 
-    def listen(self) -> QueuedExchange:
+    def listen(self, after: str | None = None) -> QueuedExchange:
         stream = QueuedExchange(self, None, accepts_stream=True)
         with self._lock:
             self._require_alive()
@@ -159,6 +183,15 @@ class Bridge(Backend):
         if stream is not None:
             stream.end()
 
+    def retire(self) -> bool:
+        """Ends the backend unless a client waits for an answer; whether it did."""
+        with self._lock:
+            if self._switchboard.has_posts:
+                return False
+            self._lost = self._lost or "The session goes to another replica"
+        self.close()
+        return True
+
     def close(self, reason: str = "The session was ended") -> None:
         self._is_closed = True
         self._fail_all(reason)
@@ -166,7 +199,7 @@ class Bridge(Backend):
 
     def _require_alive(self) -> None:
         if self._lost is not None:
-            raise BackendLost(self._lost)
+            raise BackendUnreached(self._lost)
 
     def _write(self, line: bytes) -> None:
         """Writes to the child; one that cannot be written to any more is stopped."""
@@ -267,7 +300,8 @@ class Bridge(Backend):
     def expire(self, exchange: QueuedExchange, failure: BackendError) -> None:
         """Answers what is unanswered, and tells the child not to go on with it."""
         with self._lock:
-            overdue = self._switchboard.leave_exchange(exchange)
+            overdue = self._switchboard.leave_overdue(exchange, time.monotonic())
+            self._set_next_deadline(exchange, lambda: failure)
         for call in overdue:
             _fail(call, failure)
             if call.method != _INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:

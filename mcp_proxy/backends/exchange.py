@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -34,7 +35,28 @@ class ExchangeOwner(Protocol):
         """The client no longer listens."""
 
 
-class QueuedExchange(Exchange):
+class PushedExchange(Exchange):
+    """An exchange that can be served by somebody who serves many, and waits for none of them."""
+
+    @abstractmethod
+    def poll(self) -> Delivery | None:
+        """The next delivery if it is there. Never waits, and unlike `receive` expires nothing."""
+
+    @abstractmethod
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """Has `wake`, which must be quick, called by whoever makes something happen here."""
+
+    @property
+    @abstractmethod
+    def is_due(self) -> bool:
+        """Whether a deadline has passed."""
+
+    @abstractmethod
+    def expire_if_due(self) -> None:
+        """Acts on a deadline that has passed; for an exchange that nobody waits for."""
+
+
+class QueuedExchange(PushedExchange):
     """`expected` responses are to come, or None for a stream that ends only when it is ended."""
 
     def __init__(self, owner: ExchangeOwner, expected: int | None, accepts_stream: bool) -> None:
@@ -47,6 +69,7 @@ class QueuedExchange(Exchange):
         self._offered = 0  # bytes; written by the reader
         self._taken = 0  # bytes; written by the receiver
         self._room: threading.Event | None = None  # made when the client is slow
+        self._wake: Callable[[], None] | None = None
         self._closed = False
         self._ended = False
 
@@ -68,8 +91,20 @@ class QueuedExchange(Exchange):
                 self._ended = True
             elif item is not None:
                 return self._account(item)
-            elif time.monotonic() >= until:
+            elif time.monotonic() >= until and self._queue.empty():
                 return None
+        return None
+
+    def poll(self) -> Delivery | None:
+        while not self.is_over:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return None
+            if item is _END:
+                self._ended = True
+            elif item is not None:
+                return self._account(item)
         return None
 
     def _next(self, until: float) -> Delivery | None:
@@ -89,6 +124,10 @@ class QueuedExchange(Exchange):
             self._expected -= 1
         return item
 
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        wake()
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -107,7 +146,7 @@ class QueuedExchange(Exchange):
     def offer(self, delivery: Delivery) -> None:
         """Adds a message; never blocks."""
         self._offered += len(delivery.data)
-        self._queue.put(delivery)
+        self._put(delivery)
 
     def wait_for_room(self) -> None:
         """Returns when the client has caught up or left. Called by the reader, without any lock."""
@@ -119,10 +158,19 @@ class QueuedExchange(Exchange):
     def _is_crowded(self) -> bool:
         return self._offered - self._taken > MAX_BACKLOG and not self._closed
 
+    def nudge(self) -> None:
+        """Has whoever waits here look again."""
+        self._put(None)
+
     def end(self, replaced: bool = False) -> None:
         """Ends a stream after what is queued."""
         self.was_replaced = replaced
-        self._queue.put(_END)
+        self._put(_END)
+
+    def _put(self, item: Delivery | None) -> None:
+        self._queue.put(item)
+        if self._wake is not None:
+            self._wake()
 
     def drain(self) -> list[Delivery]:
         """What was offered and never received; for an exchange that nobody reads any more."""
@@ -143,10 +191,14 @@ class QueuedExchange(Exchange):
         self.deadline = time.monotonic() + seconds
         self._on_deadline = on_deadline
         if not is_new:
-            self._queue.put(None)  # a receiver that waits learns of the new deadline
+            self.nudge()  # a receiver that waits learns of the new deadline
+
+    @property
+    def is_due(self) -> bool:
+        deadline = self.deadline
+        return deadline is not None and time.monotonic() >= deadline
 
     def expire_if_due(self) -> None:
-        """Acts on a deadline that has passed; once."""
         make = self._on_deadline
         if make is None or self.deadline is None or time.monotonic() < self.deadline:
             return

@@ -96,7 +96,8 @@ class HttpCall:
         self.status = 0
         self.headers: Headers = []
         self._client = client
-        self._target, self._given, self._body = target, headers, body
+        self.target = target
+        self._given, self._body = headers, body
         self._hops = 0
         self._request = _outbound(address, method, target, headers, body)
         self._response: requests.Response | None = None
@@ -213,7 +214,7 @@ class HttpCall:
         return call
 
     def _named_url(self) -> str:
-        return self.address._replace(host=self.address.name or self.address.host).url + self._target
+        return self.address._replace(host=self.address.name or self.address.host).url + self.target
 
     def connected(self, sock: socket.socket) -> None:
         """The call has this socket to itself, until it is told otherwise."""

@@ -40,6 +40,7 @@ class Call(NamedTuple):
     exchange: QueuedExchange
     token: RequestId | None
     wire_token: RequestId | None
+    deadline: float | None = None  # monotonic; None: its exchange has one for all its calls
 
 
 class Switchboard:
@@ -68,13 +69,15 @@ class Switchboard:
         return bool(self._posts)
 
     @property
-    def has_stream(self) -> bool:
-        """Whether a standing stream is open."""
-        return self._stream is not None
+    def stream(self) -> QueuedExchange | None:
+        """The standing stream, None while there is none."""
+        return self._stream
 
     # --- calls of the client ---------------------------------------------------------------------
 
-    def enter(self, request: Request, exchange: QueuedExchange) -> bytes:
+    def enter(
+        self, request: Request, exchange: QueuedExchange, deadline: float | None = None
+    ) -> bytes:
         """Notes a call and returns it as the child is to see it."""
         wire_id = next(self._wire_ids)
         token = wire_token = _token_of(request)
@@ -83,7 +86,7 @@ class Switchboard:
             path = ("_meta", "progressToken")
             params = jsonrpc.replace_field(request.params, path, wire_token)
             request = Request(request.id, request.method, params)
-        call = Call(wire_id, request.id, request.method, exchange, token, wire_token)
+        call = Call(wire_id, request.id, request.method, exchange, token, wire_token, deadline)
         self._calls[wire_id] = call
         if wire_token is not None:
             self._tokens[wire_token] = call
@@ -110,6 +113,17 @@ class Switchboard:
             if type(call.id) is type(request_id) and call.id == request_id:
                 return call
         return None
+
+    def leave_overdue(self, exchange: QueuedExchange, now: float) -> list[Call]:
+        """Forgets the calls of an exchange whose time is over, and returns them."""
+        calls = [call for call in self._calls.values() if call.exchange is exchange]
+        due = [call.wire_id for call in calls if call.deadline is None or call.deadline <= now]
+        return [call for wire_id in due if (call := self.leave(wire_id)) is not None]
+
+    def next_deadline(self, exchange: QueuedExchange) -> float | None:
+        """When the next call of an exchange is due that has a deadline of its own."""
+        calls = (call for call in self._calls.values() if call.exchange is exchange)
+        return min((call.deadline for call in calls if call.deadline is not None), default=None)
 
     def leave_exchange(self, exchange: QueuedExchange) -> list[Call]:
         """Forgets every call of an exchange and returns them."""

@@ -6,6 +6,7 @@ anew, or continued where the peer is one of `trusted_proxies`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -26,19 +27,23 @@ _OURS = frozenset({"host", "content-length"})
 _OF_THE_SERVER = frozenset({"date", "server"})
 
 
+# RFC 3986 section 3.3: what may stand in a path as it is. A prefix of two slashes would be a host.
+_PATH_SAFE = "/:@!$&'()*+,;=~-._"
+_PREFIX = re.compile(r"(/[A-Za-z0-9:@!$&'()*+,;=~._%-]+)+")
+
+
 class Forwarding:
     """The policy of one transport. `changes` are `Name: value` to set and `Name:` to remove."""
 
     def __init__(self, trusted: tuple[str, ...] = (), changes: tuple[str, ...] = ()) -> None:
         self._trusted = trusted
-        pairs = [(name.strip(), value.strip()) for name, _, value in _parted(changes)]
         pairs = [(n.strip(), v.strip()) for n, _, v in (c.partition(":") for c in changes)]
         self._removed = {name.lower() for name, value in pairs if not value}
         self._set = [(name, value) for name, value in pairs if value]
 
     def outbound(self, environ: WSGIEnvironment) -> Headers:
         """The request's headers for the backend, without Host and Content-Length."""
-        is_trusted = environ.get("REMOTE_ADDR") in self._trusted or "*" in self._trusted
+        is_trusted = is_trusted_peer(environ, self._trusted)
         kept = [
             (name, value)
             for name, value in end_to_end(_headers_of(environ))
@@ -57,8 +62,22 @@ class Forwarding:
         return [(n, v) for n, v in end_to_end(headers) if n.lower() not in unwanted]
 
 
-def _parted(changes: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-    return (change.partition(":") for change in changes)
+def is_trusted_peer(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> bool:
+    """Whether what the peer says of the way of a request is believed."""
+    return environ.get("REMOTE_ADDR") in trusted or "*" in trusted
+
+
+def mount_of(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> str:
+    """The path under which the client sees this application, percent-encoded; "" for the root.
+
+    That is SCRIPT_NAME (PEP 3333), below the X-Forwarded-Prefix of a trusted proxy.
+    """
+    name: str = environ.get("SCRIPT_NAME", "")
+    mount = quote(name.encode("latin-1"), safe=_PATH_SAFE).rstrip("/")
+    prefix: str = environ.get("HTTP_X_FORWARDED_PREFIX", "").rstrip("/")
+    if is_trusted_peer(environ, trusted) and _PREFIX.fullmatch(prefix):
+        return prefix + mount
+    return mount
 
 
 def _headers_of(environ: WSGIEnvironment) -> Iterator[tuple[str, str]]:
@@ -93,4 +112,4 @@ def raw_path(environ: WSGIEnvironment) -> str:
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     if not environ.get("SCRIPT_NAME") and raw.startswith("/"):
         return str(raw).partition("?")[0]
-    return quote(path.encode("latin-1"), safe="/:@!$&'()*+,;=~-._")
+    return quote(path.encode("latin-1"), safe=_PATH_SAFE)

@@ -13,6 +13,9 @@ from mcp_proxy.wire import sse
 
 log = logging.getLogger(__name__)
 
+#: How long (ms) a client that lost its connection should wait before it resumes the stream.
+RETRY = 1000
+
 #: A client whose stream a newer one replaced should not come back for it soon: a day, in ms.
 RETRY_WHEN_REPLACED = 24 * 3600 * 1000
 
@@ -23,9 +26,12 @@ _LARGE = 64 * 1024
 class EventStream:
     """Sends what an exchange delivers, as server-sent events, and keepalives while it is silent.
 
+    `first` is what the stream begins with, unless there are early deliveries.
     `early` are deliveries that came before it was known that a stream was needed. The first bytes
-    leave at once. The client's leaving is noticed at the next keepalive, at the
-    latest; then the thread is free. `close` releases the exchange and whatever `on_close` does.
+    leave at once. `primes` says whether the client understands an event without data, by which a
+    stream that can be resumed begins (MCP 2025-11-25, "Sending Messages to the Server"). The
+    client's leaving is noticed at the next keepalive, at the latest; then the thread is free.
+    `close` releases the exchange and whatever `on_close` does.
     """
 
     def __init__(
@@ -35,6 +41,8 @@ class EventStream:
         keepalive: float,
         early: Sequence[Delivery] = (),
         request_id: RequestId | None = None,
+        primes: bool = False,
+        first: bytes = sse.KEEPALIVE,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self._exchange = exchange
@@ -42,27 +50,29 @@ class EventStream:
         self._keepalive = keepalive
         self._early = early
         self._request_id = request_id
+        self._primes = primes
+        self._first = first
         self._on_close = on_close
         self._is_closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         self._connection.give_up_after(2 * self._keepalive)
         if not self._early:
-            yield sse.KEEPALIVE
+            yield self._first
         for delivery in self._early:
-            yield from _event(delivery.data)
+            yield from self._event(delivery)
         try:
             yield from self._rest()
         except ProxyError as error:
             error.request_id = self._request_id
-            yield from _event(as_message(error))
+            yield sse.encode_message(as_message(error))
 
     def _rest(self) -> Iterator[bytes]:
         exchange = self._exchange
         while not exchange.is_over:
             delivery = exchange.receive(self._keepalive)
             if delivery is not None:
-                yield from _event(delivery.data)
+                yield from self._event(delivery)
             elif self._connection.has_left():
                 log.debug("the client of a stream has left")
                 return
@@ -81,11 +91,17 @@ class EventStream:
             if self._on_close is not None:
                 self._on_close()
 
+    def _event(self, delivery: Delivery) -> Iterator[bytes]:
+        if not delivery.data:
+            yield _opening(delivery) if self._primes else sse.KEEPALIVE
+        elif len(delivery.data) <= _LARGE:
+            yield sse.encode_message(delivery.data, delivery.event_id)
+        else:
+            yield sse.message_head(delivery.event_id)
+            yield delivery.data
+            yield b"\n\n"
 
-def _event(data: bytes) -> Iterator[bytes]:
-    if len(data) <= _LARGE:
-        yield sse.encode_message(data)
-    else:
-        yield b"event: message\ndata: "
-        yield data
-        yield b"\n\n"
+
+def _opening(delivery: Delivery) -> bytes:
+    assert delivery.event_id is not None
+    return sse.encode(sse.Event(id=delivery.event_id.encode(), retry=RETRY, data=b""))

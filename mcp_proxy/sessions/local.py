@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mcp_proxy.errors import SessionExists, SessionNotFound
-from mcp_proxy.sessions.session import Session, encode
+from mcp_proxy.sessions.events import KEPT, EventLog, LocalEventLog
+from mcp_proxy.sessions.session import Session, encode, minted_by
 from mcp_proxy.sessions.storage import ISSUED_TTL, Storage
 
 #: Issued ids that are remembered at the most, the oldest forgotten first: about 20 MB.
@@ -31,6 +32,7 @@ class LocalStorage(Storage):
         # Every write and load moves its record to the end, so the next to expire is the first.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._issued: OrderedDict[str, float] = OrderedDict()
+        self._events = LocalEventLog(min(ttl, KEPT), clock)
 
     def __repr__(self) -> str:
         return f"<LocalStorage sessions={len(self._entries)} issued={len(self._issued)}>"
@@ -42,7 +44,8 @@ class LocalStorage(Storage):
             if session.id in self._entries:
                 raise SessionExists(f"Session {session.id} exists already")
             self._entries[session.id] = _Entry(session, now + self.ttl)
-            self._remember(session.id, now)
+            if minted_by(session.id) is None:
+                self._remember(session.id, now)
 
     def load(self, session_id: str) -> Session:
         with self._lock:
@@ -58,6 +61,12 @@ class LocalStorage(Storage):
         with self._lock:
             self._sweep()
             return session_id in self._entries
+
+    def peek(self, session_id: str) -> Session | None:
+        with self._lock:
+            self._sweep()
+            entry = self._entries.get(session_id)
+            return None if entry is None else entry.session
 
     def swap(self, old: Session, new: Session) -> bool:
         encode(new)
@@ -77,6 +86,9 @@ class LocalStorage(Storage):
     def issued(self, session_id: str) -> bool:
         with self._lock:
             return self._issued.get(session_id, 0.0) > self._clock()
+
+    def event_log(self) -> EventLog:
+        return self._events
 
     def check(self) -> None:
         pass

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
 from mcp_proxy.errors import InvalidRequest, SessionEnded, SessionNotFound, SessionUnknown
 from mcp_proxy.sessions.local import LocalStorage
-from mcp_proxy.sessions.session import Session
+from mcp_proxy.sessions.session import Session, minted_by
 from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.wire.headers import MAX_SESSION_ID, is_session_id
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from mcp_proxy.sessions.redis import Client
 
 log = logging.getLogger(__name__)
-
-_MINTED = re.compile(r"mcp-([0-9a-f]{8})-[0-9a-f]{32}")
 
 
 class SessionManager:
@@ -82,15 +79,19 @@ class SessionManager:
         """Whether the session lives; does not prolong it."""
         return self.storage.exists(session_id)
 
+    def peek(self, session_id: str) -> Session | None:
+        """The session, None where it is over; does not prolong it."""
+        return self.storage.peek(session_id)
+
     def end(self, session_id: str) -> None:
         """Ends the session for every replica; harmless when it is over already."""
         self.storage.delete(session_id)
 
     def _explain_miss(self, session_id: str) -> NoReturn:
         """Raises SessionEnded for an id that was once issued, SessionUnknown otherwise."""
-        minted = _MINTED.fullmatch(session_id)
-        if minted is not None:
-            self._warn_of_other_process(minted.group(1))
+        nonce = minted_by(session_id)
+        if nonce is not None:
+            self._warn_of_other_process(nonce)
             raise SessionEnded
         if self.storage.issued(session_id):
             raise SessionEnded

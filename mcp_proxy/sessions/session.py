@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import msgspec
@@ -44,6 +45,15 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
         merged = {**self.metadata, **changes}
         metadata = {key: value for key, value in merged.items() if value is not None}
         return msgspec.structs.replace(self, metadata=metadata, updated_at=time.time())
+
+
+_MINTED = re.compile(r"mcp-([0-9a-f]{8})-[0-9a-f]{32}")
+
+
+def minted_by(session_id: str) -> str | None:
+    """The nonce of the process that minted an id of our own form; None for any other id."""
+    minted = _MINTED.fullmatch(session_id)
+    return None if minted is None else minted.group(1)
 
 
 def new_session(session_id: str, kind: str, **metadata: str) -> Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from mcp_proxy.sessions.events import EventLog
 from mcp_proxy.sessions.session import Session
 
 #: How long a store remembers that it issued an id, in seconds.
@@ -21,6 +22,8 @@ class Storage(ABC):
     def create(self, session: Session) -> None:
         """Stores a new record and remembers for seven days that its id was issued.
 
+        Of an id of our own form nothing needs to be remembered: the form says it.
+
         Raises SessionExists if the id is taken, StorageError if the record is too large.
         """
 
@@ -31,6 +34,10 @@ class Storage(ABC):
     @abstractmethod
     def exists(self, session_id: str) -> bool:
         """Whether there is a record; its time to live runs on."""
+
+    @abstractmethod
+    def peek(self, session_id: str) -> Session | None:
+        """The record, None where there is none; its time to live runs on."""
 
     @abstractmethod
     def swap(self, old: Session, new: Session) -> bool:
@@ -47,6 +54,10 @@ class Storage(ABC):
     @abstractmethod
     def issued(self, session_id: str) -> bool:
         """Whether `create` was ever called with this id (within seven days)."""
+
+    @abstractmethod
+    def event_log(self) -> EventLog:
+        """A log of events for the sessions of this store, shared by whoever shares the store."""
 
     @abstractmethod
     def check(self) -> None:

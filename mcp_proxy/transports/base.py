@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.surround import Edge
+from mcp_proxy.sessions.local import LocalStorage
+from mcp_proxy.sessions.manager import SessionManager
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -24,14 +26,20 @@ class Transport(ABC):
     """One wire to clients. Every method may be called from any thread."""
 
     edge: Edge
+    manager: SessionManager
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.edge.serve(environ, start_response, self.handle)
 
-    def drain(self, timeout: float = DRAIN_TIME) -> None:
+    def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
         """The orderly end of a transport on its own: no new work, streams ended, then `close`."""
-        drain([self], timeout)
+        drain([self], timeout, linger)
         self.close()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other replicas can serve the same sessions."""
+        return not isinstance(self.manager.storage, LocalStorage)
 
     @abstractmethod
     def handle(self, request: ClientRequest) -> Reply:
@@ -46,6 +54,9 @@ class Transport(ABC):
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
 
+    def hand_over(self) -> None:  # noqa: B027  (only children of this replica have to be)
+        """Lets go of sessions that another replica can serve, if nobody waits for an answer."""
+
     @abstractmethod
     def shut_down(self) -> None:
         """Ends what is this transport's alone; what it shares is ended by who shared it."""
@@ -59,11 +70,23 @@ class Transport(ABC):
         """Why new sessions cannot be expected to begin, None if they can."""
 
 
-def drain(transports: Collection[Transport], timeout: float) -> None:
-    """Takes no new work, ends standing streams and gives running calls `timeout` seconds."""
+def drain(transports: Collection[Transport], timeout: float, linger: float = 0.0) -> None:
+    """Ends standing streams, takes no new work, and gives running calls `timeout` seconds.
+
+    Before that, requests are served for `linger` seconds: for a worker that accepts no connections
+    any more but has some. Sessions for which nobody waits are handed over at once, the others when
+    their calls are done.
+    """
+    for transport in transports:
+        transport.end_streams()
+    time.sleep(linger)
     for transport in transports:
         transport.edge.is_draining = True
         transport.end_streams()
     deadline = time.monotonic() + timeout
-    while any(transport.is_busy for transport in transports) and time.monotonic() < deadline:
+    while True:
+        for transport in transports:
+            transport.hand_over()
+        if not any(transport.is_busy for transport in transports) or time.monotonic() > deadline:
+            return
         time.sleep(_POLL)

@@ -34,6 +34,9 @@ class ObservedExchange(Exchange):
             self._on_response(delivery)
         return delivery
 
+    def begin(self) -> None:
+        self._inner.begin()
+
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True

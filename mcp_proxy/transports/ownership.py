@@ -1,12 +1,12 @@
 """Which child belongs to which session, and what happens when it is lost.
 
 A session's record says where its child is: `backend_url` is `worker://<replica>/<child>`. This
-module holds the children of this replica, opens new ones, and brings back a lost one: the record is
-first swapped to a claim, then the child is started and told everything the old one knew, then the
-record is swapped to the result. Whoever loses the first swap waits for the winner; a DELETE in
-between wins over both.
+module holds the children of this replica, opens new ones, finds those that another replica holds,
+and brings back a lost one: the record is first swapped to a claim, then the child is started and
+told everything the old one knew, then the record is swapped to the result. Whoever loses the first
+swap waits for the winner; a DELETE in between wins over both.
 
-One thread looks after what nobody asks for any more: sessions that expired, or ended elsewhere.
+One thread looks after what nobody asks for any more: sessions that expired, or went elsewhere.
 """
 
 from __future__ import annotations
@@ -14,67 +14,88 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
+from mcp_proxy.backends.base import Backend
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.replica import Replica
+from mcp_proxy.backends.replica import Replica, has_ended
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import (
     BackendError,
     BackendLost,
+    BackendUnreached,
     Draining,
     Overloaded,
     SessionEnded,
     SessionNotFound,
     StorageError,
 )
+from mcp_proxy.relay.relay import Relay
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import (
     BACKEND_URL,
+    CLAIM,
     INIT_BODY,
     PROTOCOL_VERSION,
     RESUME,
     Session,
 )
 from mcp_proxy.transports import handshake
+from mcp_proxy.transports.journal import Journal
+from mcp_proxy.transports.placement import Place, parse_place
+from mcp_proxy.transports.recorder import Recorder
 from mcp_proxy.transports.restarts import Restarts
+from mcp_proxy.transports.resumable import ResumableBackend
+from mcp_proxy.transports.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Seconds for a new child to answer each request of the replay: well within a claim.
 _REPLAY_TIME = claims.CLAIM_TIME / 3
-
-_SWEEPS_PER_TTL = 4
-_MAX_SWEEP = 30.0
-_MIN_SWEEP = 0.25
 
 
 class _Held(NamedTuple):
     session_id: str
     bridge: Bridge
+    backend: ResumableBackend
+    journal: Journal
 
 
 class StdioSessions:
     """The children of one server in this replica, by the `backend_url` that names them.
 
-    Thread-safe. Nothing runs before the first session is opened.
+    Without a `relay` there are no other replicas. Thread-safe. Nothing runs before the first
+    session is opened.
     """
 
     def __init__(
-        self, server: StdioServer, manager: SessionManager, replica: Replica, settings: ProxyConfig
+        self,
+        server: StdioServer,
+        manager: SessionManager,
+        replica: Replica,
+        settings: ProxyConfig,
+        relay: Relay | None = None,
     ) -> None:
         self.server = server
         self.manager = manager
+        self.events = manager.storage.event_log()
         self.restarts = Restarts()
         self._replica = replica
+        self._relay = relay
+        self._recorder = Recorder()
+        self._sweeper = Sweeper(server.name, settings.session_ttl, self.sweep)
+        if relay is not None:
+            relay.serve(self.find, on_lapse=self._sweeper.soon)
         self._settings = settings
-        self._lock = threading.Lock()  # guards _held, _opening and _sweeper
+        self._lock = threading.Lock()  # guards _held and _opening
         self._held: dict[str, _Held] = {}
         self._opening = 0
-        self._sweeper: threading.Thread | None = None
-        self._closing = threading.Event()
+        self._is_closing = False
 
     def __repr__(self) -> str:
         return f"<StdioSessions {self.server.name} held={len(self._held)}>"
@@ -99,20 +120,23 @@ class StdioSessions:
             self.restarts.note_failure(str(error))
             raise
 
-    def establish(self, session: Session, bridge: Bridge) -> None:
-        """Records a session whose child has answered initialize.
+    def establish(self, session: Session, bridge: Bridge) -> Session:
+        """Records a session whose child is ready for it, and returns the record.
 
         Raises StorageError, and then the child has been ended.
         """
         url = self._url(bridge)
+        session = session.with_metadata(**{BACKEND_URL: url})
         try:
-            self.manager.create(session.with_metadata(**{BACKEND_URL: url}))
+            self._announce()
+            self.manager.create(session)
         except StorageError:
             self.abandon(bridge)
             raise
         self._hold(url, session.id, bridge)
         self._opening_is_over()
         self.restarts.note_success()
+        return session
 
     def abandon(self, bridge: Bridge, failure: BackendError | None = None) -> None:
         """Ends a child that opened no session, because of `failure` if there was one."""
@@ -121,29 +145,94 @@ class StdioSessions:
         if failure is not None:
             self.restarts.note_failure(str(failure))
 
+    def _announce(self) -> None:
+        """Has a mailbox opened: without one, everybody would take this replica for dead."""
+        if self._relay is not None:
+            self._relay.start()
+
     def _opening_is_over(self) -> None:
         with self._lock:
             self._opening -= 1
 
     # --- a known session -------------------------------------------------------------------------
 
-    def backend_of(self, session: Session) -> Bridge:
-        """The session's child, brought back if it is lost.
+    def backend_of(self, session: Session, lost: str | None = None) -> Backend:
+        """The session's child, here or at another replica; brought back, here, if it is lost.
 
-        Raises BackendError when it cannot be, SessionEnded when it must not be, StorageUnavailable.
+        `lost` is a `backend_url` that turned out to lead nowhere. Raises BackendError when the
+        child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
         """
-        held = self._held.get(session.backend_url or "")
-        if held is not None and held.bridge.is_alive:
-            return held.bridge
-        return self._recover(session)
+        url = session.backend_url or ""
+        held = self._held.get(url)
+        if held is not None and held.bridge.is_alive and self._is_trusted(session, url):
+            return held.backend
+        place = parse_place(url)
+        if self._relay is None or place is None or url == lost or self._is_void(place):
+            return self._recover(session)
+        return self._relay.backend(*place)
 
-    def end(self, session_id: str) -> None:
-        """Ends a session and its child."""
-        self.manager.end(session_id)
-        self.restarts.forget(session_id)
-        for url, held in self._held_copy().items():
-            if held.session_id == session_id:
-                self._release(url)
+    def _is_trusted(self, session: Session, url: str) -> bool:
+        """Whether the record still says so: nobody can have taken over, or it was looked at again.
+
+        A replica that was frozen may hold a record that it loaded before.
+        """
+        if self._relay is None or self._relay.is_held:
+            return True
+        current = self.manager.peek(session.id)
+        return current is not None and current.backend_url == url
+
+    def _is_void(self, place: Place) -> bool:
+        """Whether there can be no child at a place: it would be here, or its replica has ended."""
+        return place.replica == self._replica.id or has_ended(place.replica)
+
+    def on_backend(self, session: Session, act: Callable[[Backend], T]) -> T:
+        """What `act` returns for the session's backend; done again on a new one, once, where it is
+        certain that the first got nothing of it.
+        """
+        try:
+            return act(self.backend_of(session))
+        except BackendUnreached:
+            return self.on_new_backend(session, act)
+
+    def on_new_backend(self, session: Session, act: Callable[[Backend], T]) -> T:
+        """What `act` returns for the backend that the session has when its last one is lost."""
+        again = self.manager.load(session.id)
+        return act(self.backend_of(again, lost=session.backend_url))
+
+    def is_orphaned(self, session_id: str, child: str) -> bool:
+        """Whether a child that the session once had is lost; raises StorageError."""
+        session = self.manager.peek(session_id)
+        place = None if session is None else parse_place(session.backend_url)
+        if place is None or place.child != child:
+            return True
+        if place.replica == self._replica.id or self._relay is None:
+            return self.find(child) is None
+        return self._relay.is_gone(place.replica)
+
+    def find(self, child: str) -> Backend | None:
+        """The child of this replica that has this id."""
+        held = self._held.get(Place(self._replica.id, child).url)
+        return held.backend if held is not None and held.bridge.is_alive else None
+
+    def end(self, session: Session) -> None:
+        """Ends a session and its child, wherever that is."""
+        self.manager.end(session.id)
+        self.restarts.forget(session.id)
+        url = session.backend_url or ""
+        place = parse_place(url)
+        if url in self._held:
+            self._release(url)
+        elif self._relay is not None and place is not None and not self._is_void(place):
+            self._relay.backend(*place).close()
+        self.events.forget(session.id)
+
+    def dismiss(self, session: Session) -> None:
+        """Ends a session whose client is gone; its record expires if the store is away."""
+        self._release(session.backend_url or "")
+        try:
+            self.manager.end(session.id)
+        except StorageError as error:
+            log.warning("[%s] the record of a session is left: %s", self.server.name, error)
 
     def update_resume(self, session_id: str, change: handshake.Change) -> None:
         """Remembers a log level or a subscription, for the day when the child is lost."""
@@ -158,8 +247,8 @@ class StdioSessions:
 
     # --- recovery --------------------------------------------------------------------------------
 
-    def _recover(self, session: Session) -> Bridge:
-        if self._closing.is_set():
+    def _recover(self, session: Session) -> Backend:
+        if self._is_closing:
             raise Draining
         self.restarts.require_patience_over(session.id)
         claimed = claims.claim(self.manager, session)
@@ -167,24 +256,28 @@ class StdioSessions:
             return self.backend_of(self.manager.load(session.id))
         bridge = self._bring_back_or_release(claimed)
         url = self._url(bridge)
-        self._hold(url, session.id, bridge)
+        held = self._hold(url, session.id, bridge)
         if not claims.settle(self.manager, claimed, **{BACKEND_URL: url}):
             self._release(url)
             return self.backend_of(self.manager.load(session.id))
         self.restarts.note_success()
         log.info("[%s] the server of a session was started again", self.server.name)
-        return bridge
+        return held.backend
 
     def _bring_back_or_release(self, claimed: Session) -> Bridge:
         try:
+            self._announce()
             return self._bring_back(claimed)
+        except StorageError:
+            claims.release(self.manager, claimed)
+            raise
         except BackendError as error:
             self.restarts.note_failure(str(error))
             self.restarts.note_exit(claimed.id, lifetime=0)
             claims.release(self.manager, claimed)
             raise
         except SessionEnded:
-            self.end(claimed.id)
+            self.end(claimed)
             raise
 
     def _bring_back(self, session: Session) -> Bridge:
@@ -211,26 +304,30 @@ class StdioSessions:
         for url, held in self._held_copy().items():
             if held.bridge is bridge:
                 self.restarts.note_exit(held.session_id, time.monotonic() - bridge.started)
-                with self._lock:
-                    self._held.pop(url, None)
+                self._forget(url)
 
     def _url(self, bridge: Bridge) -> str:
-        return f"worker://{self._replica.id}/{bridge.child_id}"
+        return Place(self._replica.id, bridge.child_id).url
 
-    def _hold(self, url: str, session_id: str, bridge: Bridge) -> None:
+    def _hold(self, url: str, session_id: str, bridge: Bridge) -> _Held:
+        journal = Journal(self.events, session_id)
+        backend = ResumableBackend(bridge, journal, self._recorder, lambda: self._release(url))
+        held = _Held(session_id, bridge, backend, journal)
         with self._lock:
-            self._held[url] = _Held(session_id, bridge)
-            if self._sweeper is None:
-                self._sweeper = threading.Thread(
-                    target=self._sweep_for_ever, name="mcp-sweeper", daemon=True
-                )
-                self._sweeper.start()
+            self._held[url] = held
+        self._sweeper.start()
+        return held
 
-    def _release(self, url: str, reason: str = "The session was ended") -> None:
-        with self._lock:
-            held = self._held.pop(url, None)
+    def _release(self, url: str) -> None:
+        """Ends a child whose session is over, or elsewhere."""
+        held = self._forget(url)
         if held is not None:
-            held.bridge.close(reason)
+            held.journal.close()
+            held.bridge.close("The session was ended")
+
+    def _forget(self, url: str) -> _Held | None:
+        with self._lock:
+            return self._held.pop(url, None)
 
     def _held_copy(self) -> dict[str, _Held]:
         with self._lock:
@@ -238,36 +335,29 @@ class StdioSessions:
 
     # --- what nobody asks for any more -----------------------------------------------------------
 
-    def _sweep_for_ever(self) -> None:
-        interval = min(_MAX_SWEEP, max(_MIN_SWEEP, self._settings.session_ttl / _SWEEPS_PER_TTL))
-        while not self._closing.wait(interval):
-            try:
-                self.sweep()
-            except StorageError as error:
-                log.warning("[%s] sessions not swept: %s", self.server.name, error)
-            except Exception:
-                log.exception("[%s] sessions not swept", self.server.name)
-
     def sweep(self) -> None:
-        """Prolongs the sessions that a client listens to, ends the children of those that are over.
+        """Prolongs the sessions that a client listens to, ends the children of those that are over
+        or have their child elsewhere.
 
         Raises StorageUnavailable, and then nothing counts as over.
         """
         for url, held in self._held_copy().items():
             held.bridge.expire_unheard()
-            if not self._is_current(held):
-                log.info("[%s] a session is over; its server is stopped", self.server.name)
+            if not self._is_current(url, held):
+                log.info("[%s] a session is over or elsewhere; its server stops", self.server.name)
                 self._release(url)
                 self.restarts.forget(held.session_id)
 
-    def _is_current(self, held: _Held) -> bool:
-        if not held.bridge.is_watched:
-            return self.manager.exists(held.session_id)
+    def _is_current(self, url: str, held: _Held) -> bool:
         try:
-            self.manager.load(held.session_id)
+            is_watched = held.bridge.is_watched
+            find = self.manager.load if is_watched else self.manager.peek
+            session = find(held.session_id)
         except SessionNotFound:
             return False
-        return True
+        if session is None:
+            return False
+        return session.backend_url == url or CLAIM in session.metadata
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -281,8 +371,26 @@ class StdioSessions:
         for held in self._held_copy().values():
             held.bridge.end_stream()
 
+    def hand_over(self) -> None:
+        """Ends the children for which no client waits, so that other replicas bring them back."""
+        for url, held in self._held_copy().items():
+            if held.bridge.retire():
+                self._forget(url)
+                self._disown(held.session_id, url)
+
+    def _disown(self, session_id: str, url: str) -> None:
+        try:
+            session = self.manager.peek(session_id)
+            if session is not None and session.backend_url == url:
+                self.manager.swap(session, session.with_metadata(**{BACKEND_URL: None}))
+        except StorageError as error:
+            log.warning("[%s] a session could not be handed over: %s", self.server.name, error)
+
     def close(self) -> None:
         """Ends every child of this replica; the records stay, so another one can take over."""
-        self._closing.set()
-        for url in self._held_copy():
-            self._release(url, "The proxy is shutting down")
+        self._is_closing = True
+        self._sweeper.close()
+        for url, held in self._held_copy().items():
+            held.bridge.close("The proxy is shutting down")
+            self._forget(url)
+        self._recorder.close()

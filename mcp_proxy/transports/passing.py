@@ -27,7 +27,7 @@ class PassingBody:
     server aborts the connection, so that nobody takes the part for the whole. On an event stream
     that answers `request_id` silence beyond the time limit becomes a JSON-RPC error event; in any
     case `on_timeout` is done then. `close` frees the backend's connection and does what `on_close`
-    was given, once.
+    was given, once. `rewrite` may keep bytes back until it gets an empty piece.
     """
 
     def __init__(
@@ -36,11 +36,13 @@ class PassingBody:
         request_id: RequestId | None = None,
         observe: Callable[[bytes], None] = lambda piece: None,
         on_timeout: Callable[[], None] = lambda: None,
+        rewrite: Callable[[bytes], bytes] = lambda piece: piece,
     ) -> None:
         self._call = call
         self._request_id = request_id
         self._observe = observe
         self._on_timeout = on_timeout
+        self._rewrite = rewrite
         self._on_close: list[Callable[[], None]] = []
         self._is_closed = False
         self._is_ended = False
@@ -59,7 +61,8 @@ class PassingBody:
         try:
             for piece in self._call.pieces():
                 self._observe(piece)
-                yield piece
+                if passed := self._rewrite(piece):
+                    yield passed
         except BackendTimeout as error:
             self._on_timeout()
             if self._request_id is None or not self._takes_events:
@@ -70,6 +73,8 @@ class PassingBody:
             if not (self._is_ended and is_event_stream(self._call)):
                 raise
         self._observe(b"")
+        if rest := self._rewrite(b""):
+            yield rest
 
     @property
     def _takes_events(self) -> bool:

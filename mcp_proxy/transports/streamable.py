@@ -7,23 +7,17 @@ DELETE ends the session. References are to "Streamable HTTP" in the transports p
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 
 import msgspec
 
 from mcp_proxy.backends.base import Backend, Delivery, Exchange
-from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.replica import Replica
-from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.connection import ClientConnection
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.streaming import EventStream
-from mcp_proxy.edge.surround import Edge
 from mcp_proxy.errors import (
-    BackendUnreached,
     InvalidRequest,
     MethodNotAllowed,
     MissingSession,
@@ -32,14 +26,13 @@ from mcp_proxy.errors import (
     ProxyError,
     UnsupportedMediaType,
 )
-from mcp_proxy.servers import StdioServer, as_command
-from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import PROTOCOL_VERSION, Session
-from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.transports import handshake
-from mcp_proxy.transports.base import Transport
+from mcp_proxy.transports.journal import child_of, is_standing
 from mcp_proxy.transports.observed import ObservedExchange
-from mcp_proxy.transports.ownership import StdioSessions
+from mcp_proxy.transports.opening import Opening
+from mcp_proxy.transports.resumption import ResumedStream
+from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.wire import headers, jsonrpc, revisions
 from mcp_proxy.wire.jsonrpc import Batch, Notification, Request, Response
 
@@ -49,61 +42,11 @@ _PATHS = frozenset({"", "/", "/mcp", "/mcp/"})
 _METHODS = "GET, POST, DELETE"
 
 
-class StreamableProxy(Transport):
-    """A WSGI application that serves a stdio server over streamable HTTP.
-
-    `command` is a list of arguments, a string, or a StdioServer. Without `session_storage` sessions
-    live in memory. `manager`, `replica` and `edge` are given by an application that shares them
-    among transports. Nothing starts before the first request; `close` ends everything that did.
-    """
-
-    def __init__(
-        self,
-        command: Sequence[str] | str | StdioServer,
-        session_storage: Storage | None = None,
-        settings: ProxyConfig | None = None,
-        *,
-        manager: SessionManager | None = None,
-        replica: Replica | None = None,
-        edge: Edge | None = None,
-    ) -> None:
-        self.settings = settings or ProxyConfig()
-        self.server = (
-            command
-            if isinstance(command, StdioServer)
-            else StdioServer("default", as_command(command))
-        )
-        self.manager = manager or SessionManager(
-            session_storage, self.settings.session_ttl, self.settings.unknown_session_status
-        )
-        self.replica = replica or Replica()
-        self.edge = edge or Edge(self.settings)
-        self.sessions = StdioSessions(self.server, self.manager, self.replica, self.settings)
+class StreamableProxy(StdioTransport):
+    """A WSGI application that serves a stdio server over streamable HTTP."""
 
     def __repr__(self) -> str:
         return f"<StreamableProxy {self.sessions!r} {self.manager!r}>"
-
-    def close(self) -> None:
-        """Ends every child of this replica; for a transport that is used on its own."""
-        self.sessions.close()
-        self.replica.close()
-
-    @property
-    def is_busy(self) -> bool:
-        return self.sessions.is_busy
-
-    def end_streams(self) -> None:
-        self.sessions.end_streams()
-
-    def shut_down(self) -> None:
-        """Ends the sessions' servers; the replica is closed by who shares it."""
-        self.sessions.close()
-
-    def trouble(self) -> str | None:
-        program = self.server.argv[0]
-        if shutil.which(program, path=self.server.env.get("PATH")) is None:
-            return f"{program} is not an executable file"
-        return self.sessions.restarts.trouble()
 
     def handle(self, request: ClientRequest) -> Reply:
         if request.path not in _PATHS:
@@ -131,7 +74,7 @@ class StreamableProxy(Transport):
         if isinstance(message, list):
             return self._batch(request, session, message)
         request.rpc = message.method if isinstance(message, Notification) else "response"
-        _pass_on(self.sessions.backend_of(session), message)
+        self.pass_on(session, message)
         return empty_reply(202)
 
     def _request(self, request: ClientRequest, message: Request) -> Reply:
@@ -147,25 +90,24 @@ class StreamableProxy(Transport):
         change = _change_of(message)
         if change is not None:
             exchange = self._remembering(exchange, session.id, change)
-        return self._answer(request, exchange, message)
+        return self._answer(request, exchange, message, session)
 
     def _send(
         self, request: ClientRequest, session: Session, messages: Sequence[Request]
     ) -> Exchange:
         accepts_stream = request.accepts(headers.EVENT_STREAM)
         timeout = self.settings.request_timeout
-        try:
-            return self.sessions.backend_of(session).send(messages, accepts_stream, timeout)
-        except BackendUnreached:
-            # It ended a moment ago, so it is brought back now, and gets the call.
-            session = self.manager.load(session.id)
-            return self.sessions.backend_of(session).send(messages, accepts_stream, timeout)
+
+        def send(backend: Backend) -> Exchange:
+            return backend.send(messages, accepts_stream, timeout)
+
+        return self.open_exchange(session, send)
 
     def _initialize(self, request: ClientRequest, message: Request) -> Reply:
         """Opens a session: one child, asked by the client itself; recorded once it has accepted."""
         bridge = self.sessions.start()
         session_id = self.manager.mint_id()
-        opening = _Opening(self.sessions, bridge, session_id, message)
+        opening = Opening(self.sessions, bridge, session_id, KIND, message)
         try:
             inner = bridge.send(
                 [message], request.accepts(headers.EVENT_STREAM), self.settings.request_timeout
@@ -189,29 +131,35 @@ class StreamableProxy(Transport):
         request.rpc = f"batch of {len(batch)}"
         if calls:
             self.edge.require_open()
-        backend = self.sessions.backend_of(session)
         for message in batch:
             if not isinstance(message, Request):
-                _pass_on(backend, message)
+                self.pass_on(session, message)
         if not calls:
             return empty_reply(202)
-        return self._answer(request, self._send(request, session, calls), None)
+        return self._answer(request, self._send(request, session, calls), None, session)
 
     # --- the answer ------------------------------------------------------------------------------
 
-    def _answer(self, request: ClientRequest, exchange: Exchange, message: Request | None) -> Reply:
+    def _answer(
+        self,
+        request: ClientRequest,
+        exchange: Exchange,
+        message: Request | None,
+        session: Session | None = None,
+    ) -> Reply:
         """JSON if nothing but the answer comes, and soon; an event stream otherwise.
 
-        `message` is None for a batch, whose answer is an array.
+        `message` is None for a batch, whose answer is an array; `session` is None before there is
+        one.
         """
         try:
-            return self._json_or_stream(request, exchange, message)
+            return self._json_or_stream(request, exchange, message, _primes(session))
         except BaseException:
             exchange.close()
             raise
 
     def _json_or_stream(
-        self, request: ClientRequest, exchange: Exchange, message: Request | None
+        self, request: ClientRequest, exchange: Exchange, message: Request | None, primes: bool
     ) -> Reply:
         may_stream = request.accepts(headers.EVENT_STREAM)
         may_be_json = request.accepts(headers.JSON)
@@ -222,10 +170,10 @@ class StreamableProxy(Transport):
             delivery = exchange.receive(until - time.monotonic())
             if delivery is None or not delivery.is_response:
                 early = [*answers, delivery] if delivery is not None else answers
-                return self._stream(request, exchange, message, early)
+                return self._stream(request, exchange, message, early, primes)
             answers.append(delivery)
         if not may_be_json:
-            return self._stream(request, exchange, message, [])
+            return self._stream(request, exchange, message, [], primes)
         exchange.close()
         return _as_json(answers, message)
 
@@ -235,13 +183,16 @@ class StreamableProxy(Transport):
         exchange: Exchange,
         message: Request | None,
         early: Sequence[Delivery],
+        primes: bool,
     ) -> Reply:
+        exchange.begin()
         body = EventStream(
             exchange,
             ClientConnection(request.environ),
             self.settings.keepalive_interval,
             early=early,
             request_id=None if message is None else message.id,
+            primes=primes,
         )
         return stream_reply(body)
 
@@ -260,14 +211,17 @@ class StreamableProxy(Transport):
     # --- GET and DELETE --------------------------------------------------------------------------
 
     def _get(self, request: ClientRequest) -> Reply:
-        """The session's standing stream, "Listening for Messages from the Server"."""
+        """The session's standing stream, "Listening for Messages from the Server", or another one
+        that broke off, "Resumability and Redelivery".
+        """
         if not request.accepts(headers.EVENT_STREAM):
             raise NotAcceptable("Accept must name text/event-stream")
         self.edge.require_open()
         session = self._session(request)
+        after = request.header("Last-Event-ID")
         self.edge.slots.take()
         try:
-            exchange = self.sessions.backend_of(session).listen()
+            exchange = self._resumed(session, after) if after else self._standing(session, None)
         except BaseException:
             self.edge.slots.release()
             raise
@@ -275,12 +229,31 @@ class StreamableProxy(Transport):
             exchange,
             ClientConnection(request.environ),
             self.settings.keepalive_interval,
+            primes=_primes(session),
             on_close=self.edge.slots.release,
         )
         return stream_reply(body)
 
+    def _standing(self, session: Session, after: str | None) -> Exchange:
+        return self.sessions.on_backend(session, lambda backend: backend.listen(after))
+
+    def _resumed(self, session: Session, after: str) -> Exchange:
+        """The stream that an event belongs to, from there on; only events of this session count."""
+        event = self.sessions.events.find(session.id, after)
+        if event is None:
+            raise InvalidRequest("Last-Event-ID names no event that is kept for this session")
+        if is_standing(event.stream):
+            return self._standing(session, after)
+        child = child_of(event.stream)
+        return ResumedStream(
+            self.sessions.events,
+            session.id,
+            event,
+            lambda: self.sessions.is_orphaned(session.id, child),
+        )
+
     def _delete(self, request: ClientRequest) -> Reply:
-        self.sessions.end(self._session(request).id)
+        self.sessions.end(self._session(request))
         return empty_reply(204)
 
     def _session(self, request: ClientRequest) -> Session:
@@ -297,36 +270,10 @@ class StreamableProxy(Transport):
         return session
 
 
-class _Opening:
-    """A session that does not exist yet: recorded when the server accepts, given up otherwise."""
-
-    def __init__(
-        self, sessions: StdioSessions, bridge: Bridge, session_id: str, message: Request
-    ) -> None:
-        self._sessions = sessions
-        self._bridge = bridge
-        self._session_id = session_id
-        self._message = message
-        self._is_settled = False
-        #: Whether the server, or we, said no: then there is no session and no id to tell.
-        self.was_refused = False
-
-    def on_response(self, delivery: Delivery) -> None:
-        """Records the session, or ends the child that refused or failed."""
-        self._is_settled = True
-        answer = jsonrpc.parse_message(delivery.data)
-        if isinstance(answer, Response) and answer.result is not msgspec.UNSET:
-            session = handshake.opened(self._session_id, KIND, self._message, answer)
-            self._sessions.establish(session, self._bridge)
-        else:
-            self.was_refused = True
-            self._sessions.abandon(self._bridge, delivery.failure)
-
-    def on_close(self) -> None:
-        """A client that left before the answer knows no session id: nobody could use the child."""
-        if not self._is_settled:
-            self._is_settled = True
-            self._sessions.abandon(self._bridge)
+def _primes(session: Session | None) -> bool:
+    """Whether the client of a session knows events without data."""
+    version = None if session is None else session.metadata.get(PROTOCOL_VERSION)
+    return version is not None and revisions.primes_streams(version)
 
 
 def _require_negotiable(request: ClientRequest) -> None:
@@ -353,13 +300,6 @@ def _change_of(message: Request) -> handshake.Change | None:
         return handshake.change_of(message)
     except msgspec.DecodeError:
         return None  # the server will say what is wrong with it
-
-
-def _pass_on(backend: Backend, message: Notification | Response) -> None:
-    if isinstance(message, Notification):
-        backend.notify(message)
-    else:
-        backend.respond(message)
 
 
 def _as_json(answers: Sequence[Delivery], message: Request | None) -> Reply:

@@ -27,29 +27,27 @@ from mcp_proxy.errors import (
     BackendUnreached,
     ClientLeft,
     ConfigError,
+    Draining,
     ProxyError,
     SessionEnded,
-    SessionExists,
 )
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import (
-    BACKEND_HOST,
-    BACKEND_SID,
-    BACKEND_URL,
-    PROTOCOL_VERSION,
     Session,
 )
 from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.transports import handshake, passing
 from mcp_proxy.transports.base import Transport
 from mcp_proxy.transports.classification import cancellation_of, is_lost_session, is_modern, peek
+from mcp_proxy.transports.endpoints import EndpointSessions, EndpointStream
 from mcp_proxy.transports.keeping import SessionKeeper
 from mcp_proxy.transports.open_bodies import OpenBodies
+from mcp_proxy.transports.pinning import Pinning
 from mcp_proxy.transports.routing import HANDSHAKE_TIME, Route, Router
-from mcp_proxy.wire import headers, jsonrpc
+from mcp_proxy.wire import headers
 from mcp_proxy.wire.headers import Headers
-from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
-from mcp_proxy.wire.targets import Address, parse_target
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
+from mcp_proxy.wire.targets import parse_target
 
 KIND = "mcp"
 
@@ -104,6 +102,10 @@ class TransparentProxy(Transport):
             self.manager,
             allowed_backends,
             min(self.settings.request_timeout, HANDSHAKE_TIME),
+        )
+        self._pinning = Pinning(self.manager, self.chooser)
+        self._endpoints = EndpointSessions(
+            self.manager, self.chooser, self.keeper, self.settings.trusted_proxies
         )
         self._forwarding = Forwarding(self.settings.trusted_proxies, self.settings.forward_headers)
 
@@ -160,6 +162,9 @@ class TransparentProxy(Transport):
             return self._initialize(request, body, message)
         if request.session_id is not None:
             return self._in_session(request, body, message, self.manager.load(request.session_id))
+        session = self._endpoints.session_of(request)
+        if session is not None:
+            return self._to_endpoint(request, body, message, session)
         return self._without_session(request, body, message)
 
     # --- without a session -----------------------------------------------------------------------
@@ -182,6 +187,22 @@ class TransparentProxy(Transport):
                 failure = error
         raise failure
 
+    def _to_endpoint(
+        self,
+        request: ClientRequest,
+        body: bytes,
+        message: Message | Batch | None,
+        session: Session,
+    ) -> Reply:
+        """A message of 2024-11-05, to the backend that holds its session's stream."""
+        query = self._endpoints.query_of(request, session)
+        route = self._router.route(session)._replace(session_id=None)
+        try:
+            return self._reply(request, self._call(request, body, route, query=query), message)
+        except BackendUnreached as error:
+            self._endpoints.end(session)  # it was its stream's, and that is gone with the backend
+            raise SessionEnded from error
+
     # --- initialize ------------------------------------------------------------------------------
 
     def _initialize(self, request: ClientRequest, body: bytes, message: Request) -> Reply:
@@ -190,46 +211,14 @@ class TransparentProxy(Transport):
         if call.status >= 300 or session_id is None:
             return self._reply(request, call, message)
         try:
-            session = self._record(call.address, session_id, message)
+            session = self._pinning.record(call.address, session_id, message)
         except BaseException:
             call.close()
             raise
-        observer = passing.InitializeObserver(call, lambda answer: self._accept(session, answer))
-        return self._reply(request, call, message, session, observer)
-
-    def _record(self, address: Address, session_id: str, message: Request) -> Session:
-        """The session's record, before the client can use its id.
-
-        A backend's id that another session has already (two backends that count from one) is given
-        to the client under an id of our own.
-        """
-        session = handshake.opened(session_id, KIND, message, None).with_metadata(
-            **{BACKEND_URL: address.url, BACKEND_HOST: address.name}
+        observer = passing.InitializeObserver(
+            call, lambda answer: self._pinning.accept(session, answer)
         )
-        try:
-            self.manager.create(session)
-        except SessionExists:
-            session = handshake.opened(self.manager.mint_id(), KIND, message, None).with_metadata(
-                **{
-                    BACKEND_URL: address.url,
-                    BACKEND_HOST: address.name,
-                    BACKEND_SID: session_id,
-                }
-            )
-            self.manager.create(session)
-        self.chooser.opened(session.id, address)
-        return session
-
-    def _accept(self, session: Session, answer: Response | None) -> None:
-        """Completes the record, or drops it when the server said no.
-
-        An answer that could not be read (it is compressed, or enormous) has opened the session.
-        """
-        version = None if answer is None else jsonrpc.protocol_version_of(answer.result)
-        if answer is not None and version is None:
-            self._forget(session.id)
-        elif version is not None:
-            self.manager.swap(session, session.with_metadata(**{PROTOCOL_VERSION: version}))
+        return self._reply(request, call, message, session, observer)
 
     # --- in a session ----------------------------------------------------------------------------
 
@@ -256,7 +245,9 @@ class TransparentProxy(Transport):
         try:
             return self._attempt(request, body, message, session)
         except SessionEnded:
-            self._forget(session.id)  # no backend keeps it: the client had better begin anew
+            self._pinning.forget(
+                session.id
+            )  # no backend keeps it: the client had better begin anew
             raise
 
     def _attempt(
@@ -287,15 +278,11 @@ class TransparentProxy(Transport):
         try:
             call = self._call(request, body, self._router.route(session))
         except BackendError:
-            self._forget(session.id)
+            self._pinning.forget(session.id)
             return empty_reply(204)
         if call.status < 300 or call.status == 404:
-            self._forget(session.id)
+            self._pinning.forget(session.id)
         return self._reply(request, call, None, session)
-
-    def _forget(self, session_id: str) -> None:
-        self.manager.end(session_id)
-        self.chooser.closed(session_id)
 
     def _cancel(
         self, request: ClientRequest, session: Session | None, message: Message | Batch | None
@@ -310,7 +297,12 @@ class TransparentProxy(Transport):
     # --- one call --------------------------------------------------------------------------------
 
     def _call(
-        self, request: ClientRequest, body: bytes, route: Route, limit: float | None = None
+        self,
+        request: ClientRequest,
+        body: bytes,
+        route: Route,
+        limit: float | None = None,
+        query: str | None = None,
     ) -> HttpCall:
         """The call, answered as far as its headers, redirects followed; raises BackendError."""
         outbound = [
@@ -320,7 +312,8 @@ class TransparentProxy(Transport):
         ]
         if route.session_id is not None:
             outbound.append((headers.SESSION_ID, route.session_id))
-        query = request.environ.get("QUERY_STRING", "")
+        if query is None:
+            query = request.environ.get("QUERY_STRING", "")
         target = self._router.target_of(route, raw_path(request.environ), query)
         call = HttpCall(self._client, route.address, request.method, target, outbound, body)
         return self._sent(request, call, limit)
@@ -336,8 +329,8 @@ class TransparentProxy(Transport):
                 call.send(limit or self.settings.request_timeout)
             except ProxyError as error:
                 call.close()
-                if isinstance(error, ClientLeft):
-                    self.edge.require_open()  # it may have been us who gave up
+                if isinstance(error, ClientLeft) and not connection.has_left():
+                    raise Draining from error  # it was us who gave up
                 raise
             finally:
                 forget()
@@ -358,15 +351,19 @@ class TransparentProxy(Transport):
     ) -> Reply:
         """The backend's answer for the client, from its headers on."""
         is_standing = request.method == "GET" and passing.is_event_stream(call)
+        stream = EndpointStream(self._endpoints, request, call) if is_standing else None
         body = passing.PassingBody(
             call,
             request_id=message.id if isinstance(message, Request) else None,
             observe=observer or _unobserved,
             on_timeout=lambda: self._cancel(request, session, message),
+            rewrite=stream.rewrite if stream is not None else _unchanged,
         )
         if is_standing:
             body.on_close(self._slot(call))
             call.wait_for_ever()
+        if stream is not None:
+            body.on_close(stream.close)
         if session is not None and passing.is_event_stream(call):
             body.on_close(self.keeper.keep(session.id))
         body.on_close(self.departures.watch(ClientConnection(request.environ), call.abort))
@@ -388,6 +385,10 @@ class TransparentProxy(Transport):
         if session is None:
             return passed
         return [(n, session.id if n.lower() == "mcp-session-id" else v) for n, v in passed]
+
+
+def _unchanged(piece: bytes) -> bytes:
+    return piece
 
 
 def _unobserved(piece: bytes) -> None:

@@ -31,3 +31,8 @@ def is_modern(version: str) -> bool:
 def allows_batches(version: str) -> bool:
     """Whether a session at `version` may send arrays: 2025-03-26 only, 2025-06-18 removed them."""
     return version == "2025-03-26"
+
+
+def primes_streams(version: str) -> bool:
+    """Whether a stream begins with an event without data, on which older clients break."""
+    return version >= "2025-11-25"

@@ -40,9 +40,16 @@ def encode(event: Event) -> bytes:
     return b"\n".join(lines) + b"\n\n"
 
 
-def encode_message(data: bytes) -> bytes:
+def encode_message(data: bytes, event_id: str | None = None) -> bytes:
     """A `message` event around one line of JSON, the form in which MCP messages travel."""
-    return b"event: message\ndata: " + data + b"\n\n"
+    return message_head(event_id) + data + b"\n\n"
+
+
+def message_head(event_id: str | None = None) -> bytes:
+    """What stands before the line of JSON in a `message` event."""
+    if event_id is None:
+        return b"event: message\ndata: "
+    return b"event: message\nid: " + event_id.encode() + b"\ndata: "
 
 
 class Decoder:

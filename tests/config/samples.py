@@ -30,6 +30,7 @@ SAMPLES: dict[str, Sample] = {
     "session_ttl": _one("0.5", 0.5),
     "unknown_session_status": _one("404", 404),
     "stdio_mode": _one("per-session", "per-session"),
+    "stdio_transports": Sample("sse", ("sse",), ("sse",)),
     "request_timeout": _one("30", 30.0),
     "connect_timeout": _one("1.25", 1.25),
     "keepalive_interval": _one("2", 2.0),

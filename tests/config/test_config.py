@@ -42,7 +42,7 @@ def test_lists_and_secrets_are_marked() -> None:
     lists = {setting.name for setting in config.settings() if setting.is_list}
     assert lists == {
         *("command", "env", "target_url", "allowed_origins", "allowed_hosts"),
-        *("allowed_backends", "trusted_proxies", "forward_headers"),
+        *("allowed_backends", "trusted_proxies", "forward_headers", "stdio_transports"),
     }
     assert "redis_url" in {setting.name for setting in config.settings() if setting.secret}
 

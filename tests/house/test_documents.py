@@ -14,7 +14,9 @@ def table() -> str:
     """The settings as the README shows them."""
     rows = ["| setting | default | what it is |", "| --- | --- | --- |"]
     for setting in settings():
-        default = "" if setting.default in (None, ()) else f"`{setting.default}`"
+        value = setting.default
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        default = "" if value in (None, ()) else f"`{shown}`"
         rows.append(f"| `{setting.name}` | {default} | {setting.reason} |")
     return "\n".join(rows)
 

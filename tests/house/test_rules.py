@@ -24,6 +24,7 @@ LAYERS = {
     "gunicorn_server": 0,
     "gunicorn_worker": 0,
     "app": 1,
+    "sharing": 1,
     "transports": 2,
     "edge": 3,
     "relay": 4,
@@ -40,7 +41,7 @@ LAYERS = {
 
 #: Modules of others, and the only places that may know them.
 SEAMS = {
-    "redis": ("sessions/redis.py", "relay/redis.py"),
+    "redis": ("sessions/redis/", "relay/redis.py"),
     "requests": ("backends/http.py",),
     "urllib3": ("backends/http.py",),
     "subprocess": ("backends/",),

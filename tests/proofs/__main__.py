@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 
-from tests.proofs import passing, sessions, sticky
+from tests.proofs import (
+    churn,
+    conformance,
+    passing,
+    replica_failures,
+    replicas,
+    sessions,
+    sticky,
+)
 
 PROOFS: dict[str, Callable[[], None]] = {
     "sessions-deleted": partial(sessions.opened_and_deleted, "memory"),
@@ -19,16 +28,29 @@ PROOFS: dict[str, Callable[[], None]] = {
     "killed-worker": partial(sessions.killed_worker, "memory"),
     "sticky-routing": sticky.routing,
     "sticky-routing-kills": sticky.routing_kills,
+    "replicas-load": replicas.load,
+    "replicas-kills": replica_failures.kills,
+    "replicas-kills-each": replica_failures.kills_of_each,
+    "replicas-frozen": replica_failures.frozen,
+    "redis-outage": replica_failures.outage,
+    "sessions-churn": churn.sessions_churn,
+    "conformance-replicas": conformance.through_replicas,
     "routing-commands": passing.routing_commands,
     "large-response": passing.large_response,
 }
 
 
 def main() -> int:
-    """Runs the proofs that were named, or all; 1 if one of them fails."""
+    """Runs the proofs that were named, or all; 1 if one of them fails. SIGTERM ends all of it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser("scripts/prove", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROOFS))
-    names = parser.parse_args().names or list(PROOFS)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, metavar="S", help="of replicas-load (%(default)s)"
+    )
+    given = parser.parse_args()
+    PROOFS["replicas-load"] = partial(replicas.load, given.seconds)
+    names = given.names or list(PROOFS)
     failed = [name for name in names if not proves(name)]
     print(f"\n{len(names) - len(failed)} proved, {len(failed)} failed: {' '.join(failed)}")
     return 1 if failed else 0

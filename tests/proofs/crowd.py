@@ -120,7 +120,7 @@ class Call(NamedTuple):
 class Crowd:
     """Client processes that call until they are told to finish.
 
-    `interpreters` each run a part of the `clients`; `options` are those of `sticky_client.py`.
+    `interpreters` each run a part of the `clients`; `options` are those of `program`.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class Crowd:
         ports: Sequence[int],
         clients: int,
         options: Sequence[str] = (),
+        program: Path = _CLIENT,
     ) -> None:
         self.clients = clients
         shares = len(interpreters)
@@ -138,7 +139,7 @@ class Crowd:
         self._processes = [
             subprocess.Popen(
                 [
-                    *(interpreter, str(_CLIENT), "--ports", ",".join(map(str, ports))),
+                    *(interpreter, str(program), "--ports", ",".join(map(str, ports))),
                     *("--clients", f"{edges[n]}-{edges[n + 1]}", *options),
                 ],
                 stdin=subprocess.PIPE,
@@ -178,14 +179,15 @@ class Crowd:
 
     def calls(self) -> list[Call]:
         """Every call so far, in the order of their ends."""
-        lines = [line for line in self._lines() if "call" in line]
+        lines = [line for line in self.lines() if "call" in line]
         return sorted((_call(line) for line in lines), key=lambda call: call.ended)
 
     def ends(self) -> list[Json]:
         """What each client that is done said about itself."""
-        return [line for line in self._lines() if "end" in line]
+        return [line for line in self.lines() if "end" in line]
 
-    def _lines(self) -> list[Json]:
+    def lines(self) -> list[Json]:
+        """Everything that was said so far."""
         return [line for output in self._outputs for line in output.documents()]
 
 

@@ -32,6 +32,7 @@ answers: dict[Any, queue.SimpleQueue[Json]] = {}
 seen: list[Json] = []
 counter = {"calls": 0}
 reading = threading.Event()
+released: dict[str, threading.Event] = {}
 
 
 def write(data: bytes) -> None:
@@ -90,6 +91,27 @@ def progress(message: Json, params: Json) -> Any:
     send({"method": "notifications/progress", "params": {"progressToken": token, "progress": 1}})
     time.sleep(params.get("seconds", 0))
     return {"for": params.get("for")}
+
+
+def hold(message: Json, params: Json) -> Any:
+    """Progress, then nothing until `release` names it, then more progress and the answer."""
+
+    def report(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            told = {"progressToken": params["_meta"]["progressToken"], "progress": number}
+            send({"method": "notifications/progress", "params": told})
+
+    before, after = params.get("before", 1), params.get("after", 0)
+    report(0, before)
+    released.setdefault(params["name"], threading.Event()).wait(60)
+    report(before, after)
+    return {"held": params["name"], "text": "x" * params.get("size", 0)}
+
+
+def release(message: Json, params: Json) -> Any:
+    """Lets `hold` go on, also one that comes later."""
+    released.setdefault(params["name"], threading.Event()).set()
+    return {}
 
 
 def later(message: Json, params: Json) -> Any:
@@ -193,6 +215,8 @@ BEHAVIOURS = {
     "die": die,
     "notify": notify,
     "progress": progress,
+    "hold": hold,
+    "release": release,
     "later": later,
     "ask": ask,
     "raw": raw,

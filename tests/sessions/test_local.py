@@ -9,6 +9,7 @@ import pytest
 from mcp_proxy.errors import SessionExists, SessionNotFound
 from mcp_proxy.sessions import local
 from mcp_proxy.sessions.local import LocalStorage
+from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.storage import ISSUED_TTL
 from tests.sessions.houses import record
 from tests.support.threads import run_together
@@ -51,7 +52,7 @@ def test_a_record_is_gone_the_moment_its_time_is_over(storage: LocalStorage, clo
     assert not storage.exists("s")
 
 
-@pytest.mark.parametrize("use", ["create", "load", "exists", "swap"])
+@pytest.mark.parametrize("use", ["create", "load", "exists", "peek", "swap"])
 def test_whatever_is_asked_sweeps_out_what_has_expired(
     storage: LocalStorage, clock: Clock, use: str
 ) -> None:
@@ -72,6 +73,8 @@ def _use(storage: LocalStorage, use: str) -> None:
             storage.load("other")
     elif use == "exists":
         storage.exists("other")
+    elif use == "peek":
+        assert storage.peek("other") is None
     else:
         storage.swap(record("other"), record("other"))
 
@@ -87,6 +90,14 @@ def test_the_sweep_spares_what_was_used_since(storage: LocalStorage, clock: Cloc
     assert held(storage) == (2, 3)
     assert storage.load("loaded") == record("loaded")
     assert storage.load("swapped") == record("swapped", a="1")
+
+
+def test_an_id_of_our_own_form_costs_no_memory_once_it_is_over(storage: LocalStorage) -> None:
+    minted = SessionManager().mint_id()
+    storage.create(record(minted))
+    assert held(storage) == (1, 0)
+    storage.delete(minted)
+    assert held(storage) == (0, 0)
 
 
 def test_a_deleted_record_leaves_its_issued_id_only(storage: LocalStorage) -> None:

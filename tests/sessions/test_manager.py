@@ -116,6 +116,7 @@ def test_a_session_is_created_found_changed_and_ended(
     manager.create(session)
     assert manager.load(session_id) == session
     assert manager.exists(session_id)
+    assert manager.peek(session_id) == session
     with pytest.raises(SessionExists):
         manager.create(record(session_id, a="other"))
     assert manager.swap(session, record(session_id, a="2"))
@@ -124,6 +125,7 @@ def test_a_session_is_created_found_changed_and_ended(
     manager.end(session_id)
     manager.end(session_id)
     assert not manager.exists(session_id)
+    assert manager.peek(session_id) is None
 
 
 @pytest.mark.parametrize("kind", ["manager", "shared"])

@@ -14,7 +14,8 @@ import pytest
 import redis
 
 from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
-from mcp_proxy.sessions.redis import RedisStorage, connect
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.redis import Access, RedisStorage
 from mcp_proxy.sessions.session import encode
 from mcp_proxy.sessions.storage import ISSUED_TTL
 from tests.sessions.houses import record
@@ -33,6 +34,7 @@ CALLS: dict[str, Callable[[RedisStorage], object]] = {
     "create": lambda storage: storage.create(record("new")),
     "load": lambda storage: storage.load("s"),
     "exists": lambda storage: storage.exists("s"),
+    "peek": lambda storage: storage.peek("s"),
     "swap": lambda storage: storage.swap(record("s"), record("s", a="1")),
     "delete": lambda storage: storage.delete("s"),
     "issued": lambda storage: storage.issued("s"),
@@ -113,10 +115,23 @@ def test_create_writes_marker_and_record_each_with_its_time_to_live(
     assert sorted(written[3:]) == ["60000", "NX", "PX"]
 
 
+def test_create_of_an_id_of_our_own_form_is_one_command(
+    server: RedisServer, storage: RedisStorage
+) -> None:
+    minted = SessionManager().mint_id()
+    with recorded_commands(server) as commands:
+        storage.create(record(minted))
+    ((name, key, *_),) = commands
+    assert (name, key) == ("SET", f"p:session:{minted}")
+    with server.client() as admin:
+        assert admin.keys(f"*{minted}") == [f"p:session:{minted}".encode()]
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
         ("exists", ["EXISTS", "p:session:s"]),
+        ("peek", ["GET", "p:session:s"]),
         ("issued", ["EXISTS", "p:issued:s"]),
         ("delete", ["DEL", "p:session:s"]),
         ("check", ["PING"]),
@@ -246,13 +261,13 @@ def test_a_wrong_password_is_a_store_that_cannot_be_reached(
 )
 def test_a_url_that_cannot_be_read_is_a_value_error(url: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        connect(url, timeout=1)
+        Access(url, timeout=1)
 
 
 @pytest.mark.parametrize("url", ["redis://:hunter/2@h", "redis://me:hunter?2@h", "me:hunter2@h"])
 def test_the_complaint_about_a_url_shows_nothing_of_its_password(url: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
-        connect(url, timeout=1)
+        Access(url, timeout=1)
     assert "hunter" not in "".join(traceback.format_exception(caught.value))
 
 

@@ -18,6 +18,9 @@ from tests.sessions.houses import TTL, House, LocalHouse, RedisHouse, record
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together
 
+#: An id as `SessionManager.mint_id` makes it.
+MINTED = "mcp-0123abcd-" + "0123456789abcdef" * 2
+
 THREADS = 16
 ROUNDS = 10
 
@@ -165,6 +168,31 @@ class TestExists:
         assert house.storage.exists("s")
         house.pass_time(TTL * 0.2)
         assert not house.storage.exists("s")
+
+
+class TestPeek:
+    """`peek` gives the record and touches nothing."""
+
+    def test_it_gives_what_is_stored(self, storage: Storage) -> None:
+        assert storage.peek("s") is None
+        storage.create(record(a="1"))
+        assert storage.peek("s") == record(a="1")
+        assert storage.swap(record(a="1"), record(a="2"))
+        assert storage.peek("s") == record(a="2")
+        storage.delete("s")
+        assert storage.peek("s") is None
+
+    def test_the_time_to_live_runs_on(self, house: House) -> None:
+        house.storage.create(record())
+        house.pass_time(TTL * 0.9)
+        assert house.storage.peek("s") == record()
+        house.pass_time(TTL * 0.2)
+        assert house.storage.peek("s") is None
+
+    def test_it_creates_nothing(self, storage: Storage) -> None:
+        assert storage.peek("s") is None
+        assert not storage.exists("s")
+        assert not storage.issued("s")
 
 
 class TestSwap:
@@ -349,6 +377,20 @@ class TestIssued:
         house.pass_time(TTL * 0.2)
         assert not house.storage.exists("s")
 
+    def test_an_id_of_our_own_form_leaves_no_marker(self, storage: Storage) -> None:
+        storage.create(record(MINTED))
+        assert storage.load(MINTED) == record(MINTED)
+        assert not storage.issued(MINTED)
+
+    @pytest.mark.parametrize(
+        "session_id",
+        [MINTED + "0", MINTED[:-1], MINTED.upper(), "x" + MINTED, MINTED.replace("-", "_")],
+        ids=["longer", "shorter", "upper case", "with a prefix", "other dashes"],
+    )
+    def test_an_id_of_almost_that_form_leaves_one(self, storage: Storage, session_id: str) -> None:
+        storage.create(record(session_id))
+        assert storage.issued(session_id)
+
 
 class TestTheStoreItself:
     """`check` and `close`."""
@@ -383,7 +425,9 @@ def _swapping(storage: Storage, old: Session, new: Session) -> Callable[[], bool
 
 _steps = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["create", "load", "exists", "delete", "issued"]), st.just(0)),
+        st.tuples(
+            st.sampled_from(["create", "load", "exists", "peek", "delete", "issued"]), st.just(0)
+        ),
         st.tuples(st.just("swap"), st.integers(0, 4)),
         st.tuples(st.just("wait"), st.sampled_from([TTL * 0.4, TTL * 0.7, TTL + 1, ISSUED_TTL])),
     ).flatmap(lambda step: st.tuples(st.just(step), st.sampled_from(["s", "t"]))),

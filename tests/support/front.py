@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,10 +50,14 @@ class Answer:
             self.close()
 
     def events(self) -> Iterator[sse.Event]:
-        """The events, each as soon as it is there."""
+        """The events, each as soon as it is there; fails when keepalives are all that comes."""
         decoder = sse.Decoder()
+        until = time.monotonic() + _PATIENCE
         for piece in self._pieces:
-            yield from decoder.feed(piece)
+            for event in decoder.feed(piece):
+                yield event
+                until = time.monotonic() + _PATIENCE
+            assert time.monotonic() < until, f"no event in {_PATIENCE:g} seconds"
 
     def stream(self) -> Iterator[Json]:
         """The JSON-RPC messages of an event stream, each as soon as it is there."""
@@ -119,6 +125,19 @@ class HttpFront:
         return Answer(response.status_code, response.headers, pieces, response.close)
 
 
+class RotatingFront:
+    """Sends every request to another replica than the one before."""
+
+    def __init__(self, fronts: Sequence[Front]) -> None:
+        self._fronts = itertools.cycle(fronts)
+        self._lock = threading.Lock()  # guards _fronts
+
+    def request(self, method: str, path: str, headers: Json, body: bytes | None) -> Answer:
+        with self._lock:
+            front = next(self._fronts)
+        return front.request(method, path, headers, body)
+
+
 class McpClient:
     """The least that a legacy MCP client does, with everything in the test's hands."""
 
@@ -127,6 +146,13 @@ class McpClient:
         self.path = path
         self.session: str | None = None
         self._ids = itertools.count(1)
+
+    def at(self, front: Front) -> McpClient:
+        """The same session by another way in."""
+        same = McpClient(front, self.path)
+        same.session = self.session
+        same._ids = self._ids
+        return same
 
     def initialize(self, version: str = "2025-06-18", **headers: str) -> Answer:
         """Opens a session; the answer has been read."""

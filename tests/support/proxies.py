@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from mcp_proxy import Application, ProxyConfig, create_app
+from mcp_proxy import (
+    Application,
+    LocalStorage,
+    ProxyConfig,
+    RedisStorage,
+    StreamableProxy,
+    create_app,
+)
+from mcp_proxy.backends.replica import Replica
 from mcp_proxy.config import from_values
-from tests.support.front import SCRIPTED, HttpFront, McpClient, WsgiFront
+from mcp_proxy.errors import StorageUnavailable
+from mcp_proxy.relay.local import LocalMailboxes
+from mcp_proxy.relay.mailbox import LEASE, Letter, Mailboxes
+from mcp_proxy.relay.redis import RedisMailboxes
+from mcp_proxy.relay.relay import Relay
+from mcp_proxy.sessions.storage import Storage
+from tests.support.front import SCRIPTED, HttpFront, McpClient, RotatingFront, WsgiFront
 from tests.support.proxy_process import ProxyProcess
+
+T = TypeVar("T")
 
 
 class Proxy(Protocol):
@@ -70,3 +87,130 @@ def as_options(settings: dict[str, Any]) -> list[str]:
         for item in value if isinstance(value, (tuple, list)) else [value]:
             options += [f"--{name.replace('_', '-')}", str(item)]
     return options
+
+
+# --- several replicas in this process -------------------------------------------------------------
+
+
+class Line(Mailboxes):
+    """One replica's way to the mailboxes, which can be cut: then nothing passes, either way."""
+
+    def __init__(self, mailboxes: Mailboxes) -> None:
+        self.lease = mailboxes.lease
+        self._mailboxes = mailboxes
+        self._is_whole = threading.Event()
+        self._is_whole.set()
+
+    def __repr__(self) -> str:
+        return f"<Line {self._mailboxes!r} whole={self._is_whole.is_set()}>"
+
+    def cut(self) -> None:
+        """From now on the store cannot be reached, and what it was about to answer is lost."""
+        self._is_whole.clear()
+
+    def mend(self) -> None:
+        """The store can be reached again."""
+        self._is_whole.set()
+
+    def renew(self, replica: str) -> bool:
+        return self._pass(lambda: self._mailboxes.renew(replica))
+
+    def is_open(self, replica: str) -> bool:
+        return self._pass(lambda: self._mailboxes.is_open(replica))
+
+    def post(self, letters: Sequence[Letter]) -> list[bool]:
+        return self._pass(lambda: self._mailboxes.post(letters))
+
+    def collect(self, replica: str, timeout: float) -> list[bytes]:
+        # A wait that is longer than the lease would make what comes late in it look stale.
+        return self._pass(lambda: self._mailboxes.collect(replica, min(timeout, self.lease / 3)))
+
+    def remove(self, replica: str) -> None:
+        self._pass(lambda: self._mailboxes.remove(replica))
+
+    def uptime(self) -> float:
+        return self._pass(self._mailboxes.uptime)
+
+    def close(self) -> None:
+        self._mailboxes.close()
+
+    def _pass(self, act: Callable[[], T]) -> T:
+        self._require_whole()
+        result = act()
+        self._require_whole()
+        return result
+
+    def _require_whole(self) -> None:
+        if not self._is_whole.is_set():
+            raise StorageUnavailable
+
+
+class Replicated:
+    """A transport at one replica, its way in and its line to the others."""
+
+    def __init__(self, app: StreamableProxy, line: Line) -> None:
+        self.app = app
+        self.line = line
+        self.front = WsgiFront(app)
+
+    @property
+    def children(self) -> int:
+        """How many processes this replica holds."""
+        return self.app.replica.supervisor.children
+
+
+class Replicas:
+    """Several replicas over one store."""
+
+    def __init__(self, replicas: Sequence[Replicated], mailboxes: Sequence[Mailboxes]) -> None:
+        self.each = list(replicas)
+        self.mailboxes = list(mailboxes)
+
+    def __getitem__(self, number: int) -> Replicated:
+        return self.each[number]
+
+    def client(self) -> McpClient:
+        """A client without a session, each of whose requests goes to another replica."""
+        return McpClient(RotatingFront([replica.front for replica in self.each]))
+
+    def client_at(self, number: int) -> McpClient:
+        """A client without a session that stays with one replica."""
+        return McpClient(self.each[number].front)
+
+    def opened(self, version: str = "2025-06-18") -> list[McpClient]:
+        """A session of the first replica, as seen at each."""
+        first = self.client_at(0).open(version)
+        return [first, *(first.at(replica.front) for replica in self.each[1:])]
+
+
+@contextlib.contextmanager
+def replicas(
+    count: int = 2,
+    *,
+    redis_url: str | None = None,
+    redis_prefix: str = "mcp-proxy:",
+    lease: float = LEASE,
+    command: Sequence[str] = SCRIPTED,
+    **settings: Any,
+) -> Iterator[Replicas]:
+    """Transports of `count` replicas in this process, over Redis if there is a URL."""
+    config = ProxyConfig(**settings)
+    local = LocalStorage(config.session_ttl), LocalMailboxes(lease)
+    started: list[Replicated] = []
+    with contextlib.ExitStack() as stack:
+        boxes: list[Mailboxes] = []
+        for _ in range(count):
+            storage: Storage = local[0]
+            mailboxes: Mailboxes = local[1]
+            if redis_url is not None:
+                shared = RedisStorage(redis_url, config.session_ttl, redis_prefix, timeout=1)
+                storage, mailboxes = shared, RedisMailboxes(shared.access, redis_prefix, lease)
+            replica, line = Replica(), Line(mailboxes)
+            app = StreamableProxy(
+                command, storage, config, replica=replica, relay=Relay(line, replica)
+            )
+            stack.callback(storage.close)
+            stack.callback(app.close)
+            boxes.append(mailboxes)
+            started.append(Replicated(app, line))
+        yield Replicas(started, boxes)

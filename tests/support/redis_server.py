@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -24,6 +25,9 @@ from tests.support.waiting import eventually
 OLDEST = (6, 2)
 
 _STOP_TIME = 20.0
+
+# The port on which nodes of a Cluster talk to each other is so much above that for clients.
+_BUS = 10_000
 
 
 def find_redis_server() -> str:
@@ -55,22 +59,42 @@ def _free_port() -> int:
         return port
 
 
+def _free_port_of_a_node() -> int:
+    """A free port whose bus port is free as well."""
+    while True:
+        bus = _free_port()
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", bus - _BUS))
+            except OSError:
+                continue
+            return bus - _BUS
+
+
 class RedisServer:
     """A redis-server process on 127.0.0.1 whose port and data outlive `stop`, `kill` and `start`.
 
     With `password` alone the default user needs it; with `user` as well only that user may log in.
+    `settings` are further lines of its configuration; `is_node` makes it a node of a Cluster.
     `close` (or leaving the `with` block) ends the process and removes the data.
     """
 
     def __init__(
-        self, *, password: str | None = None, user: str | None = None, unix_socket: bool = False
+        self,
+        *,
+        password: str | None = None,
+        user: str | None = None,
+        unix_socket: bool = False,
+        settings: Sequence[str] = (),
+        is_node: bool = False,
     ) -> None:
         self.password = password
         self.user = user
+        self.settings = [*settings, *(["cluster-enabled yes"] if is_node else [])]
         # Not pytest's tmp_path: the path of a unix socket may have 107 characters only.
         self._directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self.socket_path = self._directory / "redis.sock" if unix_socket else None
-        self.port = _free_port()
+        self.port = _free_port_of_a_node() if is_node else _free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RedisServer:
@@ -157,7 +181,7 @@ class RedisServer:
     def _spawn(self) -> None:
         with self._log.open("ab") as log:
             process = subprocess.Popen(
-                [find_redis_server(), "-"],
+                [find_redis_server(), *self._arguments()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -167,6 +191,9 @@ class RedisServer:
         process.stdin.write(self._configuration().encode())
         process.stdin.close()
         self._process = process
+
+    def _arguments(self) -> list[str]:
+        return ["-"]
 
     @property
     def _log(self) -> Path:
@@ -188,7 +215,7 @@ class RedisServer:
             lines.append("user default off")
         elif self.password is not None:
             lines.append(f"requirepass {self.password}")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *self.settings]) + "\n"
 
     def _is_ready(self) -> bool:
         exit_code = self._running().poll()
@@ -200,3 +227,19 @@ class RedisServer:
                 return bool(client.ping())
             except redis.ConnectionError:
                 return False
+
+
+class SentinelServer(RedisServer):
+    """A sentinel process on 127.0.0.1; `settings` say whom it watches. It keeps what it learns."""
+
+    def _arguments(self) -> list[str]:
+        path = self._directory / "sentinel.conf"
+        if not path.exists():
+            path.write_text(self._configuration(), encoding="utf-8")
+        return [str(path), "--sentinel"]
+
+    def _configuration(self) -> str:
+        lines = ["bind 127.0.0.1", f"port {self.port}", f"dir {self._directory}"]
+        if self.password is not None:
+            lines += [f"requirepass {self.password}", f"sentinel sentinel-pass {self.password}"]
+        return "\n".join([*lines, *self.settings]) + "\n"

@@ -111,7 +111,7 @@ def test_a_store_that_is_away_is_not_taken_for_sessions_that_are_over(
         def away(session_id: str) -> bool:
             raise StorageUnavailable
 
-        monkeypatch.setattr(app.manager, "exists", away)
+        monkeypatch.setattr(app.manager, "peek", away)
         with pytest.raises(StorageUnavailable):
             app.sessions.sweep()
         assert children(app) == 1

@@ -1,0 +1,194 @@
+"""Frames and channels: messages of any size between two replicas, whole, once and in order.
+
+A channel is a conversation about one exchange. A message travels in one piece or in several; each
+piece has a number, so one that arrives twice is dropped and one that was lost is missed. The
+receiver grants credit: no more than a window of pieces is ever on its way or waiting, whatever the
+size of a message and however slow its reader, and other channels are not held up.
+
+No I/O and no threads here; the lock of a channel is never held while anything else is called.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections import deque
+
+import msgspec
+
+#: Pieces that may be under way or unread in one direction of a channel, and the bytes of each.
+WINDOW = 64
+PIECE = 64 * 1024
+
+
+class Kind(enum.IntEnum):
+    """What a frame is for, and what its `number` means."""
+
+    PIECE = 0  #: a piece of a message; the pieces of one direction are numbered from 1
+    CREDIT = 1  #: so many pieces have made room, ever; a window more than that may be sent
+    PROBE = 2  #: so many pieces were sent, and how many were by you?
+    COUNT = 3  #: so many pieces were sent, in answer to a probe
+    UNKNOWN = 4  #: the answer to a probe where there is no such channel
+
+
+class Frame(msgspec.Struct, array_like=True, frozen=True):
+    """What a letter holds. `more` says that the message goes on in the next piece."""
+
+    channel: str
+    sender: str
+    kind: Kind
+    number: int
+    more: bool = False
+    data: bytes = b""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether a conversation begins with this piece."""
+        return self.kind == Kind.PIECE and self.number == 1
+
+
+class Reach(enum.Enum):
+    """What is known of whether a conversation has reached the other side."""
+
+    NOT = enum.auto()  #: nothing that was sent can have arrived
+    PERHAPS = enum.auto()  #: it is being sent, or the store failed while it had it
+    CERTAIN = enum.auto()  #: it is in the other side's mailbox, or was read
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Frame)
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame as a letter's bytes."""
+    return _encoder.encode(frame)
+
+
+def decode(data: bytes) -> Frame:
+    """The frame in a letter; raises msgspec.DecodeError where it is none."""
+    return _decoder.decode(data)
+
+
+class Channel:
+    """One end of a conversation. Thread-safe."""
+
+    def __init__(self, name: str, own: str, peer: str) -> None:
+        self.name = name
+        self.peer = peer
+        self.reach = Reach.NOT  # the courier's to say, and the listener's when it hears back
+        self._own = own
+        self._lock = threading.Lock()  # guards what follows
+        self._outbound: deque[tuple[bytes, bool]] = deque()
+        self._sent = 0
+        self._allowed = WINDOW  # pieces that may be sent, ever
+        self._received = 0
+        self._pieces: list[bytes] = []
+        self._unread = 0  # whole messages
+        self._withheld = 0  # pieces of a message behind unread ones
+        self._read = 0  # pieces that made room
+        self._granted = 0  # of these, what the other side was told
+        self._owes_credit = False
+
+    def __repr__(self) -> str:
+        return (
+            f"<Channel {self.name} sent={self._sent} waiting={len(self._outbound)}"
+            f" allowed={self._allowed} received={self._received}>"
+        )
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a message that is put now leaves at once."""
+        return self._sent < self._allowed and not self._outbound
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether everything that was put has left."""
+        return not self._outbound
+
+    def count(self, kind: Kind) -> Frame:
+        """A frame that says how many pieces were sent so far: a probe, or the answer to one."""
+        return Frame(self.name, self._own, kind, self._sent)
+
+    # --- outbound --------------------------------------------------------------------------------
+
+    def put(self, message: bytes) -> None:
+        """Adds a message to what is to be sent."""
+        ends = range(PIECE, len(message), PIECE)
+        pieces = [(message[end - PIECE : end], True) for end in ends]
+        rest = message[len(pieces) * PIECE :] if pieces else message
+        with self._lock:
+            self._outbound.extend(pieces)
+            self._outbound.append((rest, False))
+
+    def outgoing(self) -> list[Frame]:
+        """What may be sent now: frames as far as credit goes, and credit that is due itself."""
+        frames: list[Frame] = []
+        with self._lock:
+            if self._owes_credit or self._is_credit_due():
+                frames.append(Frame(self.name, self._own, Kind.CREDIT, self._read))
+                self._granted, self._owes_credit = self._read, False
+            while self._outbound and self._sent < self._allowed:
+                data, more = self._outbound.popleft()
+                self._sent += 1
+                frames.append(Frame(self.name, self._own, Kind.PIECE, self._sent, more, data))
+        return frames
+
+    # --- inbound ---------------------------------------------------------------------------------
+
+    def take(self, frame: Frame) -> bytes | None:
+        """The message that `frame` completes, None where it completes none or was here before.
+
+        A piece that comes before an earlier one is passed over: it is sent again, or a probe finds
+        that something was lost, and raises LookupError.
+        """
+        with self._lock:
+            if frame.kind == Kind.CREDIT:
+                self._allowed = max(self._allowed, WINDOW + frame.number)
+                return None
+            if frame.kind != Kind.PIECE:
+                self._owes_credit = True  # what was said of it before may be lost
+                self._require_all(frame.number)
+                return None
+            if frame.number != self._received + 1:
+                return None
+            self._received = frame.number
+            if frame.more:
+                self._pieces.append(frame.data)
+                self._withheld += 1
+                self._release_withheld()
+                return None
+            self._unread += 1
+            pieces, self._pieces = self._pieces, []
+            return b"".join([*pieces, frame.data]) if pieces else frame.data
+
+    def _require_all(self, sent: int) -> None:
+        if sent > self._received:
+            raise LookupError(f"{sent} frames were sent and {self._received} received")
+
+    def note_read(self) -> bool:
+        """A message was read by whom it was for; True when credit is due to the other side."""
+        with self._lock:
+            self._unread -= 1
+            self._read += 1
+            self._release_withheld()
+            return self._is_credit_due()
+
+    def _release_withheld(self) -> None:
+        """A message must come whole before anybody can read it, but not ahead of unread ones."""
+        if self._unread <= 0:
+            self._read += self._withheld
+            self._withheld = 0
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether any piece has been sent."""
+        return self._sent > 0
+
+    @property
+    def is_credit_due(self) -> bool:
+        """Whether the other side is to be told that it may send more."""
+        with self._lock:
+            return self._is_credit_due()
+
+    def _is_credit_due(self) -> bool:
+        return self._read - self._granted >= WINDOW // 2

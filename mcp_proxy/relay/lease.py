@@ -1,0 +1,140 @@
+"""The lease of this replica, and its judgement of others.
+
+A replica is gone when its mailbox is, or when its process is (which only a neighbour on the same
+machine can see, but at once). A missing mailbox proves nothing while the store has only just come
+back, for us or at all: then everybody's mailbox is missing until its owner has renewed it. So
+nobody is judged before one lease has passed since our own reconnect.
+
+One thread renews the lease and looks after those whose leaving would matter to somebody here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from mcp_proxy.backends.replica import has_ended
+from mcp_proxy.errors import StorageUnavailable
+from mcp_proxy.relay.mailbox import Mailboxes
+
+log = logging.getLogger(__name__)
+
+# Renewals of a lease, and looks at others in one.
+_RENEWALS = 3
+_LOOKS = 15
+
+# Seconds between attempts to reach a store that is away, at the most.
+_RETRY = 0.5
+
+
+class Lease:
+    """Renews itself from `start` on. `on_look` is called now and then, `on_lapse` when the mailbox
+    had gone, with whatever was in it, because it was not renewed in time.
+    """
+
+    def __init__(
+        self,
+        mailboxes: Mailboxes,
+        replica: str,
+        on_look: Callable[[], None],
+        on_lapse: Callable[[], None],
+    ) -> None:
+        self._mailboxes = mailboxes
+        self._replica = replica
+        self._on_look = on_look
+        self._on_lapse = on_lapse
+        # Written by the thread (and before it starts), read by anybody.
+        self._in_contact_since: float | None = None
+        self._was_away = False  # ever
+        self._renewed = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mcp-relay-lease", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"<Lease {self._replica} renewed={time.monotonic() - self._renewed:.1f}s ago>"
+
+    def start(self) -> None:
+        """Opens the mailbox and starts the thread; raises StorageUnavailable."""
+        self._mailboxes.renew(self._replica)
+        self._renewed = self._in_contact_since = time.monotonic()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread and the mailbox: whoever asks learns at once that we are gone."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * _RETRY)
+        try:
+            self._mailboxes.remove(self._replica)
+        except StorageUnavailable as error:
+            log.info("the mailbox is left to expire: %s", error)
+
+    # --- this replica ----------------------------------------------------------------------------
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nobody can have declared this replica dead: false after having been frozen."""
+        return time.monotonic() < self.fresh_until
+
+    @property
+    def fresh_until(self) -> float:
+        """Until when (monotonic) nobody can declare this replica dead."""
+        return self._renewed + self._mailboxes.lease
+
+    def _run(self) -> None:
+        pause = min(_RETRY, self._mailboxes.lease / _LOOKS)
+        while not self._stopping.wait(pause):
+            try:
+                self.run_once()
+            except StorageUnavailable as error:
+                self._lose_contact()
+                log.warning("the lease is not renewed: %s", error)
+            except Exception:
+                log.exception("looking after the lease failed")
+
+    def run_once(self) -> None:
+        """One look: renews the lease if it is time to; raises StorageUnavailable."""
+        age = time.monotonic() - self._renewed
+        if self._in_contact_since is None or age > self._mailboxes.lease / _RENEWALS:
+            self._renew()
+        self._on_look()
+
+    def _renew(self) -> None:
+        began = time.monotonic()
+        had_lapsed = not self._mailboxes.renew(self._replica)
+        if had_lapsed or self._in_contact_since is None:
+            self._in_contact_since = began
+        self._renewed = began
+        if had_lapsed:
+            self._was_away = True
+            log.warning("the mailbox of this replica had gone; it was opened again")
+            self._on_lapse()
+
+    def _lose_contact(self) -> None:
+        self._was_away = True
+        self._in_contact_since = None
+
+    # --- others ----------------------------------------------------------------------------------
+
+    def is_gone(self, replica: str) -> bool:
+        """Whether another replica is gone for good.
+
+        Raises StorageUnavailable where that cannot be known yet.
+        """
+        if has_ended(replica):
+            return True
+        if self._mailboxes.is_open(replica):
+            return False
+        if self._may_judge():
+            return True
+        raise StorageUnavailable("The replica that holds the session is not back yet")
+
+    def _may_judge(self) -> bool:
+        since, lease = self._in_contact_since, self._mailboxes.lease
+        if since is None:
+            return False
+        is_settled = time.monotonic() - since > lease or not self._was_away
+        # A store that came back faster than anybody noticed has lost every mailbox.
+        return is_settled and self._mailboxes.uptime() > lease

@@ -1,0 +1,125 @@
+"""The contract of the event log, from which broken streams are resumed, and its twin in memory.
+
+MCP 2025-11-25, transports, "Resumability and Redelivery". Every event of a stream is logged before
+it is sent, under an id that is unique in its session; a client that lost its connection names the
+last id it got, on any replica, and gets what came after it on the same stream. A log belongs to one
+session: an id of another one is not found in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+#: What a log keeps of one session: so many events, bytes of them, and seconds after the last one.
+MAX_EVENTS = 1000
+MAX_BYTES = 4 * 1024 * 1024
+KEPT = 600.0
+
+
+class LoggedEvent(NamedTuple):
+    """An event as it was logged; `is_last` says that nothing follows on its stream."""
+
+    id: str
+    stream: str
+    data: bytes
+    is_last: bool
+
+
+class EventLog(ABC):
+    """The events of sessions, bounded in number, bytes and time, the oldest given up first.
+
+    Every method may be called from any thread and raises StorageUnavailable when the log cannot be
+    reached.
+    """
+
+    @abstractmethod
+    def append(self, session_id: str, stream: str, data: bytes, is_last: bool) -> str:
+        """Logs an event and returns its id, which is later than every one in the session's log."""
+
+    @abstractmethod
+    def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
+        """The event of this id, None where the session's log does not hold it (any more)."""
+
+    @abstractmethod
+    def read(self, session_id: str, after: str | None, timeout: float) -> list[LoggedEvent]:
+        """The events of all streams after an id (None: from the oldest), in order, maybe not all.
+
+        Waits `timeout` seconds for the first; the list is empty when none came.
+        """
+
+    @abstractmethod
+    def forget(self, session_id: str) -> None:
+        """Drops everything of a session."""
+
+
+class _Log:
+    def __init__(self) -> None:
+        self.events: deque[LoggedEvent] = deque()
+        self.size = 0
+        self.expires = 0.0
+
+    def append(self, event: LoggedEvent) -> None:
+        self.events.append(event)
+        self.size += len(event.data)
+        while len(self.events) > MAX_EVENTS or (self.size > MAX_BYTES and len(self.events) > 1):
+            self.size -= len(self.events.popleft().data)
+
+
+class LocalEventLog(EventLog):
+    """Events in memory, `kept` seconds after a session's last one. `clock` is for tests."""
+
+    def __init__(self, kept: float = KEPT, clock: Callable[[], float] = time.monotonic) -> None:
+        self._kept = kept
+        self._clock = clock
+        self._ids = itertools.count(1)
+        self._appended = threading.Condition()  # guards and announces _logs
+        # Every append moves its log to the end, so the next to expire is the first.
+        self._logs: OrderedDict[str, _Log] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<LocalEventLog sessions={len(self._logs)}>"
+
+    def append(self, session_id: str, stream: str, data: bytes, is_last: bool) -> str:
+        with self._appended:
+            self._sweep()
+            log = self._logs.setdefault(session_id, _Log())
+            event = LoggedEvent(str(next(self._ids)), stream, data, is_last)
+            log.append(event)
+            log.expires = self._clock() + self._kept
+            self._logs.move_to_end(session_id)
+            self._appended.notify_all()
+            return event.id
+
+    def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
+        with self._appended:
+            return next((e for e in self._events(session_id) if e.id == event_id), None)
+
+    def read(self, session_id: str, after: str | None, timeout: float) -> list[LoggedEvent]:
+        with self._appended:
+            self._appended.wait_for(lambda: self._later(session_id, after), timeout)
+            return self._later(session_id, after)
+
+    def forget(self, session_id: str) -> None:
+        with self._appended:
+            self._logs.pop(session_id, None)
+
+    def _later(self, session_id: str, after: str | None) -> list[LoggedEvent]:
+        number = 0 if after is None else int(after)
+        return [event for event in self._events(session_id) if int(event.id) > number]
+
+    def _events(self, session_id: str) -> deque[LoggedEvent]:
+        """The session's events; the lock is held."""
+        self._sweep()
+        log = self._logs.get(session_id)
+        return deque() if log is None else log.events
+
+    def _sweep(self) -> None:
+        now = self._clock()
+        while self._logs and next(iter(self._logs.values())).expires <= now:
+            self._logs.popitem(last=False)

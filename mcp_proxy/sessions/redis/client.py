@@ -1,0 +1,316 @@
+"""How Redis is reached, in each of its forms, and the seam where redis-py's errors become ours."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.connection import parse_url
+from redis.exceptions import NoScriptError, RedisClusterException
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
+
+from mcp_proxy.errors import StorageError, StorageUnavailable
+
+# As many as there are threads: each asks one thing at a time.
+_CONNECTIONS = 1 << 20
+
+_DEFAULT_PORT = 6379
+_SENTINEL_PORT = 26379
+
+# Seconds that a blocking command waits at the most.
+_PATIENCE = 2.0
+
+#: A client of redis-py, as `Access` makes it or as a user hands it in.
+Client = redis.Redis | RedisCluster
+
+#: The forms of a URL; also for the sentence that says why one cannot be read.
+FORMS = (
+    "redis://USER:PASSWORD@HOST:PORT/DB, rediss://... (TLS), unix://PATH, "
+    "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB or redis+cluster://HOST:PORT,HOST:PORT"
+)
+
+# What Redis says when a user lacks a right; a script of version 6.2 says it in the second way.
+_DENIAL = re.compile(r"no permissions|can't run this command", re.IGNORECASE)
+_DENIED_COMMAND = re.compile(r"the '([^' ]+)' command")
+
+
+class Access:
+    """A client, made at its first use where a URL was given. Thread-safe.
+
+    Storage, event log and mailboxes of a replica share one. `timeout`, in seconds, is how long to
+    wait for an answer. Raises ValueError when the URL cannot be read.
+    """
+
+    def __init__(self, client: Client | str, timeout: float = 5) -> None:
+        self._lock = threading.Lock()  # guards _client and _failures
+        self._failures = 0
+        self._owns_client = isinstance(client, str)
+        self._client: Any = None if isinstance(client, str) else client
+        self._make = _maker(client, timeout) if isinstance(client, str) else None
+
+    def __repr__(self) -> str:
+        return f"<Access {type(self._client).__name__}>"
+
+    @property
+    def client(self) -> Any:
+        """The client; raises StorageUnavailable when a Cluster cannot be reached to make it."""
+        failures = self._failures
+        with self._lock:
+            if self._client is None:
+                if self._failures != failures:
+                    raise StorageUnavailable  # as somebody found out while we waited for our turn
+                self._client = self._made()
+            return self._client
+
+    def _made(self) -> Client:
+        assert self._make is not None
+        try:
+            with mapped_errors():
+                return self._make()
+        except BaseException:
+            self._failures += 1
+            raise
+
+    def run(self, script: str, key: str, arguments: Sequence[bytes | str | int]) -> Any:
+        """What a Lua script returns that works on one key; a server is sent its text once."""
+        client = self.client
+        try:
+            return client.evalsha(_digest(script), 1, key, *arguments)
+        except NoScriptError:
+            return client.eval(script, 1, key, *arguments)
+
+    def ping(self) -> None:
+        """Has every server answer that has data of its own; raises redis-py's errors."""
+        client = self.client
+        if isinstance(client, RedisCluster):
+            client.ping(target_nodes=RedisCluster.PRIMARIES)
+        else:
+            client.ping()
+
+    def info(self) -> list[dict[str, Any]]:
+        """What each of those servers says of itself in INFO; raises redis-py's errors."""
+        client = self.client
+        if not isinstance(client, RedisCluster):
+            return [client.info("server")]
+        answer: dict[str, Any] = client.info("server", target_nodes=RedisCluster.PRIMARIES)
+        return [answer] if "redis_version" in answer else list(answer.values())
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a blocking command may wait, well within the time for an answer."""
+        limit = self._connection_settings().get("socket_timeout")
+        return _PATIENCE if limit is None else min(_PATIENCE, limit / 2)
+
+    def _connection_settings(self) -> dict[str, Any]:
+        client = self.client
+        if isinstance(client, RedisCluster):
+            settings: dict[str, Any] = client.nodes_manager.connection_kwargs
+        else:
+            settings = client.connection_pool.connection_kwargs
+        return settings
+
+    def close(self) -> None:
+        """Closes idle connections; calls that are under way get their answers.
+
+        A client that was handed in is its owner's to close.
+        """
+        with self._lock:
+            client = self._client if self._owns_client else None
+        for pool in [] if client is None else _pools(client):
+            pool.disconnect(inuse_connections=False)
+
+
+@cache
+def _digest(script: str) -> str:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _pools(client: Client) -> list[Any]:
+    """Every pool of connections that a client has."""
+    if isinstance(client, RedisCluster):
+        nodes = [node.redis_connection for node in client.get_nodes()]  # type: ignore[no-untyped-call]
+        return [node.connection_pool for node in nodes if node is not None]
+    pool = client.connection_pool
+    if isinstance(pool, SentinelConnectionPool):
+        return [pool, *(sentinel.connection_pool for sentinel in pool.sentinel_manager.sentinels)]
+    return [pool]
+
+
+def _maker(url: str, timeout: float) -> Callable[[], Client]:
+    """What makes the client for one of the `FORMS`; everything is read, nothing is sent.
+
+    Raises ValueError when the URL cannot be read; its message does not show the URL.
+    """
+    try:
+        scheme = urlsplit(url).scheme
+        if scheme in ("redis+sentinel", "rediss+sentinel"):
+            return _sentinel(url, timeout)
+        if scheme in ("redis+cluster", "rediss+cluster"):
+            return _cluster(url, timeout)
+        return _server(url, timeout)
+    except (ValueError, TypeError, redis.RedisError):
+        # Without its cause: that one may show a part of the password.
+        raise ValueError(
+            f"cannot be read; it has the form {FORMS}, with special characters in the password "
+            "percent-encoded and options of redis-py's in the query"
+        ) from None
+
+
+def _options(timeout: float) -> dict[str, Any]:
+    return {
+        "socket_connect_timeout": timeout,
+        "socket_timeout": timeout,
+        "max_connections": _CONNECTIONS,
+        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+    }
+
+
+def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
+    """A client for one server."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix" and not parts.path:
+        raise ValueError("no path")
+    client: redis.Redis = redis.Redis.from_url(url, **_options(timeout))
+    _try_options(client)
+    return lambda: client
+
+
+def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
+    """A client for whoever is the master of a service; user and password are the master's.
+
+    `sentinel_username` and `sentinel_password` in the query are the sentinels' own. A connection is
+    tried twice, and asks each sentinel in turn, so that these share the time between them.
+    """
+    parts = urlsplit(url)
+    service, _, db = parts.path.strip("/").partition("/")
+    if not service:
+        raise ValueError("no service")
+    given = {"db": int(db or 0), **_given(url)}
+    own = {name: given.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    tls = {name: value for name, value in given.items() if name.startswith("ssl")}
+    addresses = _addresses(parts.netloc, _SENTINEL_PORT)
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]
+        addresses,
+        sentinel_kwargs={
+            **_options(timeout / len(addresses) / 2),
+            **{name: value for name, value in own.items() if value},
+            **tls,
+        },
+        **{**_options(timeout), **given},
+    )
+    client: redis.Redis = sentinels.master_for(unquote(service))  # type: ignore[no-untyped-call]
+    _try_options(client)
+    return lambda: client
+
+
+def _cluster(url: str, timeout: float) -> Callable[[], RedisCluster]:
+    """A client for a Cluster, which asks as soon as it is made who serves what.
+
+    redis-py sends a command to the slot's node a second time also when no answer came in time, so
+    that each of the two has half of the time.
+    """
+    parts = urlsplit(url)
+    addresses = _addresses(parts.netloc, _DEFAULT_PORT)
+    given = _given(url)
+    if parts.path.strip("/") not in ("", "0") or given.pop("db", 0) != 0:
+        raise ValueError("a Cluster has one database")
+    options = {**_options(timeout / 2), **given}
+    _try_options(redis.Redis(**options))
+
+    def make() -> RedisCluster:
+        nodes: list[Any] = [ClusterNode(*address) for address in addresses]  # type: ignore[no-untyped-call]
+        client = RedisCluster(startup_nodes=nodes, **options)
+        client.commands_parser = _Keys(client.commands_parser)  # type: ignore[assignment]
+        return client
+
+    return make
+
+
+class _Keys:
+    """Knows the key of an XREAD, for which redis-py asks a node, each time and maybe a dead one.
+
+    Stands in for the parser of a RedisCluster.
+    """
+
+    def __init__(self, parser: Any) -> None:
+        self._parser = parser
+
+    def get_keys(self, redis_conn: Any, *args: Any) -> Any:
+        """The keys of a command."""
+        if args[0] != "XREAD":
+            return self._parser.get_keys(redis_conn, *args)
+        streams = args[args.index(b"STREAMS" if b"STREAMS" in args else "STREAMS") + 1 :]
+        return streams[: len(streams) // 2]
+
+
+def _try_options(client: redis.Redis) -> None:
+    """Raises what redis-py raises for options that it does not know; sends nothing."""
+    pool = client.connection_pool
+    pool.connection_class(**pool.connection_kwargs)
+
+
+def _given(url: str) -> dict[str, Any]:
+    """User, password and the options in the query, as redis-py reads them in a simple URL."""
+    parts = urlsplit(url)
+    scheme = parts.scheme.partition("+")[0]
+    given = dict(parse_url(f"{scheme}://localhost?{parts.query}"))  # type: ignore[no-untyped-call]
+    for name in ("host", "port", "connection_class"):
+        given.pop(name, None)
+    if scheme == "rediss":
+        given["ssl"] = True
+    for name, value in (("username", parts.username), ("password", parts.password)):
+        if value:
+            given[name] = unquote(value)
+    return given
+
+
+def _addresses(netloc: str, default_port: int) -> list[tuple[str, int]]:
+    """Every HOST:PORT of the list behind the user and the password."""
+    addresses = []
+    for address in netloc.rpartition("@")[2].split(","):
+        parts = urlsplit(f"//{address}")
+        if not parts.hostname:
+            raise ValueError("no host")
+        addresses.append((parts.hostname, parts.port or default_port))
+    return addresses
+
+
+@contextmanager
+def mapped_errors() -> Iterator[None]:
+    """The seam where redis-py's errors become ours."""
+    try:
+        yield
+    except (redis.RedisError, RedisClusterException, OSError) as error:
+        raise StorageUnavailable(_refusal(error)) from error
+    except UnicodeDecodeError as error:  # a client that decodes, and what is no text
+        raise StorageError(f"The session record cannot be read: {error}") from error
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """The sentence for somebody whom Redis does not let in or denies something, None for others."""
+    if error is None:
+        return None
+    if isinstance(error, redis.AuthenticationError):
+        return "The session store refuses the user name or password of this proxy"
+    text = str(error)
+    if isinstance(error, redis.ResponseError) and _DENIAL.search(text):
+        command = _DENIED_COMMAND.search(text)
+        keys = "the keys with its prefix" if "key" in text else "a command that it needs"
+        what = f"the command {command[1].upper()}" if command else keys
+        return f"The session store denies the user of this proxy {what}"
+    return _refusal(error.__cause__ or error.__context__)
+
+
+def as_bytes(value: bytes | str) -> bytes:
+    """What a client with `decode_responses=True` returns, as the bytes it was."""
+    return value.encode() if isinstance(value, str) else value

@@ -1,0 +1,90 @@
+"""The event log in Redis: one Stream a session, whose entry ids are the events' ids."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mcp_proxy.sessions.events import KEPT, MAX_BYTES, MAX_EVENTS, EventLog, LoggedEvent
+from mcp_proxy.sessions.redis.client import Access, as_bytes, mapped_errors
+
+# The form of an entry's id; anything else would be an error of the command, or a wildcard.
+_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+
+# Entries that one look reads: with the largest events that is what a log may hold.
+_COUNT = 256
+
+# One key. Each entry holds the bytes logged up to it, so that the size of the log is a subtraction.
+# ARGV: stream, data, whether it is the last; how many events, how many bytes, how long in
+# milliseconds. Returns the new id.
+_APPEND = """
+local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+local total = #ARGV[2]
+if last then total = total + tonumber(last[2][2]) end
+local id = redis.call('XADD', KEYS[1], '*', 't', total, 's', ARGV[1], 'd', ARGV[2], 'l', ARGV[3])
+redis.call('XTRIM', KEYS[1], 'MAXLEN', ARGV[4])
+while true do
+  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+  local before = tonumber(first[2][2]) - #first[2][6]
+  if first[1] == id or total - before <= tonumber(ARGV[5]) then break end
+  redis.call('XDEL', KEYS[1], first[1])
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
+return id
+"""
+
+
+class RedisEventLog(EventLog):
+    """Events under `<prefix>events:<session id>`, `kept` seconds after the session's last one."""
+
+    def __init__(self, access: Access, prefix: str, kept: float = KEPT) -> None:
+        self._kept_ms = max(1, int(kept * 1000))
+        self._access = access
+        self._prefix = prefix
+
+    def __repr__(self) -> str:
+        return f"<RedisEventLog prefix={self._prefix!r}>"
+
+    def append(self, session_id: str, stream: str, data: bytes, is_last: bool) -> str:
+        bounds = (MAX_EVENTS, MAX_BYTES, self._kept_ms)
+        arguments: list[bytes | str | int] = [stream, data, int(is_last), *bounds]
+        with mapped_errors():
+            event_id = self._access.run(_APPEND, self._key(session_id), arguments)
+        return as_bytes(event_id).decode()
+
+    def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
+        if not _ID.fullmatch(event_id):
+            return None
+        with mapped_errors():
+            entries = self._access.client.xrange(self._key(session_id), event_id, event_id)
+        return _event(*entries[0]) if entries else None
+
+    def read(self, session_id: str, after: str | None, timeout: float) -> list[LoggedEvent]:
+        key = self._key(session_id)
+        limit = min(timeout, self._access.patience)
+        block = max(1, int(limit * 1000)) if limit > 0 else None
+        with mapped_errors():
+            answer = self._access.client.xread({key: after or "0-0"}, count=_COUNT, block=block)
+        return [_event(*entry) for entry in entries_of(answer)]
+
+    def forget(self, session_id: str) -> None:
+        with mapped_errors():
+            self._access.client.delete(self._key(session_id))
+
+    def _key(self, session_id: str) -> str:
+        return f"{self._prefix}events:{session_id}"
+
+
+def entries_of(answer: Any) -> list[Any]:
+    """The entries in the answer to an XREAD of one Stream, in either version of the protocol."""
+    if not answer:
+        return []
+    found = next(iter(answer.values())) if isinstance(answer, dict) else answer[0][1:]
+    return list(found[0])
+
+
+def _event(entry_id: bytes | str, fields: dict[bytes | str, bytes | str]) -> LoggedEvent:
+    by_name = {as_bytes(name): as_bytes(value) for name, value in fields.items()}
+    return LoggedEvent(
+        as_bytes(entry_id).decode(), by_name[b"s"].decode(), by_name[b"d"], by_name[b"l"] == b"1"
+    )

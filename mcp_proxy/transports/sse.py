@@ -1,0 +1,143 @@
+"""HTTP+SSE, the wire of MCP 2024-11-05, in front of a stdio server.
+
+A GET of `/sse` opens a session: its stream begins with the URI for the client's messages, and
+everything the server says leaves on it, answers included. A POST to that URI is acknowledged with
+202 and no more. The stream is the session: when it ends, so do the server and the record.
+
+A POST may reach another replica than the one with the stream and the server; then it is relayed.
+References are to "HTTP with SSE" in the transports page of 2024-11-05.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs
+
+from mcp_proxy.backends.base import Exchange
+from mcp_proxy.edge.connection import ClientConnection
+from mcp_proxy.edge.forwarding import mount_of
+from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.streaming import EventStream
+from mcp_proxy.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    NotAcceptable,
+    NotFound,
+    ProxyError,
+    UnsupportedMediaType,
+)
+from mcp_proxy.sessions.session import Session, new_session
+from mcp_proxy.transports.stdio import StdioTransport
+from mcp_proxy.wire import headers, jsonrpc, sse
+from mcp_proxy.wire.jsonrpc import Message, Request
+
+KIND = "sse"
+
+#: Where the stream is, and where messages go, below the mount.
+STREAM_PATH = "/sse"
+MESSAGES_PATH = "/messages"
+
+# Both spellings are in use.
+_ID_PARAMETERS = ("session_id", "sessionId")
+
+
+class SSEProxy(StdioTransport):
+    """A WSGI application that serves a stdio server over HTTP+SSE."""
+
+    def __repr__(self) -> str:
+        return f"<SSEProxy {self.sessions!r} {self.manager!r}>"
+
+    def handle(self, request: ClientRequest) -> Reply:
+        path = request.path.rstrip("/")
+        if path == STREAM_PATH:
+            # A client of a later revision that tries a POST first is told at once: it comes back
+            # with a GET (MCP 2025-11-25, transports, "Backwards Compatibility").
+            _require(request, "GET")
+            return self._open(request)
+        if path == MESSAGES_PATH:
+            _require(request, "POST")
+            return self._take(request)
+        raise NotFound
+
+    # --- GET -------------------------------------------------------------------------------------
+
+    def _open(self, request: ClientRequest) -> Reply:
+        if request.header("Accept") is not None and not request.accepts(headers.EVENT_STREAM):
+            raise NotAcceptable("Accept must name text/event-stream")
+        self.edge.require_open()
+        self.edge.slots.take()
+        try:
+            session, exchange = self._begin()
+        except BaseException:
+            self.edge.slots.release()
+            raise
+        body = EventStream(
+            exchange,
+            ClientConnection(request.environ),
+            self.settings.keepalive_interval,
+            first=self._endpoint(request, session),
+            on_close=lambda: self._end(session),
+        )
+        return stream_reply(body)
+
+    def _begin(self) -> tuple[Session, Exchange]:
+        """A new session, and the stream on which its child speaks."""
+        bridge = self.sessions.start()
+        try:
+            exchange = bridge.listen()
+        except BaseException:
+            self.sessions.abandon(bridge)
+            raise
+        session = new_session(self.manager.mint_id(), KIND)
+        return self.sessions.establish(session, bridge), exchange
+
+    def _endpoint(self, request: ClientRequest, session: Session) -> bytes:
+        """The first event: the URI for messages, as the client sees this application."""
+        mount = mount_of(request.environ, self.settings.trusted_proxies)
+        uri = f"{mount}{MESSAGES_PATH}?{_ID_PARAMETERS[0]}={session.id}"
+        return sse.encode(sse.Event(event=b"endpoint", data=uri.encode()))
+
+    def _end(self, session: Session) -> None:
+        try:
+            self.sessions.dismiss(session)
+        finally:
+            self.edge.slots.release()
+
+    # --- POST ------------------------------------------------------------------------------------
+
+    def _take(self, request: ClientRequest) -> Reply:
+        content_type = request.content_type
+        if content_type is not None and not headers.is_json(content_type):
+            raise UnsupportedMediaType
+        message = jsonrpc.parse_message(request.read_body(self.settings.max_body_bytes))
+        try:
+            self._pass_on(request, message)
+        except ProxyError as error:
+            error.request_id = message.id if isinstance(message, Request) else None
+            raise
+        return empty_reply(202)
+
+    def _pass_on(self, request: ClientRequest, message: Message) -> None:
+        request.rpc = getattr(message, "method", "response")
+        session = self._session(request)
+        if not isinstance(message, Request):
+            self.pass_on(session, message)
+            return
+        timeout = self.settings.request_timeout
+        self.sessions.on_backend(session, lambda backend: backend.submit(message, timeout))
+
+    def _session(self, request: ClientRequest) -> Session:
+        """The session that the URI names; raises what the client is to be told otherwise."""
+        query = parse_qs(request.environ.get("QUERY_STRING", ""))
+        named = next((query[name][0] for name in _ID_PARAMETERS if name in query), None)
+        if named is None:
+            raise InvalidRequest("session_id is missing: post to the URI of the endpoint event")
+        session = self.manager.load(named)
+        if session.type != KIND:
+            raise InvalidRequest(f"The session belongs to another transport ({session.type})")
+        return session
+
+
+def _require(request: ClientRequest, method: str) -> None:
+    if request.method != method:
+        raise MethodNotAllowed(method)

@@ -1,0 +1,1 @@
+"""Redis in each form that a deployment may have."""

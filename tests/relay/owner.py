@@ -1,0 +1,51 @@
+"""A replica in a process of its own, over Redis: serves one child and prints what that executes.
+
+Arguments: the URL of Redis, the prefix of the keys, the lease in seconds. The first line printed is
+the replica's id; then one line for each call. It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mcp_proxy.backends.replica import Replica
+from mcp_proxy.relay.redis import RedisMailboxes
+from mcp_proxy.relay.relay import Relay
+from mcp_proxy.sessions.redis import Access
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+from tests.relay.scripted import ScriptedBackend, ScriptedExchange, silent
+
+
+class PrintingBackend(ScriptedBackend):
+    """Prints the method of each call, as soon as it is executed."""
+
+    def send(
+        self, requests: Sequence[Request], accepts_stream: bool, timeout: float
+    ) -> ScriptedExchange:
+        print(*[request.method for request in requests], flush=True)
+        return super().send(requests, accepts_stream, timeout)
+
+    def notify(self, notification: Notification) -> None:
+        print(notification.method, flush=True)
+        super().notify(notification)
+
+    def respond(self, response: Response) -> None:
+        print("response", flush=True)
+        super().respond(response)
+
+
+def main(url: str, prefix: str, lease: str) -> None:
+    """Serves until the standard input ends."""
+    replica = Replica()
+    relay = Relay(RedisMailboxes(Access(url), prefix, float(lease)), replica)
+    child = PrintingBackend(wait=silent)
+    relay.serve({"child": child}.get, lambda: None)
+    relay.start()
+    print(replica.id, flush=True)
+    sys.stdin.read()
+    relay.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,172 @@
+"""Relays when something is slow, comes twice, too late, or cannot be read."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from mcp_proxy.relay import frames
+from mcp_proxy.relay.frames import Frame, Kind
+from mcp_proxy.relay.local import LocalMailboxes
+from mcp_proxy.relay.mailbox import Letter
+from mcp_proxy.wire.jsonrpc import Notification
+from tests.relay.scene import PATIENCE, Node, Scene
+from tests.relay.scripted import ScriptedExchange, call, received, silent
+from tests.support.waiting import eventually
+
+# --- nobody is held up ---------------------------------------------------------------------------
+
+
+def test_a_slow_reader_holds_up_its_own_exchange_only(client: Node, owner: Node) -> None:
+    slow = client.reach(owner).listen()
+    for number in range(frames.WINDOW * 3):
+        owner.child.streams[0].say(b"%d" % number)
+    for number in range(20):
+        assert client.ask(owner, call(f"quick{number}")) == f"quick{number}"
+    assert [d.data for d in received(slow, frames.WINDOW * 3)] == [
+        b"%d" % number for number in range(frames.WINDOW * 3)
+    ]
+
+
+def test_a_child_that_does_not_read_holds_up_itself_only(client: Node, owner: Node) -> None:
+    free = threading.Event()
+    owner.child.on_tell = lambda: free.wait(PATIENCE)
+    owner.children["other"] = type(owner.child)()
+    backend = client.reach(owner)
+    telling = threading.Thread(target=backend.notify, args=(Notification("x"),))
+    telling.start()
+    eventually(lambda: owner.child.told)
+    assert client.ask(owner, call("quick"), "other") == "quick"
+    free.set()
+    telling.join(PATIENCE)
+    assert not telling.is_alive()
+
+
+def test_giving_up_a_call_of_a_child_that_does_not_read_costs_nobody_the_lease() -> None:
+    """A bridge tells its child that a call is given up, and waits for it to read that."""
+    free, is_stuck = threading.Event(), threading.Event()
+    mailboxes = LocalMailboxes(0.6)
+    with Scene(mailboxes, mailboxes) as scene:
+        client, owner = scene.nodes
+        owner.children["other"] = type(owner.child)()
+        owner.child.scripts["wait"] = silent
+        owner.child.on_expire = lambda: (is_stuck.set(), free.wait(PATIENCE))
+        client.reach(owner).send([call("wait")], False, 0.1)
+        assert is_stuck.wait(PATIENCE)
+        until = time.monotonic() + 3 * mailboxes.lease
+        try:
+            while time.monotonic() < until:
+                assert owner.relay.is_held
+                assert client.ask(owner, call("quick"), "other") == "quick"
+        finally:
+            free.set()
+
+
+# --- letters that come twice, late or at the wrong time ------------------------------------------
+
+
+class Doubling(LocalMailboxes):
+    """Every letter arrives twice."""
+
+    def post(self, letters):  # type: ignore[no-untyped-def]
+        """The same batch once more, as when the answer to the first was lost."""
+        super().post(letters)
+        return super().post(letters)
+
+
+def test_letters_that_arrive_twice_are_executed_and_delivered_once() -> None:
+    def talk(exchange: ScriptedExchange, requests: object) -> None:
+        for number in range(100):
+            exchange.say(b"%d" % number)
+        exchange.answer("done")
+
+    with Scene(*[Doubling()] * 2) as scene:
+        client, owner = scene.nodes
+        owner.child.scripts["talk"] = talk
+        exchange = client.reach(owner).send([call("talk")], True, 5)
+        assert [d.data for d in received(exchange, 101)[:-1]] == [b"%d" % n for n in range(100)]
+        client.reach(owner).notify(Notification("x"))
+        for number in range(10):
+            assert client.ask(owner, call(f"c{number}")) == f"c{number}"
+        assert len(owner.child.told) == 1
+        assert set(owner.child.executed.values()) == {1}
+        eventually(lambda: owner.conversations == 0)
+        eventually(lambda: client.conversations == 0, 1.5)
+
+
+def test_an_answer_that_comes_after_its_client_left_leaves_nothing_behind(
+    client: Node, owner: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = threading.Event()
+    owner.child.scripts["wait"] = silent
+    owner.child.on_tell = lambda: free.wait(PATIENCE)
+    backend = client.reach(owner)
+    exchange = backend.send([call("wait")], False, 5)
+    hosted = eventually(lambda: owner.child.exchanges)[0]
+    telling = threading.Thread(target=backend.notify, args=(Notification("x"),))
+    telling.start()
+    eventually(lambda: owner.child.told)
+    exchange.close()  # its owner does not hear of it yet: its lane is held up
+    eventually(lambda: client.conversations == 1)
+    hosted.answer("too late")
+    free.set()
+    telling.join(PATIENCE)
+    eventually(lambda: hosted.was_left.is_set() or hosted.is_over)
+    assert client.ask(owner, call("quick")) == "quick"
+    eventually(lambda: owner.conversations == 0)
+    eventually(lambda: client.conversations == 0, 1.5)
+    assert "cannot be read" not in caplog.text
+
+
+class Hesitant(frames.Channel):
+    """A channel whose message takes its time to be cut into pieces, as a large one does."""
+
+    until: threading.Event
+
+    def put(self, message: bytes) -> None:
+        self.until.wait(2)
+        super().put(message)
+
+
+class Probed(LocalMailboxes):
+    """Mailboxes that say when a probe was sent."""
+
+    def __init__(self, lease: float) -> None:
+        super().__init__(lease)
+        self.saw_probe = threading.Event()
+
+    def post(self, letters):  # type: ignore[no-untyped-def]
+        """Posts, and looks for a probe."""
+        accepted = super().post(letters)
+        if any(d and frames.decode(d).kind == Kind.PROBE for _, d in letters):
+            self.saw_probe.set()
+        return accepted
+
+
+def test_a_probe_does_not_overtake_the_call_that_it_is_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mailboxes = Probed(0.5)
+    with Scene(mailboxes, mailboxes) as scene:
+        client, owner = scene.nodes
+        monkeypatch.setattr("mcp_proxy.relay.relay.Channel", Hesitant)
+        monkeypatch.setattr(Hesitant, "until", mailboxes.saw_probe, raising=False)
+        assert client.ask(owner, call("add")) == "add"
+        assert owner.child.executed == {"add": 1}
+
+
+@pytest.mark.parametrize(
+    "letter",
+    [b"\xc1", b"no frame", b"\x00" * 100, b"\x96\xa1c"],
+    ids=["invalid", "text", "zeros", "cut off"],
+)
+def test_a_letter_that_nobody_can_read_harms_nothing(letter: bytes) -> None:
+    mailboxes = LocalMailboxes()
+    with Scene(mailboxes, mailboxes) as scene:
+        client, owner = scene.nodes
+        odd = Frame("c", client.replica.id, Kind.PIECE, 1, False, letter)
+        mailboxes.post([Letter(owner.replica.id, d) for d in (letter, frames.encode(odd), b"")])
+        assert client.ask(owner, call("add")) == "add"
+        eventually(lambda: owner.conversations == 0, 1.5)

@@ -1,0 +1,184 @@
+"""TLS for servers that have none: certificates of one's own, and a way in for TLS and plain TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import select
+import socket
+import socketserver
+import ssl
+import threading
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import urlencode
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+_POLL = 0.01
+_CHUNK = 65536
+_HANDSHAKE = b"\x16"  # the first byte of a TLS connection
+_PATIENCE = 10.0
+_DAY = datetime.timedelta(days=1)
+
+
+class Certificates:
+    """A certificate authority in a directory, with one certificate for servers and one for clients.
+
+    Files: `ca.pem`, `server.pem`, `client.pem`, and their keys in `*.key`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = _name("Authority of this test")
+        self._write("ca", self._key, self._name, is_authority=True)
+        for owner in ("server", "client"):
+            self._write(owner, ec.generate_private_key(ec.SECP256R1()), _name(owner))
+
+    def path(self, name: str) -> str:
+        """The path of a file."""
+        return str(self._directory / name)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of a client, as redis-py names them."""
+        return {
+            "ssl_ca_certs": self.path("ca.pem"),
+            "ssl_certfile": self.path("client.pem"),
+            "ssl_keyfile": self.path("client.key"),
+        }
+
+    @property
+    def query(self) -> str:
+        """The files of a client, as the query of a URL."""
+        return urlencode(self.files)
+
+    def for_servers(self) -> ssl.SSLContext:
+        """What a server speaks TLS with; clients must have a certificate too."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.path("server.pem"), self.path("server.key"))
+        context.load_verify_locations(self.path("ca.pem"))
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def _write(
+        self,
+        owner: str,
+        key: ec.EllipticCurvePrivateKey,
+        name: x509.Name,
+        is_authority: bool = False,
+    ) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _DAY)
+            .not_valid_after(now + _DAY)
+            .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([loopback]), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        pem = serialization.Encoding.PEM
+        private = key.private_bytes(
+            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        Path(self.path(f"{owner}.pem")).write_bytes(certificate.public_bytes(pem))
+        Path(self.path(f"{owner}.key")).write_bytes(private)
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+class TlsGate:
+    """Lets TLS into 127.0.0.1:`target`, and plain TCP too: servers reach each other as ever."""
+
+    def __init__(self, target: int, certificates: Certificates) -> None:
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.target = target
+        self._server.context = certificates.for_servers()
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL,))
+
+    @property
+    def port(self) -> int:
+        """The port that this listens on."""
+        return int(self._server.server_address[1])
+
+    @property
+    def encrypted(self) -> int:
+        """How many connections came with TLS."""
+        return self._server.encrypted
+
+    def __enter__(self) -> TlsGate:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    target: int
+    context: ssl.SSLContext
+    encrypted = 0
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    server: _Server
+
+    def handle(self) -> None:
+        """Carries bytes both ways until either side ends."""
+        with contextlib.suppress(OSError), self._accepted() as client:
+            address = ("127.0.0.1", self.server.target)
+            with socket.create_connection(address) as upstream:
+                _carry(client, upstream)
+
+    def _accepted(self) -> socket.socket:
+        client: socket.socket = self.request
+        client.settimeout(_PATIENCE)
+        if client.recv(1, socket.MSG_PEEK) != _HANDSHAKE:
+            return client
+        encrypted = self.server.context.wrap_socket(client, server_side=True)
+        self.server.encrypted += 1
+        return encrypted
+
+
+def _carry(client: socket.socket, upstream: socket.socket) -> None:
+    for end in (client, upstream):
+        end.setblocking(False)
+    while True:
+        if not (isinstance(client, ssl.SSLSocket) and client.pending()):
+            select.select([client, upstream], [], [])
+        for source, target in ((client, upstream), (upstream, client)):
+            with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+                data = source.recv(_CHUNK)
+                if not data:
+                    return
+                _send(target, data)
+
+
+def _send(target: socket.socket, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[target.send(left) :]
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            select.select([], [target], [], _PATIENCE)

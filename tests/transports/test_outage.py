@@ -1,0 +1,112 @@
+"""Redis goes away and comes back, with two replicas that share a session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.front import McpClient
+from tests.support.proxies import Replicas, replicas
+from tests.support.redis_server import RedisServer
+from tests.support.waiting import eventually
+from tests.transports.calls import hold, pid_of, release, say
+
+
+@pytest.fixture
+def redis(own_redis: Callable[..., RedisServer]) -> RedisServer:
+    return own_redis()
+
+
+@pytest.fixture(params=[15.0, 1.0], ids=["within the lease", "beyond the lease"])
+def two(request: pytest.FixtureRequest, redis: RedisServer) -> Iterator[Replicas]:
+    quick = {"sse_after": 0.3, "keepalive_interval": 0.2}
+    with replicas(2, redis_url=redis.url, lease=request.param, **quick) as several:
+        yield several
+
+
+def outage(redis: RedisServer, several: Replicas, clients: list[McpClient]) -> None:
+    """Redis is away until every lease of a second is long over, and comes back with its data."""
+    leases = [replica.app.relay._begun().lease for replica in several.each]
+    redis.stop()
+    for client in clients:
+        began = time.monotonic()
+        for answer in (client.call("count", key=7), client.listen(), client.delete()):
+            assert answer.status == 503
+            assert answer.headers["Retry-After"] == "1"
+            assert answer.error()["code"] == -32000
+        assert time.monotonic() - began < 5
+    if several[0].line.lease < 2:
+        eventually(lambda: not any(lease.is_held for lease in leases))
+    redis.start()
+
+
+def test_the_same_server_answers_when_redis_is_back(redis: RedisServer, two: Replicas) -> None:
+    owner, other = clients = two.opened()
+    pid = pid_of(owner)
+    assert pid_of(other) == pid
+    outage(redis, two, clients)
+    assert other.result("count") == {"calls": 3, "pid": pid}
+    assert owner.result("count") == {"calls": 4, "pid": pid}
+    assert [replica.children for replica in two.each] == [1, 0]
+
+
+def test_everybody_asks_at_once_when_redis_is_back(redis: RedisServer, two: Replicas) -> None:
+    from tests.support.threads import run_together
+
+    clients = two.opened()
+    pid = pid_of(clients[1])
+    outage(redis, two, clients)
+    assert set(run_together([lambda c=c: pid_of(c) for c in clients * 4])) == {pid}
+
+
+def test_a_session_of_each_replica_survives(redis: RedisServer, two: Replicas) -> None:
+    sessions = [two.client_at(number).open() for number in (0, 1)]
+    pids = [pid_of(client) for client in sessions]
+    outage(redis, two, [])
+    for client, pid in zip(sessions, pids, strict=True):
+        for replica in two.each:
+            assert pid_of(client.at(replica.front)) == pid
+
+
+def test_a_call_of_the_owner_survives(redis: RedisServer, two: Replicas) -> None:
+    owner, other = clients = two.opened()
+    call = hold(owner, "h", before=2)
+    pid_of(other)
+    outage(redis, two, clients)
+    release(other, "h")
+    assert call.message()["result"]["held"] == "h"
+
+
+def test_a_call_of_another_replica_ends_with_an_answer_or_an_error(
+    redis: RedisServer, two: Replicas
+) -> None:
+    owner, other = clients = two.opened()
+    call = hold(other, "h", key="mine")
+    outage(redis, two, clients)
+    release(owner, "h")
+    message = call.message()
+    assert message["id"] == "mine"
+    if two[0].line.lease > 2:  # nothing was lost
+        assert message["result"]["held"] == "h"
+
+
+def test_a_standing_stream_of_another_replica_goes_on_or_ends(
+    redis: RedisServer, two: Replicas
+) -> None:
+    owner, other = clients = two.opened()
+    stream = other.listen()
+    events = stream.events()
+    say(owner, 1)
+    next(events)
+    outage(redis, two, clients)
+    say(owner, 2)
+    found = next(events, None)  # an end tells the client to open another
+    if two[0].line.lease > 2:
+        assert found is not None
+    if found is None:
+        again = owner.listen()
+        assert next(again.stream())["params"]["n"] == 2
+        again.close()
+    stream.close()

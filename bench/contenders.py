@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from store import redis_server
+
 HERE = Path(__file__).resolve().parent
 
 #: The stdio server, started without the modules that it does not need.
@@ -26,12 +28,16 @@ _STOP_SECONDS = 10.0
 
 
 class Contender(NamedTuple):
-    """`command` makes the command line for a port; `package` is the npm package it needs."""
+    """`command` makes the command line for a port; `package` is the npm package it needs.
+
+    One that `shares` is given a Redis of its own.
+    """
 
     name: str
     title: str
     command: Callable[[int, Path], list[str]]
     package: str | None = None
+    shares: bool = False
 
     @property
     def is_peer(self) -> bool:
@@ -51,10 +57,10 @@ def node() -> str | None:
     return shutil.which("node", path=places)
 
 
-def _proxy(affinity: str) -> Callable[[int, Path], list[str]]:
+def _proxy(affinity: str, workers: int = 1) -> Callable[[int, Path], list[str]]:
     def command(port: int, peers: Path) -> list[str]:
         options = ["--bind", f"127.0.0.1:{port}", "--log-level", "warning"]
-        options += ["--cpu-affinity", affinity]
+        options += ["--cpu-affinity", affinity, "--workers", str(workers)]
         return [sys.executable, "-m", "mcp_proxy", *options, "--", *ECHO]
 
     return command
@@ -83,6 +89,9 @@ def _supergateway(port: int, peers: Path) -> list[str]:
 CONTENDERS = (
     Contender("ours-pinned", "this proxy, worker pinned to one CPU", _proxy("auto")),
     Contender("ours-free", "this proxy, worker on all CPUs", _proxy("off")),
+    Contender(
+        "ours-2-workers", "this proxy, 2 workers and Redis", _proxy("auto", workers=2), shares=True
+    ),
     Contender("mcp-proxy", "npm mcp-proxy", _mcp_proxy(), "mcp-proxy"),
     Contender(
         "mcp-proxy-lean",
@@ -100,9 +109,14 @@ CONTENDERS = (
 def started(contender: Contender, peers: Path) -> Iterator[int]:
     """A contender that listens on the port, which the system has chosen; ended afterwards."""
     port = _free_port()
-    with tempfile.TemporaryFile() as output:
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(tempfile.TemporaryFile())
+        environment = dict(os.environ)
+        if contender.shares:
+            environment["MCP_PROXY_REDIS_URL"] = stack.enter_context(redis_server())
         process = subprocess.Popen(
             contender.command(port, peers),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -9,6 +9,7 @@ run with exit status 1 and a sentence on stderr.
 
 from __future__ import annotations
 
+import random
 import re
 import resource
 import secrets
@@ -340,13 +341,21 @@ def _cpu_time() -> float:
 
 
 def opened(job: Job) -> list[Client]:
-    """The clients of a job, with their sessions."""
+    """The clients of a job, with their sessions.
+
+    A session is not used over the connection that has opened it: where several processes serve the
+    port, its calls arrive at any of them.
+    """
     clients = [Client(job.port) for _ in range(job.connections)]
     for client in clients:
         if job.one_session and client is not clients[0]:
             client.session = clients[0].session
         else:
             client.open_session()
+    sessions = [client.session for client in clients]
+    random.shuffle(sessions)
+    for client, session in zip(clients, sessions, strict=True):
+        client.session = session
     return clients
 
 

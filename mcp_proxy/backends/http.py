@@ -32,6 +32,16 @@ from mcp_proxy.wire.targets import Address, parse_target
 MAX_IDLE = 2.0
 
 _QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+
+# A peer that is silent for 15 seconds is asked three times whether it is there, every 5 seconds.
+_KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), seconds)
+        for name, seconds in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+        if hasattr(socket, name)
+    ),
+]
 _MAX_HOPS = 5  # redirects that are followed
 _POOLS = 64  # backends to which connections are kept
 
@@ -132,10 +142,15 @@ class HttpCall:
         return next((value for key, value in self.headers if key.lower() == wanted), None)
 
     def wait_for_ever(self) -> None:
-        """From now on the backend may be silent as long as it likes: an event stream."""
+        """From now on the backend may be silent as long as it likes: an event stream.
+
+        That its host is there is asked by TCP: one that vanished breaks the stream within a minute.
+        """
         with self._lock, contextlib.suppress(OSError):
             if self._socket is not None:
                 self._socket.settimeout(None)
+                for level, option, value in _KEEPALIVE:
+                    self._socket.setsockopt(level, option, value)
 
     def pieces(self) -> Iterator[bytes]:
         """The body, each piece as soon as it is there, its encoding untouched.

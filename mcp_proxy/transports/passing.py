@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 
@@ -46,6 +47,7 @@ class PassingBody:
         self._on_close: list[Callable[[], None]] = []
         self._is_closed = False
         self._is_ended = False
+        self._has_left = False
 
     def on_close(self, act: Callable[[], None]) -> None:
         """Has `act` done when the response is over, however it ends."""
@@ -54,6 +56,11 @@ class PassingBody:
     def end(self) -> None:
         """Ends the response as if the backend had; from any thread."""
         self._is_ended = True
+        self._call.abort()
+
+    def leave(self) -> None:
+        """Breaks the response off, since its client is gone; from any thread."""
+        self._has_left = True
         self._call.abort()
 
     def __iter__(self) -> Iterator[bytes]:
@@ -65,22 +72,18 @@ class PassingBody:
                     yield passed
         except BackendTimeout as error:
             self._on_timeout()
-            if self._request_id is None or not self._takes_events:
+            if self._request_id is None or not is_open_stream(self._call):
                 raise
             error.request_id = self._request_id
             yield b"\n\n" + sse.encode_message(as_message(error))
-        except BackendLost:
+        except BackendLost as error:
+            if self._has_left:  # nothing is wrong, so it is said in a way that servers do not log
+                raise ConnectionResetError(errno.ECONNRESET, "The client has left") from error
             if not (self._is_ended and is_event_stream(self._call)):
                 raise
         self._observe(b"")
         if rest := self._rewrite(b""):
             yield rest
-
-    @property
-    def _takes_events(self) -> bool:
-        """Whether an event of ours can stand in this body."""
-        is_fixed = self._call.header("Content-Length") or self._call.header("Content-Encoding")
-        return is_event_stream(self._call) and not is_fixed
 
     def close(self) -> None:
         if self._is_closed:
@@ -137,6 +140,12 @@ def is_event_stream(call: HttpCall) -> bool:
     """Whether the backend answers with an event stream."""
     media_type = _content_type(call).partition(";")[0].strip().lower()
     return media_type == headers.EVENT_STREAM
+
+
+def is_open_stream(call: HttpCall) -> bool:
+    """Whether something of ours can stand in the backend's answer: an event stream, but plain."""
+    is_fixed = call.header("Content-Length") or call.header("Content-Encoding")
+    return is_event_stream(call) and not is_fixed
 
 
 def explanation_of(call: HttpCall) -> bytes | None:

@@ -32,14 +32,12 @@ from mcp_proxy.errors import (
     SessionEnded,
 )
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import (
-    Session,
-)
+from mcp_proxy.sessions.session import Session
 from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.transports import handshake, passing
 from mcp_proxy.transports.base import Transport
 from mcp_proxy.transports.classification import cancellation_of, is_lost_session, is_modern, peek
-from mcp_proxy.transports.endpoints import EndpointSessions, EndpointStream
+from mcp_proxy.transports.endpoints import EndpointSessions, kept_back, unbuffered
 from mcp_proxy.transports.keeping import SessionKeeper
 from mcp_proxy.transports.open_bodies import OpenBodies
 from mcp_proxy.transports.pinning import Pinning
@@ -48,8 +46,6 @@ from mcp_proxy.wire import headers
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
 from mcp_proxy.wire.targets import parse_target
-
-KIND = "mcp"
 
 # How often a request is sent, at the most, while the backends of its session get lost.
 _ATTEMPTS = 3
@@ -157,14 +153,14 @@ class TransparentProxy(Transport):
             self.edge.require_open()  # a standing stream, which would outlast the drain
         if is_modern(request, message):
             return self._without_session(request, body, message)
+        pinned = self._endpoints.session_of(request)
+        if pinned is not None:
+            return self._to_endpoint(request, body, message, pinned)
         if isinstance(message, Request) and message.method == handshake.INITIALIZE:
             self.edge.require_open()
             return self._initialize(request, body, message)
         if request.session_id is not None:
             return self._in_session(request, body, message, self.manager.load(request.session_id))
-        session = self._endpoints.session_of(request)
-        if session is not None:
-            return self._to_endpoint(request, body, message, session)
         return self._without_session(request, body, message)
 
     # --- without a session -----------------------------------------------------------------------
@@ -195,10 +191,10 @@ class TransparentProxy(Transport):
         session: Session,
     ) -> Reply:
         """A message of 2024-11-05, to the backend that holds its session's stream."""
-        query = self._endpoints.query_of(request, session)
+        target = self._endpoints.target_of(request, session)
         route = self._router.route(session)._replace(session_id=None)
         try:
-            return self._reply(request, self._call(request, body, route, query=query), message)
+            return self._reply(request, self._call(request, body, route, target=target), message)
         except BackendUnreached as error:
             self._endpoints.end(session)  # it was its stream's, and that is gone with the backend
             raise SessionEnded from error
@@ -245,9 +241,7 @@ class TransparentProxy(Transport):
         try:
             return self._attempt(request, body, message, session)
         except SessionEnded:
-            self._pinning.forget(
-                session.id
-            )  # no backend keeps it: the client had better begin anew
+            self._pinning.forget(session.id)  # nobody keeps it: the client had better begin anew
             raise
 
     def _attempt(
@@ -302,19 +296,20 @@ class TransparentProxy(Transport):
         body: bytes,
         route: Route,
         limit: float | None = None,
-        query: str | None = None,
+        target: str | None = None,
     ) -> HttpCall:
         """The call, answered as far as its headers, redirects followed; raises BackendError."""
+        unwanted = kept_back(request) | {"mcp-session-id"}
         outbound = [
             (name, value)
             for name, value in self._forwarding.outbound(request.environ)
-            if name.lower() != "mcp-session-id"
+            if name.lower() not in unwanted
         ]
         if route.session_id is not None:
             outbound.append((headers.SESSION_ID, route.session_id))
-        if query is None:
+        if target is None:
             query = request.environ.get("QUERY_STRING", "")
-        target = self._router.target_of(route, raw_path(request.environ), query)
+            target = self._router.target_of(route, raw_path(request.environ), query)
         call = HttpCall(self._client, route.address, request.method, target, outbound, body)
         return self._sent(request, call, limit)
 
@@ -351,7 +346,7 @@ class TransparentProxy(Transport):
     ) -> Reply:
         """The backend's answer for the client, from its headers on."""
         is_standing = request.method == "GET" and passing.is_event_stream(call)
-        stream = EndpointStream(self._endpoints, request, call) if is_standing else None
+        stream = self._endpoints.stream(request, call)
         body = passing.PassingBody(
             call,
             request_id=message.id if isinstance(message, Request) else None,
@@ -366,9 +361,13 @@ class TransparentProxy(Transport):
             body.on_close(stream.close)
         if session is not None and passing.is_event_stream(call):
             body.on_close(self.keeper.keep(session.id))
-        body.on_close(self.departures.watch(ClientConnection(request.environ), call.abort))
+        connection = ClientConnection(request.environ)
+        if is_standing:
+            connection.give_up_after(2 * self.settings.keepalive_interval)
+        body.on_close(self.departures.watch(connection, body.leave))
         body.on_close(self._open.add(body, is_standing))
-        return Reply(call.status, self._inbound(call, session), body)
+        passed = self._inbound(call, session)
+        return Reply(call.status, passed if stream is None else unbuffered(passed), body)
 
     def _slot(self, call: HttpCall) -> Callable[[], None]:
         """Takes a place for a standing stream and returns what gives it back."""

@@ -7,8 +7,9 @@ cut into pieces.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+from urllib.parse import quote, unquote_plus, urljoin, urlsplit
 
 #: Parameters that name the session in the URI for messages; all are in use.
 SESSION_PARAMETERS = ("session_id", "sessionId")
@@ -16,15 +17,16 @@ SESSION_PARAMETERS = ("session_id", "sessionId")
 #: The one that is added where a server's URI has none of them.
 OUR_PARAMETER = "mcp_proxy_session"
 
-#: Bytes within which the event has to come.
-MAX_HEAD = 64 * 1024
+#: Bytes that the event may have; a larger one is passed on as it is.
+MAX_EVENT = 64 * 1024
 
 # WHATWG HTML section 9.2.5: CRLF, LF and CR end a line, so two of them end a block.
 _BLOCK_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_LINE = re.compile(rb"[^\r\n]+")
-_ENDPOINT = re.compile(rb"event: ?endpoint")
-_DATA = re.compile(rb"data: ?")
-_BOM = b"\xef\xbb\xbf"
+_LINE = re.compile(rb"([^\r\n]*)(\r\n|\n|\r)")
+
+# Comments and empty lines, which begin no block; a CR at the end may be half a CRLF.
+_SKIPPED = re.compile(rb"(?:(?::[^\r\n]{0,%d}+)?(?:\r\n|\n|\r(?!\Z)))*" % (MAX_EVENT - 1))
+_SKIPPED_FIRST = re.compile(rb"(?:\xef\xbb\xbf)?" + _SKIPPED.pattern)  # the byte order mark, too
 
 
 class EndpointRewriter:
@@ -35,6 +37,7 @@ class EndpointRewriter:
 
     def __init__(self, rewrite: Callable[[str], str]) -> None:
         self._rewrite = rewrite
+        self._skipped = _SKIPPED_FIRST
         self._held = b""
         self._is_done = False
 
@@ -43,70 +46,143 @@ class EndpointRewriter:
         if self._is_done:
             return piece
         self._held += piece
-        passed = b""
-        while not self._is_done and (end := _BLOCK_END.search(self._held)) is not None:
-            block, self._held = self._held[: end.end()], self._held[end.end() :]
-            passed += self._with_uri(block)
-        if self._is_done or not piece or len(self._held) > MAX_HEAD:
+        if not piece:
             self._is_done = True
-            passed, self._held = passed + self._held, b""
+        elif len(self._held) <= MAX_EVENT and b"\n" not in piece and b"\r" not in piece:
+            return b""  # no line has ended
+        passed = b""
+        while not self._is_done:
+            passed += self._skip()
+            end = _BLOCK_END.search(self._held)
+            block = self._held[: end.end()] if end is not None else self._held
+            if len(block.strip(b"\r\n")) > MAX_EVENT:
+                self._is_done = True
+            elif end is None:
+                return passed
+            else:
+                self._held = self._held[end.end() :]
+                passed += self._judged(block)
+        passed, self._held = passed + self._held, b""
         return passed
 
-    def _with_uri(self, block: bytes) -> bytes:
-        lines = _LINE.findall(block.removeprefix(_BOM))
-        fields = [line for line in lines if not line.startswith(b":")]
-        if not fields:
-            return block  # a comment
+    def _skip(self) -> bytes:
+        """What precedes the next block."""
+        found = self._skipped.match(self._held)
+        assert found is not None  # it matches nothing, too
+        self._skipped = _SKIPPED
+        self._held = self._held[found.end() :]
+        return found[0]
+
+    def _judged(self, block: bytes) -> bytes:
+        fields = [_field(line) for line, _ in _LINE.findall(block)]
+        data = [value for name, value in fields if name == b"data"]
+        if not data:
+            return block  # no event: a retry time, or an id
         self._is_done = True
-        if not any(_ENDPOINT.fullmatch(line) for line in fields):
+        if [value for name, value in fields if name == b"event"][-1:] != [b"endpoint"]:
             return block
-        return _LINE.sub(self._data_line, block)
-
-    def _data_line(self, line: re.Match[bytes]) -> bytes:
-        head = _DATA.match(line[0])
-        if head is None:
-            return line[0]
-        uri = line[0][head.end() :].decode("utf-8", "replace")
-        return head[0] + self._rewrite(uri).encode()
+        uri = b"\n".join(data).decode("utf-8", "surrogateescape")
+        rewritten = self._rewrite(uri)
+        if rewritten == uri:
+            return block
+        return _with_data(block, rewritten.encode("utf-8", "surrogateescape"))
 
 
-def named_session(query: str) -> tuple[str, str] | None:
-    """The parameter of a query that names a session, and its value; None where there is none."""
-    pairs = dict(parse_qsl(query, keep_blank_values=True))
-    return next(
-        ((name, pairs[name]) for name in (*SESSION_PARAMETERS, OUR_PARAMETER) if name in pairs),
-        None,
-    )
+def _field(line: bytes) -> tuple[bytes, bytes]:
+    name, _, value = line.partition(b":")
+    return name, value.removeprefix(b" ")
+
+
+def _with_data(block: bytes, data: bytes) -> bytes:
+    """An event with other data on the first of its data lines; the others become comments.
+
+    No line is removed: the ends of its neighbours could join to one.
+    """
+    lines: list[bytes] = []
+    is_said = False
+    for line, end in _LINE.findall(block):
+        if _field(line)[0] != b"data":
+            lines.append(line)
+        elif is_said:
+            lines.append(b":")
+        else:
+            lines.append((b"data: " if line.startswith(b"data: ") else b"data:") + data)
+            is_said = True
+        lines.append(end)
+    return b"".join(lines)
+
+
+class Named(NamedTuple):
+    """A session in a query. `value` is as it stands there, percent-encoded."""
+
+    parameter: str
+    value: str
+
+    @property
+    def id(self) -> str:
+        """The value decoded."""
+        return unquote_plus(self.value)
+
+
+def named_session(query: str) -> Named | None:
+    """The parameter of a query that names a session; None where there is none."""
+    if not query:
+        return None
+    pairs = dict(_pair(part) for part in query.split("&"))
+    names = (*SESSION_PARAMETERS, OUR_PARAMETER)
+    return next((Named(name, pairs[name]) for name in names if name in pairs), None)
 
 
 def with_session(query: str, parameter: str, value: str | None) -> str:
-    """`query` with the session named by `value`; None removes the parameter.
+    """`query` with `value`, percent-encoded, for the parameter; None removes it.
 
     Everything else keeps its bytes.
     """
-    parts = [part for part in query.split("&") if part]
-    kept = [part for part in parts if part.partition("=")[0] != parameter]
-    if len(kept) == len(parts) or value is None:
-        return "&".join(kept if value is None else [*kept, urlencode({parameter: value})])
-    ours = urlencode({parameter: value})
-    return "&".join(ours if part.partition("=")[0] == parameter else part for part in parts)
+    parts = query.split("&") if query else []
+    names = [_pair(part)[0] for part in parts]
+    ours = [] if value is None else [f"{parameter}={value}"]
+    if parameter not in names:
+        return "&".join([*parts, *ours])
+    kept = [ours if n == parameter else [p] for n, p in zip(names, parts, strict=True)]
+    return "&".join(part for some in kept for part in some)
 
 
-def local_uri(base: str, uri: str, hosts: Collection[str]) -> tuple[str, str] | None:
+def _pair(part: str) -> tuple[str, str]:
+    """A parameter's name, and its value with everything but visible ASCII percent-encoded."""
+    name, _, value = part.partition("=")
+    return unquote_plus(name), quote(value, safe=_VISIBLE, errors="surrogateescape")
+
+
+_VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
+
+
+def local_uri(base: str, uri: str, hosts: Iterable[str]) -> tuple[str, str] | None:
     """Path and query of `uri`, as found in a stream from `base`.
 
-    None where it leads elsewhere than to `base` and to `hosts`, which are HOST:PORT without the
-    ports that go without saying.
+    None where it leads elsewhere than to `base` and to `hosts`: authorities, whose port may be left
+    out where it goes without saying.
     """
     try:
         found = urlsplit(urljoin(base, uri.strip()))
+        origin = urlsplit(base)
     except ValueError:
         return None
-    if _host_of(found) not in {_host_of(urlsplit(base)), *hosts}:
+    if found.scheme not in _PORTS:
+        return None
+    known = {_place(origin.netloc, origin.scheme), *(_place(host, found.scheme) for host in hosts)}
+    if _place(found.netloc, found.scheme) not in known:
         return None
     return found.path or "/", found.query
 
 
-def _host_of(parts: SplitResult) -> str:
-    ordinary = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    return parts.netloc.rpartition("@")[2].lower().removesuffix(ordinary or ":")
+_PORTS = {"http": "80", "https": "443"}
+_AUTHORITY = re.compile(r"(?:.*@)?(.*?)(?::([0-9]*))?", re.DOTALL)
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+def _place(authority: str, scheme: str) -> tuple[str, str]:
+    """Host and port; the names of the loopback are one."""
+    parts = _AUTHORITY.fullmatch(authority.lower())
+    assert parts is not None  # it matches everything
+    host = "localhost" if parts[1] in _LOOPBACK else parts[1]
+    return host, parts[2] or _PORTS[scheme]

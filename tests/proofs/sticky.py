@@ -38,7 +38,7 @@ class Scene(NamedTuple):
     def records(self) -> int:
         """How many sessions Redis knows."""
         with self.redis.client() as client:
-            return len(list(client.scan_iter("mcp-proxy:session:*")))
+            return len(list(client.scan_iter("mcp-proxy:*session:*")))
 
 
 @contextmanager

@@ -156,8 +156,11 @@ class Bridge(Backend):
             return  # the answer was faster, or it must not be cancelled (lifecycle page)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
         self._write(jsonrpc.encode(Notification(_CANCELLED, params)))
-        if call.deadline is None:  # on the HTTP+SSE wire nothing waits for an answer
+        if call.deadline is None:
             call.exchange.set_deadline(CANCEL_GRACE, Cancelled)
+            return
+        with self._lock:  # on the HTTP+SSE wire nobody waits for an answer any more
+            self._switchboard.leave(call.wire_id)
 
     def respond(self, response: Response) -> None:
         with self._lock:

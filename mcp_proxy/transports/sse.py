@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from urllib.parse import parse_qs
 
-from mcp_proxy.backends.base import Exchange
+from mcp_proxy.backends.base import Delivery, Exchange
 from mcp_proxy.edge.connection import ClientConnection
 from mcp_proxy.edge.forwarding import mount_of
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.streaming import EventStream
 from mcp_proxy.errors import (
+    BackendLost,
     InvalidRequest,
     MethodNotAllowed,
     NotAcceptable,
@@ -27,6 +28,9 @@ from mcp_proxy.errors import (
     UnsupportedMediaType,
 )
 from mcp_proxy.sessions.session import Session, new_session
+from mcp_proxy.transports.observed import ObservedExchange
+from mcp_proxy.transports.placement import parse_place
+from mcp_proxy.transports.restarts import Restarts
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.jsonrpc import Message, Request
@@ -62,8 +66,7 @@ class SSEProxy(StdioTransport):
     # --- GET -------------------------------------------------------------------------------------
 
     def _open(self, request: ClientRequest) -> Reply:
-        if request.header("Accept") is not None and not request.accepts(headers.EVENT_STREAM):
-            raise NotAcceptable("Accept must name text/event-stream")
+        _require_acceptable(request)
         self.edge.require_open()
         self.edge.slots.take()
         try:
@@ -84,7 +87,7 @@ class SSEProxy(StdioTransport):
         """A new session, and the stream on which its child speaks."""
         bridge = self.sessions.start()
         try:
-            exchange = bridge.listen()
+            exchange = ObservedExchange(bridge.listen(), _FirstAnswer(self.sessions.restarts))
         except BaseException:
             self.sessions.abandon(bridge)
             raise
@@ -133,9 +136,29 @@ class SSEProxy(StdioTransport):
         if named is None:
             raise InvalidRequest("session_id is missing: post to the URI of the endpoint event")
         session = self.manager.load(named)
-        if session.type != KIND:
-            raise InvalidRequest(f"The session belongs to another transport ({session.type})")
+        if session.type != KIND or parse_place(session.backend_url) is None:
+            raise InvalidRequest("The session belongs to another transport")
         return session
+
+
+class _FirstAnswer:
+    """Has readiness know of a server that ended before it had answered anything."""
+
+    def __init__(self, restarts: Restarts) -> None:
+        self._restarts = restarts
+        self._is_over = False
+
+    def __call__(self, delivery: Delivery) -> None:
+        if not self._is_over and isinstance(delivery.failure, BackendLost):
+            self._restarts.note_failure(delivery.failure.message)
+        self._is_over = True
+
+
+def _require_acceptable(request: ClientRequest) -> None:
+    """Raises where the client rules event streams out; this revision does not speak of Accept."""
+    taken = request.accepts(headers.EVENT_STREAM) or request.accepts("*/*")
+    if request.header("Accept") is not None and not taken:
+        raise NotAcceptable("Accept must name text/event-stream")
 
 
 def _require(request: ClientRequest, method: str) -> None:

@@ -17,6 +17,8 @@ from tests.proofs import (
     replica_failures,
     replicas,
     sessions,
+    sse,
+    sse_transparent,
     sticky,
 )
 
@@ -33,8 +35,10 @@ PROOFS: dict[str, Callable[[], None]] = {
     "replicas-kills-each": replica_failures.kills_of_each,
     "replicas-frozen": replica_failures.frozen,
     "redis-outage": replica_failures.outage,
+    "sse-load": sse.load,
     "sessions-churn": churn.sessions_churn,
     "conformance-replicas": conformance.through_replicas,
+    "sse-transparent": sse_transparent.load,
     "routing-commands": passing.routing_commands,
     "large-response": passing.large_response,
 }

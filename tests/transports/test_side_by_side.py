@@ -129,6 +129,22 @@ def over(name: str) -> pytest.MarkDecorator:
     )
 
 
+@pytest.mark.parametrize(
+    "together", [("", OLDEST, k) for k in ("in memory", "in Redis")], indirect=True
+)
+def test_a_session_is_its_transport_s_own(together: Together) -> None:
+    behind = SseClient(together.front, path="/old/sse").open()
+    own = SseClient(together.front, path="/stdio/sse").open()
+    modern = McpClient(together.front, "/stdio/mcp")
+    modern.session = behind.session
+    assert modern.call("ping").status == 400
+    for client, path in ((behind, "/stdio/messages"), (own, "/stdio/mcp")):
+        message = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+        uri = f"{path}?session_id={client.session}"
+        assert client.post(message, uri).status == 400
+    assert own.result("echo", {"to": "you"}) == {"to": "you"}
+
+
 @over("StreamableProxy")
 def test_streamable_http_in_front_of_stdio(together: Together, cell: tuple[str, str, str]) -> None:
     client = McpClient(together.front, "/stdio/mcp")

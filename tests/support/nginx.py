@@ -1,0 +1,114 @@
+"""A real nginx in front of something, with the configuration that a user would write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Self
+
+import pytest
+import requests
+
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Where `scripts/environment` unpacks Debian's package.
+UNPACKED = ROOT / ".nginx" / "usr" / "sbin" / "nginx"
+
+_STOP_TIME = 10.0
+
+# Everything that is not said here is as nginx comes: buffering, timeouts, sizes.
+_CONFIGURATION = """
+user root;
+daemon off;
+worker_processes 1;
+pid {directory}/pid;
+error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        location {prefix}/ {{
+            proxy_pass {target}/;
+            proxy_http_version 1.1;
+            proxy_set_header X-Forwarded-Prefix {prefix};
+            {more}
+        }}
+    }}
+}}
+"""
+
+
+def find_nginx() -> str:
+    """The nginx to run; without one the test fails."""
+    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if found is None and UNPACKED.exists():
+        found = str(UNPACKED)
+    return found or pytest.fail(
+        "nginx is missing: install it (`apt-get install nginx-light`), or let scripts/test unpack "
+        "Debian's package"
+    )
+
+
+class Nginx:
+    """An nginx process that passes what is below `prefix` on to `target`, without the prefix."""
+
+    def __init__(self, directory: Path, target: str, prefix: str, more: str = "") -> None:
+        program = find_nginx()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        self._log = directory / "log"
+        file = directory / "nginx.conf"
+        fields = {"directory": directory, "port": self.port, "prefix": prefix, "target": target}
+        file.write_text(_CONFIGURATION.format(more=more, **fields), encoding="utf-8")
+        with self._log.open("wb") as log:
+            command = [program, "-p", str(directory), "-c", str(file), "-e", "stderr"]
+            # The way of an nginx that replaces another one: it is given the sockets by number.
+            listening = self._socket.fileno()
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "NGINX": f"{listening};"},
+                pass_fds=[listening],
+            )
+        try:
+            eventually(self._is_serving, message="nginx does not serve")
+        except BaseException as error:
+            error.add_note(self._log.read_text(errors="replace"))
+            self.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def base(self) -> str:
+        """The address without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.terminate()
+        self._process.wait(_STOP_TIME)
+        self._socket.close()
+
+    def _is_serving(self) -> bool:
+        assert self._process.poll() is None, "nginx ended"
+        try:
+            return requests.get(self.base, timeout=_STOP_TIME).status_code == 404
+        except requests.ConnectionError:
+            return False

@@ -135,13 +135,13 @@ def test_several_servers_stand_under_their_names(tmp_path: Path) -> None:
 def test_more_than_one_worker_is_refused_by_the_command() -> None:
     refused = run("-m", "mcp_proxy", "--workers", "2", "--", *SCRIPTED)
     assert refused.returncode == 2
-    assert "2 workers cannot serve each other's stdio sessions" in refused.stderr
+    assert "2 workers do not know each other's sessions" in refused.stderr
 
 
 def test_more_than_one_worker_is_refused_by_our_gunicorn_configuration() -> None:
     refused = run(*GUNICORN, "-w", "2", "-b", "127.0.0.1:0")
     assert refused.returncode != 0
-    assert "2 workers cannot serve each other's stdio sessions" in refused.stderr
+    assert "2 workers do not know each other's sessions" in refused.stderr
 
 
 def test_a_bad_setting_is_one_sentence() -> None:
@@ -158,11 +158,17 @@ def test_check_prints_a_table(redis_server: RedisServer) -> None:
     assert re.search(r"ok +server default +scripted 1, revision 2025-11-25", good.stdout)
 
 
+def test_check_says_that_workers_need_redis() -> None:
+    bad = run("-m", "mcp_proxy", "check", "--workers", "3", "--", *SCRIPTED)
+    assert bad.returncode == 1
+    assert re.search(r"FAIL +workers +3 workers do not know", bad.stdout)
+
+
 def test_check_says_what_is_wrong() -> None:
     lost = ["--redis-url", "redis://127.0.0.1:1", "--workers", "3"]
     bad = run("-m", "mcp_proxy", "check", *lost, "--", *SCRIPTED, "--die-on-initialize")
     assert bad.returncode == 1
-    assert re.search(r"FAIL +workers +3 workers", bad.stdout)
+    assert re.search(r"ok +workers +3 with 64 threads", bad.stdout)
     assert re.search(r"FAIL +sessions", bad.stdout)
     assert re.search(r"FAIL +server default +The server ended \(exit code 3\)", bad.stdout)
     assert "stderr: cannot find my database" in bad.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mcp_proxy.errors import Overloaded
 
@@ -24,6 +26,16 @@ class StreamSlots:
             if self._taken >= self.limit:
                 raise Overloaded(f"All {self.limit} standing streams of this worker are taken")
             self._taken += 1
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Takes a place, which stays taken unless the block raises; raises Overloaded."""
+        self.take()
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Gives a place back; once for each that was taken."""

@@ -68,12 +68,8 @@ class SSEProxy(StdioTransport):
     def _open(self, request: ClientRequest) -> Reply:
         _require_acceptable(request)
         self.edge.require_open()
-        self.edge.slots.take()
-        try:
+        with self.edge.slots.opening():
             session, exchange = self._begin()
-        except BaseException:
-            self.edge.slots.release()
-            raise
         body = EventStream(
             exchange,
             ClientConnection(request.environ),

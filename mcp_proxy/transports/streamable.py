@@ -219,12 +219,8 @@ class StreamableProxy(StdioTransport):
         self.edge.require_open()
         session = self._session(request)
         after = request.header("Last-Event-ID")
-        self.edge.slots.take()
-        try:
+        with self.edge.slots.opening():
             exchange = self._resumed(session, after) if after else self._standing(session, None)
-        except BaseException:
-            self.edge.slots.release()
-            raise
         body = EventStream(
             exchange,
             ClientConnection(request.environ),

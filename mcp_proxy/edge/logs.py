@@ -40,7 +40,7 @@ def log_access(request: ClientRequest, status: int) -> None:
         "status": status,
         "ms": round((time.monotonic() - request.started) * 1000, 1),
         "client": request.environ.get("REMOTE_ADDR", ""),
-        "session": (request.session_id or "")[-8:],
+        "session": (request.session or "")[-8:],
         "rpc": request.rpc or "",
     }
     access.info(_ACCESS_LINE, fields, extra={"fields": fields})

@@ -49,10 +49,11 @@ class ClientRequest:
     """One HTTP request. Used by one thread at a time.
 
     `id` is the caller's X-Request-ID if it is a decent one, else one of `ids`; `rpc` is the
-    JSON-RPC method it carried, once that is known; both are for the log.
+    JSON-RPC method it carried and `session` the session that it named or opened, once that is
+    known; all are for the log.
     """
 
-    __slots__ = ("environ", "id", "method", "path", "rpc", "started")
+    __slots__ = ("environ", "id", "method", "path", "rpc", "session", "started")
 
     def __init__(self, environ: WSGIEnvironment, ids: RequestIds) -> None:
         self.environ = environ
@@ -62,6 +63,7 @@ class ClientRequest:
         self.id = given if given and _is_request_id(given) else ids.new()
         self.started = time.monotonic()
         self.rpc: str | None = None
+        self.session = self.session_id
 
     def header(self, name: str) -> str | None:
         """The value of a request header, None where it is absent."""

@@ -105,6 +105,7 @@ class EndpointSessions:
         if session.type != KIND or parse_target(session.backend_url or "") is None:
             return None  # another transport's over the same manager
         self._chooser.used(session.id)
+        request.session = session.id
         return session
 
     def target_of(self, request: ClientRequest, session: Session) -> str:
@@ -194,6 +195,7 @@ class EndpointStream:
         path, query = found
         named = named_session(query) or Named(OUR_PARAMETER, "")
         self._session = session = self._sessions.record(address, named)
+        self._request.session = session.id
         self._release = self._sessions.keep(session)
         if BACKEND_SID in session.metadata:
             query = with_session(query, named.parameter, session.id)

@@ -70,6 +70,7 @@ class SSEProxy(StdioTransport):
         self.edge.require_open()
         with self.edge.slots.opening():
             session, exchange = self._begin()
+        request.session = session.id
         body = EventStream(
             exchange,
             ClientConnection(request.environ),
@@ -131,6 +132,7 @@ class SSEProxy(StdioTransport):
         named = next((query[name][0] for name in _ID_PARAMETERS if name in query), None)
         if named is None:
             raise InvalidRequest("session_id is missing: post to the URI of the endpoint event")
+        request.session = named
         session = self.manager.load(named)
         if session.type != KIND or parse_place(session.backend_url) is None:
             raise InvalidRequest("The session belongs to another transport")

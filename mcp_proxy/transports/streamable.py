@@ -119,6 +119,7 @@ class StreamableProxy(StdioTransport):
             raise
         if opening.was_refused:
             return reply
+        request.session = session_id
         return reply._replace(headers=[*reply.headers, (headers.SESSION_ID, session_id)])
 
     def _batch(self, request: ClientRequest, session: Session, batch: Batch) -> Reply:

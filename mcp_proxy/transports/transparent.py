@@ -208,6 +208,7 @@ class TransparentProxy(Transport):
             return self._reply(request, call, message)
         try:
             session = self._pinning.record(call.address, session_id, message)
+            request.session = session.id
         except BaseException:
             call.close()
             raise

@@ -36,6 +36,19 @@ def test_servers_of_a_file_have_paths_of_their_own(two_servers: ProxyConfig) -> 
     }
 
 
+def test_clients_of_2024_11_05_are_told_their_url() -> None:
+    printed = banner(ProxyConfig(command=("x",)), ["http://127.0.0.1:9000"])
+    assert "http://127.0.0.1:9000/sse for clients of 2024-11-05" in printed
+    printed = banner(ProxyConfig(target_url=("http://h/mcp",)), ["http://127.0.0.1:9000"])
+    assert "/sse" not in printed
+
+
+def test_a_server_without_streamable_http_is_at_its_stream() -> None:
+    only = ProxyConfig(command=("x",), stdio_transports=("sse",))
+    entry = {"type": "sse", "url": "http://127.0.0.1:9000/sse"}
+    assert pasted(banner(only, ["http://127.0.0.1:9000"])) == {"mcpServers": {"default": entry}}
+
+
 def test_the_banner_holds_what_a_client_wants_to_paste(two_servers: ProxyConfig) -> None:
     printed = banner(two_servers, ["http://127.0.0.1:9000"])
     assert pasted(printed) == {

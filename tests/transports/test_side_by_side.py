@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -143,6 +144,29 @@ def test_a_session_is_its_transport_s_own(together: Together) -> None:
         uri = f"{path}?session_id={client.session}"
         assert client.post(message, uri).status == 400
     assert own.result("echo", {"to": "you"}) == {"to": "you"}
+
+
+def test_log_lines_name_the_session(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mcp_proxy.access")
+    with OldServer("old") as old:
+        together = Together(LocalStorage(), OLDEST, [f"{old.url}/sse", f"{old.url}/mcp"])
+        own, behind = (
+            SseClient(together.front, path=f"/{at}/sse").open() for at in ("stdio", "old")
+        )
+        modern = McpClient(together.front, "/stdio/mcp")
+        modern.initialize(OLDEST).body()
+        for client in (own, behind):
+            client.close()
+        together.close()
+    seen = {(record.fields["path"], record.fields["session"]) for record in caplog.records}  # type: ignore[attr-defined]
+    for path, session in (
+        ("/stdio/sse", own.session),
+        ("/stdio/messages", own.session),
+        ("/old/sse", behind.session),
+        ("/old/messages", behind.session),
+        ("/stdio/mcp", modern.session or ""),
+    ):
+        assert (path, session[-8:]) in seen
 
 
 @over("StreamableProxy")

@@ -30,7 +30,8 @@ _PAUSE = 0.25
 class Conversation(ABC):
     """One end of a channel with what it is about.
 
-    `step` is called by the courier, `take` by the listener, `lose` by either; none may wait.
+    `step` is called by the courier, `take` by the listener, `lose` by either; none may wait, but
+    for the store.
     """
 
     channel: Channel
@@ -40,8 +41,8 @@ class Conversation(ABC):
         """What is to be sent now."""
 
     @abstractmethod
-    def take(self, message: bytes, fresh_until: float) -> None:
-        """A message of the other side, to be acted upon before `fresh_until` (monotonic)."""
+    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
+        """A message of the other side, to be acted upon as long as it `is_fresh`."""
 
     @abstractmethod
     def lose(self, sentence: str, is_gone: bool = False) -> None:
@@ -49,6 +50,11 @@ class Conversation(ABC):
 
         `is_gone`: nor can anybody else, so that its sessions may be taken over.
         """
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits for an answer that this conversation brings."""
+        return False
 
     def tick(self) -> None:  # noqa: B027  (most have no deadlines to look at)
         """Called now and then."""

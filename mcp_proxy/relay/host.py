@@ -7,13 +7,12 @@ taken out of it stale, and says so to whoever asked.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Protocol
 
 from mcp_proxy.backends.base import Backend, Delivery
 from mcp_proxy.backends.exchange import PushedExchange
-from mcp_proxy.errors import BackendError, BackendUnreached, ProxyError
+from mcp_proxy.errors import BackendError, BackendUnavailable, BackendUnreached, ProxyError
 from mcp_proxy.relay import messages
 from mcp_proxy.relay.courier import Conversation
 from mcp_proxy.relay.frames import Channel, Frame
@@ -56,27 +55,27 @@ class Hosted(Conversation):
 
     # --- from the other side: listener's thread, then a lane's -----------------------------------
 
-    def take(self, message: bytes, fresh_until: float) -> None:
+    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
         said = messages.decode_to_owner(message)
         if isinstance(said, (Call, Listen, Tell, Stop)):
             self._lane = said.child
         self.channel.note_read()
-        self._relay.in_order(self._lane, lambda: self._act(said, fresh_until))
+        self._relay.in_order(self._lane, lambda: self._act(said, is_fresh))
 
-    def _act(self, said: messages.ToOwner, fresh_until: float) -> None:
+    def _act(self, said: messages.ToOwner, is_fresh: Callable[[], bool]) -> None:
         if isinstance(said, Leave):
             self.leave()
         elif isinstance(said, Begin):
             if self._exchange is not None:
                 self._exchange.begin()
         else:
-            self._open(said, fresh_until)
+            self._open(said, is_fresh)
         self._relay.wake(self)
 
-    def _open(self, said: Call | Listen | Tell | Stop, fresh_until: float) -> None:
+    def _open(self, said: Call | Listen | Tell | Stop, is_fresh: Callable[[], bool]) -> None:
         try:
-            if time.monotonic() > fresh_until:
-                raise BackendUnreached("The replica that held the session was away for too long")
+            if not is_fresh():
+                raise BackendUnavailable("The replica that holds the session was away; try again")
             backend = self._relay.find(said.child)
             if backend is None:
                 raise BackendUnreached("The server of the session is not here any more")
@@ -113,19 +112,31 @@ class Hosted(Conversation):
         self._is_done = True
         self.channel.put(messages.encode(last))
 
+    @property
+    def is_awaited(self) -> bool:
+        return not self._is_standing
+
     # --- to the other side: courier's thread -----------------------------------------------------
 
     def step(self) -> list[Frame]:
         outgoing = self.channel.outgoing()
-        while not self._is_done and self.channel.has_room:
-            if not self._pass_on():
-                break
+        while not self._is_done and self.channel.has_room and self._can_pass_on():
             outgoing += self.channel.outgoing()
         if self._is_done:
             outgoing += self.channel.outgoing()
             if self.channel.is_drained:
                 self._relay.forget(self)
         return outgoing
+
+    def _can_pass_on(self) -> bool:
+        """Whether there was another delivery; what the log fails at ends the conversation."""
+        try:
+            return self._pass_on()
+        except ProxyError as error:
+            log.warning("a stream for another replica ends: %s", error)
+            self._finish(messages.Refused(("BackendLost", error.message)))
+            self._relay.in_order(self._lane, self.leave)
+            return False
 
     def _pass_on(self) -> bool:
         """Puts the next delivery, if there is one, and notices that there will be no more."""

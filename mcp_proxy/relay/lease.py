@@ -48,6 +48,7 @@ class Lease:
         # Written by the thread (and before it starts), read by anybody.
         self._in_contact_since: float | None = None
         self._was_away = False  # ever
+        self._lapses = 0
         self._renewed = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mcp-relay-lease", daemon=True)
@@ -76,12 +77,16 @@ class Lease:
     @property
     def is_held(self) -> bool:
         """Whether nobody can have declared this replica dead: false after having been frozen."""
-        return time.monotonic() < self.fresh_until
+        return time.monotonic() < self._renewed + self._mailboxes.lease
 
-    @property
-    def fresh_until(self) -> float:
-        """Until when (monotonic) nobody can declare this replica dead."""
-        return self._renewed + self._mailboxes.lease
+    def witness(self) -> Callable[[], bool]:
+        """What tells, later, whether a letter that is read from now on may be acted upon.
+
+        It must not if this replica can have been declared dead since then. Where the lease is not
+        held now there is no mailbox: what comes was sent to the next one.
+        """
+        lapses = self._lapses if self.is_held else self._lapses + 1
+        return lambda: self.is_held and self._lapses <= lapses
 
     def _run(self) -> None:
         pause = min(_RETRY, self._mailboxes.lease / _LOOKS)
@@ -104,6 +109,7 @@ class Lease:
     def _renew(self) -> None:
         began = time.monotonic()
         had_lapsed = not self._mailboxes.renew(self._replica)
+        self._lapses += had_lapsed  # before the lease counts as held again
         if had_lapsed or self._in_contact_since is None:
             self._in_contact_since = began
         self._renewed = began

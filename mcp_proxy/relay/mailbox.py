@@ -12,9 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: Seconds that a mailbox lives without being renewed, and between two renewals.
+#: Seconds that a mailbox lives without being renewed.
 LEASE = 15.0
-HEARTBEAT = LEASE / 3
 
 
 class Letter(NamedTuple):

@@ -56,7 +56,8 @@ class Relay:
         self._replica = replica
         self._finders: list[Finder] = []
         self._lapse_listeners: list[Callable[[], None]] = []
-        self._lock = threading.Lock()  # guards _running
+        self._lock = threading.Lock()  # guards _running and _failures
+        self._failures = 0  # to open the mailbox
         self._running: _Running | None = None
         self._is_closed = False
 
@@ -89,6 +90,12 @@ class Relay:
         running = self._running
         return running is None or running.pid != os.getpid() or running.lease.is_held
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a client, here or at another replica, waits for an answer that is relayed."""
+        running = self._running
+        return running is not None and running.pid == os.getpid() and running.is_busy
+
     def close(self) -> None:
         """Ends every conversation and the mailbox; harmless when repeated."""
         with self._lock:
@@ -98,14 +105,24 @@ class Relay:
             running.stop()
 
     def _begun(self) -> _Running:
+        failures = self._failures
         with self._lock:
             if self._is_closed:
                 raise StorageUnavailable("This replica is shutting down")
             if self._running is None or self._running.pid != os.getpid():
-                running = _Running(self._mailboxes, self._replica.id, self._find, self._on_lapse)
-                running.start()
-                self._running = running
+                if self._failures != failures:
+                    raise StorageUnavailable  # as somebody found out while we waited for our turn
+                self._running = self._started()
             return self._running
+
+    def _started(self) -> _Running:
+        running = _Running(self._mailboxes, self._replica.id, self._find, self._on_lapse)
+        try:
+            running.start()
+        except StorageUnavailable:
+            self._failures += 1
+            raise
+        return running
 
     def _find(self, child: str) -> Backend | None:
         return next((found for find in self._finders if (found := find(child))), None)
@@ -190,6 +207,10 @@ class _Running:
     def in_order(self, lane: str, act: Callable[[], None]) -> None:
         self._lanes.add(lane, act)
 
+    @property
+    def is_busy(self) -> bool:
+        return any(conversation.is_awaited for conversation in self._all())
+
     def _all(self) -> list[Conversation]:
         with self._lock:
             return list(self._conversations.values())
@@ -197,10 +218,9 @@ class _Running:
     # --- the listener ----------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        # What is read is as old as the wait for it, at the most: a short lease wants shorter ones.
         wait = min(_WAIT, self._mailboxes.lease / 3)
         while not self._is_stopping:
-            fresh_until = self._fresh_until()
+            is_fresh = self.lease.witness()
             try:
                 letters = self._mailboxes.collect(self._own, wait)
             except StorageUnavailable as error:
@@ -208,38 +228,32 @@ class _Running:
                 time.sleep(_PAUSE)
                 continue
             for letter in filter(None, letters):
-                self._take(letter, fresh_until)
+                self._take(letter, is_fresh)
 
-    def _fresh_until(self) -> float:
-        """Until when what is read from now on may be acted upon.
-
-        Where the lease has run out there is no mailbox, and what comes was sent to a new one.
-        """
-        now, held_until = time.monotonic(), self.lease.fresh_until
-        return held_until if held_until > now else now + self._mailboxes.lease
-
-    def _take(self, letter: bytes, fresh_until: float) -> None:
+    def _take(self, letter: bytes, is_fresh: Callable[[], bool]) -> None:
         try:
             frame = frames.decode(letter)
             conversation = self._conversation_of(frame)
             if conversation is not None:
-                self._hand_over_or_forget(conversation, frame, fresh_until)
+                self._hand_over_or_forget(conversation, frame, is_fresh)
         except msgspec.DecodeError as error:
             log.error("a letter of another replica cannot be read: %s", error)
         except Exception:
             log.exception("a letter of another replica was not understood")
 
     def _hand_over_or_forget(
-        self, conversation: Conversation, frame: Frame, fresh_until: float
+        self, conversation: Conversation, frame: Frame, is_fresh: Callable[[], bool]
     ) -> None:
         try:
-            self._hand_over(conversation, frame, fresh_until)
+            self._hand_over(conversation, frame, is_fresh)
         except Exception:
             if isinstance(conversation, Hosted) and frame.is_first:
                 self.forget(conversation)
             raise
 
-    def _hand_over(self, conversation: Conversation, frame: Frame, fresh_until: float) -> None:
+    def _hand_over(
+        self, conversation: Conversation, frame: Frame, is_fresh: Callable[[], bool]
+    ) -> None:
         channel = conversation.channel
         channel.reach = Reach.CERTAIN
         if frame.kind == Kind.UNKNOWN:
@@ -254,7 +268,7 @@ class _Running:
         if frame.kind == Kind.PROBE:
             self._send(frame.sender, channel.count(Kind.COUNT))
         if message is not None:
-            conversation.take(message, fresh_until)
+            conversation.take(message, is_fresh)
         if frame.kind != Kind.PIECE or channel.is_credit_due:
             self._courier.wake(conversation)
 
@@ -306,6 +320,8 @@ class _Running:
                 self._send(conversation.channel.peer, conversation.channel.count(Kind.PROBE))
 
     def _note_lapse(self) -> None:
+        with contextlib.suppress(StorageUnavailable):  # the listener looks at the lease anew
+            self._mailboxes.post([Letter(self._own, _NOTHING)])
         self._next_probe = 0.0
         self._on_lapse()
 
@@ -320,7 +336,7 @@ class _Remark(Conversation):
     def step(self) -> list[Frame]:
         return [self._frame]
 
-    def take(self, message: bytes, fresh_until: float) -> None:
+    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
         pass
 
     def lose(self, sentence: str, is_gone: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mcp_proxy.backends.base import Backend, Delivery
@@ -99,13 +99,18 @@ class RemoteExchange(QueuedExchange, Conversation):
 
     # --- the other side --------------------------------------------------------------------------
 
+    @property
+    def is_awaited(self) -> bool:
+        with self._lock:
+            return bool(self._unanswered)
+
     def step(self) -> list[Frame]:
         outgoing = self.channel.outgoing()
         if self.is_closed and self.channel.is_drained:
             self._relay.forget(self)
         return outgoing
 
-    def take(self, message: bytes, fresh_until: float) -> None:
+    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
         said = messages.decode_from_owner(message)
         if isinstance(said, Delivered):
             failure = None if said.failure is None else messages.error_of(said.failure)
@@ -121,9 +126,11 @@ class RemoteExchange(QueuedExchange, Conversation):
             self.end(said.replaced)
         elif isinstance(said, messages.Refused):
             self._fail(messages.error_of(said.failure))
+            self._relay.forget(self)
 
     def lose(self, sentence: str, is_gone: bool = False) -> None:
         self._fail(_loss(self.channel, sentence, is_gone))
+        self._relay.forget(self)
 
     def _is_answered(self) -> bool:
         with self._lock:
@@ -180,10 +187,14 @@ class _Errand(Conversation):
         self._done = threading.Event()
         self._failure: BackendError | None = None
 
+    @property
+    def is_awaited(self) -> bool:
+        return not self._done.is_set()
+
     def step(self) -> list[Frame]:
         return self.channel.outgoing()
 
-    def take(self, message: bytes, fresh_until: float) -> None:
+    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
         said = messages.decode_from_owner(message)
         if isinstance(said, messages.Refused):
             self._failure = messages.error_of(said.failure)

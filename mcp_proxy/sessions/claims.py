@@ -14,7 +14,7 @@ from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import CLAIM, Session
 
 #: Seconds that the winner has; after that somebody else may try.
-CLAIM_TIME = 30.0
+CLAIM_TIME = 60.0
 
 _POLL = 0.05
 

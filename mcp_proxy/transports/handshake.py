@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import msgspec
 
 from mcp_proxy.backends.base import Backend
-from mcp_proxy.errors import BackendLost, SessionEnded
-from mcp_proxy.sessions.session import INIT_BODY, PROTOCOL_VERSION, Session, new_session
+from mcp_proxy.errors import BackendLost, SessionEnded, SessionNotFound
+from mcp_proxy.sessions import claims
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.session import INIT_BODY, PROTOCOL_VERSION, RESUME, Session, new_session
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
@@ -101,12 +104,28 @@ def changed(resume: str | None, change: Change) -> str:
     return msgspec.json.encode(state).decode()
 
 
+def remember(manager: SessionManager, session_id: str, change: Change) -> None:
+    """Notes a log level or a subscription in the session's record, for when the child is lost.
+
+    Waits while somebody is bringing the child back; raises StorageUnavailable.
+    """
+    while True:
+        try:
+            session = claims.unclaimed(manager, manager.load(session_id))
+        except SessionNotFound:
+            return
+        resume = changed(session.metadata.get(RESUME), change)
+        if manager.swap(session, session.with_metadata(**{RESUME: resume})):
+            return
+
+
 def replay(backend: Backend, body: str, version: str, resume: str | None, timeout: float) -> None:
     """Tells a new server what the lost one knew: initialize at `version`, log level, subscriptions.
 
-    Raises BackendLost or BackendTimeout when it does not answer, SessionEnded when it does not
-    speak `version` any more.
+    Raises BackendLost or BackendTimeout when it has not answered all of it in `timeout` seconds,
+    SessionEnded when it does not speak `version` any more.
     """
+    until = time.monotonic() + timeout
     request = jsonrpc.parse_message(body.encode())
     assert isinstance(request, Request)
     params = jsonrpc.replace_field(request.params, ("protocolVersion",), version)
@@ -115,7 +134,7 @@ def replay(backend: Backend, body: str, version: str, resume: str | None, timeou
         raise SessionEnded
     backend.notify(Notification(INITIALIZED))
     for request in _resuming(msgspec.json.decode(resume or "{}", type=_Resume)):
-        ask(backend, request, timeout)
+        ask(backend, request, max(0.1, until - time.monotonic()))
 
 
 def _resuming(state: _Resume) -> list[Request]:

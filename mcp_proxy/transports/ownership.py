@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds for a new child to answer each request of the replay: well within a claim.
+# Seconds for a new child to answer the replay: well within a claim.
 _REPLAY_TIME = claims.CLAIM_TIME / 3
 
 
@@ -95,6 +95,7 @@ class StdioSessions:
         self._lock = threading.Lock()  # guards _held and _opening
         self._held: dict[str, _Held] = {}
         self._opening = 0
+        self._returning: set[str] = set()  # ids of sessions whose children are brought back
         self._is_closing = False
 
     def __repr__(self) -> str:
@@ -234,17 +235,6 @@ class StdioSessions:
         except StorageError as error:
             log.warning("[%s] the record of a session is left: %s", self.server.name, error)
 
-    def update_resume(self, session_id: str, change: handshake.Change) -> None:
-        """Remembers a log level or a subscription, for the day when the child is lost."""
-        while True:
-            try:
-                session = claims.unclaimed(self.manager, self.manager.load(session_id))
-            except SessionNotFound:
-                return
-            resume = handshake.changed(session.metadata.get(RESUME), change)
-            if self.manager.swap(session, session.with_metadata(**{RESUME: resume})):
-                return
-
     # --- recovery --------------------------------------------------------------------------------
 
     def _recover(self, session: Session) -> Backend:
@@ -254,9 +244,13 @@ class StdioSessions:
         claimed = claims.claim(self.manager, session)
         if claimed is None:
             return self.backend_of(self.manager.load(session.id))
-        bridge = self._bring_back_or_release(claimed)
-        url = self._url(bridge)
-        held = self._hold(url, session.id, bridge)
+        self._returning.add(session.id)
+        try:
+            bridge = self._bring_back_or_release(claimed)
+            url = self._url(bridge)
+            held = self._hold(url, session.id, bridge)
+        finally:
+            self._returning.discard(session.id)
         if not claims.settle(self.manager, claimed, **{BACKEND_URL: url}):
             self._release(url)
             return self.backend_of(self.manager.load(session.id))
@@ -363,8 +357,9 @@ class StdioSessions:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a client waits for an answer."""
-        return any(held.bridge.is_busy for held in self._held_copy().values())
+        """Whether a client waits for an answer, that to its initialize included."""
+        is_starting = self._opening > 0 or bool(self._returning)
+        return is_starting or any(held.bridge.is_busy for held in self._held_copy().values())
 
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
@@ -381,7 +376,9 @@ class StdioSessions:
     def _disown(self, session_id: str, url: str) -> None:
         try:
             session = self.manager.peek(session_id)
-            if session is not None and session.backend_url == url:
+            if session is None or session.backend_url != url:
+                return
+            if CLAIM not in session.metadata:  # else somebody takes it over already
                 self.manager.swap(session, session.with_metadata(**{BACKEND_URL: None}))
         except StorageError as error:
             log.warning("[%s] a session could not be handed over: %s", self.server.name, error)

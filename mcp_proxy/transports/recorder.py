@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from mcp_proxy.backends.exchange import PushedExchange
@@ -44,14 +46,15 @@ class Recorder:
         self._woken.put(None)
 
     def _run(self) -> None:
+        next_look = 0.0
         while not self._is_closed:
-            try:
+            with contextlib.suppress(queue.Empty):
                 exchange = self._woken.get(timeout=_LOOK if self._recorded else None)
-            except queue.Empty:
+                if exchange is not None:
+                    self._read(exchange)
+            if time.monotonic() > next_look:
+                next_look = time.monotonic() + _LOOK
                 self._look_at_deadlines()
-                continue
-            if exchange is not None:
-                self._read(exchange)
 
     def _look_at_deadlines(self) -> None:
         with self._lock:

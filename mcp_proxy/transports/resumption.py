@@ -28,7 +28,9 @@ _LOST = "The server was lost before it answered"
 class ResumedStream(Exchange):
     """What came after `event` on its stream.
 
-    `is_orphaned` says whether the child of the stream is lost; it may raise StorageError.
+    `is_orphaned` says whether the child of the stream is lost; it may raise StorageError. Without
+    an answer it ends with an error after `timeout` seconds, and without one when `is_draining`: its
+    client comes back, to another replica.
     """
 
     def __init__(
@@ -37,12 +39,17 @@ class ResumedStream(Exchange):
         session_id: str,
         event: LoggedEvent,
         is_orphaned: Callable[[], bool],
+        timeout: float,
+        is_draining: Callable[[], bool],
     ) -> None:
         self._events = events
         self._session_id = session_id
         self._stream = event.stream
         self._after = event.id
         self._is_orphaned = is_orphaned
+        self._is_draining = is_draining
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         self._found: deque[Delivery] = deque()
         self._is_complete = event.is_last
 
@@ -67,10 +74,17 @@ class ResumedStream(Exchange):
         self._found.clear()
 
     def _look(self, timeout: float) -> None:
+        if self._is_draining():
+            self._is_complete = True
+            return
         try:
-            if not self._read(timeout) and self._is_orphaned():
+            if self._read(timeout):
+                return
+            if self._is_orphaned():
                 self._read_all()
-                self._fail()
+                self._fail(_LOST)
+            elif time.monotonic() > self._deadline:
+                self._fail(f"The server did not answer within {self._timeout:g} seconds")
         except StorageError:
             time.sleep(timeout)  # the store is away; the client hears keepalives meanwhile
 
@@ -89,13 +103,13 @@ class ResumedStream(Exchange):
                     self._found.append(Delivery(event.data, False, event_id=event.id))
         return bool(events)
 
-    def _fail(self) -> None:
+    def _fail(self, sentence: str) -> None:
         """Tells the client that nothing more will come, for each request without an answer."""
         if self._is_complete:
             return
         self._is_complete = True
         for request_id in self._unanswered():
-            data = jsonrpc.encode_error(PROXY_ERROR, _LOST, request_id)
+            data = jsonrpc.encode_error(PROXY_ERROR, sentence, request_id)
             self._found.append(Delivery(data, is_response=True))
 
     def _unanswered(self) -> list[RequestId]:

@@ -36,7 +36,7 @@ from mcp_proxy.wire.targets import Address, Target, parse_target, request_target
 log = logging.getLogger(__name__)
 
 #: Seconds that a backend has for each step of a handshake: all of them well within a claim.
-HANDSHAKE_TIME = claims.CLAIM_TIME / 3
+HANDSHAKE_TIME = claims.CLAIM_TIME / 6
 
 _INITIALIZED = jsonrpc.encode(Notification("notifications/initialized"))
 

@@ -25,6 +25,7 @@ from mcp_proxy.errors import (
     NotAcceptable,
     NotFound,
     ProxyError,
+    SessionEnded,
     UnsupportedMediaType,
 )
 from mcp_proxy.sessions.session import Session, new_session
@@ -134,6 +135,8 @@ class SSEProxy(StdioTransport):
             raise InvalidRequest("session_id is missing: post to the URI of the endpoint event")
         request.session = named
         session = self.manager.load(named)
+        if session.backend_url is None:
+            raise SessionEnded  # handed over by a worker that stops, and its stream with it
         if session.type != KIND or parse_place(session.backend_url) is None:
             raise InvalidRequest("The session belongs to another transport")
         return session

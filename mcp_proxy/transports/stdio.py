@@ -73,7 +73,7 @@ class StdioTransport(Transport):
 
     @property
     def is_busy(self) -> bool:
-        return self.sessions.is_busy
+        return self.sessions.is_busy or (self.relay is not None and self.relay.is_busy)
 
     def end_streams(self) -> None:
         self.sessions.end_streams()

@@ -7,6 +7,7 @@ DELETE ends the session. References are to "Streamable HTTP" in the transports p
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -164,7 +165,8 @@ class StreamableProxy(StdioTransport):
     ) -> Reply:
         may_stream = request.accepts(headers.EVENT_STREAM)
         may_be_json = request.accepts(headers.JSON)
-        patience = self.settings.sse_after if may_stream else self.settings.request_timeout + 1
+        # An exchange ends by itself, when its time is over; a client that takes JSON alone waits.
+        patience = self.settings.sse_after if may_stream else threading.TIMEOUT_MAX
         until = time.monotonic() + patience
         answers: list[Delivery] = []
         while may_be_json and not exchange.is_over:
@@ -205,7 +207,7 @@ class StreamableProxy(StdioTransport):
         def on_response(delivery: Delivery) -> None:
             answer = jsonrpc.parse_message(delivery.data)
             if isinstance(answer, Response) and answer.result is not msgspec.UNSET:
-                self.sessions.update_resume(session_id, change)
+                handshake.remember(self.manager, session_id, change)
 
         return ObservedExchange(exchange, on_response)
 
@@ -247,6 +249,8 @@ class StreamableProxy(StdioTransport):
             session.id,
             event,
             lambda: self.sessions.is_orphaned(session.id, child),
+            self.settings.request_timeout,
+            lambda: self.edge.is_draining,
         )
 
     def _delete(self, request: ClientRequest) -> Reply:

@@ -31,7 +31,7 @@ class Talk(Conversation):
     def step(self) -> list[Frame]:
         return self.channel.outgoing()
 
-    def take(self, message: bytes, fresh_until: float) -> None:
+    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
         raise AssertionError("nothing is received here")
 
     def lose(self, sentence: str, is_gone: bool = False) -> None:

@@ -59,6 +59,26 @@ def judgement(lease: Lease, replica: str) -> bool | None:
 # --- one's own -----------------------------------------------------------------------------------
 
 
+def test_what_is_read_may_be_acted_upon_while_the_lease_is_held(scene: Scene) -> None:
+    is_fresh, end = scene.lease.witness(), time.monotonic() + 2 * LEASE
+    eventually(lambda: time.monotonic() > end)  # renewed meanwhile, however long it takes
+    assert is_fresh()
+
+
+def test_what_was_read_before_a_lapse_may_not_be_acted_upon(scene: Scene) -> None:
+    before = scene.lease.witness()
+    scene.mailboxes.is_away = True
+    eventually(lambda: not scene.lease.is_held)
+    assert not before()
+    during = scene.lease.witness()
+    assert not during()
+    scene.mailboxes.is_away = False
+    eventually(lambda: scene.lease.is_held)
+    assert not before()
+    assert during()  # what came since then was sent to the new mailbox
+    assert scene.lease.witness()()
+
+
 def test_the_lease_is_renewed_for_as_long_as_it_runs(scene: Scene) -> None:
     until = time.monotonic() + 2 * LEASE
     while time.monotonic() < until:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -124,6 +125,16 @@ def test_what_did_not_get_to_the_child_was_not_reached(client: Node, owner: Node
     owner.child.refusal = BackendUnreached("The server ended")
     with pytest.raises(BackendUnreached, match="The server ended"):
         client.reach(owner).send([call("add")], False, 5).receive(PATIENCE)
+
+
+def test_a_conversation_that_fails_is_forgotten(client: Node, owner: Node) -> None:
+    for child in ("child", "nowhere"):
+        exchange = client.reach(owner, child).send([call("add")], True, 5)
+        with contextlib.suppress(BackendUnreached):
+            exchange.receive(PATIENCE)
+        exchange.close()
+    eventually(lambda: client.conversations == owner.conversations == 0)
+    assert not client.relay.is_busy
 
 
 def test_many_calls_at_once_each_get_their_own_answer(scene: Scene) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,6 +13,7 @@ from mcp_proxy.relay.frames import Frame, Kind
 from mcp_proxy.relay.local import LocalMailboxes
 from mcp_proxy.relay.mailbox import Letter
 from mcp_proxy.wire.jsonrpc import Notification
+from tests.relay.offices import FickleMailboxes
 from tests.relay.scene import PATIENCE, Node, Scene
 from tests.relay.scripted import ScriptedExchange, call, received, silent
 from tests.support.waiting import eventually
@@ -94,6 +96,21 @@ def test_letters_that_arrive_twice_are_executed_and_delivered_once() -> None:
         assert set(owner.child.executed.values()) == {1}
         eventually(lambda: owner.conversations == 0)
         eventually(lambda: client.conversations == 0, 1.5)
+
+
+def test_what_waits_for_a_child_that_does_not_read_is_not_too_late() -> None:
+    lease, free = 0.6, threading.Event()
+    with Scene(*[FickleMailboxes(lease)] * 2) as scene:
+        client, owner = scene.nodes
+        owner.child.on_tell = lambda: free.wait(PATIENCE)
+        backend = client.reach(owner)
+        with ThreadPoolExecutor(2) as pool:
+            told = [pool.submit(backend.notify, Notification(name)) for name in ("first", "next")]
+            late = time.monotonic() + 3 * lease
+            eventually(lambda: time.monotonic() > late)
+            free.set()
+            assert [done.result(PATIENCE) for done in told] == [None, None]
+        assert len(owner.child.told) == 2
 
 
 def test_an_answer_that_comes_after_its_client_left_leaves_nothing_behind(

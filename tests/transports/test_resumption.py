@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from mcp_proxy.sessions.events import LocalEventLog
+from mcp_proxy.transports.resumption import ResumedStream
 from mcp_proxy.wire.sse import Event
 from tests.support.front import Answer, McpClient
 from tests.support.proxies import Replicas, replicas
@@ -351,3 +353,29 @@ def test_a_stream_goes_on_without_ids_while_the_log_is_away(
         assert found[-1]["result"] == {}
         redis.start()
         assert owner.result("count")["calls"] == 1
+
+
+# --- what ends a resumed stream ------------------------------------------------------------------
+
+
+def left_stream(timeout: float, is_draining: bool = False) -> ResumedStream:
+    """A call that nobody answers, resumed after its opening."""
+    log = LocalEventLog()
+    event = log.find("s", log.append("s", "child/1", b"[7]", False))
+    assert event is not None
+    return ResumedStream(log, "s", event, lambda: False, timeout, lambda: is_draining)
+
+
+def test_without_an_answer_a_resumed_stream_ends_in_its_time() -> None:
+    stream = left_stream(0.2)
+    delivery = eventually(lambda: stream.receive(0.1))
+    answer = json.loads(delivery.data)
+    assert answer["id"] == 7
+    assert answer["error"]["message"] == "The server did not answer within 0.2 seconds"
+    assert stream.is_over
+
+
+def test_a_resumed_stream_ends_when_its_replica_stops() -> None:
+    stream = left_stream(60, is_draining=True)
+    assert stream.receive(5) is None
+    assert stream.is_over

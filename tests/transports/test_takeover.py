@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mcp_proxy.sessions import claims
 from tests.support.front import McpClient
 from tests.support.proxies import Replicas, replicas
 from tests.support.threads import run_together
@@ -82,6 +83,31 @@ def test_a_call_of_another_replica_is_finished_before_the_owner_goes(three: Repl
         draining.result(timeout=15)
     assert pid_of(third) != before
     assert three[2].children == 1
+
+
+def test_a_relayed_call_is_answered_before_its_client_s_replica_goes(three: Replicas) -> None:
+    owner, other, _ = three.opened()
+    call = hold(other, "h")
+    messages = call.stream()
+    assert next(messages)["params"]["progress"] == 0
+    with ThreadPoolExecutor(1) as pool:
+        draining = pool.submit(three[1].app.drain)
+        eventually(lambda: three[1].app.edge.is_draining)
+        release(owner, "h")
+        assert next(messages)["result"]["held"] == "h"
+        call.close()
+        draining.result(timeout=15)
+
+
+def test_what_is_taken_over_already_is_not_handed_over(three: Replicas) -> None:
+    owner, _, _ = three.opened()
+    manager, sessions = three[0].app.manager, three[0].app.sessions
+    assert owner.session is not None
+    claimed = claims.claim(manager, manager.load(owner.session))
+    assert claimed is not None
+    sessions.hand_over()
+    eventually(lambda: three[0].children == 0)
+    assert claims.settle(manager, claimed)
 
 
 def test_a_draining_replica_takes_no_new_work_but_passes_answers_on(three: Replicas) -> None:

@@ -9,30 +9,42 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import CLAIM, Session
 
-#: Seconds that the winner has; after that somebody else may try.
+#: Seconds that the winner has; after that, or when it is known to be gone, somebody else may try.
 CLAIM_TIME = 60.0
 
 _POLL = 0.05
 
 
-def claim(manager: SessionManager, session: Session) -> Session | None:
-    """The record with our claim on it; None when somebody else was faster, and is done by now.
+def nobody_is_gone(claimant: str) -> bool:
+    """For claimants of whom nothing can be known."""
+    return False
 
-    Waits for a claim that stands already, until its deadline. Raises SessionEnded when the session
-    ends meanwhile, StorageUnavailable.
+
+def claim(
+    manager: SessionManager,
+    session: Session,
+    claimant: str = "",
+    is_gone: Callable[[str], bool] = nobody_is_gone,
+) -> Session | None:
+    """The record with the claim of `claimant` on it; None when somebody else was faster, and is
+    done by now.
+
+    Waits for a claim that stands already, until its deadline, or until `is_gone` says that its
+    claimant has ended. Raises SessionEnded when the session ends meanwhile, StorageUnavailable.
     """
-    if CLAIM in session.metadata and not _is_stale(session):
-        unclaimed(manager, session)
+    if CLAIM in session.metadata and not _is_stale(session, is_gone):
+        unclaimed(manager, session, is_gone)
         return None
-    deadline = f"{time.time() + CLAIM_TIME:.3f} {secrets.token_hex(8)}"
-    claimed = session.with_metadata(**{CLAIM: deadline})
+    mark = f"{time.time() + CLAIM_TIME:.3f} {secrets.token_hex(8)} {claimant}"
+    claimed = session.with_metadata(**{CLAIM: mark})
     if manager.swap(session, claimed):
         return claimed
-    unclaimed(manager, manager.load(session.id))
+    unclaimed(manager, manager.load(session.id), is_gone)
     return None
 
 
@@ -46,17 +58,22 @@ def release(manager: SessionManager, claimed: Session) -> None:
     manager.swap(claimed, claimed.with_metadata(**{CLAIM: None}))
 
 
-def unclaimed(manager: SessionManager, session: Session) -> Session:
+def unclaimed(
+    manager: SessionManager,
+    session: Session,
+    is_gone: Callable[[str], bool] = nobody_is_gone,
+) -> Session:
     """The record without anybody's claim, or with one whose time is over; waits for that.
 
     A claimed record is the claimant's to change: another change would make its last swap fail.
     """
-    while CLAIM in session.metadata and not _is_stale(session):
+    while CLAIM in session.metadata and not _is_stale(session, is_gone):
         time.sleep(_POLL)
         session = manager.load(session.id)
     return session
 
 
-def _is_stale(session: Session) -> bool:
-    deadline = session.metadata[CLAIM].partition(" ")[0]
-    return float(deadline) < time.time()
+def _is_stale(session: Session, is_gone: Callable[[str], bool]) -> bool:
+    deadline, _, rest = session.metadata[CLAIM].partition(" ")
+    claimant = rest.partition(" ")[2]
+    return float(deadline) < time.time() or (claimant != "" and is_gone(claimant))

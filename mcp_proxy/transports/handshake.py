@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from mcp_proxy.backends.base import Backend
+from mcp_proxy.backends.replica import has_ended
 from mcp_proxy.errors import BackendLost, SessionEnded, SessionNotFound
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
@@ -111,7 +112,7 @@ def remember(manager: SessionManager, session_id: str, change: Change) -> None:
     """
     while True:
         try:
-            session = claims.unclaimed(manager, manager.load(session_id))
+            session = claims.unclaimed(manager, manager.load(session_id), has_ended)
         except SessionNotFound:
             return
         resume = changed(session.metadata.get(RESUME), change)

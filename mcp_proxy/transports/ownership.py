@@ -241,7 +241,7 @@ class StdioSessions:
         if self._is_closing:
             raise Draining
         self.restarts.require_patience_over(session.id)
-        claimed = claims.claim(self.manager, session)
+        claimed = claims.claim(self.manager, session, self._replica.id, has_ended)
         if claimed is None:
             return self.backend_of(self.manager.load(session.id))
         self._returning.add(session.id)

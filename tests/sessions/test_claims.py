@@ -80,6 +80,24 @@ def test_a_claim_whose_time_is_over_is_taken_over(
     assert claims.settle(manager, second, backend_url="new")
 
 
+def test_the_claim_of_somebody_who_has_gone_is_taken_over(
+    manager: SessionManager, session: Session
+) -> None:
+    first = claims.claim(manager, session, "one")
+    assert first is not None
+    with ThreadPoolExecutor(1) as pool:
+        gone = threading.Event()
+        again = manager.load(session.id)
+        waiting = pool.submit(claims.unclaimed, manager, again, lambda who: gone.is_set())
+        eventually(waiting.running)
+        assert not waiting.done()
+        gone.set()
+        assert waiting.result(5) == first
+    second = claims.claim(manager, first, "two", lambda who: who == "one")
+    assert second is not None
+    assert claims.settle(manager, second, backend_url="new")
+
+
 def test_a_session_that_was_ended_meanwhile_stays_ended(
     manager: SessionManager, session: Session
 ) -> None:

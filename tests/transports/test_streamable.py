@@ -637,7 +637,7 @@ def test_a_batch_has_to_be_of_this_session(proxy: Proxy) -> None:
 
 
 def test_a_call_in_flight_learns_how_the_server_ended(client: McpClient) -> None:
-    answer = client.call("die", {"code": 7})
+    answer = client.call("die", {"code": 7}, Accept="application/json")
     assert answer.status == 502
     assert answer.error() == {
         "code": -32000,
@@ -690,7 +690,7 @@ def test_many_requests_that_notice_the_loss_start_one_server(client: McpClient) 
 
 def test_a_server_that_keeps_ending_is_given_time(client: McpClient) -> None:
     def refused() -> Answer | None:  # each replica counts for itself
-        answer = client.call("die")
+        answer = client.call("die", Accept="application/json")
         assert answer.status == 502
         return answer if "Retry-After" in answer.headers else None
 

@@ -257,7 +257,7 @@ def test_a_delete_while_the_session_is_taken_over_wins(store: dict[str, Any]) ->
 
 
 def crash(client: McpClient) -> None:
-    answer = client.call("die", {"code": 7}, key="k")
+    answer = client.call("die", {"code": 7}, key="k", Accept="application/json")
     assert answer.status == 502
     expected = "The server ended (exit code 7) before it answered"
     assert answer.message() == {

@@ -48,7 +48,6 @@ class LoggedExchange(PushedExchange):
         self._is_opened = False
         self._ahead: deque[Delivery] = deque()
         self._last_seen: LoggedEvent | None = None
-        self._taken: Delivery | None = None
 
     def __repr__(self) -> str:
         return f"<LoggedExchange {self.stream} stream={self._is_stream} {self._inner!r}>"
@@ -73,10 +72,10 @@ class LoggedExchange(PushedExchange):
         self._catch_up()
 
     def receive(self, timeout: float) -> Delivery | None:
-        return self._first() or self._logged(self._taken or self._inner.receive(timeout))
+        return self._first() or self._logged(self._inner.receive(timeout))
 
     def poll(self) -> Delivery | None:
-        return self._first() or self._logged(self._taken or self._inner.poll())
+        return self._first() or self._logged(self._inner.poll())
 
     def _first(self) -> Delivery | None:
         """What is to be sent before anything that is still to come."""
@@ -85,11 +84,9 @@ class LoggedExchange(PushedExchange):
         return self._open() if self._is_stream and not self._is_opened else None
 
     def _logged(self, delivery: Delivery | None) -> Delivery | None:
-        self._taken = delivery  # kept where the log cannot be read
         if self._last_seen is not None:
             self._catch_up()
             self._last_seen = None
-        self._taken = None
         if delivery is not None:
             self._take(delivery)
         return self._ahead.popleft() if self._ahead else None

@@ -92,10 +92,10 @@ class StdioSessions:
         if relay is not None:
             relay.serve(self.find, on_lapse=self._sweeper.soon)
         self._settings = settings
-        self._lock = threading.Lock()  # guards _held and _opening
+        self._lock = threading.Lock()  # guards _held, _opening and _returning
         self._held: dict[str, _Held] = {}
         self._opening = 0
-        self._returning: set[str] = set()  # ids of sessions whose children are brought back
+        self._returning = 0  # sessions whose children are being brought back
         self._is_closing = False
 
     def __repr__(self) -> str:
@@ -244,19 +244,23 @@ class StdioSessions:
         claimed = claims.claim(self.manager, session, self._replica.id, has_ended)
         if claimed is None:
             return self.backend_of(self.manager.load(session.id))
-        self._returning.add(session.id)
+        self._count_returning(1)
         try:
             bridge = self._bring_back_or_release(claimed)
             url = self._url(bridge)
             held = self._hold(url, session.id, bridge)
         finally:
-            self._returning.discard(session.id)
+            self._count_returning(-1)
         if not claims.settle(self.manager, claimed, **{BACKEND_URL: url}):
             self._release(url)
             return self.backend_of(self.manager.load(session.id))
         self.restarts.note_success()
         log.info("[%s] the server of a session was started again", self.server.name)
         return held.backend
+
+    def _count_returning(self, change: int) -> None:
+        with self._lock:
+            self._returning += change
 
     def _bring_back_or_release(self, claimed: Session) -> Bridge:
         try:
@@ -358,7 +362,7 @@ class StdioSessions:
     @property
     def is_busy(self) -> bool:
         """Whether a client waits for an answer, that to its initialize included."""
-        is_starting = self._opening > 0 or bool(self._returning)
+        is_starting = self._opening + self._returning > 0
         return is_starting or any(held.bridge.is_busy for held in self._held_copy().values())
 
     def end_streams(self) -> None:

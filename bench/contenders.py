@@ -11,12 +11,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from store import redis_server
+from store import listens, redis_server
 
 HERE = Path(__file__).resolve().parent
 
@@ -123,7 +122,7 @@ def started(contender: Contender, peers: Path) -> Iterator[int]:
             start_new_session=True,
         )
         try:
-            if not _listens(port, process):
+            if not listens(port, process, _START_SECONDS):
                 output.seek(0)
                 said = output.read().decode(errors="replace")[-2000:]
                 sys.exit(f"{contender.name} did not start:\n{said}")
@@ -136,18 +135,6 @@ def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
-
-
-def _listens(port: int, process: subprocess.Popen[bytes]) -> bool:
-    until = time.monotonic() + _START_SECONDS
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return True
-    return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

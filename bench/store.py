@@ -23,7 +23,8 @@ def redis_server() -> Iterator[str]:
     options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
     process = subprocess.Popen([_program(), *options], stdout=subprocess.DEVNULL)
     try:
-        _wait_until_it_listens(process, port)
+        if not listens(port, process, _START_SECONDS):
+            sys.exit("redis-server did not start")
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         process.terminate()
@@ -39,13 +40,14 @@ def _program() -> str:
     return found
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
-    until = time.monotonic() + _START_SECONDS
+def listens(port: int, process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a process comes to listen on a port within so many seconds."""
+    until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
             time.sleep(0.05)
         else:
-            return
-    sys.exit("redis-server did not start")
+            return True
+    return False

@@ -267,6 +267,24 @@ def test_a_body_is_aborted(calls: Calls, backend: HttpBackend, framing: str) -> 
 # --- connections ---------------------------------------------------------------------------------
 
 
+def test_whether_the_host_of_a_silent_stream_is_there_is_asked(
+    calls: Calls, backend: HttpBackend
+) -> None:
+    backend.on("GET", "/x", stream(b"one", Feed()))
+    call = calls.sent()
+    call.wait_for_ever()
+    sock = call._socket
+    assert sock is not None
+    assert sock.gettimeout() is None
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    found = [
+        sock.getsockopt(socket.IPPROTO_TCP, option)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    ]
+    assert found == [15, 5, 3]
+    call.close()
+
+
 def test_idle_connections_grow_old(
     calls: Calls, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -20,7 +19,17 @@ class Gone:
 
     def __init__(self) -> None:
         self.has_left = False
-        self.connection = ClientConnection({"waitress.client_disconnected": lambda: self.has_left})
+        self.looks = 0
+        self.connection = ClientConnection({"waitress.client_disconnected": self._look})
+
+    def _look(self) -> bool:
+        self.looks += 1
+        return self.has_left
+
+    def wait_for_looks(self, count: int = 3) -> None:
+        """Returns when so many more looks have begun; all but the last are over then."""
+        wanted = self.looks + count
+        eventually(lambda: self.looks >= wanted)
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +40,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_departure_is_told_once() -> None:
     watching, client, told = Departures(), Gone(), []
     watching.watch(client.connection, lambda: told.append(1))
-    time.sleep(0.05)
+    client.wait_for_looks()
     assert told == []
     client.has_left = True
     eventually(lambda: told)
-    time.sleep(0.05)
+    witness = Gone()
+    watching.watch(witness.connection, lambda: None)
+    witness.wait_for_looks()
     assert told == [1]
 
 
@@ -45,7 +56,9 @@ def test_who_is_not_watched_any_more_is_not_told() -> None:
     forget()
     forget()
     client.has_left = True
-    time.sleep(0.05)
+    witness = Gone()
+    watching.watch(witness.connection, lambda: None)
+    witness.wait_for_looks()
     assert told == []
 
 

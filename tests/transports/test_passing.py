@@ -550,11 +550,14 @@ def test_an_open_stream_keeps_its_session_alive(
         answer = client.listen()
         events = pieces(answer)
         assert next(events) == b": hello\n\n"
-        time.sleep(2.5)
+        sessions = [proxy.manager.peek(str(one.session)) for one in (client, other)]
+        assert all(sessions)
+        over = time.monotonic() + 2.5  # more than two lives of a session without a stream
+        eventually(lambda: not proxy.manager.peek(str(other.session)) and time.monotonic() > over)
         assert client.call("tools/call").status == 200
         assert other.call("tools/call").status == 404
         answer.close()
-        time.sleep(2)
+        eventually(lambda: not proxy.manager.peek(str(client.session)))
         assert client.call("tools/call").status == 404
         proxy.leave()
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from gunicorn.app.base import BaseApplication
 
-from mcp_proxy.backends.replica import Replica
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.gunicorn_server import gunicorn_settings
+from mcp_proxy.replica import Replica
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

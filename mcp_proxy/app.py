@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from mcp_proxy.backends.replica import Replica
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge import health
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.edge.surround import Edge
 from mcp_proxy.errors import MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.replica import Replica
 from mcp_proxy.servers import Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.storage import Storage

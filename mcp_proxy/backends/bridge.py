@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 
 from mcp_proxy.backends.base import Backend, Delivery
 from mcp_proxy.backends.exchange import QueuedExchange
-from mcp_proxy.backends.stdio import shown
-from mcp_proxy.backends.supervisor import Supervisor
 from mcp_proxy.backends.switchboard import Call, Switchboard
 from mcp_proxy.errors import (
     PROXY_ERROR,
@@ -30,6 +28,8 @@ from mcp_proxy.errors import (
     Cancelled,
     ClientError,
 )
+from mcp_proxy.processes.child import shown
+from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response

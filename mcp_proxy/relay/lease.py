@@ -15,9 +15,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from mcp_proxy.backends.replica import has_ended
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay.mailbox import Mailboxes
+from mcp_proxy.replica import has_ended
 
 log = logging.getLogger(__name__)
 

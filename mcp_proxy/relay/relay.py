@@ -19,7 +19,6 @@ from collections.abc import Callable
 import msgspec
 
 from mcp_proxy.backends.base import Backend
-from mcp_proxy.backends.replica import Replica
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay import frames, messages
 from mcp_proxy.relay.courier import Conversation, Courier
@@ -29,6 +28,7 @@ from mcp_proxy.relay.lanes import Lanes
 from mcp_proxy.relay.lease import Lease
 from mcp_proxy.relay.mailbox import Letter, Mailboxes
 from mcp_proxy.relay.remote import RemoteBackend
+from mcp_proxy.replica import Replica
 
 log = logging.getLogger(__name__)
 

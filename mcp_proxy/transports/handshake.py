@@ -8,8 +8,8 @@ from typing import NamedTuple
 import msgspec
 
 from mcp_proxy.backends.base import Backend
-from mcp_proxy.backends.replica import has_ended
 from mcp_proxy.errors import BackendLost, SessionEnded, SessionNotFound
+from mcp_proxy.replica import has_ended
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import INIT_BODY, PROTOCOL_VERSION, RESUME, Session, new_session

@@ -19,7 +19,6 @@ from typing import NamedTuple, TypeVar
 
 from mcp_proxy.backends.base import Backend
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.replica import Replica, has_ended
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import (
     BackendError,
@@ -32,6 +31,7 @@ from mcp_proxy.errors import (
     StorageError,
 )
 from mcp_proxy.relay.relay import Relay
+from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mcp_proxy.backends.replica import Replica
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
+from mcp_proxy.replica import Replica
 from mcp_proxy.sessions.redis import RedisStorage
 from mcp_proxy.sessions.storage import Storage
 

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from mcp_proxy.backends.base import Backend, Exchange
-from mcp_proxy.backends.replica import Replica
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.surround import Edge
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.relay.remote import RemoteExchange
+from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.session import Session

@@ -15,8 +15,8 @@ from mcp_proxy.backends import switchboard as switching
 from mcp_proxy.backends.base import Delivery
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import QueuedExchange
-from mcp_proxy.backends.replica import Replica
 from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
+from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response

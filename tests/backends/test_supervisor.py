@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.backends import supervisor as supervising
-from mcp_proxy.backends.guardian import MARK, Guardian, marked_processes
-from mcp_proxy.backends.stdio import Child, describe_exit, shown
-from mcp_proxy.backends.supervisor import Supervisor
 from mcp_proxy.errors import BackendLost, BackendTimeout
+from mcp_proxy.processes import supervisor as supervising
+from mcp_proxy.processes.child import Child, describe_exit, shown
+from mcp_proxy.processes.guardian import MARK, Guardian, marked_processes
+from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
 from tests.support.front import SCRIPTED
 from tests.support.waiting import eventually
@@ -273,7 +273,7 @@ def test_a_guardian_that_was_killed_is_replaced(caplog: pytest.LogCaptureFixture
 HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})
-from mcp_proxy.backends.replica import Replica
+from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer
 replica = Replica()
 server = StdioServer("x", tuple({argv!r}))

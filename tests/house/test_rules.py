@@ -105,7 +105,7 @@ def test_libraries_stay_behind_their_seams(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_the_environment_is_read_in_two_places(path: Path) -> None:
     """In the configuration, and where the environment of a child is made."""
-    allowed = ("config.py", "backends/stdio.py")
+    allowed = ("config.py", "processes/child.py")
     if name_of(path) not in allowed:
         text = path.read_text(encoding="utf-8")
         assert "os.environ" not in text

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mcp_proxy.backends.replica import Replica
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
+from mcp_proxy.replica import Replica
 from mcp_proxy.sessions.redis import Access
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from tests.relay.scripted import ScriptedBackend, ScriptedExchange, silent

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mcp_proxy.backends.replica import Replica, has_ended
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay.lease import Lease
+from mcp_proxy.replica import Replica, has_ended
 from tests.relay.offices import FickleMailboxes
 from tests.support.waiting import eventually
 
@@ -223,7 +223,7 @@ class Child:
 
     def __init__(self) -> None:
         script = (
-            "import sys; from mcp_proxy.backends.replica import Replica; "
+            "import sys; from mcp_proxy.replica import Replica; "
             "print(Replica().id, flush=True); sys.stdin.read()"
         )
         self.process = subprocess.Popen(

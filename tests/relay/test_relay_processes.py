@@ -287,7 +287,7 @@ def test_a_store_that_comes_back_empty_leaves_no_call_hanging(
 
 _FORK = """
 import os, sys, time
-from mcp_proxy.backends.replica import Replica
+from mcp_proxy.replica import Replica
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.sessions.redis import Access

@@ -21,8 +21,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import IO
 
-from mcp_proxy.backends.guardian import MARK
 from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached
+from mcp_proxy.processes.guardian import MARK
 from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)

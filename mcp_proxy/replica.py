@@ -10,7 +10,7 @@ import socket
 import threading
 from pathlib import Path
 
-from mcp_proxy.backends.supervisor import Supervisor
+from mcp_proxy.processes.supervisor import Supervisor
 
 # The end of a replica's id, where everything about its process is known.
 _PROCESS = re.compile(

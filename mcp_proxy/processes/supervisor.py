@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from mcp_proxy.backends.guardian import Guardian
-from mcp_proxy.backends.stdio import Child
 from mcp_proxy.errors import BackendLost
+from mcp_proxy.processes.child import Child
+from mcp_proxy.processes.guardian import Guardian
 from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)

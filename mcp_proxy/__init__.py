@@ -3,11 +3,10 @@
 from mcp_proxy.app import Application, create_app
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.servers import HttpServer, StdioServer, demo_server
-from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.redis import RedisStorage
-from mcp_proxy.sessions.session import Session
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.storage.session import Session
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.streamable import StreamableProxy
 from mcp_proxy.transports.transparent import TransparentProxy

@@ -17,8 +17,8 @@ from mcp_proxy.errors import MethodNotAllowed, NotFound, StorageUnavailable
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.storage import Storage
 from mcp_proxy.sharing import Sharing
+from mcp_proxy.storage.records import Storage
 from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
 from mcp_proxy.transports.ownership import StdioSessions
 from mcp_proxy.transports.sse import SSEProxy

@@ -7,9 +7,8 @@ from mcp_proxy.errors import ConfigError
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
-from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.redis import Access, RedisStorage
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import LocalStorage, Storage
 
 
 class Sharing:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay import frames
 from mcp_proxy.relay.frames import Channel, Frame, Reach
-from mcp_proxy.relay.mailbox import Letter, Mailboxes
+from mcp_proxy.storage.mailboxes import Letter, Mailboxes
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay.mailbox import Mailboxes
 from mcp_proxy.replica import has_ended
+from mcp_proxy.storage.mailboxes import Mailboxes
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from mcp_proxy.relay.frames import Channel, Frame, Kind, Reach
 from mcp_proxy.relay.host import Hosted
 from mcp_proxy.relay.lanes import Lanes
 from mcp_proxy.relay.lease import Lease
-from mcp_proxy.relay.mailbox import Letter, Mailboxes
 from mcp_proxy.relay.remote import RemoteBackend
 from mcp_proxy.replica import Replica
+from mcp_proxy.storage.mailboxes import Letter, Mailboxes
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import CLAIM, Session
+from mcp_proxy.storage.session import CLAIM, Session
 
 #: Seconds that the winner has; after that, or when it is known to be gone, somebody else may try.
 CLAIM_TIME = 60.0

@@ -9,9 +9,8 @@ import threading
 from typing import TYPE_CHECKING, NoReturn
 
 from mcp_proxy.errors import InvalidRequest, SessionEnded, SessionNotFound, SessionUnknown
-from mcp_proxy.sessions.local import LocalStorage
-from mcp_proxy.sessions.session import Session, minted_by
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.storage.session import Session, minted_by
 from mcp_proxy.wire.headers import MAX_SESSION_ID, is_session_id
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from mcp_proxy.edge.forwarding import is_trusted_peer, mount_of, raw_path
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import SessionExists, SessionUnknown, StorageError
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import (
+from mcp_proxy.storage.session import (
     BACKEND_HOST,
     BACKEND_SID,
     BACKEND_URL,

@@ -12,7 +12,7 @@ from mcp_proxy.errors import BackendLost, SessionEnded, SessionNotFound
 from mcp_proxy.replica import has_ended
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import INIT_BODY, PROTOCOL_VERSION, RESUME, Session, new_session
+from mcp_proxy.storage.session import INIT_BODY, PROTOCOL_VERSION, RESUME, Session, new_session
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 

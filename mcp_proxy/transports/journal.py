@@ -6,7 +6,7 @@ import logging
 import time
 
 from mcp_proxy.errors import StorageError
-from mcp_proxy.sessions.events import EventLog, LoggedEvent
+from mcp_proxy.storage.event_log import EventLog, LoggedEvent
 
 log = logging.getLogger(__name__)
 

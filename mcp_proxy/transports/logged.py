@@ -15,7 +15,7 @@ import msgspec
 from mcp_proxy.backends.base import Delivery
 from mcp_proxy.backends.exchange import PushedExchange, QueuedExchange
 from mcp_proxy.errors import PROXY_ERROR, RequestId
-from mcp_proxy.sessions.events import LoggedEvent
+from mcp_proxy.storage.event_log import LoggedEvent
 from mcp_proxy.transports.journal import Journal
 from mcp_proxy.transports.recorder import Recorder
 from mcp_proxy.wire import jsonrpc

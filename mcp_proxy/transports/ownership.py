@@ -35,7 +35,7 @@ from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import (
+from mcp_proxy.storage.session import (
     BACKEND_URL,
     CLAIM,
     INIT_BODY,

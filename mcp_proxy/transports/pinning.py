@@ -5,7 +5,7 @@ from __future__ import annotations
 from mcp_proxy.backends.choosing import BackendChooser
 from mcp_proxy.errors import SessionExists
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import (
+from mcp_proxy.storage.session import (
     BACKEND_HOST,
     BACKEND_SID,
     BACKEND_URL,

@@ -6,7 +6,7 @@ from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
 from mcp_proxy.sessions.redis import RedisStorage
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import Storage
 
 
 def relay_for(storage: Storage, replica: Replica, prefix: str | None = None) -> Relay | None:

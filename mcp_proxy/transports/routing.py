@@ -19,7 +19,7 @@ from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached, SessionEnded
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import (
+from mcp_proxy.storage.session import (
     BACKEND_HOST,
     BACKEND_SID,
     BACKEND_URL,

@@ -28,7 +28,7 @@ from mcp_proxy.errors import (
     SessionEnded,
     UnsupportedMediaType,
 )
-from mcp_proxy.sessions.session import Session, new_session
+from mcp_proxy.storage.session import Session, new_session
 from mcp_proxy.transports.observed import ObservedExchange
 from mcp_proxy.transports.placement import parse_place
 from mcp_proxy.transports.restarts import Restarts

@@ -13,8 +13,8 @@ from mcp_proxy.relay.remote import RemoteExchange
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import Session
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import Storage
+from mcp_proxy.storage.session import Session
 from mcp_proxy.transports.base import Transport
 from mcp_proxy.transports.ownership import StdioSessions
 from mcp_proxy.transports.relaying import relay_for

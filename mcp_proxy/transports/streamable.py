@@ -27,7 +27,7 @@ from mcp_proxy.errors import (
     ProxyError,
     UnsupportedMediaType,
 )
-from mcp_proxy.sessions.session import PROTOCOL_VERSION, Session
+from mcp_proxy.storage.session import PROTOCOL_VERSION, Session
 from mcp_proxy.transports import handshake
 from mcp_proxy.transports.journal import child_of, is_standing
 from mcp_proxy.transports.observed import ObservedExchange

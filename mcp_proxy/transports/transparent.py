@@ -32,8 +32,8 @@ from mcp_proxy.errors import (
     SessionEnded,
 )
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.session import Session
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import Storage
+from mcp_proxy.storage.session import Session
 from mcp_proxy.transports import handshake, passing
 from mcp_proxy.transports.base import Transport
 from mcp_proxy.transports.classification import cancellation_of, is_lost_session, is_modern, peek

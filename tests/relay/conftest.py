@@ -7,10 +7,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from mcp_proxy.relay.local import LocalMailboxes
-from mcp_proxy.relay.mailbox import Mailboxes
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.sessions.redis import Access
+from mcp_proxy.storage.mailboxes import LocalMailboxes, Mailboxes
 from tests.relay.offices import LocalOffice, Office, RedisOffice
 from tests.relay.scene import Node, Scene
 from tests.support.redis_server import RedisServer

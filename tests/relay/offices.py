@@ -10,10 +10,9 @@ import redis
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay import frames
 from mcp_proxy.relay.frames import Frame
-from mcp_proxy.relay.local import LocalMailboxes
-from mcp_proxy.relay.mailbox import Letter, Mailboxes
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.sessions.redis import Access
+from mcp_proxy.storage.mailboxes import Letter, LocalMailboxes, Mailboxes
 
 #: The lease in every office, in seconds.
 LEASE = 100.0

@@ -6,9 +6,9 @@ import threading
 from types import TracebackType
 
 from mcp_proxy.backends.base import Backend
-from mcp_proxy.relay.mailbox import Mailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
+from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.wire.jsonrpc import Request
 from tests.relay.scripted import ScriptedBackend, result_of
 

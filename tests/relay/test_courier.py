@@ -12,7 +12,7 @@ from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay import frames
 from mcp_proxy.relay.courier import Conversation, Courier
 from mcp_proxy.relay.frames import Channel, Frame, Kind, Reach
-from mcp_proxy.relay.mailbox import Letter
+from mcp_proxy.storage.mailboxes import Letter
 from tests.relay.offices import FickleMailboxes
 from tests.support.waiting import eventually
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mcp_proxy.relay.mailbox import Letter, Mailboxes
+from mcp_proxy.storage.mailboxes import Letter, Mailboxes
 from tests.relay.offices import LEASE, Office
 from tests.support.threads import run_together
 

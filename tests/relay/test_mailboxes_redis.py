@@ -9,9 +9,9 @@ import pytest
 import redis
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay.mailbox import Letter
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.sessions.redis import Access
+from mcp_proxy.storage.mailboxes import Letter
 from tests.support.lossy import LossyProxy
 from tests.support.monitor import recorded_commands
 from tests.support.redis_server import RedisServer

@@ -15,7 +15,7 @@ from mcp_proxy.errors import (
     Cancelled,
     StorageUnavailable,
 )
-from mcp_proxy.relay.local import LocalMailboxes
+from mcp_proxy.storage.mailboxes import LocalMailboxes
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from tests.relay.scene import PATIENCE, Node, Scene

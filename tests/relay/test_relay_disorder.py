@@ -10,8 +10,7 @@ import pytest
 
 from mcp_proxy.relay import frames
 from mcp_proxy.relay.frames import Frame, Kind
-from mcp_proxy.relay.local import LocalMailboxes
-from mcp_proxy.relay.mailbox import Letter
+from mcp_proxy.storage.mailboxes import Letter, LocalMailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.offices import FickleMailboxes
 from tests.relay.scene import PATIENCE, Node, Scene

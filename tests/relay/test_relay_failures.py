@@ -11,10 +11,9 @@ import redis
 
 from mcp_proxy.errors import BackendLost, BackendUnreached, StorageUnavailable
 from mcp_proxy.relay import frames
-from mcp_proxy.relay.local import LocalMailboxes
-from mcp_proxy.relay.mailbox import Mailboxes
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.sessions.redis import Access
+from mcp_proxy.storage.mailboxes import LocalMailboxes, Mailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.offices import FickleMailboxes
 from tests.relay.scene import PATIENCE, Node, Scene

@@ -7,10 +7,9 @@ from typing import Protocol
 
 import redis
 
-from mcp_proxy.sessions.local import LocalStorage
 from mcp_proxy.sessions.redis import RedisStorage
-from mcp_proxy.sessions.session import Session
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.storage.session import Session
 
 #: The time to live in every house, in seconds.
 TTL = 1000.0

@@ -11,7 +11,7 @@ import pytest
 from mcp_proxy import LocalStorage, Session, SessionManager
 from mcp_proxy.errors import SessionEnded
 from mcp_proxy.sessions import claims
-from mcp_proxy.sessions.session import CLAIM, new_session
+from mcp_proxy.storage.session import CLAIM, new_session
 from tests.support.waiting import eventually
 
 

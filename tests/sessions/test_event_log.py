@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_proxy.sessions import events as local_events
-from mcp_proxy.sessions.events import KEPT, MAX_EVENTS, EventLog, LocalEventLog, LoggedEvent
 from mcp_proxy.sessions.redis import events as redis_events
+from mcp_proxy.storage import event_log as local_events
+from mcp_proxy.storage.event_log import KEPT, MAX_EVENTS, EventLog, LocalEventLog, LoggedEvent
 from tests.sessions.houses import TTL, House, LocalHouse, RedisHouse
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together

@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.sessions.events import KEPT, EventLog
 from mcp_proxy.sessions.redis import Access, RedisEventLog, RedisStorage
+from mcp_proxy.storage.event_log import KEPT, EventLog
 from tests.support.lossy import LossyProxy
 from tests.support.monitor import recorded_commands
 from tests.support.redis_server import RedisServer

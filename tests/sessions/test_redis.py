@@ -16,8 +16,8 @@ import redis
 from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.redis import Access, RedisStorage
-from mcp_proxy.sessions.session import encode
-from mcp_proxy.sessions.storage import ISSUED_TTL
+from mcp_proxy.storage.records import ISSUED_TTL
+from mcp_proxy.storage.session import encode
 from tests.sessions.houses import record
 from tests.support.lossy import LossyProxy
 from tests.support.monitor import recorded_commands

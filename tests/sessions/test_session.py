@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_proxy.errors import StorageError
-from mcp_proxy.sessions import session
-from mcp_proxy.sessions.session import BACKEND_URL, MAX_RECORD, Session
+from mcp_proxy.storage import session
+from mcp_proxy.storage.session import BACKEND_URL, MAX_RECORD, Session
 from tests.sessions.houses import record
 
 

@@ -19,12 +19,11 @@ from mcp_proxy import (
 )
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay.local import LocalMailboxes
-from mcp_proxy.relay.mailbox import LEASE, Letter, Mailboxes
 from mcp_proxy.relay.redis import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.mailboxes import LEASE, Letter, LocalMailboxes, Mailboxes
+from mcp_proxy.storage.records import Storage
 from mcp_proxy.transports.stdio import StdioTransport
 from tests.support.front import SCRIPTED, HttpFront, McpClient, RotatingFront, WsgiFront
 from tests.support.proxy_process import ProxyProcess

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from mcp_proxy import Application, RedisStorage, SessionManager, create_app
 from mcp_proxy.config import from_values
-from mcp_proxy.sessions.session import Session, new_session
+from mcp_proxy.storage.session import Session, new_session
 from tests.support.front import Answer, Json, McpClient, WsgiFront
 from tests.support.proxies import as_options
 from tests.support.proxy_process import ProxyProcess

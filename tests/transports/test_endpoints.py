@@ -21,7 +21,7 @@ from werkzeug.test import EnvironBuilder
 from mcp_proxy import LocalStorage, ProxyConfig, RedisStorage, TransparentProxy, create_app
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import BackendLost, StorageUnavailable
-from mcp_proxy.sessions.session import Session, new_session
+from mcp_proxy.storage.session import Session, new_session
 from mcp_proxy.transports.base import drain
 from mcp_proxy.wire.endpoint import OUR_PARAMETER, named_session
 from tests.servers.http_backend import Feed, HttpBackend, reply, reset, stream

@@ -11,7 +11,7 @@ import pytest
 
 from mcp_proxy import LocalStorage, ProxyConfig, StreamableProxy
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.sessions.session import CLAIM, INIT_BODY
+from mcp_proxy.storage.session import CLAIM, INIT_BODY
 from mcp_proxy.transports import handshake
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.waiting import eventually

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mcp_proxy import LocalStorage, RedisStorage, TransparentProxy
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import Storage
 from tests.servers.http_backend import LOST_400, LOST_404, HttpBackend, Turn, reply, reset, stream
 from tests.support.front import McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent

@@ -21,7 +21,7 @@ from mcp_proxy import (
     StreamableProxy,
     TransparentProxy,
 )
-from mcp_proxy.sessions.storage import Storage
+from mcp_proxy.storage.records import Storage
 from mcp_proxy.transports.base import Transport
 from tests.servers.http_backend import HttpBackend
 from tests.servers.old_server import OldServer

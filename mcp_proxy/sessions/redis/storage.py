@@ -13,11 +13,11 @@ import math
 import secrets
 
 from mcp_proxy.errors import SessionExists, SessionNotFound
-from mcp_proxy.sessions.events import KEPT, EventLog
 from mcp_proxy.sessions.redis.client import Access, Client, as_bytes, mapped_errors
 from mcp_proxy.sessions.redis.events import RedisEventLog
-from mcp_proxy.sessions.session import Session, decode, encode, minted_by
-from mcp_proxy.sessions.storage import ISSUED_TTL, Storage
+from mcp_proxy.storage.event_log import KEPT, EventLog
+from mcp_proxy.storage.records import ISSUED_TTL, Storage
+from mcp_proxy.storage.session import Session, decode, encode, minted_by
 
 _SIGNED = b',"signed":"'
 _SIGNATURE_BYTES = len(_SIGNED) + 32 + len(b'"}')

@@ -2,9 +2,9 @@
 
 from mcp_proxy.app import Application, create_app
 from mcp_proxy.config import ProxyConfig
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.servers import HttpServer, StdioServer, demo_server
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.redis import RedisStorage
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
 from mcp_proxy.transports.sse import SSEProxy

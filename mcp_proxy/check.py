@@ -11,9 +11,9 @@ from mcp_proxy.backends.http import HttpClient
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError, ProxyError
 from mcp_proxy.gunicorn_server import require_shared_sessions
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import HttpServer, StdioServer
-from mcp_proxy.sessions.redis import RedisStorage
 from mcp_proxy.sharing import Sharing
 from mcp_proxy.transports import handshake
 from mcp_proxy.wire import jsonrpc, revisions

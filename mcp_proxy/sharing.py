@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.relay.redis import RedisMailboxes
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.mailboxes import RedisMailboxes
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
-from mcp_proxy.sessions.redis import Access, RedisStorage
 from mcp_proxy.storage.records import LocalStorage, Storage
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from mcp_proxy.sessions.redis.client import Access, _pools
+from mcp_proxy.redis.client import Access, _pools
 from tests.support.redis_server import RedisServer
 
 settings.register_profile(

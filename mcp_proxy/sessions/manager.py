@@ -14,7 +14,7 @@ from mcp_proxy.storage.session import Session, minted_by
 from mcp_proxy.wire.headers import MAX_SESSION_ID, is_session_id
 
 if TYPE_CHECKING:
-    from mcp_proxy.sessions.redis import Client
+    from mcp_proxy.redis.client import Client
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class SessionManager:
         cls, client_or_url: Client | str, ttl: float = 7200, prefix: str = "mcp-proxy:"
     ) -> SessionManager:
         """A manager whose records every replica with the same Redis and prefix shares."""
-        from mcp_proxy.sessions.redis import RedisStorage
+        from mcp_proxy.redis.storage import RedisStorage
 
         return cls(RedisStorage(client_or_url, ttl=ttl, prefix=prefix))
 

@@ -41,7 +41,7 @@ LAYERS = {
 
 #: Modules of others, and the only places that may know them.
 SEAMS = {
-    "redis": ("sessions/redis/", "relay/redis.py"),
+    "redis": ("sessions/redis/", "redis/mailboxes.py"),
     "requests": ("backends/http.py",),
     "urllib3": ("backends/http.py",),
     "subprocess": ("backends/",),

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mcp_proxy.sessions.redis import Client, RedisStorage
+from mcp_proxy.redis.client import Client
+from mcp_proxy.redis.storage import RedisStorage
 from tests.support.redis_forms import Form, OneServer, ThreeNodes, WithSentinels
 
 FORMS: dict[str, Callable[[], Form]] = {

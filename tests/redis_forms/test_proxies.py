@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from mcp_proxy import ProxyConfig, StreamableProxy
-from mcp_proxy.sessions.redis import Client
+from mcp_proxy.redis.client import Client
 from tests.redis_forms.conftest import MakeStorage
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.redis_forms import Form

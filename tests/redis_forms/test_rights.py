@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay.redis import RedisMailboxes
-from mcp_proxy.sessions.redis import RedisStorage
+from mcp_proxy.redis.mailboxes import RedisMailboxes
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.storage.mailboxes import Letter
 from tests.redis_forms.conftest import MakeStorage
 from tests.sessions.houses import record

@@ -14,7 +14,8 @@ import redis
 
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import ConfigError, StorageUnavailable
-from mcp_proxy.sessions.redis import Access, RedisStorage
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sharing import Sharing
 from tests.redis_forms.conftest import MakeStorage
 from tests.support.redis_forms import PASSWORD, SENTINEL_PASSWORD, Form, OneServer

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from mcp_proxy.relay.redis import RedisMailboxes
-from mcp_proxy.sessions.redis import Access
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.storage.mailboxes import LocalMailboxes, Mailboxes
 from tests.relay.offices import LocalOffice, Office, RedisOffice
 from tests.relay.scene import Node, Scene

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mcp_proxy.relay.redis import RedisMailboxes
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
-from mcp_proxy.sessions.redis import Access
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from tests.relay.scripted import ScriptedBackend, ScriptedExchange, silent
 

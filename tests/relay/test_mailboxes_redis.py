@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay.redis import RedisMailboxes
-from mcp_proxy.sessions.redis import Access
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.storage.mailboxes import Letter
 from tests.support.lossy import LossyProxy
 from tests.support.monitor import recorded_commands

@@ -16,8 +16,8 @@ import redis
 
 from mcp_proxy.backends.base import Backend, Exchange
 from mcp_proxy.errors import BackendLost, BackendUnavailable, BackendUnreached, StorageUnavailable
-from mcp_proxy.relay.redis import RedisMailboxes
-from mcp_proxy.sessions.redis import Access
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.scene import PATIENCE, Node, Scene
 from tests.relay.scripted import call, result_of
@@ -288,9 +288,9 @@ def test_a_store_that_comes_back_empty_leaves_no_call_hanging(
 _FORK = """
 import os, sys, time
 from mcp_proxy.replica import Replica
-from mcp_proxy.relay.redis import RedisMailboxes
+from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
-from mcp_proxy.sessions.redis import Access
+from mcp_proxy.redis.client import Access
 from tests.relay.scripted import ScriptedBackend, call, result_of
 
 url, prefix, lease = sys.argv[1], sys.argv[2], float(sys.argv[3])

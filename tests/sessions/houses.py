@@ -7,7 +7,7 @@ from typing import Protocol
 
 import redis
 
-from mcp_proxy.sessions.redis import RedisStorage
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_proxy.sessions.redis import events as redis_events
+from mcp_proxy.redis import event_log as redis_events
 from mcp_proxy.storage import event_log as local_events
 from mcp_proxy.storage.event_log import KEPT, MAX_EVENTS, EventLog, LocalEventLog, LoggedEvent
 from tests.sessions.houses import TTL, House, LocalHouse, RedisHouse

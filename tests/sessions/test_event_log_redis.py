@@ -9,7 +9,9 @@ import pytest
 import redis
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.sessions.redis import Access, RedisEventLog, RedisStorage
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.event_log import RedisEventLog
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.storage.event_log import KEPT, EventLog
 from tests.support.lossy import LossyProxy
 from tests.support.monitor import recorded_commands

@@ -18,8 +18,8 @@ from mcp_proxy.errors import (
     SessionUnknown,
     StorageUnavailable,
 )
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.redis import RedisStorage
 from mcp_proxy.storage.records import LocalStorage
 from mcp_proxy.wire.headers import is_session_id
 from tests.sessions.houses import LocalHouse, record

@@ -14,8 +14,9 @@ import pytest
 import redis
 
 from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
+from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.redis import Access, RedisStorage
 from mcp_proxy.storage.records import ISSUED_TTL
 from mcp_proxy.storage.session import encode
 from tests.sessions.houses import record

@@ -19,7 +19,7 @@ from mcp_proxy import (
 )
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay.redis import RedisMailboxes
+from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
 from mcp_proxy.storage.mailboxes import LEASE, Letter, LocalMailboxes, Mailboxes

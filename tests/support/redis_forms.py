@@ -19,7 +19,7 @@ import redis
 from redis.cluster import ClusterNode, RedisCluster
 from redis.sentinel import Sentinel
 
-from mcp_proxy.sessions.redis import Client
+from mcp_proxy.redis.client import Client
 from tests.support.redis_server import RedisServer, SentinelServer
 from tests.support.tls import Certificates, TlsGate
 from tests.support.waiting import eventually

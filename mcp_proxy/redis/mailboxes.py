@@ -6,8 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from mcp_proxy.sessions.redis.client import Access, mapped_errors
-from mcp_proxy.sessions.redis.events import entries_of
+from mcp_proxy.redis.client import Access, mapped_errors
+from mcp_proxy.redis.event_log import entries_of
 from mcp_proxy.storage.mailboxes import LEASE, Letter, Mailboxes
 
 _MAX_LETTERS = 256  # that one look takes out

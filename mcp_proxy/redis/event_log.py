@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mcp_proxy.sessions.redis.client import Access, as_bytes, mapped_errors
+from mcp_proxy.redis.client import Access, as_bytes, mapped_errors
 from mcp_proxy.storage.event_log import KEPT, MAX_BYTES, MAX_EVENTS, EventLog, LoggedEvent
 
 # The form of an entry's id; anything else would be an error of the command, or a wildcard.

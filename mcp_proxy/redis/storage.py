@@ -13,8 +13,8 @@ import math
 import secrets
 
 from mcp_proxy.errors import SessionExists, SessionNotFound
-from mcp_proxy.sessions.redis.client import Access, Client, as_bytes, mapped_errors
-from mcp_proxy.sessions.redis.events import RedisEventLog
+from mcp_proxy.redis.client import Access, Client, as_bytes, mapped_errors
+from mcp_proxy.redis.event_log import RedisEventLog
 from mcp_proxy.storage.event_log import KEPT, EventLog
 from mcp_proxy.storage.records import ISSUED_TTL, Storage
 from mcp_proxy.storage.session import Session, decode, encode, minted_by

@@ -7,9 +7,9 @@ from mcp_proxy.servers import HttpServer, StdioServer, demo_server
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
+from mcp_proxy.transparent.proxy import TransparentProxy
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.streamable import StreamableProxy
-from mcp_proxy.transports.transparent import TransparentProxy
 
 __version__ = "0.1.0"
 

@@ -19,12 +19,12 @@ from mcp_proxy.servers import Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sharing import Sharing
 from mcp_proxy.storage.records import Storage
+from mcp_proxy.transparent.proxy import TransparentProxy
 from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
 from mcp_proxy.transports.ownership import StdioSessions
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
-from mcp_proxy.transports.transparent import TransparentProxy
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from mcp_proxy.backends.choosing import BackendChooser, resolve
+from mcp_proxy.transparent.balancing import BackendChooser, resolve
 from mcp_proxy.wire.targets import Address, Target, parse_target
 
 

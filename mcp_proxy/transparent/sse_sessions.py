@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from mcp_proxy.backends.choosing import BackendChooser
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.forwarding import is_trusted_peer, mount_of, raw_path
 from mcp_proxy.edge.request import ClientRequest
@@ -25,7 +24,8 @@ from mcp_proxy.storage.session import (
     Session,
     new_session,
 )
-from mcp_proxy.transports import passing
+from mcp_proxy.transparent import forwarding as passing
+from mcp_proxy.transparent.balancing import BackendChooser
 from mcp_proxy.transports.keeping import SessionKeeper
 from mcp_proxy.wire import headers, revisions
 from mcp_proxy.wire.endpoint import (

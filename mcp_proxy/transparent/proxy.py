@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-from mcp_proxy.backends.choosing import BackendChooser, Resolver, resolve
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.connection import ClientConnection
@@ -34,14 +33,15 @@ from mcp_proxy.errors import (
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import Session
-from mcp_proxy.transports import handshake, passing
+from mcp_proxy.transparent import forwarding as passing
+from mcp_proxy.transparent.balancing import BackendChooser, Resolver, resolve
+from mcp_proxy.transparent.proxy_class import cancellation_of, is_lost_session, is_modern, peek
+from mcp_proxy.transparent.proxy_open import OpenBodies
+from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Pinning, Route, Router
+from mcp_proxy.transparent.sse_sessions import EndpointSessions, kept_back, unbuffered
+from mcp_proxy.transports import handshake
 from mcp_proxy.transports.base import Transport
-from mcp_proxy.transports.classification import cancellation_of, is_lost_session, is_modern, peek
-from mcp_proxy.transports.endpoints import EndpointSessions, kept_back, unbuffered
 from mcp_proxy.transports.keeping import SessionKeeper
-from mcp_proxy.transports.open_bodies import OpenBodies
-from mcp_proxy.transports.pinning import Pinning
-from mcp_proxy.transports.routing import HANDSHAKE_TIME, Route, Router
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request

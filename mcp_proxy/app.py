@@ -10,9 +10,9 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge import health
+from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.edge.surround import Edge
 from mcp_proxy.errors import MethodNotAllowed, NotFound, StorageUnavailable
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import Server, StdioServer

@@ -1,6 +1,6 @@
 """Every error this project raises on purpose, each knowing the answer it leads to.
 
-Rendering happens in one place, `mcp_proxy.edge.errors`; whoever raises only says what went wrong.
+Rendering happens in one place, `mcp_proxy.edge.edge`; whoever raises only says what went wrong.
 JSON-RPC codes: -32700 to -32603 are JSON-RPC 2.0 section 5.1; -32000 and -32001 are the codes that
 MCP clients know from legacy servers. Codes -32020 and below mark a modern (2026-07-28) server and
 are never used here.

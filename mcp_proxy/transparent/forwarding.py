@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 from mcp_proxy.backends.http import HttpCall
-from mcp_proxy.edge.errors import as_message
+from mcp_proxy.edge.edge import as_message
 from mcp_proxy.errors import BackendLost, BackendTimeout, RequestId
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.jsonrpc import Response

@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.edge.connection import ClientConnection
-from mcp_proxy.edge.departures import Departures
-from mcp_proxy.edge.forwarding import Forwarding, raw_path
+from mcp_proxy.edge.disconnects import ClientConnection, Departures
+from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.forwarded import Forwarding, raw_path
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.edge.surround import Edge
 from mcp_proxy.errors import (
     BackendError,
     BackendLost,

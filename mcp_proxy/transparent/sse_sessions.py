@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 
 from mcp_proxy.backends.http import HttpCall
-from mcp_proxy.edge.forwarding import is_trusted_peer, mount_of, raw_path
+from mcp_proxy.edge.forwarded import is_trusted_peer, mount_of, raw_path
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import SessionExists, SessionUnknown, StorageError
 from mcp_proxy.sessions.manager import SessionManager

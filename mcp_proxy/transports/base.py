@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
+from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.edge.surround import Edge
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 from urllib.parse import parse_qs
 
 from mcp_proxy.backends.base import Delivery, Exchange
-from mcp_proxy.edge.connection import ClientConnection
-from mcp_proxy.edge.forwarding import mount_of
+from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.edge.streaming import EventStream
 from mcp_proxy.errors import (
     BackendLost,
     InvalidRequest,
@@ -29,6 +28,7 @@ from mcp_proxy.errors import (
     UnsupportedMediaType,
 )
 from mcp_proxy.storage.session import Session, new_session
+from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.observed import ObservedExchange
 from mcp_proxy.transports.placement import parse_place
 from mcp_proxy.transports.restarts import Restarts

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mcp_proxy.backends.base import Backend, Exchange
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.edge.surround import Edge
+from mcp_proxy.edge.edge import Edge
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.relay.remote import RemoteExchange
 from mcp_proxy.replica import Replica

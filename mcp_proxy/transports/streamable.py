@@ -14,10 +14,9 @@ from collections.abc import Sequence
 import msgspec
 
 from mcp_proxy.backends.base import Backend, Delivery, Exchange
-from mcp_proxy.edge.connection import ClientConnection
+from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.edge.streaming import EventStream
 from mcp_proxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -29,6 +28,7 @@ from mcp_proxy.errors import (
 )
 from mcp_proxy.storage.session import PROTOCOL_VERSION, Session
 from mcp_proxy.transports import handshake
+from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.journal import child_of, is_standing
 from mcp_proxy.transports.observed import ObservedExchange
 from mcp_proxy.transports.opening import Opening

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.edge import departures
-from mcp_proxy.edge.connection import ClientConnection
-from mcp_proxy.edge.departures import Departures
+from mcp_proxy.edge import disconnects as departures
+from mcp_proxy.edge.disconnects import ClientConnection, Departures
 from tests.support.waiting import eventually
 
 

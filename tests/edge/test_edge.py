@@ -15,13 +15,10 @@ from werkzeug.test import create_environ, run_wsgi_app
 from mcp_proxy import ProxyConfig
 from mcp_proxy.backends.base import Delivery, Exchange
 from mcp_proxy.edge import logs
-from mcp_proxy.edge.connection import ClientConnection
-from mcp_proxy.edge.errors import render
+from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.edge import Edge, StreamSlots, render
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest, RequestIds
-from mcp_proxy.edge.slots import StreamSlots
-from mcp_proxy.edge.streaming import EventStream
-from mcp_proxy.edge.surround import Edge
 from mcp_proxy.errors import (
     BodyTooLarge,
     InvalidRequest,
@@ -29,6 +26,7 @@ from mcp_proxy.errors import (
     ProxyError,
     StorageUnavailable,
 )
+from mcp_proxy.transports.event_stream import EventStream
 
 
 def request_with(body: bytes = b"", **headers: str) -> ClientRequest:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.edge.forwarding import Forwarding, raw_path
+from mcp_proxy.edge.forwarded import Forwarding, raw_path
 from mcp_proxy.wire.headers import HOP_BY_HOP
 
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from mcp_proxy.backends.base import Delivery, Exchange
-from mcp_proxy.edge.connection import ClientConnection
-from mcp_proxy.edge.errors import as_message
+from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.edge import as_message
 from mcp_proxy.errors import ProxyError, RequestId
 from mcp_proxy.wire import sse
 

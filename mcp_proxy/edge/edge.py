@@ -6,17 +6,18 @@ This is where a transport meets WSGI: environ in, `start_response` and a body ou
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.edge.errors import render
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.edge.logs import current_request, log_access
-from mcp_proxy.edge.reply import Body, Reply, empty_reply
+from mcp_proxy.edge.reply import Body, Reply, empty_reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, RequestIds
-from mcp_proxy.edge.slots import StreamSlots
-from mcp_proxy.errors import Draining, ProxyError
+from mcp_proxy.errors import Draining, Overloaded, ProxyError
+from mcp_proxy.wire import jsonrpc
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -107,3 +108,53 @@ class _LoggedBody:
         finally:
             log_access(self._request, self._status)
             current_request.set("")
+
+
+# --- errors: The one place where errors become HTTP.
+
+
+def render(error: ProxyError) -> Reply:
+    """The answer to an error that was met before the response began: its status, and JSON-RPC."""
+    return json_reply(as_message(error), error.status, error.headers)
+
+
+def as_message(error: ProxyError) -> bytes:
+    """The JSON-RPC error that says what `error` says."""
+    return jsonrpc.encode_error(error.code, error.message, error.request_id)
+
+
+# --- slots: The cap on standing streams: each holds a thread, and calls must always find one.
+
+
+class StreamSlots:
+    """`limit` places; thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()  # guards _taken
+        self._taken = 0
+
+    def __repr__(self) -> str:
+        return f"<StreamSlots {self._taken}/{self.limit}>"
+
+    def take(self) -> None:
+        """Takes a place; raises Overloaded when there is none."""
+        with self._lock:
+            if self._taken >= self.limit:
+                raise Overloaded(f"All {self.limit} standing streams of this worker are taken")
+            self._taken += 1
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Takes a place, which stays taken unless the block raises; raises Overloaded."""
+        self.take()
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Gives a place back; once for each that was taken."""
+        with self._lock:
+            self._taken -= 1

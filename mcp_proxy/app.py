@@ -14,6 +14,7 @@ from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.ownership.owner import StdioSessions
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
@@ -21,7 +22,6 @@ from mcp_proxy.sharing import Sharing
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
 from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
-from mcp_proxy.transports.ownership import StdioSessions
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy

@@ -30,6 +30,7 @@ from mcp_proxy.errors import (
     SessionEnded,
 )
 from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.refresh import SessionKeeper
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import Session
 from mcp_proxy.transparent import forwarding as passing
@@ -40,7 +41,6 @@ from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Pinning, Rout
 from mcp_proxy.transparent.sse_sessions import EndpointSessions, kept_back, unbuffered
 from mcp_proxy.transports import handshake
 from mcp_proxy.transports.base import Transport
-from mcp_proxy.transports.keeping import SessionKeeper
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request

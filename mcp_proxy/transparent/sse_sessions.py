@@ -17,6 +17,7 @@ from mcp_proxy.edge.forwarded import is_trusted_peer, mount_of, raw_path
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import SessionExists, SessionUnknown, StorageError
 from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.refresh import SessionKeeper
 from mcp_proxy.storage.session import (
     BACKEND_HOST,
     BACKEND_SID,
@@ -26,7 +27,6 @@ from mcp_proxy.storage.session import (
 )
 from mcp_proxy.transparent import forwarding as passing
 from mcp_proxy.transparent.balancing import BackendChooser
-from mcp_proxy.transports.keeping import SessionKeeper
 from mcp_proxy.wire import headers, revisions
 from mcp_proxy.wire.endpoint import (
     OUR_PARAMETER,

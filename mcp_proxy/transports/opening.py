@@ -6,8 +6,8 @@ import msgspec
 
 from mcp_proxy.backends.base import Delivery
 from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.ownership.owner import StdioSessions
 from mcp_proxy.transports import handshake
-from mcp_proxy.transports.ownership import StdioSessions
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Request, Response
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from mcp_proxy.backends.base import Backend, Exchange
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
+from mcp_proxy.ownership.owner import StdioSessions
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.relay.remote import RemoteExchange
 from mcp_proxy.replica import Replica
@@ -16,7 +17,6 @@ from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import Session
 from mcp_proxy.transports.base import Transport
-from mcp_proxy.transports.ownership import StdioSessions
 from mcp_proxy.transports.relaying import relay_for
 from mcp_proxy.transports.second_try import SecondTry
 from mcp_proxy.wire.jsonrpc import Notification, Response

@@ -26,13 +26,13 @@ from mcp_proxy.errors import (
     ProxyError,
     UnsupportedMediaType,
 )
+from mcp_proxy.resumption.replay import ResumedStream
+from mcp_proxy.resumption.writing import child_of, is_standing
 from mcp_proxy.storage.session import PROTOCOL_VERSION, Session
 from mcp_proxy.transports import handshake
 from mcp_proxy.transports.event_stream import EventStream
-from mcp_proxy.transports.journal import child_of, is_standing
 from mcp_proxy.transports.observed import ObservedExchange
 from mcp_proxy.transports.opening import Opening
-from mcp_proxy.transports.resumption import ResumedStream
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.wire import headers, jsonrpc, revisions
 from mcp_proxy.wire.jsonrpc import Batch, Notification, Request, Response

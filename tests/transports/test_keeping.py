@@ -9,8 +9,8 @@ import pytest
 
 from mcp_proxy import LocalStorage, Session, SessionManager
 from mcp_proxy.errors import SessionEnded, StorageError, StorageUnavailable
+from mcp_proxy.sessions.refresh import SessionKeeper
 from mcp_proxy.storage.session import new_session
-from mcp_proxy.transports.keeping import SessionKeeper
 from tests.support.waiting import eventually
 
 

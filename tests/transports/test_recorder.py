@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mcp_proxy.backends.base import Delivery
 from mcp_proxy.backends.exchange import PushedExchange
-from mcp_proxy.transports.recorder import Recorder
+from mcp_proxy.resumption.writing import Recorder
 from tests.support.waiting import eventually
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from mcp_proxy.resumption.replay import ResumedStream
 from mcp_proxy.storage.event_log import LocalEventLog
-from mcp_proxy.transports.resumption import ResumedStream
 from mcp_proxy.wire.sse import Event
 from tests.support.front import Answer, McpClient
 from tests.support.proxies import Replicas, replicas

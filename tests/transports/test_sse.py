@@ -14,7 +14,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy import LocalStorage, RedisStorage, SSEProxy, StreamableProxy, create_app
-from mcp_proxy.transports.ownership import StdioSessions
+from mcp_proxy.ownership.owner import StdioSessions
 from tests.support.front import SCRIPTED, McpClient, RotatingFront, WsgiFront
 from tests.support.proxies import (
     GunicornProxy,

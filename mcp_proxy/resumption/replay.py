@@ -14,8 +14,8 @@ import msgspec
 
 from mcp_proxy.backends.base import Delivery, Exchange
 from mcp_proxy.errors import PROXY_ERROR, RequestId, StorageError
+from mcp_proxy.resumption.writing import is_message
 from mcp_proxy.storage.event_log import EventLog, LoggedEvent
-from mcp_proxy.transports.journal import is_message
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Response
 

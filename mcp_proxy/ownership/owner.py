@@ -30,8 +30,11 @@ from mcp_proxy.errors import (
     SessionNotFound,
     StorageError,
 )
+from mcp_proxy.ownership.backoff import Restarts
+from mcp_proxy.ownership.sweep import Sweeper
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica, has_ended
+from mcp_proxy.resumption.writing import Journal, Recorder, ResumableBackend
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
@@ -44,12 +47,7 @@ from mcp_proxy.storage.session import (
     Session,
 )
 from mcp_proxy.transports import handshake
-from mcp_proxy.transports.journal import Journal
 from mcp_proxy.transports.placement import Place, parse_place
-from mcp_proxy.transports.recorder import Recorder
-from mcp_proxy.transports.restarts import Restarts
-from mcp_proxy.transports.resumable import ResumableBackend
-from mcp_proxy.transports.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,6 @@ gunicorn takes the module's globals for its settings.
 """
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.gunicorn_server import gunicorn_settings
+from mcp_proxy.server.gunicorn import gunicorn_settings
 
 globals().update(gunicorn_settings(ProxyConfig.from_env()))

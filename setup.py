@@ -50,7 +50,7 @@ setup(
             "waitress>=3.0.1",
         ],
     },
-    entry_points={"console_scripts": ["mcp-wsgi-proxy = mcp_proxy.cli:main"]},
+    entry_points={"console_scripts": ["mcp-wsgi-proxy = mcp_proxy.server.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Web Environment",

@@ -17,8 +17,8 @@ import msgspec
 from gunicorn.app.base import BaseApplication
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.gunicorn_server import gunicorn_settings
 from mcp_proxy.replica import Replica
+from mcp_proxy.server.gunicorn import gunicorn_settings
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

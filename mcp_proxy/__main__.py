@@ -2,6 +2,6 @@
 
 import sys
 
-from mcp_proxy.cli import main
+from mcp_proxy.server.cli import main
 
 sys.exit(main())

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_proxy import affinity
-from mcp_proxy.affinity import cpus_to_share, least_used
 from mcp_proxy.config import ProxyConfig
+from mcp_proxy.server import cpu_affinity as affinity
+from mcp_proxy.server.cpu_affinity import cpus_to_share, least_used
 
 # --- least_used ----------------------------------------------------------------------------------
 

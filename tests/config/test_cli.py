@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mcp_proxy import __version__
-from mcp_proxy.cli import main, read_config
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.server.cli import main, read_config
 from tests.config.samples import NEED_COMMAND, SAMPLES
 
 

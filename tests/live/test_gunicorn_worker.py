@@ -20,13 +20,13 @@ from gunicorn.http.wsgi import create
 from gunicorn.workers.gthread import ThreadWorker
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.gunicorn_server import gunicorn_settings
-from mcp_proxy.gunicorn_worker import STAY, JoinedResponse, StayingWorker
+from mcp_proxy.server.gunicorn import gunicorn_settings
+from mcp_proxy.server.worker import STAY, JoinedResponse, StayingWorker
 from tests.live.connections import Connection
 from tests.support.proxy_process import ProxyProcess
 from tests.support.waiting import eventually
 
-WORKER = "mcp_proxy.gunicorn_worker.StayingWorker"
+WORKER = "mcp_proxy.server.worker.StayingWorker"
 GUNICORN = ("-m", "gunicorn", "-c", "python:tests.live.plain_gunicorn", "-k", WORKER)
 
 

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from mcp_proxy.check import check
 from mcp_proxy.errors import SessionExists, SessionNotFound
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.redis.storage import RedisStorage
+from mcp_proxy.server.check import check
 from mcp_proxy.storage.mailboxes import Letter
 from tests.redis_forms.conftest import MakeStorage
 from tests.sessions.houses import record

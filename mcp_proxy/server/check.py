@@ -10,9 +10,9 @@ from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.http import HttpClient
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError, ProxyError
-from mcp_proxy.gunicorn_server import require_shared_sessions
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
+from mcp_proxy.server.gunicorn import require_shared_sessions
 from mcp_proxy.servers import HttpServer, StdioServer
 from mcp_proxy.sharing import Sharing
 from mcp_proxy.transports import handshake

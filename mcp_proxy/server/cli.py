@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mcp_proxy import __version__
-from mcp_proxy.check import check
 from mcp_proxy.config import (
     ProxyConfig,
     Setting,
@@ -17,7 +16,8 @@ from mcp_proxy.config import (
     settings,
 )
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.gunicorn_server import require_shared_sessions, serve
+from mcp_proxy.server.check import check
+from mcp_proxy.server.gunicorn import require_shared_sessions, serve
 from mcp_proxy.servers import as_command
 from mcp_proxy.sharing import Sharing
 

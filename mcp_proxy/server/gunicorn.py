@@ -14,11 +14,11 @@ import threading
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mcp_proxy import affinity
-from mcp_proxy.banner import banner
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import configure
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.server import cpu_affinity as affinity
+from mcp_proxy.server.gunicorn_banner import banner
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -37,7 +37,7 @@ _FILES = 16_384
 # descriptors, too.
 _KEPT_ALIVE = 128
 
-_STAYING_WORKER = "mcp_proxy.gunicorn_worker.StayingWorker"
+_STAYING_WORKER = "mcp_proxy.server.worker.StayingWorker"
 
 
 def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:

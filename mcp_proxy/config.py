@@ -27,7 +27,7 @@ from mcp_proxy.servers import (
     plain,
     read_servers,
 )
-from mcp_proxy.wire.targets import parse_target
+from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
 

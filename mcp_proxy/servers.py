@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.wire.targets import parse_target
+from mcp_proxy.wire.urls import parse_target
 
 
 class StdioServer(msgspec.Struct, frozen=True):

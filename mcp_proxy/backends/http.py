@@ -26,7 +26,7 @@ from urllib3.util import SKIP_HEADER
 
 from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft
 from mcp_proxy.wire.headers import Headers
-from mcp_proxy.wire.targets import Address, parse_target
+from mcp_proxy.wire.urls import Address, parse_target
 
 #: Seconds after which a pooled connection is not used again: servers close theirs after five.
 MAX_IDLE = 2.0

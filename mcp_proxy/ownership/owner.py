@@ -47,7 +47,7 @@ from mcp_proxy.storage.session import (
     Session,
 )
 from mcp_proxy.transports import handshake
-from mcp_proxy.transports.placement import Place, parse_place
+from mcp_proxy.wire.urls import Place, parse_place
 
 log = logging.getLogger(__name__)
 

@@ -20,13 +20,13 @@ import msgspec
 
 from mcp_proxy.backends.base import Backend
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay import frames, messages
-from mcp_proxy.relay.courier import Conversation, Courier
-from mcp_proxy.relay.frames import Channel, Frame, Kind, Reach
-from mcp_proxy.relay.host import Hosted
+from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay import protocol as messages
+from mcp_proxy.relay.calls import Hosted, RemoteBackend
 from mcp_proxy.relay.lanes import Lanes
 from mcp_proxy.relay.lease import Lease
-from mcp_proxy.relay.remote import RemoteBackend
+from mcp_proxy.relay.protocol import Channel, Frame, Kind, Reach
+from mcp_proxy.relay.sender import Conversation, Courier
 from mcp_proxy.replica import Replica
 from mcp_proxy.storage.mailboxes import Letter, Mailboxes
 

@@ -18,7 +18,7 @@ from mcp_proxy.sharing import Sharing
 from mcp_proxy.transports import handshake
 from mcp_proxy.wire import jsonrpc, revisions
 from mcp_proxy.wire.jsonrpc import Request
-from mcp_proxy.wire.targets import parse_target
+from mcp_proxy.wire.urls import parse_target
 
 #: The first Redis with GETEX.
 REDIS_NEEDED = (6, 2)

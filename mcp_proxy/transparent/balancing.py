@@ -9,7 +9,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
-from mcp_proxy.wire.targets import Address, Target
+from mcp_proxy.wire.urls import Address, Target
 
 #: The addresses of a host name, as strings; raises OSError.
 Resolver = Callable[[str, int], Sequence[str]]

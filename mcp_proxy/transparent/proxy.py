@@ -44,7 +44,7 @@ from mcp_proxy.transports.base import Transport
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
-from mcp_proxy.wire.targets import parse_target
+from mcp_proxy.wire.urls import parse_target
 
 # How often a request is sent, at the most, while the backends of its session get lost.
 _ATTEMPTS = 3

@@ -38,7 +38,7 @@ from mcp_proxy.transports import handshake
 from mcp_proxy.wire import headers, jsonrpc
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
-from mcp_proxy.wire.targets import Address, Target, parse_target, request_target
+from mcp_proxy.wire.urls import Address, Target, parse_target, request_target
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from mcp_proxy.storage.session import (
 from mcp_proxy.transparent import forwarding as passing
 from mcp_proxy.transparent.balancing import BackendChooser
 from mcp_proxy.wire import headers, revisions
-from mcp_proxy.wire.endpoint import (
+from mcp_proxy.wire.endpoint_event import (
     OUR_PARAMETER,
     EndpointRewriter,
     Named,
@@ -37,7 +37,7 @@ from mcp_proxy.wire.endpoint import (
     with_session,
 )
 from mcp_proxy.wire.headers import Headers, is_session_id
-from mcp_proxy.wire.targets import Address, parse_target
+from mcp_proxy.wire.urls import Address, parse_target
 
 log = logging.getLogger(__name__)
 

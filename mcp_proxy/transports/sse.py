@@ -31,10 +31,10 @@ from mcp_proxy.ownership.backoff import Restarts
 from mcp_proxy.storage.session import Session, new_session
 from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.observed import ObservedExchange
-from mcp_proxy.transports.placement import parse_place
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.jsonrpc import Message, Request
+from mcp_proxy.wire.urls import parse_place
 
 KIND = "sse"
 

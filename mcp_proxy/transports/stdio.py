@@ -9,8 +9,8 @@ from mcp_proxy.backends.base import Backend, Exchange
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.ownership.owner import StdioSessions
+from mcp_proxy.relay.calls import RemoteExchange
 from mcp_proxy.relay.relay import Relay
-from mcp_proxy.relay.remote import RemoteExchange
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager

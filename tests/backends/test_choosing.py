@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from mcp_proxy.transparent.balancing import BackendChooser, resolve
-from mcp_proxy.wire.targets import Address, Target, parse_target
+from mcp_proxy.wire.urls import Address, Target, parse_target
 
 
 class Names:

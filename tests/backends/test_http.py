@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 from mcp_proxy.backends import http as backends_http
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft
-from mcp_proxy.wire.targets import Address
+from mcp_proxy.wire.urls import Address
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, reset, silent, stream
 from tests.support.waiting import eventually
 

@@ -10,8 +10,8 @@ import redis
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.redis.client import Access
 from mcp_proxy.redis.mailboxes import RedisMailboxes
-from mcp_proxy.relay import frames
-from mcp_proxy.relay.frames import Frame
+from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay.protocol import Frame
 from mcp_proxy.storage.mailboxes import Letter, LocalMailboxes, Mailboxes
 
 #: The lease in every office, in seconds.

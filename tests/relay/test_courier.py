@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay import frames
-from mcp_proxy.relay.courier import Conversation, Courier
-from mcp_proxy.relay.frames import Channel, Frame, Kind, Reach
+from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay.protocol import Channel, Frame, Kind, Reach
+from mcp_proxy.relay.sender import Conversation, Courier
 from mcp_proxy.storage.mailboxes import Letter
 from tests.relay.offices import FickleMailboxes
 from tests.support.waiting import eventually

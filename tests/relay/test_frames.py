@@ -18,8 +18,9 @@ from mcp_proxy.errors import (
     BackendUnreached,
     Cancelled,
 )
-from mcp_proxy.relay import frames, messages
-from mcp_proxy.relay.frames import WINDOW, Channel, Frame, Kind
+from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay import protocol as messages
+from mcp_proxy.relay.protocol import WINDOW, Channel, Frame, Kind
 
 #: Bytes of a piece here: as many pieces as anywhere, of less data.
 PIECE = 64

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mcp_proxy.relay import frames
-from mcp_proxy.relay.frames import Frame, Kind
+from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay.protocol import Frame, Kind
 from mcp_proxy.storage.mailboxes import Letter, LocalMailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.offices import FickleMailboxes

@@ -12,7 +12,7 @@ import redis
 from mcp_proxy.errors import BackendLost, BackendUnreached, StorageUnavailable
 from mcp_proxy.redis.client import Access
 from mcp_proxy.redis.mailboxes import RedisMailboxes
-from mcp_proxy.relay import frames
+from mcp_proxy.relay import protocol as frames
 from mcp_proxy.storage.mailboxes import LocalMailboxes, Mailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.offices import FickleMailboxes

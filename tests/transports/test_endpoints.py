@@ -23,7 +23,7 @@ from mcp_proxy.config import from_values
 from mcp_proxy.errors import BackendLost, StorageUnavailable
 from mcp_proxy.storage.session import Session, new_session
 from mcp_proxy.transports.base import drain
-from mcp_proxy.wire.endpoint import OUR_PARAMETER, named_session
+from mcp_proxy.wire.endpoint_event import OUR_PARAMETER, named_session
 from tests.servers.http_backend import Feed, HttpBackend, reply, reset, stream
 from tests.servers.old_server import OldServer
 from tests.support.front import Answer, Json

@@ -466,7 +466,7 @@ def test_a_client_that_leaves_while_the_last_piece_is_sent_harms_no_other(
 ) -> None:
     """The connection is another call's as soon as the last byte was read."""
     from mcp_proxy.backends.http import HttpCall, HttpClient
-    from mcp_proxy.wire.targets import Address
+    from mcp_proxy.wire.urls import Address
 
     target.reset()
     client = HttpClient(1, 4)

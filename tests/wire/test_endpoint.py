@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mcp_proxy.wire import sse
-from mcp_proxy.wire.endpoint import (
+from mcp_proxy.wire.endpoint_event import (
     MAX_EVENT,
     OUR_PARAMETER,
     EndpointRewriter,

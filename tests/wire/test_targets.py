@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_proxy.wire.targets import Address, Target, parse_target, request_target
+from mcp_proxy.wire.urls import Address, Target, parse_target, request_target
 
 
 @pytest.mark.parametrize(

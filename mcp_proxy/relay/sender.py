@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay import frames
-from mcp_proxy.relay.frames import Channel, Frame, Reach
+from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay.protocol import Channel, Frame, Reach
 from mcp_proxy.storage.mailboxes import Letter, Mailboxes
 
 log = logging.getLogger(__name__)

@@ -83,3 +83,28 @@ def request_target(static: Target, backend: Target | None, path: str, query: str
 def _joined(path: str, *queries: str) -> str:
     query = "&".join(query for query in queries if query)
     return f"{path}?{query}" if query else path
+
+
+# --- placement: Where a session's child is, as `backend_url` says it: `worker://<replica>/<child>`.
+
+_SCHEME = "worker://"
+
+
+class Place(NamedTuple):
+    """A replica and a child of it."""
+
+    replica: str
+    child: str
+
+    @property
+    def url(self) -> str:
+        """The place as a `backend_url`."""
+        return f"{_SCHEME}{self.replica}/{self.child}"
+
+
+def parse_place(url: str | None) -> Place | None:
+    """The place that a `backend_url` names, None where it names none."""
+    if url is None or not url.startswith(_SCHEME):
+        return None
+    replica, _, child = url.removeprefix(_SCHEME).partition("/")
+    return Place(replica, child) if replica and child else None

@@ -1,1 +1,1 @@
-"""Backends: what stands behind a session, and how messages get to it and back."""
+"""What stands behind a session, and the contract by which transports use it."""

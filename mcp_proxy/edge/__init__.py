@@ -1,1 +1,1 @@
-"""The edge: what every transport surrounds itself with, between WSGI and the protocol."""
+"""What surrounds every request, between WSGI and the protocol."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Which replica holds the backend of a session: found, started, brought back, ended."""

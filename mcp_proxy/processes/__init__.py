@@ -1,1 +1,1 @@
-"""TODO"""
+"""The operating system's side of a stdio server: the child, its supervisor and the guardian."""

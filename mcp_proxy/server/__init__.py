@@ -1,1 +1,1 @@
-"""TODO"""
+"""The command line, and gunicorn as this project runs it."""

@@ -18,7 +18,7 @@ from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import configure
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.server import cpu_affinity as affinity
-from mcp_proxy.server.gunicorn_banner import banner
+from mcp_proxy.server.banner import banner
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication

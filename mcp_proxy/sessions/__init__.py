@@ -1,1 +1,1 @@
-"""Sessions: what a session id stands for, and where the records live."""
+"""Sessions: what a session id stands for, who may change its record, and what keeps it alive."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The reverse proxy in front of HTTP servers."""

@@ -1,1 +1,1 @@
-"""Transports: one wire each, each a WSGI application on its own."""
+"""The wires to clients in front of stdio servers."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.server.gunicorn_banner import banner, server_urls
+from mcp_proxy.server.banner import banner, server_urls
 
 
 @pytest.fixture

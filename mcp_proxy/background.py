@@ -1,0 +1,404 @@
+"""The threads of this package: one base for all of them.
+
+Each has a name and a loop that survives what it did not foresee and says so in the log. Each can be
+stopped with a time limit, and is missed by /readyz when it has ended although it should run. All
+are daemon threads: none keeps the interpreter from leaving. Nothing starts in a constructor, and
+`start` begins anew in a forked process, since threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Seconds before a loop that failed is entered again.
+_PAUSE = 0.25
+
+
+class Workers:
+    """The threads that an application cannot do without, once they have been started.
+
+    Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _started
+        self._started: dict[Worker, None] = {}
+
+    def __repr__(self) -> str:
+        return f"<Workers {[worker.name for worker in self._started]}>"
+
+    def add(self, worker: Worker) -> None:
+        """From now on the worker is missed when its thread has ended."""
+        with self._lock:
+            self._started[worker] = None
+
+    def discard(self, worker: Worker) -> None:
+        """The worker was told to stop."""
+        with self._lock:
+            self._started.pop(worker, None)
+
+    def not_ready_reason(self) -> str | None:
+        """Which threads have ended that should run, None if none has."""
+        with self._lock:
+            started = list(self._started)
+        return "; ".join(r for worker in started if (r := worker.not_ready_reason())) or None
+
+
+class Worker(ABC):
+    """A thread that calls `run_once` until it is told to stop.
+
+    `workers` is who misses it when it has ended. Every method may be called from any thread.
+    """
+
+    def __init__(self, name: str, workers: Workers | None = None) -> None:
+        self.name = name
+        self.is_stopping = False
+        self._workers = workers
+        self._starting = threading.Lock()  # guards _thread and _pid
+        self._thread: threading.Thread | None = None
+        self._pid: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} running={self.is_running}>"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread was started, in this process, and has not ended."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Starts the thread; harmless when repeated.
+
+        One that has ended unasked is started again. Raises RuntimeError when the system has no
+        thread to give; then nothing has started.
+        """
+        if self.is_running:
+            return
+        with self._starting:
+            if self.is_running or self.is_stopping:
+                return
+            if self._pid != os.getpid():
+                self.prepare()
+                self._pid = os.getpid()
+            thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            thread.start()
+            self._thread = thread
+        if self._workers is not None:
+            self._workers.add(self)
+
+    def stop(self, timeout: float = 0.0) -> None:
+        """Tells the loop to end, and waits for that at most `timeout` seconds."""
+        self.is_stopping = True
+        if self._workers is not None:
+            self._workers.discard(self)
+        if self.is_running:
+            self.wake()
+            self.wait(timeout)
+
+    def wait(self, timeout: float) -> None:
+        """Waits for the end of the thread, at most `timeout` seconds."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def not_ready_reason(self) -> str | None:
+        """What is wrong when the thread has ended that should run; None otherwise."""
+        if self._pid != os.getpid() or self.is_stopping or self.is_running:
+            return None
+        return f"the thread {self.name} has ended"
+
+    def prepare(self) -> None:  # noqa: B027  (most need nothing)
+        """Makes what the loop needs in the process that runs it. Called before its first start."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Has `run_once` look up from its wait. Never waits itself."""
+
+    @abstractmethod
+    def run_once(self) -> None:
+        """One round of the loop. Waits until there is something to do, or until it is woken."""
+
+    def _run(self) -> None:
+        try:
+            while not self.is_stopping:
+                try:
+                    self.run_once()
+                except Exception:
+                    log.exception("the thread %s met an error and goes on", self.name)
+                    time.sleep(_PAUSE)
+            self.finish()
+        finally:
+            if not self.is_stopping:
+                log.critical("the thread %s has ended", self.name)
+
+    def finish(self) -> None:  # noqa: B027  (most have nothing to do)
+        """What the thread does last, when it was told to stop."""
+
+
+class Periodic(Worker):
+    """Calls `act` every `interval` seconds, and at once when it is woken."""
+
+    def __init__(
+        self,
+        name: str,
+        interval: float,
+        act: Callable[[], object],
+        workers: Workers | None = None,
+    ) -> None:
+        super().__init__(name, workers)
+        self.interval = interval
+        self._act = act
+        self._woken = threading.Event()
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def run_once(self) -> None:
+        if self._woken.wait(self.interval):
+            self._woken.clear()
+        if not self.is_stopping:
+            self._act()
+
+
+class QueueWorker(Worker, Generic[T]):
+    """Works on what others put into its queue."""
+
+    def __init__(self, name: str, workers: Workers | None = None) -> None:
+        super().__init__(name, workers)
+        self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+
+    def put(self, item: T) -> None:
+        """Adds an item. Never waits."""
+        self._queue.put(item)
+
+    def wake(self) -> None:
+        self._queue.put(None)
+
+    def take(self, timeout: float | None) -> dict[T, None]:
+        """Everything that is in the queue, each item once and in order.
+
+        Waits `timeout` seconds for the first, None for as long as it takes.
+        """
+        taken: dict[T, None] = {}
+        try:
+            item = self._queue.get(timeout=timeout)
+            while True:
+                if item is not None:
+                    taken[item] = None
+                item = self._queue.get_nowait()
+        except queue.Empty:
+            return taken
+
+
+class SelectorWorker(Worker):
+    """Waits for many files at once, and does what others ask it to do.
+
+    `register` and `unregister` are for its own thread, `call` for everybody else.
+    """
+
+    _selector: selectors.BaseSelector
+    _wake_read: socket.socket
+    _wake_write: socket.socket
+
+    def __init__(self, name: str, workers: Workers | None = None) -> None:
+        super().__init__(name, workers)
+        self._acts: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+
+    def prepare(self) -> None:
+        self._acts = queue.SimpleQueue()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._do_acts)
+
+    def call(self, act: Callable[[], object]) -> None:
+        """Has `act` called by the thread. Never waits."""
+        self._acts.put(act)
+        self.wake()
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
+            self._wake_write.send(b"\0")
+
+    def register(self, file: Any, act: Callable[[], object]) -> None:
+        """Has `act` called whenever `file` is readable."""
+        self._selector.register(file, selectors.EVENT_READ, act)
+
+    def unregister(self, file: Any) -> None:
+        """Forgets a file; harmless for one that is not registered."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(file)
+
+    def patience(self) -> float | None:
+        """Seconds until something must be looked at without an event; None: never."""
+        return None
+
+    def run_once(self) -> None:
+        for key, _ in self._selector.select(self.patience()):
+            self.guarded(key.data)
+
+    def guarded(self, act: Callable[[], object]) -> None:
+        """Calls `act`; one that fails does not keep the others from their turn."""
+        try:
+            act()
+        except Exception:
+            log.exception("the thread %s failed at one of its tasks", self.name)
+
+    def finish(self) -> None:
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _do_acts(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+        while True:
+            try:
+                act = self._acts.get_nowait()
+            except queue.Empty:
+                return
+            self.guarded(act)
+
+
+class Reader:
+    """A thread that reads one source to its end, by `read`.
+
+    A reader that fails cannot go on where it was, so its failure is not survived: it is logged, and
+    `on_failure` is called, which ends whatever was read.
+    """
+
+    def __init__(
+        self, name: str, read: Callable[[], object], on_failure: Callable[[], object]
+    ) -> None:
+        self._read = read
+        self._on_failure = on_failure
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread; raises RuntimeError when the system has none to give."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        is_done = False
+        try:
+            self._read()
+            is_done = True
+        except Exception:
+            log.exception("the thread %s failed", self._thread.name)
+        finally:
+            if not is_done:
+                self._on_failure()
+
+
+class KeyedExecutor:
+    """Calls functions in order for one key, at the same time for different ones.
+
+    Has at most `width` threads, which start when they are needed. Thread-safe.
+    """
+
+    def __init__(self, name: str, width: int) -> None:
+        self._name = name
+        self._width = width
+        self._changed = threading.Condition()  # guards and announces what follows
+        self._acts: dict[str, deque[Callable[[], object]]] = {}
+        self._ready: deque[str] = deque()  # keys that no thread is at
+        self._idle = 0
+        self._threads = 0
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<KeyedExecutor {self._name} keys={len(self._acts)} threads={self._threads}>"
+
+    def submit(self, key: str, act: Callable[[], object]) -> None:
+        """Has `act` called after everything that was submitted for the key before. Never waits.
+
+        After `close` nothing is called any more.
+        """
+        with self._changed:
+            if self._is_closed:
+                return
+            waiting = self._acts.get(key)
+            if waiting is not None:
+                waiting.append(act)
+                return
+            self._acts[key] = deque([act])
+            self._ready.append(key)
+            self._changed.notify()
+            if self._idle < len(self._ready) and self._threads < self._width:
+                self._add_thread()
+
+    def close(self) -> None:
+        """Takes no more; what is waiting is not begun."""
+        with self._changed:
+            self._is_closed = True
+            self._acts.clear()
+            self._ready.clear()
+            self._changed.notify_all()
+
+    def _add_thread(self) -> None:
+        """Starts one more thread; where the system has none the others do the work."""
+        name = f"{self._name}-{self._threads}"
+        try:
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+        except RuntimeError:
+            if not self._threads:
+                raise
+        else:
+            self._threads += 1
+
+    def _run(self) -> None:
+        try:
+            while (key := self._next_key()) is not None:
+                self._run_key(key)
+        finally:
+            with self._changed:
+                self._threads -= 1
+
+    def _next_key(self) -> str | None:
+        """A key with something to do; None when the executor is closed."""
+        with self._changed:
+            self._idle += 1
+            self._changed.wait_for(lambda: self._ready or self._is_closed)
+            self._idle -= 1
+            return None if self._is_closed else self._ready.popleft()
+
+    def _run_key(self, key: str) -> None:
+        while (act := self._next_act(key)) is not None:
+            try:
+                act()
+            except Exception:
+                log.exception("the thread %s failed at one of its tasks", self._name)
+            except BaseException:
+                self._give_back(key)
+                raise
+
+    def _give_back(self, key: str) -> None:
+        """This thread ends: another one goes on with the key."""
+        with self._changed:
+            if key in self._acts:
+                self._ready.append(key)
+                self._changed.notify()
+
+    def _next_act(self, key: str) -> Callable[[], object] | None:
+        """The next thing to do for a key; a key with nothing left is forgotten."""
+        with self._changed:
+            acts = self._acts.get(key)
+            if acts:
+                return acts.popleft()
+            self._acts.pop(key, None)
+            return None

@@ -25,10 +25,10 @@ setup(
         "requests>=2.32",
         "redis[hiredis]>=6.2",
         "gunicorn>=27.0",
-        "msgspec>=0.20",
+        "msgspec>=0.21",
     ],
     extras_require={
-        "gevent": ["gevent>=25.5"],
+        "gevent": ["gevent>=25.5", "packaging>=24"],
         "test": [
             "coverage[toml]>=7.10",
             "django>=5.2",

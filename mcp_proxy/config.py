@@ -1,32 +1,26 @@
-"""The settings: one table, one frozen object, three ways in.
+"""The settings: one table, one frozen object, set in code, in the environment or as options.
 
 Each field of `ProxyConfig` is an environment variable `MCP_PROXY_<NAME>` and a command line option
-`--<name>`; its annotation carries its type, its bounds and its one-line reason, from which the
-parser, the help and the table in the README are made. Unknown names and contradictions are errors
-with a sentence.
+`--<name>`; its annotation has its type, its bounds and its description, from which the parser, the
+help, the checks and the table in the README are made. Unknown names, invalid values and
+contradictions raise ConfigError.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
+from msgspec.inspect import FloatType, IntType, LiteralType, Metadata, UnionType, VarTupleType
 
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.servers import (
-    HttpServer,
-    Server,
-    StdioServer,
-    as_command,
-    demo_server,
-    plain,
-    read_servers,
-)
+from mcp_proxy.servers import HttpServer, Server, StdioServer, as_command, demo_server, read_servers
 from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
@@ -40,49 +34,59 @@ Seconds = Annotated[float, Meta(gt=0, le=10 * 365 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1)]
 
 
-class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that can be set. Times are in seconds, sizes in bytes."""
+# --- entries of lists ----------------------------------------------------------------------------
 
-    command: Annotated[tuple[str, ...], Meta(description="the stdio server to serve")] = ()
-    target_url: Annotated[
-        tuple[str, ...], Meta(description="the HTTP server to serve: the URL of each replica")
-    ] = ()
-    config: Annotated[
-        str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
-    ] = None
-    env: Annotated[
-        tuple[str, ...],
-        Meta(description="NAME=VALUE pairs for the server of `command`", extra=SECRET),
-    ] = ()
-    cwd: Annotated[str | None, Meta(description="working directory of that server")] = None
-    redis_url: Annotated[
-        str | None,
-        Meta(description="where sessions are shared; none: in memory", extra=SECRET),
-    ] = None
-    redis_prefix: Annotated[str, Meta(description="what every key in Redis begins with")] = (
-        "mcp-proxy:"
-    )
+
+def _only(what: str, pattern: str = ".*") -> Meta:
+    """Entries that match the pattern as a whole; `what` follows "a list of" in errors."""
+    return Meta(pattern=rf"\A(?s:{pattern})\Z", description=what)
+
+
+_NAME = r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?"
+_IPV6 = r"[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%\w+)?"
+_PORT = r":[0-9]+"
+_ORIGIN = rf"[A-Za-z][A-Za-z0-9+.-]*://({_NAME}|\[{_IPV6}\])({_PORT})?"
+
+Word = Annotated[str, _only("words")]
+Url = Annotated[str, _only("absolute http:// or https:// URLs without a password")]
+Pair = Annotated[str, _only("NAME=VALUE pairs", r"[^=\0]+=[^\0]*")]
+Change = Annotated[
+    str, _only("changes (Name: value sets, Name: removes)", r"\s*[^\s:]+\s*:[^\r\n\0]*")
+]
+Peer = Annotated[str, _only("single addresses (10.0.0.1, ::1) or * for all", r"\*|[^\s*/]+")]
+Origin = Annotated[
+    str, _only("exact origins (https://a.example:8443, null) or * for all", rf"\*|null|{_ORIGIN}")
+]
+Host = Annotated[  # with a port too: the guard also compares the Host header as a whole
+    str,
+    _only(
+        "exact names (www.example.com, ::1) or * for all",
+        rf"\*|{_IPV6}|{_NAME}({_PORT})?|\[{_IPV6}\]{_PORT}",
+    ),
+]
+
+
+class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of one transport, wherever it is mounted. Times in seconds, sizes in bytes.
+
+    The constructor raises ConfigError for an invalid value. Lists become tuples.
+    """
+
     session_ttl: Annotated[
         Seconds, Meta(description="how long an unused session and its server live")
     ] = 7200
     unknown_session_status: Annotated[
         Literal[400, 404], Meta(description="HTTP status for an id that was never issued here")
     ] = 400
-    stdio_mode: Annotated[
-        Literal["per-session"], Meta(description="one server process for each session")
-    ] = "per-session"
-    stdio_transports: Annotated[
-        tuple[Literal["streamable", "sse"], ...],
-        Meta(description="in front of stdio servers: streamable HTTP at /mcp, HTTP+SSE at /sse"),
-    ] = ("streamable", "sse")
     request_timeout: Annotated[
-        Seconds, Meta(description="how long a call may take before it is given up")
+        Seconds, Meta(description="how long a call may take before it fails")
     ] = 600
     connect_timeout: Annotated[
-        Seconds, Meta(description="how long to wait for Redis or a backend to answer at all")
+        Seconds,
+        Meta(description="how long to wait for a connection to a backend, or an answer from Redis"),
     ] = 5
     keepalive_interval: Annotated[
-        Seconds, Meta(description="how often a silent stream says that it is there")
+        Seconds, Meta(description="how often a silent stream gets a keepalive")
     ] = 15
     sse_after: Annotated[
         Seconds,
@@ -99,42 +103,93 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Count | None,
         Meta(description="standing streams of one worker; none: three quarters of `threads`"),
     ] = None
+    threads: Annotated[
+        Annotated[int, Meta(ge=4)],
+        Meta(description="threads of a worker: streams and calls that it serves at once"),
+    ] = 64
     allowed_origins: Annotated[
-        tuple[str, ...] | None,
+        tuple[Origin, ...] | None,
         Meta(description="Origin headers that browsers may send, * for all; none: loopback only"),
     ] = None
     allowed_hosts: Annotated[
-        tuple[str, ...] | None,
+        tuple[Host, ...] | None,
         Meta(
             description="Host names that are served, * for all; none: loopback on a loopback bind"
         ),
     ] = None
-    allowed_backends: Annotated[
-        tuple[str, ...],
-        Meta(description="URLs that a session may be routed to besides `target_url`, * for all"),
-    ] = ()
     trusted_proxies: Annotated[
-        tuple[str, ...],
+        tuple[Peer, ...],
         Meta(description="addresses whose X-Forwarded-* headers are believed, * for all"),
     ] = ()
     forward_headers: Annotated[
-        tuple[str, ...],
-        Meta(description="changes to what an HTTP server gets: Name: value sets, Name: removes"),
+        tuple[Change, ...],
+        Meta(
+            description="changes to headers for an HTTP server: Name: value sets, Name: removes",
+            extra=SECRET,
+        ),
     ] = ()
+
+    def __post_init__(self) -> None:
+        for setting in settings(type(self)):
+            value = getattr(self, setting.name)
+            if value is not setting.default:
+                msgspec.structs.force_setattr(self, setting.name, _checked(setting, value))
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{s.name}={'***' if s.secret and getattr(self, s.name) else getattr(self, s.name)!r}"
+            for s in settings(type(self))
+            if getattr(self, s.name) != s.default
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def stream_limit(self) -> int:
+        """Standing streams of one worker; the rest of the threads stays free for calls."""
+        return self.max_streams or max(1, self.threads - max(2, self.threads // 4))
+
+
+class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings: those of a transport, the MCP servers, the store, the log and gunicorn."""
+
+    command: Annotated[tuple[Word, ...], Meta(description="the stdio server to serve")] = ()
+    target_url: Annotated[
+        tuple[Url, ...], Meta(description="the HTTP server to serve: the URL of each replica")
+    ] = ()
+    allowed_backends: Annotated[
+        tuple[Url, ...],
+        Meta(description="URLs that a session may be routed to besides `target_url`, * for all"),
+    ] = ()
+    config: Annotated[
+        str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
+    ] = None
+    env: Annotated[
+        tuple[Pair, ...],
+        Meta(description="NAME=VALUE pairs for the server of `command`", extra=SECRET),
+    ] = ()
+    cwd: Annotated[str | None, Meta(description="working directory of that server")] = None
+    stdio_mode: Annotated[
+        Literal["per-session"], Meta(description="one server process for each session")
+    ] = "per-session"
+    stdio_transports: Annotated[
+        tuple[Literal["streamable", "sse"], ...],
+        Meta(description="in front of stdio servers: streamable HTTP at /mcp, HTTP+SSE at /sse"),
+    ] = ("streamable", "sse")
+    redis_url: Annotated[
+        str | None,
+        Meta(description="the Redis that has the sessions; none: in memory", extra=SECRET),
+    ] = None
+    redis_prefix: Annotated[str, Meta(description="prefix of every key in Redis")] = "mcp-proxy:"
     log_format: Annotated[Literal["text", "json"], Meta(description="form of the log lines")] = (
         "text"
     )
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="what the log leaves out")
+        Literal["debug", "info", "warning", "error"], Meta(description="lowest level in the log")
     ] = "info"
     bind: Annotated[str, Meta(description="address to listen on, HOST:PORT or unix:PATH")] = (
         "127.0.0.1:8080"
     )
     workers: Annotated[Count, Meta(description="gunicorn workers")] = 1
-    threads: Annotated[
-        Annotated[int, Meta(ge=4)],
-        Meta(description="threads of a worker: streams and calls that it serves at once"),
-    ] = 64
     worker_class: Annotated[
         Literal["gthread", "gevent"], Meta(description="gunicorn's kind of worker")
     ] = "gthread"
@@ -143,48 +198,30 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.command) + bool(self.config) + bool(self.target_url) > 1:
-            raise ConfigError("Give one of a command, a target_url and a config file, not both")
+            raise ConfigError("Give only one of a command, a target_url and a config file")
         if not self.stdio_transports:
-            raise ConfigError("stdio_transports names at least one of streamable and sse")
-        for change in self.forward_headers:
-            if ":" not in change:
-                raise ConfigError("forward_headers takes Name: value to set and Name: to remove")
-        for url in self.target_url:
-            if parse_target(url) is None:
-                raise ConfigError("target_url takes absolute http:// or https:// URLs")
+            raise ConfigError("stdio_transports must name streamable, sse or both")
         if (self.env or self.cwd) and not self.command:
             raise ConfigError(
                 "env and cwd belong to a command; in a config file each server has its own"
             )
-        for pair in self.env:
-            if "=" not in pair:
-                raise ConfigError("env takes NAME=VALUE pairs, and one of them has no =")
+        _require_targets("target_url", self.target_url)
+        _require_targets("allowed_backends", (url for url in self.allowed_backends if url != "*"))
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
-
-    def __repr__(self) -> str:
-        shown = (
-            f"{s.name}={'***' if s.secret and getattr(self, s.name) else getattr(self, s.name)!r}"
-            for s in settings()
-            if getattr(self, s.name) != s.default
-        )
-        return f"ProxyConfig({', '.join(shown)})"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ProxyConfig:
         """The configuration in `MCP_PROXY_*` variables; raises ConfigError for an unknown one."""
         return from_values(environment_values(environ))
 
-    @property
-    def stream_limit(self) -> int:
-        """Standing streams of one worker; the rest of the threads stays free for calls."""
-        return self.max_streams or max(1, self.threads - max(2, self.threads // 4))
-
     def cpus(self) -> tuple[int, ...]:
-        """The CPUs that `cpu_affinity` lists; raises ConfigError where it is no such list."""
+        """The CPUs that `cpu_affinity` lists; raises ConfigError where it is no list."""
         if not re.fullmatch(r"\d+(,\d+)*", self.cpu_affinity):
-            raise ConfigError("cpu_affinity is auto, off, or a list of CPU numbers such as 0,2")
+            choice = repr(self.cpu_affinity)
+            raise ConfigError(f"cpu_affinity must be auto, off or a list such as 0,2, not {choice}")
         return tuple(int(part) for part in self.cpu_affinity.split(","))
 
     def servers(self) -> list[Server]:
@@ -201,63 +238,86 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 # --- the table -----------------------------------------------------------------------------------
 
+#: The first rows of the table: the MCP servers and the session store.
+_FIRST = (
+    *("command", "target_url", "allowed_backends", "config", "env", "cwd"),
+    *("stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
+)
+
 
 class Setting(NamedTuple):
-    """One row of the table."""
+    """One row of the table. `annotation` is the field's own, `takes` the type in it."""
 
     name: str
     default: Any
     reason: str
     is_list: bool
     secret: bool
+    annotation: Any
+    takes: msgspec.inspect.Type
 
 
-def settings() -> Iterator[Setting]:
-    """Every setting, in the order of the table."""
-    for field in msgspec.structs.fields(ProxyConfig):
-        info = msgspec.inspect.type_info(field.type)
-        assert isinstance(info, msgspec.inspect.Metadata)
-        reason = (info.extra_json_schema or {})["description"]
-        yield Setting(
-            field.name,
-            field.default,
-            str(reason),
-            is_list="tuple" in str(field.type),
-            secret=bool((info.extra or {}).get("secret")),
-        )
+@cache
+def settings(kind: type[ProxyOptions] = ProxyConfig) -> tuple[Setting, ...]:
+    """Every setting of a class, in the order of the table."""
+    rows = (_setting(field) for field in msgspec.structs.fields(kind))
+    return tuple(sorted(rows, key=lambda row: row.name not in _FIRST))
+
+
+def _setting(field: msgspec.structs.FieldInfo) -> Setting:
+    info = msgspec.inspect.type_info(field.type)
+    assert isinstance(info, Metadata)
+    takes = info.type.types[0] if isinstance(info.type, UnionType) else info.type  # or None
+    return Setting(
+        field.name,
+        field.default,
+        str((info.extra_json_schema or {})["description"]),
+        is_list=isinstance(takes, VarTupleType),
+        secret=bool((info.extra or {}).get("secret")),
+        annotation=field.type,
+        takes=takes,
+    )
+
+
+# --- values from texts ---------------------------------------------------------------------------
 
 
 def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The values that `MCP_PROXY_*` variables give; raises ConfigError for an unknown name."""
-    named = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
+    """The values of `MCP_PROXY_*` variables; raises ConfigError for an unknown name.
+
+    An empty variable counts as not set.
+    """
+    given = {name: value for name, value in environ.items() if value.strip()}
+    named = {name: value for name, value in given.items() if name.startswith(PREFIX)}
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
-    texts.pop("replica", None)  # what marks the children of a proxy that started this one
-    if _WEB_CONCURRENCY in environ:  # gunicorn's own name for it
-        texts.setdefault("workers", environ[_WEB_CONCURRENCY])
+    texts.pop("replica", None)  # marks a process that another proxy started
+    if _WEB_CONCURRENCY in given:  # gunicorn's own name for it
+        texts.setdefault("workers", given[_WEB_CONCURRENCY])
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 
 def values_of(texts: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[str, Any]:
-    """Values for `from_values` from texts by name, as environment variables carry them.
+    """Values for `from_values` from texts by name, as in environment variables.
 
-    `spell` says how a name was written, for the ConfigError that an unknown name raises.
+    Raises ConfigError for an unknown name, which it shows as `spell` returns it.
     """
-    known = {setting.name: setting for setting in settings()}
-    unknown = sorted(set(texts) - set(known))
-    if unknown:
-        raise ConfigError(f"Unknown setting {spell(unknown[0])}")
+    known = _known(texts, spell)
     return {name: _value(known[name], text) for name, text in texts.items()}
 
 
 def from_values(values: Mapping[str, Any]) -> ProxyConfig:
-    """A configuration from values or texts by name; raises ConfigError where one does not fit."""
-    try:
-        return msgspec.convert(dict(values), ProxyConfig, strict=False)
-    except msgspec.ValidationError as error:
-        match = re.fullmatch(r"(.*) - at `\$\.(\w+).*`", str(error), re.DOTALL)
-        if match:
-            raise ConfigError(f"{match.group(2)}: {plain(match.group(1))}") from error
-        raise ConfigError(str(error)) from error
+    """A configuration from values or texts by name; raises ConfigError for an invalid one."""
+    known = _known(values)
+    return ProxyConfig(**{n: _checked(known[n], v, strict=False) for n, v in values.items()})
+
+
+def _known(names: Iterable[str], spell: Callable[[str], str] = str) -> dict[str, Setting]:
+    """The settings by name; raises ConfigError if one of `names` is unknown."""
+    known = {setting.name: setting for setting in settings()}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"Unknown setting {spell(unknown[0])}")
+    return known
 
 
 def _value(setting: Setting, text: str) -> Any:
@@ -268,3 +328,70 @@ def _value(setting: Setting, text: str) -> Any:
     if setting.is_list:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
+
+
+# --- the checks ----------------------------------------------------------------------------------
+
+
+def _checked(setting: Setting, value: Any, strict: bool = True) -> Any:
+    """A value, converted to the type of its setting; raises ConfigError for an invalid one.
+
+    Unless `strict`, a number may be a text, and choices may be written in any case.
+    """
+    meant = value if strict else _folded(setting.takes, value)
+    try:
+        return msgspec.convert(meant, setting.annotation, strict=strict)
+    except msgspec.ValidationError:
+        pass
+    if setting.is_list and isinstance(value, list | tuple) and len(value) > 1:
+        for entry in value:
+            _checked(setting, (entry,), strict)  # raises for the first invalid entry
+    raise ConfigError(f"{setting.name}: {_complaint(setting, setting.takes, value)}")
+
+
+def _folded(takes: msgspec.inspect.Type, value: Any) -> Any:
+    """A value with its choices in lower case."""
+    if isinstance(takes, VarTupleType) and isinstance(value, list | tuple):
+        return [_folded(takes.item_type, entry) for entry in value]
+    return value.lower() if isinstance(takes, LiteralType) and isinstance(value, str) else value
+
+
+def _complaint(setting: Setting, takes: msgspec.inspect.Type, value: Any) -> str:
+    """The allowed values and the given one, which is hidden if it may be a secret."""
+    is_hidden = setting.secret or "@" in repr(value)
+    shown = "***" if is_hidden else repr(value)
+    match takes:
+        case VarTupleType() if isinstance(value, list | tuple):
+            return _complaint(setting, takes.item_type, value[0])
+        case VarTupleType() if isinstance(value, str):
+            instead = "" if is_hidden else f"; write {tuple(_value(setting, value))}"
+            return f"expected {_wanted(takes)}, got the text {shown}{instead}"
+        case LiteralType():
+            return f"{shown} is not one of {_wanted(takes)}"
+        case Metadata():
+            return f"only {_wanted(takes)} are taken, not {shown}"
+    return f"expected {_wanted(takes)}, got {shown}"
+
+
+def _wanted(takes: msgspec.inspect.Type) -> str:
+    """The values that a type allows, in words."""
+    match takes:
+        case VarTupleType():
+            return f"a list of {_wanted(takes.item_type)}"
+        case Metadata():
+            return str((takes.extra_json_schema or {})["description"])
+        case LiteralType():
+            return ", ".join(str(choice) for choice in takes.values)
+        case IntType():
+            return f"a whole number of at least {takes.ge}"
+        case FloatType():
+            return f"a number above {takes.gt} and at most {takes.le}"
+    return "a text"
+
+
+def _require_targets(name: str, urls: Iterable[str]) -> None:
+    """Raises ConfigError for a URL that is not a valid target."""
+    setting = _known((name,))[name]
+    for url in urls:
+        if parse_target(url) is None:
+            raise ConfigError(f"{name}: {_complaint(setting, setting.takes, (url,))}")

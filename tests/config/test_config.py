@@ -6,22 +6,32 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_proxy import config
-from mcp_proxy.config import ProxyConfig
-from mcp_proxy.errors import ConfigError
+from mcp_proxy.config import ProxyConfig, ProxyOptions
+from mcp_proxy.edge.guard import Guard
+from mcp_proxy.errors import ConfigError, Forbidden
 from mcp_proxy.servers import StdioServer, read_servers
 from tests.config.samples import NEED_COMMAND, SAMPLES
 
 
 def from_env(**texts: str) -> ProxyConfig:
     return ProxyConfig.from_env({f"MCP_PROXY_{name.upper()}": text for name, text in texts.items()})
+
+
+def refusal(**values: Any) -> str:
+    """The sentence with which a configuration of these values is refused."""
+    with pytest.raises(ConfigError) as caught:
+        ProxyConfig(**values)
+    return str(caught.value)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -59,6 +69,33 @@ def test_the_documented_defaults() -> None:
     assert (default.redis_url, default.redis_prefix) == (None, "mcp-proxy:")
 
 
+# --- the options of one transport ----------------------------------------------------------------
+
+
+def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
+    options = config.settings(ProxyOptions)
+    assert [setting.name for setting in options] == [
+        *("session_ttl", "unknown_session_status", "request_timeout", "connect_timeout"),
+        *("keepalive_interval", "sse_after", "max_body_bytes", "max_message_bytes"),
+        *("max_sessions", "max_streams", "threads", "allowed_origins", "allowed_hosts"),
+        *("trusted_proxies", "forward_headers"),
+    ]
+    assert [setting for setting in config.settings() if setting in options] == list(options)
+    assert isinstance(ProxyConfig(), ProxyOptions)
+
+
+def test_the_options_of_a_transport_leave_the_program_alone() -> None:
+    assert ProxyOptions(threads=8).stream_limit == ProxyConfig(threads=8).stream_limit == 6
+    with pytest.raises(TypeError, match="bind"):
+        ProxyOptions(bind="127.0.0.1:1")  # type: ignore[call-arg]
+
+
+def test_the_options_of_a_transport_are_shown_by_their_own_name() -> None:
+    made = ProxyOptions(threads=8, forward_headers=("Authorization: Bearer hunter2",))
+    assert repr(made) == "ProxyOptions(threads=8, forward_headers='***')"
+    assert repr(ProxyOptions()) == "ProxyOptions()"
+
+
 # --- the environment -----------------------------------------------------------------------------
 
 
@@ -68,6 +105,28 @@ def test_every_setting_is_an_environment_variable(name: str) -> None:
     others = {"command": "server"} if name in NEED_COMMAND else {}
     value = getattr(from_env(**others, **{name: sample.text}), name)
     assert (value, type(value)) == (sample.value, type(sample.value))
+
+
+@pytest.mark.parametrize("text", ["", " "])
+@pytest.mark.parametrize("name", ["command", *SAMPLES, "no_such"])
+def test_an_empty_variable_is_one_that_is_not_set(name: str, text: str) -> None:
+    assert from_env(**{name: text}) == ProxyConfig()
+
+
+@pytest.mark.parametrize(
+    ("web_concurrency", "workers", "expected"), [("4", "", 4), ("", "2", 2), ("", "", 1)]
+)
+def test_the_first_number_of_workers_that_is_not_empty_counts(
+    web_concurrency: str, workers: str, expected: int
+) -> None:
+    environ = {"WEB_CONCURRENCY": web_concurrency, "MCP_PROXY_WORKERS": workers}
+    assert ProxyConfig.from_env(environ).workers == expected
+
+
+def test_choices_may_be_written_in_capital_letters() -> None:
+    made = from_env(log_level="INFO", log_format="Json", stdio_transports="SSE,streamable")
+    assert (made.log_level, made.log_format) == ("info", "json")
+    assert made.stdio_transports == ("sse", "streamable")
 
 
 def test_a_command_is_split_as_a_shell_would() -> None:
@@ -125,7 +184,7 @@ TOO_SMALL = {
 
 @pytest.mark.parametrize(("name", "text"), TOO_SMALL.items())
 def test_what_is_too_small_is_refused(name: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: .*>"):
+    with pytest.raises(ConfigError, match=f"^{name}: expected a .*number .*, got '{text}'$"):
         from_env(**{name: text})
 
 
@@ -140,7 +199,6 @@ def test_a_time_without_end_is_refused(name: str, text: str) -> None:
     ("name", "text"),
     [
         ("session_ttl", "two hours"),
-        ("session_ttl", ""),
         ("threads", "4.5"),
         ("threads", "many"),
         ("max_streams", "some"),
@@ -155,17 +213,21 @@ def test_a_time_without_end_is_refused(name: str, text: str) -> None:
 def test_what_a_setting_cannot_be_is_refused_by_its_name(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         from_env(**{name: text})
+    assert repr(text) in str(caught.value)
     assert "`" not in str(caught.value)
 
 
 def test_a_complaint_shows_the_value_as_it_was_written() -> None:
-    with pytest.raises(ConfigError, match="INFO"):
-        from_env(log_level="INFO")
+    assert refusal(log_level="LOUD").startswith("log_level: 'LOUD' is not one of debug, ")
 
 
 def test_a_value_of_the_wrong_kind_is_refused_by_its_name() -> None:
-    with pytest.raises(ConfigError, match=r"^threads: expected int"):
+    with pytest.raises(ConfigError, match=r"^threads: expected a whole number"):
         config.from_values({"threads": []})
+    with pytest.raises(ConfigError, match=r"^stdio_transports: 1 is not one of"):
+        config.from_values({"stdio_transports": [1]})
+    with pytest.raises(ConfigError, match=r"^stdio_transports: expected a list .* got None$"):
+        config.from_values({"stdio_transports": None})
     with pytest.raises(ConfigError, match=r"^command"):
         config.from_values({"command": ["a", 1]})
 
@@ -176,7 +238,7 @@ def test_an_unknown_name_among_values_is_refused() -> None:
 
 
 def test_a_command_and_a_file_contradict_each_other() -> None:
-    with pytest.raises(ConfigError, match="not both"):
+    with pytest.raises(ConfigError, match="only one of"):
         from_env(command="server", config="servers.json")
 
 
@@ -192,7 +254,7 @@ def test_env_takes_pairs() -> None:
         from_env(command="server", env="A=1,B")
 
 
-@pytest.mark.parametrize("text", ["", "on", "0,", ",0", "0;1", "-1", "0-3", "0, 1", "1.5"])
+@pytest.mark.parametrize("text", ["on", "0,", ",0", "0;1", "-1", "0-3", "0, 1", "1.5"])
 def test_cpu_affinity_is_a_list_or_one_of_two_words(text: str) -> None:
     with pytest.raises(ConfigError, match="cpu_affinity"):
         from_env(cpu_affinity=text)
@@ -210,6 +272,248 @@ def test_a_command_that_no_shell_could_split_is_refused(text: str) -> None:
 def test_any_texts_are_a_configuration_or_a_config_error(texts: dict[str, str]) -> None:
     with contextlib.suppress(ConfigError):
         repr(from_env(**texts))
+
+
+# --- what is refused where it is made ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name not in NEED_COMMAND])
+def test_every_value_is_taken_as_it_is(name: str) -> None:
+    value = SAMPLES[name].value
+    assert getattr(ProxyConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("make", [tuple, list])
+def test_lists_become_tuples(make: Any) -> None:
+    made = ProxyConfig(command=make(("server", "-v")), allowed_hosts=make(("a.example", "::1")))
+    assert (made.command, made.allowed_hosts) == (("server", "-v"), ("a.example", "::1"))
+    assert hash(made) == hash(
+        ProxyConfig(command=("server", "-v"), allowed_hosts=("a.example", "::1"))
+    )
+
+
+def test_a_whole_number_of_seconds_is_a_number_of_seconds() -> None:
+    assert ProxyOptions(session_ttl=5).session_ttl == 5.0
+
+
+def test_a_change_is_checked_too() -> None:
+    options = ProxyOptions(threads=8)
+    assert msgspec.structs.replace(options, threads=9).threads == 9
+    with pytest.raises(ConfigError, match=r"^threads: "):
+        msgspec.structs.replace(options, threads=3)
+
+
+@pytest.mark.parametrize("kind", [ProxyOptions, ProxyConfig])
+def test_a_text_where_a_list_belongs_is_refused(kind: type[ProxyOptions]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(allowed_hosts="www.example.com")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "allowed_hosts: expected a list of exact names (www.example.com, ::1) or * for all, "
+        "got the text 'www.example.com'; write ('www.example.com',)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "instead"),
+    [
+        ("command", "server --flag 'a b'", ("server", "--flag", "a b")),
+        ("target_url", "http://a/mcp", ("http://a/mcp",)),
+        ("allowed_origins", "http://a, http://b", ("http://a", "http://b")),
+        ("trusted_proxies", "*", ("*",)),
+        ("stdio_transports", "sse", ("sse",)),
+    ],
+)
+def test_a_text_is_shown_as_the_list_that_it_could_be(
+    name: str, text: str, instead: tuple[str, ...]
+) -> None:
+    assert refusal(**{name: text}).endswith(f", got the text {text!r}; write {instead}")
+
+
+@given(
+    st.sampled_from([setting.name for setting in config.settings() if setting.is_list]), st.text()
+)
+def test_no_text_is_a_list(name: str, text: str) -> None:
+    with pytest.raises(ConfigError):
+        ProxyConfig(**{name: text})
+    with pytest.raises(ConfigError):
+        config.from_values({name: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("threads", "8", "expected a whole number of at least 4, got '8'"),
+        ("threads", 3, "expected a whole number of at least 4, got 3"),
+        ("threads", 8.5, "expected a whole number of at least 4, got 8.5"),
+        ("workers", True, "expected a whole number of at least 1, got True"),
+        ("max_streams", 0, "expected a whole number of at least 1, got 0"),
+        ("session_ttl", "60", "expected a number above 0 and at most 315360000, got '60'"),
+        ("session_ttl", 0, "expected a number above 0 and at most 315360000, got 0"),
+        ("sse_after", None, "expected a number above 0 and at most 315360000, got None"),
+        ("bind", 8080, "expected a text, got 8080"),
+        ("unknown_session_status", 403, "403 is not one of 400, 404"),
+        ("unknown_session_status", "404", "'404' is not one of 400, 404"),
+        ("stdio_mode", "shared", "'shared' is not one of per-session"),
+        ("log_level", "INFO", "'INFO' is not one of debug, error, info, warning"),
+        ("stdio_transports", ["sse", "http"], "'http' is not one of sse, streamable"),
+        ("stdio_transports", 5, "expected a list of sse, streamable, got 5"),
+        ("command", ["a", 1], "only words are taken, not 1"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_by_name_value_and_what_is_allowed(
+    name: str, value: object, sentence: str
+) -> None:
+    assert refusal(**{name: value}) == f"{name}: {sentence}"
+
+
+ANYTHING = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary()),
+    st.lists(
+        st.one_of(st.text(), st.integers(), st.sampled_from(["*", "a=b", "a: b", "http://a"]))
+    ),
+)
+
+
+@given(st.sampled_from(["command", *SAMPLES]), ANYTHING)
+def test_any_value_is_what_its_annotation_says_or_a_config_error(name: str, value: object) -> None:
+    (setting,) = (setting for setting in config.settings() if setting.name == name)
+    values: dict[str, Any] = {"command": ("server",), name: value}
+    with contextlib.suppress(ConfigError):
+        made = getattr(ProxyConfig(**values), name)
+        assert msgspec.convert(made, setting.annotation) == made
+    with contextlib.suppress(ConfigError):
+        config.from_values(values)
+
+
+# --- names, origins, addresses -------------------------------------------------------------------
+
+HOSTS = ("www.example.com", "localhost", "a_b-1", "10.0.0.1", "::1", "fe80::1", "a.", "*")
+HOSTS_WITH_PORT = ("name:8080", "10.0.0.1:80", "[::1]:8080")
+
+
+@pytest.mark.parametrize("name", [*HOSTS, *HOSTS_WITH_PORT])
+def test_what_a_host_header_may_name_is_served(name: str) -> None:
+    options = ProxyOptions(allowed_hosts=[name])  # type: ignore[arg-type]
+    header = f"[{name}]" if name.count(":") > 1 and "[" not in name else name
+    environ = {"SERVER_NAME": "proxy.example", "HTTP_HOST": header}
+    Guard(None, options.allowed_hosts).check(environ)
+    if name != "*":
+        with pytest.raises(Forbidden):
+            Guard(None, options.allowed_hosts).check({**environ, "HTTP_HOST": "other.example"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "*.example.com",
+            "www.*",
+            "**",
+            ".example.com",
+            "a..b",
+            "",
+            " ",
+            " a",
+            "a ",
+            "a\n",
+            "a b",
+        ),
+        *("https://a", "//a", "a/", "a/mcp", "a@b", "[::1]", "::1%", "[a]:1", "a:", "a:b", ":80"),
+        *("münchen.example", "a,b", "a?b"),
+    ],
+)
+def test_what_no_host_header_would_equal_is_refused(name: str) -> None:
+    sentence = refusal(allowed_hosts=("localhost", name))
+    assert sentence.startswith("allowed_hosts: only exact names (")
+    assert " or * for all are taken, not " in sentence
+    assert ("***" if "@" in name else repr(name)) in sentence
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("http://localhost", "https://a.example:8443", "http://[::1]:80", "http://10.0.0.1"),
+        *("chrome-extension://abcdef", "null", "*"),
+    ],
+)
+def test_an_origin_is_taken(origin: str) -> None:
+    assert ProxyOptions(allowed_origins=(origin,)).allowed_origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("a.example", "a.example:80", "https://*.example.com", "https://*", "*.example.com", ""),
+        *(
+            "https://a/",
+            "https://a/b",
+            "https://a?b",
+            "https://",
+            "://a",
+            " https://a",
+            "https://a ",
+        ),
+        *("https://a:", "https://a:b", "https://::1", "https://a b", "NULL"),
+    ],
+)
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    assert refusal(allowed_origins=["null", origin]) == (
+        "allowed_origins: only exact origins (https://a.example:8443, null) or * for all "
+        f"are taken, not {origin!r}"
+    )
+
+
+NAMES = st.from_regex(r"\A[a-z0-9-]{1,8}(\.[a-z0-9-]{1,8}){0,3}\Z")
+
+
+@given(NAMES, st.one_of(st.none(), st.integers(1, 65535)), st.sampled_from(["http", "https"]))
+def test_any_name_is_a_host_and_the_host_of_an_origin(
+    name: str, port: int | None, scheme: str
+) -> None:
+    place = name if port is None else f"{name}:{port}"
+    options = ProxyOptions(allowed_hosts=(place,), allowed_origins=(f"{scheme}://{place}",))
+    environ = {
+        "SERVER_NAME": "proxy.example",
+        "HTTP_HOST": place,
+        "HTTP_ORIGIN": f"{scheme}://{place}",
+    }
+    Guard(options.allowed_origins, options.allowed_hosts).check(environ)
+
+
+@given(NAMES, st.text(alphabet="*/ \n@#?", min_size=1), st.booleans())
+def test_a_name_with_anything_else_in_it_is_refused(name: str, other: str, is_before: bool) -> None:
+    entry = other + name if is_before else name + other
+    assert refusal(allowed_hosts=(entry,)).startswith("allowed_hosts: only exact names")
+    assert refusal(allowed_origins=(f"http://{entry}",)).startswith("allowed_origins: only exact")
+
+
+@pytest.mark.parametrize("address", ["10.0.0.0/8", "10.0.0.*", " ::1", ""])
+def test_a_proxy_is_trusted_by_one_address(address: str) -> None:
+    assert ProxyOptions(trusted_proxies=("::1", "*", "10.0.0.1")).trusted_proxies[0] == "::1"
+    assert refusal(trusted_proxies=(address,)) == (
+        f"trusted_proxies: only single addresses (10.0.0.1, ::1) or * for all are taken, "
+        f"not {address!r}"
+    )
+
+
+@pytest.mark.parametrize("url", ["/mcp", "a:80", "ftp://a", "http://", "http://a:99999", "**", ""])
+@pytest.mark.parametrize("name", ["target_url", "allowed_backends"])
+def test_a_url_that_no_request_could_go_to_is_refused(name: str, url: str) -> None:
+    assert refusal(**{name: ("http://a", url)}) == (
+        f"{name}: only absolute http:// or https:// URLs without a password are taken, not {url!r}"
+    )
+
+
+def test_any_backend_may_be_allowed_but_is_no_target() -> None:
+    assert ProxyConfig(allowed_backends=["*"]).allowed_backends == ("*",)  # type: ignore[arg-type]
+    assert refusal(target_url=("*",)).startswith("target_url: only absolute")
+
+
+@pytest.mark.parametrize("change", ["X-A", ": x", "", "X A: b", "X-A: b\r\nX-B: c"])
+def test_a_change_of_headers_names_a_header(change: str) -> None:
+    made = ProxyOptions(forward_headers=("X-A:", " X-B : 1", "X-C: a:b"))
+    assert made.forward_headers == ("X-A:", " X-B : 1", "X-C: a:b")
+    assert refusal(forward_headers=(change,)).startswith("forward_headers: only changes (Name: ")
 
 
 # --- secrets -------------------------------------------------------------------------------------
@@ -237,6 +541,26 @@ def test_a_complaint_about_the_environment_of_a_server_does_not_show_it() -> Non
     with pytest.raises(ConfigError) as caught:
         from_env(command="server", env="TOKEN=hunt,er2")
     assert "er2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("redis_url", ["hunter2"]),
+        ("env", "A=hunter2"),
+        ("env", ["A=1", "hunter2"]),
+        ("forward_headers", "Authorization: hunter2"),
+        ("forward_headers", ["Authorization hunter2"]),
+        ("target_url", "http://user:hunter2@host"),
+        ("target_url", ["http://user:hunter2@host"]),
+        ("allowed_backends", ["http://user:hunter2@host"]),
+    ],
+)
+def test_a_complaint_does_not_show_what_may_be_a_secret(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: .* \*\*\*$") as caught:
+        ProxyConfig(**{"command": ("x",) if name == "env" else (), name: value})
+    shown = "".join(traceback.format_exception(caught.value, limit=0))
+    assert "hunter2" not in shown
 
 
 # --- what follows from settings ------------------------------------------------------------------
@@ -407,7 +731,7 @@ def test_what_is_wrong_with_a_server_that_is_switched_off_does_not_matter(
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "é", "a\n", "a?b", "..", "."])
 def test_a_name_that_cannot_be_part_of_a_path_is_refused(file: File, name: str) -> None:
-    with pytest.raises(ConfigError, match="part of a path"):
+    with pytest.raises(ConfigError, match="fit into a URL path"):
         file.servers({name: {"command": "x"}})
 
 

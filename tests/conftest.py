@@ -6,18 +6,21 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import pytest
+import redis
 from hypothesis import settings
 
-from mcp_proxy.redis.client import Access, _pools
+from mcp_proxy.redis.client import Connection
+from tests.support.redis_connections import Openers
 from tests.support.redis_server import RedisServer
 
 settings.register_profile(
     "mcp_proxy", deadline=None, database=None, derandomize="CI" in os.environ, print_blob=True
 )
 settings.load_profile("mcp_proxy")
+
+_HAS_FIXTURES = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="session")
@@ -27,22 +30,33 @@ def redis_server() -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _openers() -> Iterator[Openers]:
+    openers = Openers()
+    yield openers
+    openers.judge()
+
+
 @pytest.fixture(autouse=True)
-def _connections_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Closes connections to Redis that no `close` of the test reached."""
-    made: list[Access] = []
-    original = Access.__init__
+def _every_client_is_closed(request: pytest.FixtureRequest, _openers: Openers) -> Iterator[None]:
+    """Fails a test that leaves connections to Redis open.
 
-    def note(self: Access, *args: Any, **options: Any) -> None:
-        original(self, *args, **options)
-        made.append(self)
-
-    monkeypatch.setattr(Access, "__init__", note)
+    Those of a module's fixtures last longer: where there are any, the module's last test fails, and
+    the one that began is named.
+    """
     yield
-    for access in made:
-        if access._owns_client and access._client is not None:
-            for pool in _pools(access._client):
-                pool.disconnect()
+    _openers.note(request.node.nodeid)
+    module = request.node.getparent(pytest.Module)
+    if not module.stash.get(_HAS_FIXTURES, False):
+        _openers.judge()
+
+
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+) -> None:
+    """Notes which modules have fixtures of their own."""
+    if fixturedef.scope == "module" and fixturedef.argname != _openers.__name__:
+        request.node.stash[_HAS_FIXTURES] = True
 
 
 @pytest.fixture
@@ -62,3 +76,29 @@ def own_redis() -> Iterator[Callable[..., RedisServer]]:
     """Makes and starts servers of this test alone, with the arguments of `RedisServer`."""
     with ExitStack() as servers:
         yield lambda **options: servers.enter_context(RedisServer(**options))
+
+
+@pytest.fixture
+def own_server(own_redis: Callable[..., RedisServer]) -> RedisServer:
+    """A server of this test alone."""
+    return own_redis()
+
+
+@pytest.fixture
+def admin(own_server: RedisServer) -> Iterator[redis.Redis]:
+    """A client that looks into that server."""
+    with own_server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def redis_at() -> Iterator[Callable[..., Connection]]:
+    """Makes what stores of this test reach Redis by, with the arguments of `Connection`."""
+    with ExitStack() as made:
+
+        def make(url: str, timeout: float = 5) -> Connection:
+            connection = Connection(url, timeout)
+            made.callback(connection.close)
+            return connection
+
+        yield make

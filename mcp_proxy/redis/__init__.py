@@ -1,1 +1,1 @@
-"""Everything that knows Redis: the client, and the stores that keep their contracts with it."""
+"""Everything that knows Redis: the client, and the contracts of `storage` implemented with it."""

@@ -1,4 +1,4 @@
-"""How Redis is reached, in each of its forms, and the seam where redis-py's errors become ours."""
+"""Clients for each form of Redis, and the one place where redis-py's errors become ours."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from redis.sentinel import (
 
 from mcp_proxy.errors import StorageError, StorageUnavailable
 
-# As many as there are threads: each asks one thing at a time.
+# Unlimited in practice: each thread uses one connection at a time.
 _CONNECTIONS = 1 << 20
 
 _DEFAULT_PORT = 6379
 _SENTINEL_PORT = 26379
 
-# Seconds that a blocking command waits at the most.
-_PATIENCE = 2.0
+# Seconds that a blocking command waits at most.
+_MAX_BLOCK = 2.0
 
-#: A client of redis-py, as `Access` makes it or as a user hands it in.
+#: A redis-py client, made by `Connection` or passed in by the user.
 Client = redis.Redis | RedisCluster
 
-#: The forms of a URL; also for the sentence that says why one cannot be read.
+#: The forms of a URL, shown in the error about an invalid one.
 FORMS = (
     "redis://USER:PASSWORD@HOST:PORT/DB, rediss://... (TLS), unix://PATH, "
     "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB or redis+cluster://HOST:PORT,HOST:PORT"
 )
 
-# What Redis says when a user lacks a right; a script of version 6.2 says it in the second way.
+# Redis's errors for a missing permission; the second is that of scripts in Redis 6.2.
 _DENIAL = re.compile(r"no permissions|can't run this command", re.IGNORECASE)
 _DENIED_COMMAND = re.compile(r"the '([^' ]+)' command")
 
 
-class Access:
-    """A client, made at its first use where a URL was given. Thread-safe.
+class Connection:
+    """A redis-py client, made at its first use if a URL was given. Thread-safe.
 
-    Storage, event log and mailboxes of a replica share one. `timeout`, in seconds, is how long to
-    wait for an answer. Raises ValueError when the URL cannot be read.
+    Storage, event log and mailboxes of a replica share one. `timeout`, in seconds, is for each
+    answer. Raises ValueError when the URL cannot be read.
     """
 
     def __init__(self, client: Client | str, timeout: float = 5) -> None:
@@ -64,16 +64,16 @@ class Access:
         self._make = _maker(client, timeout) if isinstance(client, str) else None
 
     def __repr__(self) -> str:
-        return f"<Access {type(self._client).__name__}>"
+        return f"<Connection {type(self._client).__name__}>"
 
     @property
     def client(self) -> Any:
-        """The client; raises StorageUnavailable when a Cluster cannot be reached to make it."""
+        """The client; raises StorageUnavailable when it has to reach a Cluster and cannot."""
         failures = self._failures
         with self._lock:
             if self._client is None:
                 if self._failures != failures:
-                    raise StorageUnavailable  # as somebody found out while we waited for our turn
+                    raise StorageUnavailable  # another thread failed while this one waited
                 self._client = self._made()
             return self._client
 
@@ -87,7 +87,7 @@ class Access:
             raise
 
     def run(self, script: str, key: str, arguments: Sequence[bytes | str | int]) -> Any:
-        """What a Lua script returns that works on one key; a server is sent its text once."""
+        """Runs a Lua script on one key and returns its result; a server gets its text once."""
         client = self.client
         try:
             return client.evalsha(_digest(script), 1, key, *arguments)
@@ -95,7 +95,7 @@ class Access:
             return client.eval(script, 1, key, *arguments)
 
     def ping(self) -> None:
-        """Has every server answer that has data of its own; raises redis-py's errors."""
+        """Pings every primary; raises redis-py's errors."""
         client = self.client
         if isinstance(client, RedisCluster):
             client.ping(target_nodes=RedisCluster.PRIMARIES)
@@ -103,7 +103,7 @@ class Access:
             client.ping()
 
     def info(self) -> list[dict[str, Any]]:
-        """What each of those servers says of itself in INFO; raises redis-py's errors."""
+        """The `server` section of every primary's INFO; raises redis-py's errors."""
         client = self.client
         if not isinstance(client, RedisCluster):
             return [client.info("server")]
@@ -111,10 +111,10 @@ class Access:
         return [answer] if "redis_version" in answer else list(answer.values())
 
     @property
-    def patience(self) -> float:
-        """Seconds that a blocking command may wait, well within the time for an answer."""
+    def block_time(self) -> float:
+        """Seconds that a blocking command may wait, at most half of the time for an answer."""
         limit = self._connection_settings().get("socket_timeout")
-        return _PATIENCE if limit is None else min(_PATIENCE, limit / 2)
+        return _MAX_BLOCK if limit is None else min(_MAX_BLOCK, limit / 2)
 
     def _connection_settings(self) -> dict[str, Any]:
         client = self.client
@@ -125,9 +125,9 @@ class Access:
         return settings
 
     def close(self) -> None:
-        """Closes idle connections; calls that are under way get their answers.
+        """Closes idle connections; running commands still get their answers.
 
-        A client that was handed in is its owner's to close.
+        A client that was passed in stays open.
         """
         with self._lock:
             client = self._client if self._owns_client else None
@@ -141,7 +141,7 @@ def _digest(script: str) -> str:
 
 
 def _pools(client: Client) -> list[Any]:
-    """Every pool of connections that a client has."""
+    """Every connection pool of a client."""
     if isinstance(client, RedisCluster):
         nodes = [node.redis_connection for node in client.get_nodes()]  # type: ignore[no-untyped-call]
         return [node.connection_pool for node in nodes if node is not None]
@@ -152,7 +152,7 @@ def _pools(client: Client) -> list[Any]:
 
 
 def _maker(url: str, timeout: float) -> Callable[[], Client]:
-    """What makes the client for one of the `FORMS`; everything is read, nothing is sent.
+    """A function that makes the client for a URL in one of the `FORMS`; sends nothing.
 
     Raises ValueError when the URL cannot be read; its message does not show the URL.
     """
@@ -164,7 +164,7 @@ def _maker(url: str, timeout: float) -> Callable[[], Client]:
             return _cluster(url, timeout)
         return _server(url, timeout)
     except (ValueError, TypeError, redis.RedisError):
-        # Without its cause: that one may show a part of the password.
+        # Without its cause, which may show a part of the password.
         raise ValueError(
             f"cannot be read; it has the form {FORMS}, with special characters in the password "
             "percent-encoded and options of redis-py's in the query"
@@ -191,10 +191,10 @@ def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
 
 
 def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
-    """A client for whoever is the master of a service; user and password are the master's.
+    """A client for the current master of a service; user and password are the master's.
 
-    `sentinel_username` and `sentinel_password` in the query are the sentinels' own. A connection is
-    tried twice, and asks each sentinel in turn, so that these share the time between them.
+    `sentinel_username` and `sentinel_password` in the query are for the sentinels. A connection is
+    tried twice and asks each sentinel in turn, so the time limit is divided among them.
     """
     parts = urlsplit(url)
     service, _, db = parts.path.strip("/").partition("/")
@@ -220,7 +220,7 @@ def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
 
 
 class _QuickConnection(SentinelManagedConnection):
-    """Is closed when an answer does not come in time, as redis-py closes others.
+    """A connection that is closed when an answer is late, as redis-py closes its other kinds.
 
     Otherwise it would stay with a master that was frozen and then replaced.
     """
@@ -234,10 +234,10 @@ class _QuickTlsConnection(_QuickConnection, SentinelManagedSSLConnection):
 
 
 def _cluster(url: str, timeout: float) -> Callable[[], RedisCluster]:
-    """A client for a Cluster, which asks as soon as it is made who serves what.
+    """A client for a Cluster, which asks for the Cluster's slots as soon as it is made.
 
-    redis-py sends a command to the slot's node a second time also when no answer came in time, so
-    that each of the two has half of the time.
+    redis-py sends a command a second time also after a timeout, so each of the two attempts gets
+    half of the time.
     """
     parts = urlsplit(url)
     addresses = _addresses(parts.netloc, _DEFAULT_PORT)
@@ -249,7 +249,15 @@ def _cluster(url: str, timeout: float) -> Callable[[], RedisCluster]:
 
     def make() -> RedisCluster:
         nodes: list[Any] = [ClusterNode(*address) for address in addresses]  # type: ignore[no-untyped-call]
-        client = RedisCluster(startup_nodes=nodes, **options)
+        client = RedisCluster.__new__(RedisCluster)
+        try:
+            client.__init__(startup_nodes=nodes, **options)  # type: ignore[misc]
+        except BaseException:  # redis-py leaves the connections open that it had made by then
+            manager = getattr(client, "nodes_manager", None)
+            for node in [*nodes, *(manager.nodes_cache.values() if manager else ())]:
+                if node.redis_connection is not None:
+                    node.redis_connection.close()
+            raise
         client.commands_parser = _Keys(client.commands_parser)  # type: ignore[assignment]
         return client
 
@@ -257,9 +265,9 @@ def _cluster(url: str, timeout: float) -> Callable[[], RedisCluster]:
 
 
 class _Keys:
-    """Knows the key of an XREAD, for which redis-py asks a node, each time and maybe a dead one.
+    """Finds the key of an XREAD. redis-py would ask a node each time, even an unreachable one.
 
-    Stands in for the parser of a RedisCluster.
+    Replaces the parser of a RedisCluster.
     """
 
     def __init__(self, parser: Any) -> None:
@@ -274,7 +282,7 @@ class _Keys:
 
 
 def _try_options(client: redis.Redis) -> None:
-    """Raises what redis-py raises for options that it does not know; sends nothing."""
+    """Raises redis-py's error for an unknown option; sends nothing."""
     pool = client.connection_pool
     pool.connection_class(**pool.connection_kwargs)
 
@@ -295,7 +303,7 @@ def _given(url: str) -> dict[str, Any]:
 
 
 def _addresses(netloc: str, default_port: int) -> list[tuple[str, int]]:
-    """Every HOST:PORT of the list behind the user and the password."""
+    """Every HOST:PORT of the list after the user and the password."""
     addresses = []
     for address in netloc.rpartition("@")[2].split(","):
         parts = urlsplit(f"//{address}")
@@ -307,17 +315,17 @@ def _addresses(netloc: str, default_port: int) -> list[tuple[str, int]]:
 
 @contextmanager
 def mapped_errors() -> Iterator[None]:
-    """The seam where redis-py's errors become ours."""
+    """Turns redis-py's errors into StorageUnavailable, and invalid text into StorageError."""
     try:
         yield
     except (redis.RedisError, RedisClusterException, OSError) as error:
         raise StorageUnavailable(_refusal(error)) from error
-    except UnicodeDecodeError as error:  # a client that decodes, and what is no text
+    except UnicodeDecodeError as error:  # from a client with `decode_responses=True`
         raise StorageError(f"The session record cannot be read: {error}") from error
 
 
 def _refusal(error: BaseException | None) -> str | None:
-    """The sentence for somebody whom Redis does not let in or denies something, None for others."""
+    """The message for a refused login or a missing permission, None for other errors."""
     if error is None:
         return None
     if isinstance(error, redis.AuthenticationError):
@@ -332,5 +340,13 @@ def _refusal(error: BaseException | None) -> str | None:
 
 
 def as_bytes(value: bytes | str) -> bytes:
-    """What a client with `decode_responses=True` returns, as the bytes it was."""
+    """`value` as bytes; a client with `decode_responses=True` returns text."""
     return value.encode() if isinstance(value, str) else value
+
+
+def entries_of(answer: Any) -> list[Any]:
+    """The entries in the answer to an XREAD of one Stream, of RESP2 or RESP3."""
+    if not answer:
+        return []
+    found = next(iter(answer.values())) if isinstance(answer, dict) else answer[0][1:]
+    return list(found[0])

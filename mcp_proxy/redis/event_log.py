@@ -1,22 +1,21 @@
-"""The event log in Redis: one Stream a session, whose entry ids are the events' ids."""
+"""The event log in Redis: one Stream per session, whose entry ids are the event ids."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from mcp_proxy.redis.client import Access, as_bytes, mapped_errors
+from mcp_proxy.redis.client import Connection, as_bytes, entries_of, mapped_errors
 from mcp_proxy.storage.event_log import KEPT, MAX_BYTES, MAX_EVENTS, EventLog, LoggedEvent
 
-# The form of an entry's id; anything else would be an error of the command, or a wildcard.
+# The form of an entry's id. XRANGE has wildcards (`-`, `+`) and refuses most other texts.
 _ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 
-# Entries that one look reads: with the largest events that is what a log may hold.
+# Entries that one XREAD returns; their data is at most that of a whole log, MAX_BYTES.
 _COUNT = 256
 
-# One key. Each entry holds the bytes logged up to it, so that the size of the log is a subtraction.
-# ARGV: stream, data, whether it is the last; how many events, how many bytes, how long in
-# milliseconds. Returns the new id.
+# One key. Each entry holds the bytes logged up to it, so a subtraction gives the size of the log.
+# ARGV: stream, data, whether it is the last; the limits in events, bytes and milliseconds. Returns
+# the new id.
 _APPEND = """
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 local total = #ARGV[2]
@@ -35,11 +34,11 @@ return id
 
 
 class RedisEventLog(EventLog):
-    """Events under `<prefix>events:<session id>`, `kept` seconds after the session's last one."""
+    """Events at `<prefix>events:<session id>`, for `kept` seconds after the session's last one."""
 
-    def __init__(self, access: Access, prefix: str, kept: float = KEPT) -> None:
+    def __init__(self, connection: Connection, prefix: str, kept: float = KEPT) -> None:
         self._kept_ms = max(1, int(kept * 1000))
-        self._access = access
+        self._connection = connection
         self._prefix = prefix
 
     def __repr__(self) -> str:
@@ -49,38 +48,30 @@ class RedisEventLog(EventLog):
         bounds = (MAX_EVENTS, MAX_BYTES, self._kept_ms)
         arguments: list[bytes | str | int] = [stream, data, int(is_last), *bounds]
         with mapped_errors():
-            event_id = self._access.run(_APPEND, self._key(session_id), arguments)
+            event_id = self._connection.run(_APPEND, self._key(session_id), arguments)
         return as_bytes(event_id).decode()
 
     def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
         if not _ID.fullmatch(event_id):
             return None
         with mapped_errors():
-            entries = self._access.client.xrange(self._key(session_id), event_id, event_id)
+            entries = self._connection.client.xrange(self._key(session_id), event_id, event_id)
         return _event(*entries[0]) if entries else None
 
     def read(self, session_id: str, after: str | None, timeout: float) -> list[LoggedEvent]:
         key = self._key(session_id)
-        limit = min(timeout, self._access.patience)
+        limit = min(timeout, self._connection.block_time)
         block = max(1, int(limit * 1000)) if limit > 0 else None
         with mapped_errors():
-            answer = self._access.client.xread({key: after or "0-0"}, count=_COUNT, block=block)
+            answer = self._connection.client.xread({key: after or "0-0"}, count=_COUNT, block=block)
         return [_event(*entry) for entry in entries_of(answer)]
 
     def forget(self, session_id: str) -> None:
         with mapped_errors():
-            self._access.client.delete(self._key(session_id))
+            self._connection.client.delete(self._key(session_id))
 
     def _key(self, session_id: str) -> str:
         return f"{self._prefix}events:{session_id}"
-
-
-def entries_of(answer: Any) -> list[Any]:
-    """The entries in the answer to an XREAD of one Stream, in either version of the protocol."""
-    if not answer:
-        return []
-    found = next(iter(answer.values())) if isinstance(answer, dict) else answer[0][1:]
-    return list(found[0])
 
 
 def _event(entry_id: bytes | str, fields: dict[bytes | str, bytes | str]) -> LoggedEvent:

@@ -1,10 +1,9 @@
 """Session records in Redis.
 
-Each command names one key, so that a Cluster can serve it; a time to live travels in the command
-that writes. redis-py may repeat a command whose answer was lost, so the two commands that must not
-lie when repeated, `create` and `swap`, sign what they write with a nonce of their call: by it they
-know their own earlier success from that of somebody else who wrote the very same record. The
-signature is a last member of the record's JSON object, which readers pass over.
+Each command names one key, so that a Cluster can serve it, and sets the time to live with the
+value. redis-py may repeat a command whose answer was lost, so `create` and `swap` add a nonce of
+their call to the record: it tells their own earlier success from another caller's write of an equal
+record. The nonce is the last member of the record's JSON object; readers ignore it.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import math
 import secrets
 
 from mcp_proxy.errors import SessionExists, SessionNotFound
-from mcp_proxy.redis.client import Access, Client, as_bytes, mapped_errors
+from mcp_proxy.redis.client import Client, Connection, as_bytes, mapped_errors
 from mcp_proxy.redis.event_log import RedisEventLog
+from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.storage.event_log import KEPT, EventLog
+from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.storage.records import ISSUED_TTL, Storage
 from mcp_proxy.storage.session import Session, decode, encode, minted_by
 
@@ -23,7 +24,7 @@ _SIGNED = b',"signed":"'
 _SIGNATURE_BYTES = len(_SIGNED) + 32 + len(b'"}')
 
 # One key. ARGV: the old record without its closing brace, the new one signed, the time to live in
-# milliseconds, the length of a signature. A repeated swap finds its own value: it won.
+# milliseconds, the length of a signature. A repeated swap that finds its own value has succeeded.
 _SWAP = """
 local current = redis.call('GET', KEYS[1])
 if not current then return 0 end
@@ -35,20 +36,21 @@ return 1
 
 
 class RedisStorage(Storage):
-    """Records under `<prefix>session:<id>`, markers of issued ids under `<prefix>issued:<id>`.
+    """Records at `<prefix>session:<id>`, markers of issued ids at `<prefix>issued:<id>`.
 
-    `client` is a redis-py client, a URL, or the access that others share; a client that was handed
-    in is left open by `close`.
+    `client` is a redis-py client, a URL, or a Connection to share; `close` leaves a client that was
+    passed in open. `ttl` and `timeout` in seconds. The mailboxes are at `<prefix>mailbox:<replica>`
+    of the unscoped store: each replica has one for all scopes.
     """
 
     def __init__(
         self,
-        client: Client | str | Access,
+        client: Client | str | Connection,
         ttl: float = 7200,
         prefix: str = "mcp-proxy:",
         timeout: float = 5,
     ) -> None:
-        self.access = client if isinstance(client, Access) else Access(client, timeout)
+        self.connection = client if isinstance(client, Connection) else Connection(client, timeout)
         self._ttl_ms = max(1, math.ceil(ttl * 1000))
         self.ttl = ttl
         self.prefix = prefix
@@ -61,58 +63,64 @@ class RedisStorage(Storage):
         key = self._session_key(session.id)
         with mapped_errors():
             if minted_by(session.id) is None:
-                self.access.client.set(self._issued_key(session.id), b"1", ex=ISSUED_TTL)
-            if self.access.client.set(key, data, nx=True, px=self._ttl_ms):
+                self.connection.client.set(self._issued_key(session.id), b"1", ex=ISSUED_TTL)
+            if self.connection.client.set(key, data, nx=True, px=self._ttl_ms):
                 return
-            if as_bytes(self.access.client.get(key) or b"") == data:
+            if as_bytes(self.connection.client.get(key) or b"") == data:
                 return  # the answer to our own first attempt was lost
         raise SessionExists(f"Session {session.id} exists already")
 
     def load(self, session_id: str) -> Session:
         with mapped_errors():
-            data = self.access.client.getex(self._session_key(session_id), px=self._ttl_ms)
+            data = self.connection.client.getex(self._session_key(session_id), px=self._ttl_ms)
         if data is None:
             raise SessionNotFound
         return decode(as_bytes(data))
 
     def exists(self, session_id: str) -> bool:
         with mapped_errors():
-            return bool(self.access.client.exists(self._session_key(session_id)))
+            return bool(self.connection.client.exists(self._session_key(session_id)))
 
     def peek(self, session_id: str) -> Session | None:
         with mapped_errors():
-            data = self.access.client.get(self._session_key(session_id))
+            data = self.connection.client.get(self._session_key(session_id))
         return None if data is None else decode(as_bytes(data))
 
     def swap(self, old: Session, new: Session) -> bool:
         before = encode(old).removesuffix(b"}")
         arguments: list[bytes | int] = [before, _signed(new), self._ttl_ms, _SIGNATURE_BYTES]
         with mapped_errors():
-            return bool(self.access.run(_SWAP, self._session_key(old.id), arguments))
+            return bool(self.connection.run(_SWAP, self._session_key(old.id), arguments))
 
     def delete(self, session_id: str) -> None:
         with mapped_errors():
-            self.access.client.delete(self._session_key(session_id))
+            self.connection.client.delete(self._session_key(session_id))
 
     def issued(self, session_id: str) -> bool:
         with mapped_errors():
-            return bool(self.access.client.exists(self._issued_key(session_id)))
+            return bool(self.connection.client.exists(self._issued_key(session_id)))
 
     def check(self) -> None:
         with mapped_errors():
-            self.access.client.ping()
+            self.connection.client.ping()
 
     def version(self) -> tuple[int, ...]:
         """The server's version; GETEX needs (6, 2). Raises StorageUnavailable."""
         with mapped_errors():
-            text = self.access.client.info("server")["redis_version"]
+            text = self.connection.client.info("server")["redis_version"]
         return tuple(int(part) for part in text.split(".")[:3])
 
+    def scoped(self, name: str) -> RedisStorage:
+        return RedisStorage(self.connection, self.ttl, f"{self.prefix}{name}:")
+
+    def mailboxes(self) -> Mailboxes:
+        return RedisMailboxes(self.connection, self.prefix)
+
     def event_log(self) -> EventLog:
-        return RedisEventLog(self.access, self.prefix, min(self.ttl, KEPT))
+        return RedisEventLog(self.connection, self.prefix, min(self.ttl, KEPT))
 
     def close(self) -> None:
-        self.access.close()
+        self.connection.close()
 
     def _session_key(self, session_id: str) -> str:
         return f"{self.prefix}session:{session_id}"

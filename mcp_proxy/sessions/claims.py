@@ -1,8 +1,8 @@
-"""Claim before acting: of all who want to bring back a session's backend exactly one does.
+"""Claims, by which exactly one of several callers restores a session's lost backend.
 
-Whoever acts first swaps the record to a claim with a deadline, does the work, and swaps in the
-result. Who loses that swap waits for the winner. A session that is ended in between stays ended:
-the last swap finds no record, and what was just started has to be stopped again.
+A caller swaps a claim with a deadline into the record, does the work, and swaps in the result. A
+caller that loses the first swap waits for the winner. A session that is ended meanwhile stays
+ended: the last swap finds no record, and the new backend has to be stopped.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.session import CLAIM, Session
 
-#: Seconds that the winner has; after that, or when it is known to be gone, somebody else may try.
+#: Seconds for which a claim holds; after that, or when the claimant is gone, others may claim.
 CLAIM_TIME = 60.0
 
 _POLL = 0.05
 
 
 def nobody_is_gone(claimant: str) -> bool:
-    """For claimants of whom nothing can be known."""
+    """Never true: for claims that end at their deadline only."""
     return False
 
 
@@ -31,11 +31,10 @@ def claim(
     claimant: str = "",
     is_gone: Callable[[str], bool] = nobody_is_gone,
 ) -> Session | None:
-    """The record with the claim of `claimant` on it; None when somebody else was faster, and is
-    done by now.
+    """The record with a claim of `claimant`; None if another claimant was faster and has finished.
 
-    Waits for a claim that stands already, until its deadline, or until `is_gone` says that its
-    claimant has ended. Raises SessionEnded when the session ends meanwhile, StorageUnavailable.
+    Waits while another claim holds: until its deadline, or until `is_gone` says that its claimant
+    is gone. Raises SessionEnded when the session ends meanwhile, StorageUnavailable.
     """
     if CLAIM in session.metadata and not _is_stale(session, is_gone):
         unclaimed(manager, session, is_gone)
@@ -49,12 +48,12 @@ def claim(
 
 
 def settle(manager: SessionManager, claimed: Session, **result: str | None) -> bool:
-    """Swaps in the result of the work; False when the session is no longer ours to change."""
+    """Replaces the claim by the result of the work; False when the record is not `claimed` now."""
     return manager.swap(claimed, claimed.with_metadata(**{CLAIM: None, **result}))
 
 
 def release(manager: SessionManager, claimed: Session) -> None:
-    """Takes the claim back: the work failed, and the next request may try."""
+    """Removes a claim whose work failed, so that the next request may try."""
     manager.swap(claimed, claimed.with_metadata(**{CLAIM: None}))
 
 
@@ -63,9 +62,9 @@ def unclaimed(
     session: Session,
     is_gone: Callable[[str], bool] = nobody_is_gone,
 ) -> Session:
-    """The record without anybody's claim, or with one whose time is over; waits for that.
+    """Waits until no claim holds, and returns the record; raises as `claim` does.
 
-    A claimed record is the claimant's to change: another change would make its last swap fail.
+    Only its claimant may change a claimed record: another change would make the last swap fail.
     """
     while CLAIM in session.metadata and not _is_stale(session, is_gone):
         time.sleep(_POLL)

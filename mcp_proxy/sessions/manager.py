@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mcp_proxy.errors import InvalidRequest, SessionEnded, SessionNotFound, SessionUnknown
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session, minted_by
-from mcp_proxy.wire.headers import MAX_SESSION_ID, is_session_id
+from mcp_proxy.wire.headers import MAX_SESSION_ID, SESSION_ID_FORM
 
 if TYPE_CHECKING:
     from mcp_proxy.redis.client import Client
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class SessionManager:
-    """Mints ids, finds records, and tells a session that is over from one that never was.
+    """Mints ids, finds records, and tells an ended session from an id that was never issued.
 
-    Without a storage the records live in memory for `ttl` seconds after their last use; a storage
-    that is given has a time to live of its own. `unknown_status` is the HTTP status for an id that
-    was never issued here, 400 or 404.
+    Without `storage` the records are in memory, for `ttl` seconds after their last use; a `storage`
+    has a time to live of its own. `unknown_status` is the HTTP status for an id that was never
+    issued here, 400 or 404.
     """
 
     def __init__(
@@ -37,12 +37,20 @@ class SessionManager:
 
     @classmethod
     def with_redis(
-        cls, client_or_url: Client | str, ttl: float = 7200, prefix: str = "mcp-proxy:"
+        cls,
+        client_or_url: Client | str,
+        ttl: float = 7200,
+        prefix: str = "mcp-proxy:",
+        name: str | None = None,
     ) -> SessionManager:
-        """A manager whose records every replica with the same Redis and prefix shares."""
+        """A manager that shares its records with replicas of the same Redis, prefix and name.
+
+        `name` is the name of the server, or of the embedded transport, that has the sessions.
+        """
         from mcp_proxy.redis.storage import RedisStorage
 
-        return cls(RedisStorage(client_or_url, ttl=ttl, prefix=prefix))
+        storage = RedisStorage(client_or_url, ttl=ttl, prefix=prefix)
+        return cls(storage if name is None else storage.scoped(name))
 
     def __repr__(self) -> str:
         return f"<SessionManager {self.storage!r}>"
@@ -56,12 +64,12 @@ class SessionManager:
         self.storage.create(session)
 
     def load(self, session_id: str) -> Session:
-        """The session, its time to live started anew, in one round trip to the store.
+        """The session, its time to live restarted, in one round trip to the store.
 
-        Raises InvalidRequest for what cannot be an id, SessionUnknown for one never issued,
-        SessionEnded for one whose session is over, StorageUnavailable when nothing is known.
+        Raises InvalidRequest for a malformed id, SessionUnknown for one that was never issued,
+        SessionEnded for one whose session has ended, StorageUnavailable.
         """
-        if not is_session_id(session_id):
+        if SESSION_ID_FORM.fullmatch(session_id) is None:
             raise InvalidRequest(
                 f"Mcp-Session-Id must be 1 to {MAX_SESSION_ID} visible ASCII characters"
             )
@@ -71,19 +79,19 @@ class SessionManager:
             self._explain_miss(session_id)
 
     def swap(self, old: Session, new: Session) -> bool:
-        """Replaces `old` by `new` unless somebody else was faster; never brings a session back."""
+        """Replaces `old` by `new`; False if the record has changed or the session has ended."""
         return self.storage.swap(old, new)
 
     def exists(self, session_id: str) -> bool:
-        """Whether the session lives; does not prolong it."""
+        """Whether the session has not ended; does not restart its time to live."""
         return self.storage.exists(session_id)
 
     def peek(self, session_id: str) -> Session | None:
-        """The session, None where it is over; does not prolong it."""
+        """The session, None where it has ended; does not restart its time to live."""
         return self.storage.peek(session_id)
 
     def end(self, session_id: str) -> None:
-        """Ends the session for every replica; harmless when it is over already."""
+        """Ends the session for every replica; harmless when it has ended already."""
         self.storage.delete(session_id)
 
     def _explain_miss(self, session_id: str) -> NoReturn:
@@ -99,7 +107,7 @@ class SessionManager:
         raise unknown
 
     def _warn_of_other_process(self, nonce: str) -> None:
-        if isinstance(self.storage, LocalStorage) and nonce != self._boot_nonce():
+        if not self.storage.is_shared and nonce != self._boot_nonce():
             log.warning(
                 "a session id that another process minted was not found in this process's memory: "
                 "after a restart that is normal; with several workers set redis_url, so that they "

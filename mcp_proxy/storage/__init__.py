@@ -1,1 +1,1 @@
-"""What is kept: session records, events and mailboxes; each contract with its twin in memory."""
+"""Session records, event logs and mailboxes: the contracts and their in-memory implementations."""

@@ -1,9 +1,9 @@
-"""The contract of the event log, from which broken streams are resumed, and its twin in memory.
+"""The contract of the event log, from which streams are resumed, and the log in memory.
 
 MCP 2025-11-25, transports, "Resumability and Redelivery". Every event of a stream is logged before
-it is sent, under an id that is unique in its session; a client that lost its connection names the
-last id it got, on any replica, and gets what came after it on the same stream. A log belongs to one
-session: an id of another one is not found in it.
+it is sent, under an id that is unique in its session. A client that lost its connection sends the
+last id that it got (Last-Event-ID) to any replica, and gets the later events of the same stream.
+Each session has a log of its own, in which ids of other sessions are not found.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-#: What a log keeps of one session: so many events, bytes of them, and seconds after the last one.
+#: The limits of a session's log: events, bytes of data, and seconds after the last event.
 MAX_EVENTS = 1000
 MAX_BYTES = 4 * 1024 * 1024
 KEPT = 600.0
 
 
 class LoggedEvent(NamedTuple):
-    """An event as it was logged; `is_last` says that nothing follows on its stream."""
+    """A logged event; `is_last` says that no event follows on its stream."""
 
     id: str
     stream: str
@@ -32,7 +32,7 @@ class LoggedEvent(NamedTuple):
 
 
 class EventLog(ABC):
-    """The events of sessions, bounded in number, bytes and time, the oldest given up first.
+    """The events of sessions, bounded in number, bytes and time; the oldest are dropped first.
 
     Every method may be called from any thread and raises StorageUnavailable when the log cannot be
     reached.
@@ -44,18 +44,19 @@ class EventLog(ABC):
 
     @abstractmethod
     def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
-        """The event of this id, None where the session's log does not hold it (any more)."""
+        """The event with this id, None where it is not, or no longer, in the session's log."""
 
     @abstractmethod
     def read(self, session_id: str, after: str | None, timeout: float) -> list[LoggedEvent]:
-        """The events of all streams after an id (None: from the oldest), in order, maybe not all.
+        """The next events of all streams after an id (None: from the oldest), in order.
 
-        Waits `timeout` seconds for the first; the list is empty when none came.
+        More may be in the log. Waits at most `timeout` seconds for the first; the list is empty
+        when none came.
         """
 
     @abstractmethod
     def forget(self, session_id: str) -> None:
-        """Drops everything of a session."""
+        """Drops the log of a session."""
 
 
 class _Log:
@@ -72,7 +73,7 @@ class _Log:
 
 
 class LocalEventLog(EventLog):
-    """Events in memory, `kept` seconds after a session's last one. `clock` is for tests."""
+    """Events in memory, for `kept` seconds after a session's last one. `clock` is for tests."""
 
     def __init__(self, kept: float = KEPT, clock: Callable[[], float] = time.monotonic) -> None:
         self._kept = kept

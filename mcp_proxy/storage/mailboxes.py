@@ -1,9 +1,8 @@
-"""The contract of mailboxes: how replicas send each other letters, and know who is there.
+"""The contract of mailboxes, by which replicas send each other envelopes, and those in memory.
 
-Each replica has one mailbox. That it is there is the replica's lease: it vanishes when it was not
-renewed for the lease's time, with everything in it, and a letter to a mailbox that is not there is
-refused. So nobody can be alive for one and dead for another, and what was sent to a replica that
-was declared dead is never read.
+Each replica has one mailbox, which is also its lease: a mailbox that is not renewed in time is
+deleted with its envelopes, and envelopes to a missing mailbox are refused. So all replicas agree
+whether a replica is gone, and a replica that was gone never reads the envelopes from before.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import NamedTuple
 LEASE = 15.0
 
 
-class Letter(NamedTuple):
-    """What is sent: to which replica, and the bytes."""
+class Envelope(NamedTuple):
+    """Bytes for the mailbox of one replica."""
 
     to: str
     data: bytes
@@ -29,8 +28,9 @@ class Letter(NamedTuple):
 class Mailboxes(ABC):
     """The mailboxes of all replicas that share a store. Every method may be called from any thread.
 
-    Raises StorageUnavailable when the store cannot be reached. A letter that was accepted arrives
-    at most twice (a store's client may repeat what it is not sure of), in the order of one sender.
+    Raises StorageUnavailable when the store cannot be reached. An accepted envelope arrives at most
+    twice (a store's client may repeat a command whose answer was lost); the envelopes of one sender
+    arrive in order.
     """
 
     #: Seconds that a mailbox lives without being renewed.
@@ -38,49 +38,49 @@ class Mailboxes(ABC):
 
     @abstractmethod
     def renew(self, replica: str) -> bool:
-        """Prolongs the life of a mailbox, or opens it; False where it had to be opened."""
+        """Renews a mailbox, or opens it; False where it had to be opened."""
 
     @abstractmethod
     def is_open(self, replica: str) -> bool:
         """Whether a replica has a mailbox."""
 
     @abstractmethod
-    def post(self, letters: Sequence[Letter]) -> list[bool]:
-        """Puts letters into their mailboxes; False for each whose mailbox is not there."""
+    def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
+        """Puts envelopes into their mailboxes; False for each whose mailbox does not exist."""
 
     @abstractmethod
     def collect(self, replica: str, timeout: float) -> list[bytes]:
-        """Takes letters out of a mailbox, the oldest first; waits `timeout` seconds for the first.
+        """Takes envelopes out of a mailbox, the oldest first; waits at most `timeout` seconds.
 
-        For one thread of the replica that owns the mailbox.
+        Called by one thread only, of the replica that owns the mailbox.
         """
 
     @abstractmethod
     def remove(self, replica: str) -> None:
-        """Ends a mailbox at once: the replica is leaving."""
+        """Removes the mailbox of a replica that stops."""
 
     @abstractmethod
     def uptime(self) -> float:
-        """Seconds for which the store has been running, so for how long leases could be renewed."""
+        """Seconds since the store started, so since leases can be renewed."""
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what this object holds; the mailboxes stay."""
+        """Frees the resources of this object; the mailboxes stay."""
 
 
-# --- local: Mailboxes in memory: for several replicas in one process, and the reference for every other.
+# --- in memory ------------------------------------------------------------------------------------
 
-_MAX_LETTERS = 256  # that one look takes out
+_MAX_COLLECTED = 256  # envelopes
 
 
 class _Mailbox:
     def __init__(self, expires: float) -> None:
         self.expires = expires
-        self.letters: deque[bytes] = deque()
+        self.envelopes: deque[bytes] = deque()
 
 
 class LocalMailboxes(Mailboxes):
-    """Shared by handing the same object to each replica. `lease` in seconds; `clock` for tests."""
+    """Mailboxes of replicas that share this object. `lease` in seconds; `clock` is for tests."""
 
     def __init__(self, lease: float = LEASE, clock: Callable[[], float] = time.monotonic) -> None:
         self.lease = lease
@@ -105,24 +105,24 @@ class LocalMailboxes(Mailboxes):
         with self._arrived:
             return self._box(replica) is not None
 
-    def post(self, letters: Sequence[Letter]) -> list[bool]:
+    def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
         with self._arrived:
-            accepted = [self._put(letter) for letter in letters]
+            accepted = [self._put(envelope) for envelope in envelopes]
             self._arrived.notify_all()
         return accepted
 
-    def _put(self, letter: Letter) -> bool:
-        box = self._box(letter.to)
+    def _put(self, envelope: Envelope) -> bool:
+        box = self._box(envelope.to)
         if box is not None:
-            box.letters.append(letter.data)
+            box.envelopes.append(envelope.data)
         return box is not None
 
     def collect(self, replica: str, timeout: float) -> list[bytes]:
         with self._arrived:
-            self._arrived.wait_for(lambda: self._has_letters(replica), timeout)
+            self._arrived.wait_for(lambda: self._has_envelopes(replica), timeout)
             box = self._box(replica)
-            count = 0 if box is None else min(_MAX_LETTERS, len(box.letters))
-            return [box.letters.popleft() for _ in range(count)] if box is not None else []
+            count = 0 if box is None else min(_MAX_COLLECTED, len(box.envelopes))
+            return [box.envelopes.popleft() for _ in range(count)] if box is not None else []
 
     def remove(self, replica: str) -> None:
         with self._arrived:
@@ -134,12 +134,12 @@ class LocalMailboxes(Mailboxes):
     def close(self) -> None:
         pass
 
-    def _has_letters(self, replica: str) -> bool:
+    def _has_envelopes(self, replica: str) -> bool:
         box = self._box(replica)
-        return box is not None and bool(box.letters)
+        return box is not None and bool(box.envelopes)
 
     def _box(self, replica: str) -> _Mailbox | None:
-        """The mailbox, None where there is none or its time is over; the lock is held."""
+        """The mailbox, None where there is none or it has expired; the lock is held."""
         box = self._boxes.get(replica)
         if box is not None and box.expires <= self._clock():
             del self._boxes[replica]

@@ -1,4 +1,4 @@
-"""The contract of a session store."""
+"""The contract of a session store, and the store in memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mcp_proxy.errors import SessionExists, SessionNotFound
+from mcp_proxy.errors import ConfigError, SessionExists, SessionNotFound
 from mcp_proxy.storage.event_log import KEPT, EventLog, LocalEventLog
+from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.storage.session import Session, encode, minted_by
 
-#: How long a store remembers that it issued an id, in seconds.
+#: Seconds for which a store remembers that it issued an id.
 ISSUED_TTL = 7 * 24 * 3600
 
 
@@ -24,33 +25,39 @@ class Storage(ABC):
     be reached, never an error of the library underneath. Every change is atomic on its record.
     """
 
+    #: Seconds that a record lives after it was last written or loaded.
+    ttl: float = 7200
+
+    #: Whether other processes see the same records.
+    is_shared: bool = True
+
     @abstractmethod
     def create(self, session: Session) -> None:
         """Stores a new record and remembers for seven days that its id was issued.
 
-        Of an id of our own form nothing needs to be remembered: the form says it.
+        An id of our own form is not remembered: its form shows that it was issued.
 
         Raises SessionExists if the id is taken, StorageError if the record is too large.
         """
 
     @abstractmethod
     def load(self, session_id: str) -> Session:
-        """The record, its time to live started anew by the same command; or SessionNotFound."""
+        """The record, its time to live restarted by the same command. Raises SessionNotFound."""
 
     @abstractmethod
     def exists(self, session_id: str) -> bool:
-        """Whether there is a record; its time to live runs on."""
+        """Whether there is a record; does not restart its time to live."""
 
     @abstractmethod
     def peek(self, session_id: str) -> Session | None:
-        """The record, None where there is none; its time to live runs on."""
+        """The record, None where there is none; does not restart its time to live."""
 
     @abstractmethod
     def swap(self, old: Session, new: Session) -> bool:
-        """Replaces `old` by `new` if `old` is what is stored; False if it is not, or nothing is.
+        """Replaces `old` by `new` if `old` is stored; False if it is not.
 
-        Of several callers with the same `old` and different `new` exactly one wins. Never brings
-        back a record that is gone.
+        Of several callers with the same `old` and different `new` exactly one succeeds. Never
+        restores a deleted or expired record.
         """
 
     @abstractmethod
@@ -59,11 +66,28 @@ class Storage(ABC):
 
     @abstractmethod
     def issued(self, session_id: str) -> bool:
-        """Whether `create` was ever called with this id (within seven days)."""
+        """Whether `create` was called with this id in the last seven days."""
 
     @abstractmethod
     def event_log(self) -> EventLog:
-        """A log of events for the sessions of this store, shared by whoever shares the store."""
+        """The event log of this store's sessions; processes that share the store share it."""
+
+    def scoped(self, name: str) -> Storage:
+        """This store for the sessions of one server: each name has sessions of its own.
+
+        Raises ConfigError where the store does not separate names.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} keeps all sessions under one name; leave name out"
+        )
+
+    def mailboxes(self) -> Mailboxes | None:
+        """The mailboxes of the replicas that share this store.
+
+        None where the store has none: then a replica that is asked for a stdio session of another
+        one takes it over, as after a crash. Run one process on such a store.
+        """
+        return None
 
     @abstractmethod
     def check(self) -> None:
@@ -71,12 +95,12 @@ class Storage(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what the store holds; harmless when repeated."""
+        """Frees the resources of this object; harmless when repeated."""
 
 
-# --- local: Sessions in memory: the default, and the reference for every other store.
+# --- in memory -----------------------------------------------------------------------------------
 
-#: Issued ids that are remembered at the most, the oldest forgotten first: about 20 MB.
+#: The most issued ids that are remembered, about 20 MB; the oldest are forgotten first.
 MAX_ISSUED = 100_000
 
 
@@ -88,10 +112,13 @@ class _Entry(NamedTuple):
 class LocalStorage(Storage):
     """Records of this process only. `ttl` in seconds; `clock` is for tests."""
 
+    is_shared = False
+
     def __init__(self, ttl: float = 7200, clock: Callable[[], float] = time.monotonic) -> None:
         self.ttl = ttl
         self._clock = clock
-        self._lock = threading.Lock()  # guards _entries and _issued
+        self._lock = threading.Lock()  # guards _scopes, _entries and _issued
+        self._scopes: dict[str, LocalStorage] = {}
         # Every write and load moves its record to the end, so the next to expire is the first.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._issued: OrderedDict[str, float] = OrderedDict()
@@ -101,7 +128,7 @@ class LocalStorage(Storage):
         return f"<LocalStorage sessions={len(self._entries)} issued={len(self._issued)}>"
 
     def create(self, session: Session) -> None:
-        encode(session)  # the same size limit as everywhere
+        encode(session)  # raises StorageError for a record that is too large
         with self._lock:
             now = self._sweep()
             if session.id in self._entries:
@@ -153,6 +180,10 @@ class LocalStorage(Storage):
     def event_log(self) -> EventLog:
         return self._events
 
+    def scoped(self, name: str) -> LocalStorage:
+        with self._lock:
+            return self._scopes.setdefault(name, LocalStorage(self.ttl, self._clock))
+
     def check(self) -> None:
         pass
 
@@ -160,7 +191,7 @@ class LocalStorage(Storage):
         pass
 
     def _sweep(self) -> float:
-        """Drops what has expired and returns the time; the lock is held."""
+        """Drops expired records and returns the time; the lock is held."""
         now = self._clock()
         while self._entries and next(iter(self._entries.values())).expires <= now:
             self._entries.popitem(last=False)

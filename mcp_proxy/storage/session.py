@@ -12,7 +12,7 @@ from mcp_proxy.errors import StorageError
 #: The largest record that a store takes, in bytes of JSON.
 MAX_RECORD = 128 * 1024
 
-# Metadata keys. DESIGN: every session has a `backend_url`, and routing is one look-up of it.
+# Metadata keys. Every session has a `backend_url`, and routing is one look-up of it.
 BACKEND_URL = "backend_url"
 BACKEND_HOST = "backend_host"
 BACKEND_SID = "backend_sid"
@@ -23,7 +23,7 @@ CLAIM = "claim"
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """What a session id names: an immutable record with string metadata.
+    """The immutable record of a session, with metadata of strings.
 
     `type` is `streamable`, `sse` or `mcp`; times are seconds since the epoch. A change is a new
     record, written with `Storage.swap`.
@@ -37,7 +37,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def backend_url(self) -> str | None:
-        """Where the session's requests go, None where nothing was recorded."""
+        """The backend of the session's requests, None where none is recorded."""
         return self.metadata.get(BACKEND_URL)
 
     def with_metadata(self, **changes: str | None) -> Session:
@@ -57,7 +57,7 @@ def minted_by(session_id: str) -> str | None:
 
 
 def new_session(session_id: str, kind: str, **metadata: str) -> Session:
-    """A record that begins now."""
+    """A new record, created now."""
     now = time.time()
     return Session(id=session_id, type=kind, created_at=now, updated_at=now, metadata=metadata)
 
@@ -79,7 +79,7 @@ def encode(session: Session) -> bytes:
 
 
 def decode(data: bytes) -> Session:
-    """The record in `data`; raises StorageError where it is none."""
+    """The record in `data`; raises StorageError where there is none."""
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

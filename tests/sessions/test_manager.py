@@ -22,7 +22,7 @@ from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage
 from mcp_proxy.wire.headers import is_session_id
-from tests.sessions.houses import LocalHouse, record
+from tests.storage.stores import LocalHouse, record
 from tests.support.monitor import recorded_commands
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together
@@ -45,9 +45,11 @@ def shared(redis_url: str, redis_prefix: str) -> Iterator[SessionManager]:
 
 
 @pytest.fixture
-def unreachable() -> SessionManager:
+def unreachable() -> Iterator[SessionManager]:
     """A manager whose store does not answer."""
-    return SessionManager.with_redis("redis://127.0.0.1:1/0")
+    manager = SessionManager.with_redis("redis://127.0.0.1:1/0")
+    yield manager
+    manager.storage.close()
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,7 +67,7 @@ class Form(ABC):
         """The address with the limited user and everything else that is needed."""
 
     @abstractmethod
-    def client(self, **options: Any) -> Client:
+    def client(self, **options: Any) -> AbstractContextManager[Client]:
         """A client of redis-py's as a program makes it that has one already."""
 
     @property
@@ -141,8 +141,10 @@ class OneServer(Form):
             return f"rediss://{_credentials()}127.0.0.1:{self.gates[0].port}/0?{query}"
         return f"redis://{_credentials()}127.0.0.1:{self.server.port}/1"
 
-    def client(self, **options: Any) -> Client:
-        return redis.Redis.from_url(self.url, **options)
+    @contextmanager
+    def client(self, **options: Any) -> Iterator[Client]:
+        with redis.Redis.from_url(self.url, **options) as client:
+            yield client
 
     @property
     def servers(self) -> Sequence[RedisServer]:
@@ -215,16 +217,17 @@ class WithSentinels(Form):
         hosts = ",".join(f"127.0.0.1:{port}" for port in self._sentinel_ports)
         return f"{scheme}://{_credentials()}{hosts}/{quote(SERVICE)}/1?{query}"
 
-    def client(self, **options: Any) -> Client:
+    @contextmanager
+    def client(self, **options: Any) -> Iterator[Client]:
         tls = self._tls_options
         sentinels = Sentinel(  # type: ignore[no-untyped-call]
             [("127.0.0.1", port) for port in self._sentinel_ports],
             sentinel_kwargs={"password": SENTINEL_PASSWORD, "socket_timeout": 2, **tls},
         )
-        self._stack.callback(sentinels.close)
         own = {"username": USER, "password": PASSWORD, "socket_timeout": 2, "db": 1}
         master: redis.Redis = sentinels.master_for(SERVICE, **own, **tls, **options)  # type: ignore[no-untyped-call]
-        return master
+        with closing(sentinels), master:
+            yield master
 
     @property
     def servers(self) -> Sequence[RedisServer]:
@@ -294,12 +297,12 @@ class ThreeNodes(Form):
             return f"rediss+cluster://{_credentials()}{hosts}?{self.certificates.query}"
         return f"redis+cluster://{_credentials()}{hosts}"
 
-    def client(self, **options: Any) -> Client:
+    @contextmanager
+    def client(self, **options: Any) -> Iterator[Client]:
         nodes: list[Any] = [ClusterNode("127.0.0.1", port) for port in self.ports]  # type: ignore[no-untyped-call]
         own = {"username": USER, "password": PASSWORD, **self._tls_options}
-        client = RedisCluster(startup_nodes=nodes, **own, **options)
-        self._stack.callback(client.close)
-        return client
+        with RedisCluster(startup_nodes=nodes, **own, **options) as client:
+            yield client
 
     @property
     def servers(self) -> Sequence[RedisServer]:

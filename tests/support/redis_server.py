@@ -24,6 +24,9 @@ from tests.support.waiting import eventually
 #: The first version with GETEX.
 OLDEST = (6, 2)
 
+#: Where the servers of this process listen, or once did: ports, and paths of unix sockets.
+ADDRESSES: set[int | str] = set()
+
 _STOP_TIME = 20.0
 
 # The port on which nodes of a Cluster talk to each other is so much above that for clients.
@@ -95,6 +98,7 @@ class RedisServer:
         self._directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self.socket_path = self._directory / "redis.sock" if unix_socket else None
         self.port = _free_port_of_a_node() if is_node else _free_port()
+        ADDRESSES.update((self.port, str(self.socket_path)) if unix_socket else (self.port,))
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RedisServer:
@@ -127,6 +131,11 @@ class RedisServer:
         if self.password is None:
             return ""
         return f"{quote(self.user or '', safe='')}:{quote(self.password, safe='')}@"
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The first two numbers of the version that runs."""
+        return _version(find_redis_server())
 
     def client(self, **options: object) -> redis.Redis:
         """A client that never repeats a command; the caller closes it."""

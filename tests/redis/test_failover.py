@@ -6,14 +6,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from mcp_proxy.errors import StorageUnavailable
+from mcp_proxy.redis.client import Client
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.redis.storage import RedisStorage
-from mcp_proxy.storage.mailboxes import Letter
-from tests.redis_forms.conftest import MakeStorage
-from tests.redis_forms.test_proxies import two_proxies
-from tests.sessions.houses import record
+from mcp_proxy.storage.mailboxes import Envelope
+from tests.redis.conftest import MakeStorage
+from tests.redis.test_proxies import two_proxies
+from tests.storage.stores import record
 from tests.support.front import McpClient
 from tests.support.redis_forms import SERVICE, WithSentinels, admin_of
 from tests.support.waiting import eventually
@@ -49,21 +52,23 @@ def answers(storage: RedisStorage) -> bool:
     return True
 
 
-@pytest.mark.parametrize("way", ["by url", "by client"])
-def test_the_replica_takes_over(form: WithSentinels, make_storage: MakeStorage, way: str) -> None:
-    storage = make_storage(form.url if way == "by url" else form.client(), timeout=TIMEOUT)
-    mailboxes = RedisMailboxes(storage.access, storage.prefix)
+@pytest.mark.parametrize("address", ["by url", "by client"], indirect=True)
+def test_the_replica_takes_over(
+    form: WithSentinels, make_storage: MakeStorage, address: str | Client
+) -> None:
+    storage = make_storage(address, timeout=TIMEOUT)
+    mailboxes = RedisMailboxes(storage.connection, storage.prefix)
     log = storage.event_log()
     storage.create(record())
     storage.swap(record(), record(a="1"))
     event = log.append("s", "stream", b"1", False)
     mailboxes.renew("r")
-    mailboxes.post([Letter("r", b"1"), Letter("r", b"2")])
+    mailboxes.post([Envelope("r", b"1"), Envelope("r", b"2")])
     eventually(lambda: copied(form))
 
     form.sentinels[0].kill()  # the first of the list: the others are asked
     form.master.kill()
-    if way == "by url":  # a client of somebody else's may try longer
+    if isinstance(address, str):  # a client of somebody else's may try longer
         began = time.monotonic()
         with pytest.raises(StorageUnavailable):
             storage.load("s")
@@ -77,7 +82,7 @@ def test_the_replica_takes_over(form: WithSentinels, make_storage: MakeStorage, 
     log.append("s", "stream", b"2", True)
     assert [found.data for found in log.read("s", event, 0)] == [b"2"]
     assert mailboxes.collect("r", 1) == [b"1", b"2"]
-    assert mailboxes.post([Letter("r", b"3"), Letter("nobody", b"4")]) == [True, False]
+    assert mailboxes.post([Envelope("r", b"3"), Envelope("nobody", b"4")]) == [True, False]
     assert mailboxes.collect("r", 1) == [b"3"]
 
 
@@ -110,7 +115,8 @@ def test_the_old_master_comes_back_as_a_replica(
     eventually(lambda: answers(storage), 30)
     assert storage.swap(record(), record(a="1"))
     form.master.resume()
-    with admin_of(form.master) as old:
+    # Sentinel ends all connections of what it makes a replica.
+    with form.master.client(retry=Retry(NoBackoff(), 3)) as old:
         eventually(lambda: old.info("replication")["role"] == "slave", 30)
         eventually(lambda: old.info("replication")["master_link_status"] == "up", 30)
     for _ in range(20):

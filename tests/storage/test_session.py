@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mcp_proxy.errors import StorageError
 from mcp_proxy.storage import session
 from mcp_proxy.storage.session import BACKEND_URL, MAX_RECORD, Session
-from tests.sessions.houses import record
+from tests.storage.stores import record
 
 
 def test_a_new_session_begins_now() -> None:

@@ -14,9 +14,9 @@ from mcp_proxy.errors import SessionExists, SessionNotFound
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.server.check import check
-from mcp_proxy.storage.mailboxes import Letter
-from tests.redis_forms.conftest import MakeStorage
-from tests.sessions.houses import record
+from mcp_proxy.storage.mailboxes import Envelope
+from tests.redis.conftest import MakeStorage
+from tests.storage.stores import record
 from tests.support.front import SCRIPTED
 from tests.support.proxies import configured
 from tests.support.redis_forms import USER, Form, ThreeNodes, WithSentinels
@@ -29,7 +29,7 @@ MANY = 24  # keys, so that each of three nodes has some
 
 def mailboxes_of(storage: RedisStorage) -> RedisMailboxes:
     """Mailboxes over the connections of a store."""
-    return RedisMailboxes(storage.access, storage.prefix)
+    return RedisMailboxes(storage.connection, storage.prefix)
 
 
 def keys_of(server: RedisServer, prefix: str) -> int:
@@ -97,9 +97,9 @@ def test_one_of_many_swaps_wins(storage: RedisStorage) -> None:
 def test_the_store_says_that_it_is_there_and_which_version(storage: RedisStorage) -> None:
     storage.check()
     assert storage.version()[:2] >= (6, 2)
-    versions = [info["redis_version"] for info in storage.access.info()]
+    versions = [info["redis_version"] for info in storage.connection.info()]
     assert len(set(versions)) == 1
-    storage.access.ping()
+    storage.connection.ping()
 
 
 def test_the_command_that_checks_finds_it(form: Form, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +111,7 @@ def test_the_command_that_checks_finds_it(form: Form, capsys: pytest.CaptureFixt
 
 
 def test_every_server_of_a_cluster_is_asked(form: Form, make_storage: MakeStorage) -> None:
-    answers = make_storage(form.url).access.info()
+    answers = make_storage(form.url).connection.info()
     assert len(answers) == (3 if isinstance(form, ThreeNodes) else 1)
     assert all("uptime_in_seconds" in answer for answer in answers)
 
@@ -155,11 +155,11 @@ def test_one_batch_goes_to_many_mailboxes(storage: RedisStorage) -> None:
     replicas = [f"replica-{number}" for number in range(MANY)]
     assert not any(mailboxes.renew(replica) for replica in replicas)
     assert all(mailboxes.renew(replica) for replica in replicas)
-    letters = [Letter(replica, replica.encode() + b"\xff") for replica in replicas]
-    answers = mailboxes.post([*letters, Letter("nobody", b"x"), *letters])
+    envelopes = [Envelope(replica, replica.encode() + b"\xff") for replica in replicas]
+    answers = mailboxes.post([*envelopes, Envelope("nobody", b"x"), *envelopes])
     assert answers == [True] * MANY + [False] + [True] * MANY
-    for letter in letters:
-        assert mailboxes.collect(letter.to, 0.01) == [letter.data] * 2
+    for envelope in envelopes:
+        assert mailboxes.collect(envelope.to, 0.01) == [envelope.data] * 2
     for replica in replicas:
         mailboxes.remove(replica)
         assert not mailboxes.is_open(replica)
@@ -172,13 +172,13 @@ def test_a_letter_is_taken_out_once_and_waited_for(form: Form, storage: RedisSto
     with ThreadPoolExecutor(1) as pool:
         collecting = pool.submit(mailboxes.collect, "r", 30)
         eventually(lambda: somebody_waits(form))
-        assert mailboxes.post([Letter("r", b"1")]) == [True]
+        assert mailboxes.post([Envelope("r", b"1")]) == [True]
         assert collecting.result(10) == [b"1"]
-    assert mailboxes.post([Letter("r", b"2")]) == [True]
+    assert mailboxes.post([Envelope("r", b"2")]) == [True]
     assert mailboxes.collect("r", 1) == [b"2"]
     assert mailboxes.collect("r", 0.05) == []
     assert mailboxes.is_open("r")  # an empty mailbox is one
-    assert mailboxes.post([Letter("nobody", b"x")]) == [False]
+    assert mailboxes.post([Envelope("nobody", b"x")]) == [False]
 
 
 # --- connections ---------------------------------------------------------------------------------
@@ -213,12 +213,11 @@ def test_close_lets_a_call_that_waits_have_its_answer(
 
 
 def test_a_client_that_was_handed_in_stays_open(form: Form, make_storage: MakeStorage) -> None:
-    client = form.client()
-    storage = make_storage(client)
-    storage.check()
-    storage.close()
-    assert sum(connections_of(server) for server in form.servers) > 0
-    client.close()
+    with form.client() as client:
+        storage = make_storage(client)
+        storage.check()
+        storage.close()
+        assert sum(connections_of(server) for server in form.servers) > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -253,7 +252,7 @@ def _forked(storage: RedisStorage) -> int:
         try:
             mailboxes = mailboxes_of(storage)
             mailboxes.renew("r")
-            is_well = mailboxes.post([Letter("r", b"1")]) == [True]
+            is_well = mailboxes.post([Envelope("r", b"1")]) == [True]
             is_well = is_well and mailboxes.collect("r", 1) == [b"1"]
             is_well = is_well and all(storage.load("s") == record() for _ in range(50))
             code = 0 if is_well and storage.swap(record(), record(by="child")) else 2

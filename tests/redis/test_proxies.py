@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mcp_proxy import ProxyConfig, StreamableProxy
+from mcp_proxy import StreamableProxy
 from mcp_proxy.redis.client import Client
-from tests.redis_forms.conftest import MakeStorage
+from tests.redis.conftest import MakeStorage
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.redis_forms import Form
 
@@ -22,10 +22,7 @@ def two_proxies(
 ) -> Iterator[list[McpClient]]:
     """A client for each of two replicas."""
     addresses = (here, there)
-    proxies = [
-        StreamableProxy(SCRIPTED, make_storage(address, timeout), ProxyConfig())
-        for address in addresses
-    ]
+    proxies = [StreamableProxy(SCRIPTED, make_storage(address, timeout)) for address in addresses]
     try:
         yield [McpClient(WsgiFront(proxy)) for proxy in proxies]
     finally:
@@ -36,9 +33,8 @@ def two_proxies(
 @pytest.fixture
 def client(form: Form) -> Iterator[Client]:
     """A client of a program that wants text."""
-    client = form.client(decode_responses=True)
-    yield client
-    client.close()
+    with form.client(decode_responses=True) as client:
+        yield client
 
 
 def test_a_session_is_used_at_either_of_two_replicas(

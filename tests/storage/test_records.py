@@ -10,7 +10,7 @@ from mcp_proxy.errors import SessionExists, SessionNotFound
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage import records as local
 from mcp_proxy.storage.records import ISSUED_TTL, LocalStorage
-from tests.sessions.houses import record
+from tests.storage.stores import record
 from tests.support.threads import run_together
 from tests.support.waiting import eventually
 

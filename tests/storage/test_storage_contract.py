@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mcp_proxy.errors import ProxyError, SessionExists, SessionNotFound, StorageError
 from mcp_proxy.storage.records import ISSUED_TTL, Storage
 from mcp_proxy.storage.session import MAX_RECORD, Session, encode
-from tests.sessions.houses import TTL, House, LocalHouse, RedisHouse, record
+from tests.storage.stores import TTL, House, LocalHouse, RedisHouse, record
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together
 

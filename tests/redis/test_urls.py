@@ -12,12 +12,12 @@ from collections.abc import Callable
 import pytest
 import redis
 
+from mcp_proxy.app import storage_of
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import ConfigError, StorageUnavailable
-from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.storage import RedisStorage
-from mcp_proxy.sharing import Sharing
-from tests.redis_forms.conftest import MakeStorage
+from tests.redis.conftest import MakeStorage
 from tests.support.redis_forms import PASSWORD, SENTINEL_PASSWORD, Form, OneServer
 from tests.support.threads import run_together
 
@@ -76,40 +76,40 @@ BAD = [
 
 @pytest.mark.parametrize("url", GOOD)
 def test_nobody_is_asked_before_the_first_use(url: str) -> None:
-    access = Access(url, timeout=0.5)
-    access.close()
-    assert "secret" not in repr(access)
-    storage = RedisStorage(access)
+    connection = Connection(url, timeout=0.5)
+    connection.close()
+    assert "secret" not in repr(connection)
+    storage = RedisStorage(connection)
     for call in (storage.check, storage.version, lambda: storage.load("s")):
         with pytest.raises(StorageUnavailable) as caught:
             call()
         assert "secret" not in "".join(traceback.format_exception(caught.value))
-    access.close()
+    connection.close()
 
 
 @pytest.mark.parametrize("url", BAD)
 def test_what_cannot_be_read_is_said_without_the_password(url: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be read; .*redis\+sentinel://") as caught:
-        Access(url, timeout=1)
+        Connection(url, timeout=1)
     assert "hunter" not in "".join(traceback.format_exception(caught.value))
     if url:
         with pytest.raises(ConfigError, match="redis_url cannot be read") as refused:
-            Sharing(from_values({"redis_url": url}))
+            storage_of(from_values({"redis_url": url}))
         assert "hunter" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_the_query_overrides_what_the_proxy_would_say(form: Form) -> None:
     separator = "&" if "?" in form.url else "?"
-    access = Access(f"{form.url}{separator}socket_timeout=1.5", timeout=5)
-    assert access.patience == pytest.approx(0.75)
-    access.close()
+    connection = Connection(f"{form.url}{separator}socket_timeout=1.5", timeout=5)
+    assert connection.block_time == pytest.approx(0.75)
+    connection.close()
 
 
 def test_a_blocking_command_ends_well_before_the_time_for_answers(form: Form) -> None:
     for timeout, most in ((5, 2.0), (1, 0.5)):
-        access = Access(form.url, timeout=timeout)
-        assert most / 2 <= access.patience <= most
-        access.close()
+        connection = Connection(form.url, timeout=timeout)
+        assert most / 2 <= connection.block_time <= most
+        connection.close()
 
 
 def test_a_wrong_password_is_named_as_the_reason(form: Form, make_storage: MakeStorage) -> None:
@@ -128,7 +128,7 @@ def test_a_wrong_password_is_named_as_the_reason(form: Form, make_storage: MakeS
 
 def test_tls_is_really_spoken(form: Form, make_storage: MakeStorage) -> None:
     before = [gate.encrypted for gate in form.gates]
-    make_storage(form.url).access.ping()
+    make_storage(form.url).connection.ping()
     for gate, count in zip(form.gates, before, strict=True):
         assert gate.encrypted > count
 
@@ -192,6 +192,6 @@ def test_many_threads_do_not_wait_one_after_another_for_nobody(scheme: str) -> N
 
 def test_a_client_of_ones_own_keeps_its_own_limits() -> None:
     with redis.Redis(socket_timeout=0.5) as client:
-        assert Access(client).patience == 0.25
+        assert Connection(client).block_time == 0.25
     with redis.Redis() as client:
-        assert Access(client).patience == 2.0
+        assert Connection(client).block_time == 2.0

@@ -14,14 +14,15 @@ import pytest
 import redis
 
 from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
-from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import ISSUED_TTL
 from mcp_proxy.storage.session import encode
-from tests.sessions.houses import record
+from tests.storage.stores import record
 from tests.support.lossy import LossyProxy
 from tests.support.monitor import recorded_commands
+from tests.support.outage import assert_unavailable
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together
 from tests.support.waiting import eventually
@@ -62,15 +63,9 @@ MakeStorage = Callable[..., RedisStorage]
 
 
 @pytest.fixture
-def server(own_redis: OwnRedis) -> RedisServer:
-    """A server of this test alone."""
-    return own_redis()
-
-
-@pytest.fixture
-def storage(server: RedisServer, make_storage: MakeStorage) -> RedisStorage:
+def storage(own_server: RedisServer, make_storage: MakeStorage) -> RedisStorage:
     """A store on that server that knows one session, `s`, and has its connection open."""
-    made = make_storage(server.url)
+    made = make_storage(own_server.url)
     made.create(record("s"))
     return made
 
@@ -78,21 +73,27 @@ def storage(server: RedisServer, make_storage: MakeStorage) -> RedisStorage:
 # --- what is sent --------------------------------------------------------------------------------
 
 
-def test_a_load_is_one_getex_and_nothing_else(server: RedisServer, storage: RedisStorage) -> None:
-    with recorded_commands(server) as commands:
+def test_a_load_is_one_getex_and_nothing_else(
+    own_server: RedisServer, storage: RedisStorage
+) -> None:
+    with recorded_commands(own_server) as commands:
         for _ in range(3):
             storage.load("s")
     assert commands == [["GETEX", "p:session:s", "PX", "60000"]] * 3
 
 
-def test_a_load_that_misses_is_one_getex_too(server: RedisServer, storage: RedisStorage) -> None:
-    with recorded_commands(server) as commands, pytest.raises(SessionNotFound):
+def test_a_load_that_misses_is_one_getex_too(
+    own_server: RedisServer, storage: RedisStorage
+) -> None:
+    with recorded_commands(own_server) as commands, pytest.raises(SessionNotFound):
         storage.load("absent")
     assert commands == [["GETEX", "p:session:absent", "PX", "60000"]]
 
 
-def test_the_server_counts_one_command_a_load(server: RedisServer, storage: RedisStorage) -> None:
-    with server.client() as admin:
+def test_the_server_counts_one_command_a_load(
+    own_server: RedisServer, storage: RedisStorage
+) -> None:
+    with own_server.client() as admin:
         before = admin.info("commandstats")
         for _ in range(10):
             storage.load("s")
@@ -106,9 +107,9 @@ def test_the_server_counts_one_command_a_load(server: RedisServer, storage: Redi
 
 
 def test_create_writes_marker_and_record_each_with_its_time_to_live(
-    server: RedisServer, storage: RedisStorage
+    own_server: RedisServer, storage: RedisStorage
 ) -> None:
-    with recorded_commands(server) as commands:
+    with recorded_commands(own_server) as commands:
         storage.create(record("t"))
     marker, written = commands
     assert marker == ["SET", "p:issued:t", "1", "EX", str(ISSUED_TTL)]
@@ -117,14 +118,14 @@ def test_create_writes_marker_and_record_each_with_its_time_to_live(
 
 
 def test_create_of_an_id_of_our_own_form_is_one_command(
-    server: RedisServer, storage: RedisStorage
+    own_server: RedisServer, storage: RedisStorage
 ) -> None:
     minted = SessionManager().mint_id()
-    with recorded_commands(server) as commands:
+    with recorded_commands(own_server) as commands:
         storage.create(record(minted))
     ((name, key, *_),) = commands
     assert (name, key) == ("SET", f"p:session:{minted}")
-    with server.client() as admin:
+    with own_server.client() as admin:
         assert admin.keys(f"*{minted}") == [f"p:session:{minted}".encode()]
 
 
@@ -139,32 +140,34 @@ def test_create_of_an_id_of_our_own_form_is_one_command(
     ],
 )
 def test_the_other_calls_are_one_command_each(
-    server: RedisServer, storage: RedisStorage, call: str, expected: list[str]
+    own_server: RedisServer, storage: RedisStorage, call: str, expected: list[str]
 ) -> None:
-    with recorded_commands(server) as commands:
+    with recorded_commands(own_server) as commands:
         CALLS[call](storage)
     assert commands == [expected]
 
 
-def test_swap_is_one_script_with_one_key(server: RedisServer, storage: RedisStorage) -> None:
+def test_swap_is_one_script_with_one_key(own_server: RedisServer, storage: RedisStorage) -> None:
     storage.swap(record("s"), record("s", a="1"))  # the server learns the script
-    with recorded_commands(server) as commands:
+    with recorded_commands(own_server) as commands:
         storage.swap(record("s", a="1"), record("s", a="2"))
     ((name, _, keys, key, *_),) = commands
     assert (name, keys, key) == ("EVALSHA", "1", "p:session:s")
 
 
 def test_swap_teaches_a_server_that_forgot_its_scripts(
-    server: RedisServer, storage: RedisStorage
+    own_server: RedisServer, storage: RedisStorage
 ) -> None:
     assert storage.swap(record("s"), record("s", a="1"))
-    with server.client() as admin:
+    with own_server.client() as admin:
         admin.script_flush()
     assert storage.swap(record("s", a="1"), record("s", a="2"))
 
 
-def test_no_key_is_ever_without_a_time_to_live(server: RedisServer, storage: RedisStorage) -> None:
-    with server.client() as admin:
+def test_no_key_is_ever_without_a_time_to_live(
+    own_server: RedisServer, storage: RedisStorage
+) -> None:
+    with own_server.client() as admin:
 
         def left() -> dict[str, float]:
             return {key.decode(): admin.pttl(key) / 1000 for key in admin.keys("*")}
@@ -188,23 +191,23 @@ def test_no_key_is_ever_without_a_time_to_live(server: RedisServer, storage: Red
 
 
 def test_a_time_to_live_of_parts_of_a_second_is_rounded_up(
-    server: RedisServer, make_storage: MakeStorage
+    own_server: RedisServer, make_storage: MakeStorage
 ) -> None:
-    brief = make_storage(server.url, ttl=0.0011)
-    with recorded_commands(server) as commands, pytest.raises(SessionNotFound):
+    brief = make_storage(own_server.url, ttl=0.0011)
+    with recorded_commands(own_server) as commands, pytest.raises(SessionNotFound):
         brief.load("s")
     assert commands[-1] == ["GETEX", "p:session:s", "PX", "2"]
 
 
-def test_a_record_really_expires(server: RedisServer, make_storage: MakeStorage) -> None:
-    brief = make_storage(server.url, ttl=0.05)
+def test_a_record_really_expires(own_server: RedisServer, make_storage: MakeStorage) -> None:
+    brief = make_storage(own_server.url, ttl=0.05)
     brief.create(record("s"))
     eventually(lambda: not brief.exists("s"), message="the record did not expire")
     assert brief.issued("s")
 
 
-def test_prefixes_keep_stores_apart(server: RedisServer, make_storage: MakeStorage) -> None:
-    one, other = (make_storage(server.url, prefix=prefix) for prefix in ("one:", "other:"))
+def test_prefixes_keep_stores_apart(own_server: RedisServer, make_storage: MakeStorage) -> None:
+    one, other = (make_storage(own_server.url, prefix=prefix) for prefix in ("one:", "other:"))
     one.create(record("s", a="one"))
     assert not other.issued("s")
     other.create(record("s", a="other"))
@@ -214,9 +217,9 @@ def test_prefixes_keep_stores_apart(server: RedisServer, make_storage: MakeStora
 
 
 def test_two_stores_with_the_same_prefix_share_their_records(
-    server: RedisServer, make_storage: MakeStorage
+    own_server: RedisServer, make_storage: MakeStorage
 ) -> None:
-    here, there = make_storage(server.url), make_storage(server.url)
+    here, there = make_storage(own_server.url), make_storage(own_server.url)
     here.create(record("s"))
     assert there.swap(there.load("s"), record("s", a="there"))
     assert here.load("s") == record("s", a="there")
@@ -262,13 +265,13 @@ def test_a_wrong_password_is_a_store_that_cannot_be_reached(
 )
 def test_a_url_that_cannot_be_read_is_a_value_error(url: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        Access(url, timeout=1)
+        Connection(url, timeout=1)
 
 
 @pytest.mark.parametrize("url", ["redis://:hunter/2@h", "redis://me:hunter?2@h", "me:hunter2@h"])
 def test_the_complaint_about_a_url_shows_nothing_of_its_password(url: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
-        Access(url, timeout=1)
+        Connection(url, timeout=1)
     assert "hunter" not in "".join(traceback.format_exception(caught.value))
 
 
@@ -278,17 +281,19 @@ def test_the_version_is_told_in_numbers(storage: RedisStorage) -> None:
     assert len(version) == 3
 
 
-def test_close_ends_the_connections_of_a_url(server: RedisServer, storage: RedisStorage) -> None:
-    with server.client() as admin:
+def test_close_ends_the_connections_of_a_url(
+    own_server: RedisServer, storage: RedisStorage
+) -> None:
+    with own_server.client() as admin:
         assert len(admin.client_list()) == 2
         storage.close()
         eventually(lambda: len(admin.client_list()) == 1, message="the connection stayed open")
 
 
 def test_close_leaves_a_client_that_was_handed_in_open(
-    server: RedisServer, make_storage: MakeStorage
+    own_server: RedisServer, make_storage: MakeStorage
 ) -> None:
-    with server.client() as client, server.client() as admin:
+    with own_server.client() as client, own_server.client() as admin:
         storage = make_storage(client)
         storage.check()
         connections = {line["id"] for line in admin.client_list()}
@@ -298,58 +303,48 @@ def test_close_leaves_a_client_that_was_handed_in_open(
 
 
 def test_a_call_that_runs_while_the_store_is_closed_still_has_its_answer(
-    server: RedisServer, storage: RedisStorage
+    own_server: RedisServer, storage: RedisStorage
 ) -> None:
-    server.pause()
+    own_server.pause()
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(storage.load, "s")
         eventually(loading.running, message="the call did not begin")
         storage.close()
-        server.resume()
+        own_server.resume()
         assert loading.result(30) == record("s")
     storage.check()
 
 
 def test_more_threads_than_redis_py_has_connections_are_served(
-    server: RedisServer, make_storage: MakeStorage
+    own_server: RedisServer, make_storage: MakeStorage
 ) -> None:
-    storage = make_storage(server.url, timeout=60)
+    storage = make_storage(own_server.url, timeout=60)
     started = threading.Semaphore(0)
 
     def ask() -> bool:
         started.release()
         return storage.exists("s")
 
-    server.pause()
+    own_server.pause()
     with ThreadPoolExecutor(120) as pool:
         asked = [pool.submit(ask) for _ in range(120)]
         for _ in asked:
             assert started.acquire(timeout=30)
-        server.resume()
+        own_server.resume()
         assert [future.result(60) for future in asked] == [False] * 120
 
 
 # --- a server that is away -----------------------------------------------------------------------
 
 
-def _assert_unavailable(storage: RedisStorage, within: float) -> None:
-    for name, call in CALLS.items():
-        began = time.monotonic()
-        with pytest.raises(StorageUnavailable) as caught:
-            call(storage)
-        assert time.monotonic() - began < within, name
-        assert caught.value.status == 503
-        assert ("Retry-After", "1") in caught.value.headers
-
-
 @pytest.mark.parametrize("end", [RedisServer.stop, RedisServer.kill], ids=["stopped", "killed"])
 def test_a_server_that_comes_back_is_used_again_with_all_its_data(
-    server: RedisServer, storage: RedisStorage, end: Callable[[RedisServer], None]
+    own_server: RedisServer, storage: RedisStorage, end: Callable[[RedisServer], None]
 ) -> None:
     storage.swap(record("s"), record("s", a="before"))
-    end(server)
-    _assert_unavailable(storage, within=5)
-    server.start()
+    end(own_server)
+    assert_unavailable(storage, CALLS, within=5)
+    own_server.start()
     storage.check()
     assert storage.load("s") == record("s", a="before")
     assert storage.issued("s")
@@ -360,15 +355,15 @@ def test_a_server_that_comes_back_is_used_again_with_all_its_data(
 
 @pytest.mark.parametrize("way", ["url", "client"])
 def test_a_restart_that_nobody_noticed_costs_no_call(
-    server: RedisServer, make_storage: MakeStorage, way: str
+    own_server: RedisServer, make_storage: MakeStorage, way: str
 ) -> None:
-    with server.client() as client:
-        storage = make_storage(server.url if way == "url" else client)
+    with own_server.client() as client:
+        storage = make_storage(own_server.url if way == "url" else client)
         storage.create(record("s"))
         loads = [lambda: storage.load("s")] * 8
         run_together(loads)  # every thread leaves a connection in the pool
-        server.stop()
-        server.start()
+        own_server.stop()
+        own_server.start()
         assert run_together(loads) == [record("s")] * 8
 
 
@@ -379,22 +374,23 @@ def test_a_server_that_was_never_there_is_unavailable(
     server = own_redis()
     server.stop()
     with server.client() as client:
-        _assert_unavailable(make_storage(server.url if way == "url" else client), within=5)
+        storage = make_storage(server.url if way == "url" else client)
+        assert_unavailable(storage, CALLS, within=5)
 
 
 @pytest.mark.parametrize("is_connected", [True, False], ids=["connected", "not connected"])
 def test_a_frozen_server_is_unavailable_within_the_timeout(
-    server: RedisServer, make_storage: MakeStorage, is_connected: bool
+    own_server: RedisServer, make_storage: MakeStorage, is_connected: bool
 ) -> None:
-    storage = make_storage(server.url, timeout=1)
+    storage = make_storage(own_server.url, timeout=1)
     if is_connected:
         storage.check()
-    server.pause()
+    own_server.pause()
     began = time.monotonic()
     with pytest.raises(StorageUnavailable):
         storage.load("s")
     assert 0.9 < time.monotonic() - began < 1.9
-    server.resume()
+    own_server.resume()
     storage.check()
 
 
@@ -421,32 +417,32 @@ def _connecting(address: tuple[str, int]) -> socket.socket:
 
 
 def test_every_call_of_a_frozen_server_is_unavailable(
-    server: RedisServer, make_storage: MakeStorage
+    own_server: RedisServer, make_storage: MakeStorage
 ) -> None:
-    storage = make_storage(server.url, timeout=0.1)
-    server.pause()
-    _assert_unavailable(storage, within=2)
+    storage = make_storage(own_server.url, timeout=0.1)
+    own_server.pause()
+    assert_unavailable(storage, CALLS, within=2)
 
 
 def test_a_late_answer_is_never_taken_for_another_one(
-    server: RedisServer, make_storage: MakeStorage
+    own_server: RedisServer, make_storage: MakeStorage
 ) -> None:
-    storage = make_storage(server.url, timeout=0.2)
+    storage = make_storage(own_server.url, timeout=0.2)
     for session_id in ("a", "b", "c"):
         storage.create(record(session_id))
-    server.pause()
+    own_server.pause()
     for session_id in ("a", "b"):
         with pytest.raises(StorageUnavailable):
             storage.load(session_id)
-    server.resume()
+    own_server.resume()
     for session_id in ("c", "b", "a"):
         assert storage.load(session_id) == record(session_id)
 
 
 def test_a_server_that_refuses_to_write_is_unavailable(
-    server: RedisServer, storage: RedisStorage
+    own_server: RedisServer, storage: RedisStorage
 ) -> None:
-    with server.client() as admin:
+    with own_server.client() as admin:
         admin.config_set("maxmemory", "1")
         with pytest.raises(StorageUnavailable):
             storage.create(record("t"))
@@ -458,9 +454,9 @@ def test_a_server_that_refuses_to_write_is_unavailable(
 
 
 @pytest.fixture
-def lossy(server: RedisServer) -> Iterator[LossyProxy]:
+def lossy(own_server: RedisServer) -> Iterator[LossyProxy]:
     """A way to the server on which answers can be lost."""
-    with LossyProxy(server.port) as proxy:
+    with LossyProxy(own_server.port) as proxy:
         yield proxy
 
 
@@ -550,9 +546,12 @@ GARBAGE = {
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
 @pytest.mark.parametrize("decode_responses", [False, True])
 def test_a_corrupt_record_is_a_storage_error_and_no_missing_session(
-    server: RedisServer, make_storage: MakeStorage, garbage: bytes, decode_responses: bool
+    own_server: RedisServer, make_storage: MakeStorage, garbage: bytes, decode_responses: bool
 ) -> None:
-    with server.client() as admin, server.client(decode_responses=decode_responses) as client:
+    with (
+        own_server.client() as admin,
+        own_server.client(decode_responses=decode_responses) as client,
+    ):
         storage = make_storage(client)
         admin.set("p:session:s", garbage, px=60_000)
         for _ in range(2):
@@ -566,9 +565,9 @@ def test_a_corrupt_record_is_a_storage_error_and_no_missing_session(
 
 
 def test_a_key_of_another_type_is_a_storage_error(
-    server: RedisServer, storage: RedisStorage
+    own_server: RedisServer, storage: RedisStorage
 ) -> None:
-    with server.client() as admin:
+    with own_server.client() as admin:
         admin.delete("p:session:s")
         admin.rpush("p:session:s", "x")
     with pytest.raises(StorageError):

@@ -36,9 +36,8 @@ def address(request: pytest.FixtureRequest, form: Form) -> Iterator[str | Client
     if request.param == "by url":
         yield form.url
         return
-    client = form.client(decode_responses=request.param != "by client")
-    yield client
-    client.close()
+    with form.client(decode_responses=request.param != "by client") as client:
+        yield client
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mcp_proxy.redis import event_log as redis_events
 from mcp_proxy.storage import event_log as local_events
 from mcp_proxy.storage.event_log import KEPT, MAX_EVENTS, EventLog, LocalEventLog, LoggedEvent
-from tests.sessions.houses import TTL, House, LocalHouse, RedisHouse
+from tests.storage.stores import TTL, House, LocalHouse, RedisHouse
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together
 

@@ -1,1 +1,0 @@
-"""Redis in each form that a deployment may have."""

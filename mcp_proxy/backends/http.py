@@ -1,18 +1,19 @@
-"""HTTP backends, by requests: one call at a time, its bytes passed on as they come.
+"""Calls to HTTP backends, made with requests; the bytes of a response are unchanged.
 
 The only module that knows requests and urllib3. requests' adapter is used below its sessions, which
 would add headers, cookies, proxies and passwords of their own. A call can be aborted from another
-thread at any time, also while the backend is silent: its socket is shut down under the reader.
+thread at any time, also while the backend is silent: that shuts its socket down.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urljoin
 
@@ -24,16 +25,18 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import SKIP_HEADER
 
-from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft
-from mcp_proxy.wire.headers import Headers
+from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft, ProxyError
+from mcp_proxy.wire.headers import Headers, media_type
 from mcp_proxy.wire.urls import Address, parse_target
+
+log = logging.getLogger(__name__)
 
 #: Seconds after which a pooled connection is not used again: servers close theirs after five.
 MAX_IDLE = 2.0
 
 _QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 
-# A peer that is silent for 15 seconds is asked three times whether it is there, every 5 seconds.
+# TCP probes a peer that is silent for 15 seconds three times, every 5 seconds.
 _KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     *(
@@ -45,14 +48,15 @@ _KEEPALIVE = [
 _MAX_HOPS = 5  # redirects that are followed
 _POOLS = 64  # backends to which connections are kept
 
-# What a connection is to be known by, so that its call can be aborted before there is a response.
+# The call of this thread; its connection registers with it, so that `abort` works before there is a
+# response.
 _calling = threading.local()
 
 
 class HttpClient:
-    """Connections to any number of backends, `pool_size` kept open to each. Thread-safe.
+    """Connections to any number of backends, at most `pool_size` kept to each. Thread-safe.
 
-    `connect_timeout` in seconds; `verify` as requests has it: True, False, or a file of CAs.
+    `connect_timeout` in seconds; `verify` as in requests: True, False, or a file of CAs.
     """
 
     def __init__(self, connect_timeout: float, pool_size: int, verify: bool | str = True) -> None:
@@ -60,12 +64,12 @@ class HttpClient:
         self.verify = verify
         self._adapter = _Adapter(pool_connections=_POOLS, pool_maxsize=pool_size)
 
-    def send(self, request: _Outbound, call: HttpCall, timeout: float) -> requests.Response:
-        """The response as far as its headers; raises what requests raises."""
+    def send(self, call: HttpCall, timeout: float) -> requests.Response:
+        """The response to a call, its body unread; raises the errors of requests."""
         _calling.call = call
         try:
             return self._adapter.send(
-                request,
+                _prepared(call),
                 stream=True,
                 timeout=(self.connect_timeout, timeout),
                 verify=self.verify,
@@ -76,14 +80,14 @@ class HttpClient:
     def probe(self, address: Address) -> str | None:
         """Why a backend cannot be connected to, None if it can; no request is sent."""
         try:
-            place = (address.host, address.port)
-            socket.create_connection(place, self.connect_timeout).close()
+            origin = (address.host, address.port)
+            socket.create_connection(origin, self.connect_timeout).close()
         except OSError as error:
             return f"{address.url}: {error.strerror or error}"
         return None
 
     def close(self) -> None:
-        """Closes the connections that are idle."""
+        """Closes idle connections."""
         self._adapter.close()
 
 
@@ -99,52 +103,59 @@ class HttpCall:
         address: Address,
         method: str,
         target: str,
-        headers: Headers,
+        headers: Mapping[str, str],
         body: bytes,
     ) -> None:
         self.address = address
+        self.method = method
+        self.target = target
+        self.request_headers = headers
+        self.request_body = body
+        #: Of the response; 0 and empty before `send`.
         self.status = 0
         self.headers: Headers = []
+        self.media_type = ""
         self._client = client
-        self.target = target
-        self._given, self._body = headers, body
         self._hops = 0
-        self._request = _outbound(address, method, target, headers, body)
         self._response: requests.Response | None = None
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._socket: socket.socket | None = None
         self._was_connected = False
-        self._is_aborted = False
+        self._abort_reason: ProxyError | None = None
+        self._on_close: list[Callable[[], object]] = []
 
     def __repr__(self) -> str:
-        return f"<HttpCall {self._request.method} {self._request.url} {self.status or 'unsent'}>"
+        url = self.address.url + self.target
+        return f"<HttpCall {self.method} {url} {self.status or 'unsent'}>"
 
     def send(self, timeout: float) -> None:
         """Sends the request and receives status and headers.
 
-        Raises ClientLeft when the call was aborted meanwhile, BackendUnreached when the backend
-        cannot have got anything of it, BackendTimeout when no answer begins within `timeout`
+        Raises the reason given to `abort` when the call was aborted, BackendUnreached when the
+        backend got nothing of the request, BackendTimeout when no answer begins within `timeout`
         seconds, BackendLost otherwise.
         """
         try:
-            self._response = self._client.send(self._request, self, timeout)
+            self._response = self._client.send(self, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            if self._is_aborted:
-                raise ClientLeft from error
+            if self._abort_reason is not None:
+                raise self._abort_reason from error
             raise _translated(error, timeout, self._was_connected) from error
         raw = self._response.raw
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
+        self.media_type = media_type(self.header("Content-Type") or "")
 
     def header(self, name: str) -> str | None:
         """The first value of a response header, None where it is absent."""
-        wanted = name.lower()
-        return next((value for key, value in self.headers if key.lower() == wanted), None)
+        assert self._response is not None
+        values = self._response.raw.headers.getlist(name)
+        return values[0] if values else None
 
     def wait_for_ever(self) -> None:
-        """From now on the backend may be silent as long as it likes: an event stream.
+        """Removes the read timeout, for an event stream.
 
-        That its host is there is asked by TCP: one that vanished breaks the stream within a minute.
+        TCP keepalive breaks the stream within a minute if the backend's host no longer responds.
         """
         with self._lock, contextlib.suppress(OSError):
             if self._socket is not None:
@@ -153,33 +164,36 @@ class HttpCall:
                     self._socket.setsockopt(level, option, value)
 
     def pieces(self) -> Iterator[bytes]:
-        """The body, each piece as soon as it is there, its encoding untouched.
+        """The body, each piece as soon as it arrives, its content encoding unchanged.
 
-        Raises BackendLost when it ends before it is complete, BackendTimeout when it stalls.
+        Raises BackendLost when it ends before it is complete, BackendTimeout when it stalls, and
+        the reason given to `abort` when the call was aborted.
         """
         assert self._response is not None
         raw = self._response.raw
-        expected = self._expected_length()
-        received = 0
         try:
             self._acknowledge()
             while piece := raw.read1():
-                received += len(piece)
                 yield piece
                 self._acknowledge()
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+            if self._abort_reason is not None:
+                raise self._abort_reason from error
             if isinstance(error, urllib3.exceptions.ReadTimeoutError):
                 raise BackendTimeout("The server stopped in the middle of its answer") from error
             raise BackendLost("The server broke off in the middle of its answer") from error
-        if expected is not None and received < expected:
-            # read1 takes an early end for the end.
-            raise BackendLost(f"The server sent {received} of {expected} bytes and closed")
+        # read1 raises nothing at an early end; without length and chunks not even after an abort.
+        missing = raw.length_remaining
+        if missing:
+            raise self._abort_reason or BackendLost(f"The server closed {missing} bytes too early")
+        if missing is None and not raw.chunked and self._abort_reason is not None:
+            raise self._abort_reason
 
     def _acknowledge(self) -> None:
-        """Has the kernel acknowledge what came, at once.
+        """Has the kernel acknowledge the received bytes at once.
 
-        A server that writes headers and body apart, with Nagle on, waits for that before
-        it sends the rest; left to itself the kernel takes 40 ms (measured with uvicorn's streams).
+        A server that writes headers and body separately, with Nagle's algorithm on, waits for the
+        acknowledgement, which the kernel delays by 40 ms (measured with uvicorn's streams).
         """
         sock = self._socket
         if _QUICKACK is not None and sock is not None:
@@ -195,21 +209,17 @@ class HttpCall:
                 raise BackendLost(f"The server answered with more than {limit} bytes")
         return bytes(found)
 
-    def _expected_length(self) -> int | None:
-        length = self.header("Content-Length")
-        has_body = self._request.method != "HEAD" and self.status not in (204, 304)
-        if not has_body or length is None or not length.isdigit():
-            return None
-        return None if self.header("Transfer-Encoding") else int(length)
-
     def redirected(self) -> HttpCall | None:
-        """The same request where this answer redirects it, None where it does not or must not.
+        """The call that follows this response's redirect; None for no redirect, or a refused one.
 
-        Only on the same host, never from https to http, and only by what keeps method and body
-        (RFC 9110 section 15.4, and 301 and 302 as everybody means them for POST).
+        Refused are other hosts, and http after https. Method and body are kept, after 307 and 308
+        (RFC 9110 section 15.4) and also after 301 and 302, which servers send for a POST in that
+        sense.
         """
+        if self.status not in (301, 302, 307, 308) or self._hops >= _MAX_HOPS:
+            return None
         location = self.header("Location")
-        if self.status not in (301, 302, 307, 308) or location is None or self._hops >= _MAX_HOPS:
+        if location is None:
             return None
         try:
             there = parse_target(urljoin(self._named_url(), location))
@@ -220,11 +230,12 @@ class HttpCall:
         if self.address.scheme == "https" and there.scheme == "http":
             return None
         if there.scheme == self.address.scheme and there.port != self.address.port:
-            return None  # another program on that host, to which Authorization does not belong
+            return None  # another server on that host, which must not get Authorization
         address = self.address._replace(scheme=there.scheme, port=there.port)
         target = f"{there.path or '/'}?{there.query}" if there.query else there.path or "/"
-        method, body = str(self._request.method), self._body
-        call = HttpCall(self._client, address, method, target, self._given, body)
+        call = HttpCall(
+            self._client, address, self.method, target, self.request_headers, self.request_body
+        )
         call._hops = self._hops + 1
         return call
 
@@ -232,68 +243,76 @@ class HttpCall:
         return self.address._replace(host=self.address.name or self.address.host).url + self.target
 
     def connected(self, sock: socket.socket) -> None:
-        """The call has this socket to itself, until it is told otherwise."""
+        """Registers the socket of the call; shuts it down if the call was aborted already."""
         with self._lock:
             self._socket = sock
             self._was_connected = True
-        if self._is_aborted:
+        if self._abort_reason is not None:
             self._shut_down()
 
     def disconnected(self) -> None:
-        """The call is over, and the socket another call's from now on."""
+        """Unregisters the socket: another call may use it from now on."""
         with self._lock:
             self._socket = None
 
-    def abort(self) -> None:
-        """Nobody wants the answer any more: whoever waits for it stops waiting."""
-        self._is_aborted = True
+    def abort(self, reason: ProxyError | None = None) -> None:
+        """Makes `send` and `pieces` raise `reason`, by default ClientLeft. The first one counts."""
+        with self._lock:
+            self._abort_reason = self._abort_reason or reason or ClientLeft()
         self._shut_down()
-
-    def end(self) -> None:
-        """As `abort`, for who ends everything that goes on."""
-        self.abort()
 
     def _shut_down(self) -> None:
         with self._lock, contextlib.suppress(OSError):
             if self._socket is not None:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
+    def on_close(self, act: Callable[[], object]) -> None:
+        """Has `act` called when the call is closed, in reverse order of registration."""
+        with self._lock:
+            self._on_close.append(act)
+
     def close(self) -> None:
-        """Frees the connection: kept if the response was read to its end, closed otherwise."""
+        """Frees the connection and calls the functions of `on_close`; logs their errors."""
+        with self._lock:
+            acts, self._on_close = self._on_close, []
+        for act in (self._free_connection, *reversed(acts)):
+            try:
+                act()
+            except Exception:
+                log.exception("the cleanup after a response failed")
+
+    def _free_connection(self) -> None:
+        """Keeps the connection if the response was read to its end, closes it otherwise."""
         if self._response is not None:
-            self._response.raw.close() if self._is_unread() else self._response.close()
-
-    def _is_unread(self) -> bool:
-        return self._response is not None and not self._response.raw.isclosed()
+            is_read = self._response.raw.isclosed()
+            self._response.close() if is_read else self._response.raw.close()
 
 
-class _Outbound(requests.PreparedRequest):
-    """A request that is sent as it stands. `server_name` is what the certificate must be for."""
+class _Prepared(requests.PreparedRequest):
+    """A request that is sent unchanged. The certificate must be for `server_name`, if given."""
 
     server_name: str | None = None
 
 
-def _outbound(
-    address: Address, method: str, target: str, headers: Headers, body: bytes
-) -> _Outbound:
-    request = _Outbound()
-    request.method = method
-    request.url = address.url + target
+def _prepared(call: HttpCall) -> _Prepared:
+    request = _Prepared()
+    request.method = call.method
+    request.url = call.address.url + call.target
     request.headers = CaseInsensitiveDict(
         {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
     )
-    request.headers.update(headers)
-    request.headers["Host"] = address.host_header
-    if body or method in ("POST", "PUT", "PATCH"):
-        request.headers["Content-Length"] = str(len(body))
-    request.body = body or None
+    request.headers.update(call.request_headers)
+    request.headers["Host"] = call.address.host_header
+    if call.request_body or call.method in ("POST", "PUT", "PATCH"):
+        request.headers["Content-Length"] = str(len(call.request_body))
+    request.body = call.request_body or None
     request.hooks = requests.hooks.default_hooks()
-    request.server_name = address.name
+    request.server_name = call.address.name
     return request
 
 
 class _Adapter(HTTPAdapter):
-    """requests' adapter over our pools; a certificate must be for the name, not the address."""
+    """requests' adapter with our pools; a certificate must be for the name, not the address."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -310,7 +329,7 @@ class _Adapter(HTTPAdapter):
 
 
 class _Response(http.client.HTTPResponse):
-    """A response whose informational forerunners (1xx) are passed over, all of them."""
+    """A response that skips every informational one (1xx) before it."""
 
     def _read_status(self) -> Any:
         while True:
@@ -321,10 +340,10 @@ class _Response(http.client.HTTPResponse):
 
 
 class _KnownToTheCall:
-    """A connection that tells the call of its thread as soon as it stands.
+    """A connection that registers its socket with the call of its thread once it is established.
 
-    Its socket, not the connection: that one gives its socket away when the response is to end with
-    it, and keeps it from the call that has to be able to shut it down.
+    The socket, not the connection: a connection that is closed after the response gives its socket
+    away, and the call must still be able to shut that down.
     """
 
     idle_since = 0.0
@@ -346,7 +365,7 @@ class _HttpsConnection(_KnownToTheCall, HTTPSConnection):
 
 
 class _FreshConnections:
-    """Connections that were idle too long are opened anew, and each is made known to its call."""
+    """Reopens connections that were idle too long, and registers each with its call."""
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection: Any = super()._get_conn(timeout)  # type: ignore[misc]
@@ -379,7 +398,7 @@ def _translated(
     timeout: float,
     was_connected: bool,
 ) -> BackendLost | BackendTimeout:
-    """What an error of requests means for the call."""
+    """The error of ours for an error of requests."""
     reason = getattr(error.args[0], "reason", error.args[0]) if error.args else None
     if isinstance(error, requests.ConnectTimeout):
         return BackendUnreached("The server cannot be reached in time")

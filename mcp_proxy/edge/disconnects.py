@@ -1,8 +1,8 @@
-"""The client's connection, as far as the WSGI server lets one see it.
+"""The client's connection, where the WSGI server gives access to it.
 
-A server notices that a client left when a write fails, and only the second write after an orderly
-close does (seen with gunicorn). So where the socket can be had it is asked; and where it can be had
-the kernel is told to give up on a peer that vanished without a word.
+A server notices that a client has left when a write fails, which after an orderly close is only the
+second write (seen with gunicorn). So the socket is polled, where there is one, and the kernel is
+told to drop a peer that no longer responds.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mcp_proxy.background import Worker, Workers
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+#: Seconds between polls, so the longest time that a disconnect goes unnoticed.
+LOOK = 0.2
 
 _GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
 class ClientConnection:
-    """The connection behind one request. Used by the request's thread."""
+    """The connection behind one request."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        # gunicorn and waitress each have their own word for it; other servers have none.
+        # gunicorn and waitress each have a key of their own for it; other servers have none.
         self._socket: socket.socket | None = environ.get("gunicorn.socket")
         self._disconnected = environ.get("waitress.client_disconnected")
-
-    @property
-    def is_visible(self) -> bool:
-        """Whether the server lets one see the connection at all."""
-        return self._socket is not None or self._disconnected is not None
+        #: Whether the server gives access to the connection.
+        self.is_visible = self._socket is not None or self._disconnected is not None
 
     def has_left(self) -> bool:
         """Whether the client is known to have closed its side. Never blocks."""
@@ -57,65 +61,65 @@ class ClientConnection:
                 self._socket.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
 
 
-# --- departures: Notices clients that leave while their request waits for a backend that is silent.
+class DisconnectWatcher(Worker):
+    """Notices clients that leave while their request waits for a silent backend.
 
-log = logging.getLogger(__name__)
-
-#: Seconds between looks: how long a departure may go unnoticed.
-LOOK = 0.2
-
-
-class Departures:
-    """Looks at the connections of waiting requests, all in one thread.
-
-    Thread-safe.
+    One thread polls the connections of all waiting requests; it starts with the first of them and
+    sleeps while there is none. Thread-safe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Workers | None = None) -> None:
+        super().__init__("mcp-disconnects", workers)
         self._keys = itertools.count()
-        self._wanted = threading.Condition()  # guards and announces _watched
-        self._watched: dict[int, tuple[ClientConnection, Callable[[], None]]] = {}
-        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()  # guards and announces _watched
+        self._watched: dict[int, tuple[ClientConnection, Callable[[], object]]] = {}
 
     def __repr__(self) -> str:
-        return f"<Departures watched={len(self._watched)}>"
+        return f"<DisconnectWatcher watched={len(self._watched)}>"
 
     def watch(
-        self, connection: ClientConnection, on_departure: Callable[[], None]
-    ) -> Callable[[], None]:
-        """Calls `on_departure` once if the client leaves; what is returned ends the watch."""
+        self, connection: ClientConnection, on_disconnect: Callable[[], object]
+    ) -> Callable[[], object]:
+        """Calls `on_disconnect` once if the client leaves; the returned function ends the watch."""
         if not connection.is_visible:
-            return lambda: None
+            return _nothing
+        self.start()
         key = next(self._keys)
-        with self._wanted:
-            self._watched[key] = (connection, on_departure)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=self._look_for_ever, name="mcp-departures", daemon=True
-                )
-                self._thread.start()
-            self._wanted.notify()
+        with self._changed:
+            self._watched[key] = (connection, on_disconnect)
+            self._changed.notify()
         return lambda: self._forget(key)
 
-    def _forget(self, key: int) -> None:
-        with self._wanted:
-            self._watched.pop(key, None)
+    def _forget(self, key: int) -> bool:
+        """Ends a watch; False where it had ended already."""
+        with self._changed:
+            return self._watched.pop(key, None) is not None
 
-    def _look_for_ever(self) -> None:
-        while True:
-            with self._wanted:
-                self._wanted.wait_for(lambda: self._watched)
-            self.look()
-            time.sleep(LOOK)
+    def prepare(self) -> None:
+        self._changed = threading.Condition()
+        self._watched = {}  # after a fork these are the parent's
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def run_once(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._watched or self.is_stopping)
+        self.look()
+        time.sleep(LOOK)
 
     def look(self) -> None:
-        """One look at everybody."""
-        with self._wanted:
+        """Polls every connection once."""
+        with self._changed:
             watched = dict(self._watched)
-        for key, (connection, on_departure) in watched.items():
-            if connection.has_left():
-                self._forget(key)
+        for key, (connection, on_disconnect) in watched.items():
+            if connection.has_left() and self._forget(key):
                 try:
-                    on_departure()
+                    on_disconnect()
                 except Exception:
-                    log.exception("acting on a client's departure failed")
+                    log.exception("acting on a client's disconnect failed")
+
+
+def _nothing() -> None:
+    """Does nothing: there is no watch to end."""

@@ -1,69 +1,99 @@
-"""Which headers of a client go to an HTTP backend, and which of the backend's come back.
+"""The headers that pass from a client to an HTTP backend, and from the backend to the client.
 
-Everything end-to-end passes (RFC 9110 section 7.6), except what says who is asking: that is written
-anew, or continued where the peer is one of `trusted_proxies`.
+End-to-end headers pass (RFC 9110 section 7.6), except those that describe the client: they are
+written anew, or continued where the peer is one of `trusted_proxies`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from mcp_proxy.wire.headers import Headers, end_to_end
+from mcp_proxy.wire.headers import HOP_BY_HOP, Headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-_FORWARDING = frozenset(
-    {"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-prefix"}
+# As WSGI names them. Host and Content-Length are written for the backend: its own name, and the
+# length of the body that is sent.
+_NOT_SENT = frozenset(
+    f"HTTP_{name.upper().replace('-', '_')}" for name in (*HOP_BY_HOP, "host", "content-length")
 )
 
-# Written by the proxy for the backend: the host, and the length of what is really sent.
-_OURS = frozenset({"host", "content-length"})
+# Headers about the request's way here are believed of a trusted proxy only.
+_NOT_SENT_FOR_STRANGERS = _NOT_SENT | {
+    "HTTP_FORWARDED",
+    "HTTP_X_FORWARDED_FOR",
+    "HTTP_X_FORWARDED_HOST",
+    "HTTP_X_FORWARDED_PROTO",
+    "HTTP_X_FORWARDED_PREFIX",
+}
 
-# gunicorn, like most servers, writes these itself.
-_OF_THE_SERVER = frozenset({"date", "server"})
+# In lower case. gunicorn, like most servers, writes the last two itself.
+_NOT_RETURNED = HOP_BY_HOP | {"date", "server"}
 
-
-# RFC 3986 section 3.3: what may stand in a path as it is. A prefix of two slashes would be a host.
+# RFC 3986 section 3.3: the characters of a path. A prefix that begins with `//` would name a host.
 _PATH_SAFE = "/:@!$&'()*+,;=~-._"
 _PREFIX = re.compile(r"(/[A-Za-z0-9:@!$&'()*+,;=~._%-]+)+")
 
 
-class Forwarding:
+class HeaderPolicy:
     """The policy of one transport. `changes` are `Name: value` to set and `Name:` to remove."""
 
     def __init__(self, trusted: tuple[str, ...] = (), changes: tuple[str, ...] = ()) -> None:
         self._trusted = trusted
         pairs = [(n.strip(), v.strip()) for n, _, v in (c.partition(":") for c in changes)]
-        self._removed = {name.lower() for name, value in pairs if not value}
-        self._set = [(name, value) for name, value in pairs if value]
+        self._changed = {name.title() for name, _ in pairs}
+        self._set = {name: value for name, value in pairs if value}
 
-    def outbound(self, environ: WSGIEnvironment) -> Headers:
-        """The request's headers for the backend, without Host and Content-Length."""
+    def outbound(self, environ: WSGIEnvironment) -> dict[str, str]:
+        """The request's headers for the backend, without Host and Content-Length.
+
+        Names are in title case (`Mcp-Session-Id`), except those of `changes`.
+        """
         is_trusted = is_trusted_peer(environ, self._trusted)
-        kept = [
-            (name, value)
-            for name, value in end_to_end(_headers_of(environ))
-            if name.lower() not in _OURS and (is_trusted or name.lower() not in _FORWARDING)
-        ]
-        said = [
-            (n, v) for n, v in _with_forwarding(kept, environ) if n.lower() not in self._removed
-        ]
-        return _with_changes(said, self._set)
+        not_sent = _NOT_SENT if is_trusted else _NOT_SENT_FOR_STRANGERS
+        headers: dict[str, str] = {}
+        for key, value in environ.items():
+            if key.startswith("HTTP_") and key not in not_sent:
+                headers[key[5:].replace("_", "-").title()] = value
+        if environ.get("CONTENT_TYPE"):
+            headers["Content-Type"] = environ["CONTENT_TYPE"]
+        for option in environ.get("HTTP_CONNECTION", "").split(","):
+            headers.pop(option.strip().title(), None)
+        if peer := environ.get("REMOTE_ADDR"):
+            chain = headers.get("X-Forwarded-For")
+            headers["X-Forwarded-For"] = f"{chain}, {peer}" if chain else peer
+        if host := environ.get("HTTP_HOST"):
+            headers.setdefault("X-Forwarded-Host", host)
+        headers.setdefault("X-Forwarded-Proto", environ["wsgi.url_scheme"])
+        for name in self._changed:
+            headers.pop(name, None)
+        headers.update(self._set)
+        return headers
 
-    def inbound(self, headers: Headers) -> Headers:
-        """The response's headers for the client."""
-        unwanted = _OF_THE_SERVER
-        if any(name.lower() == "transfer-encoding" for name, _ in headers):
-            unwanted |= {"content-length"}  # RFC 9112 section 6.3: it means nothing
-        return [(n, v) for n, v in end_to_end(headers) if n.lower() not in unwanted]
+    def inbound(self, headers: Headers, session_id: str | None = None) -> Headers:
+        """The response's headers for the client, which knows its session as `session_id`."""
+        returned: Headers = []
+        named: set[str] = set()
+        for name, value in headers:
+            key = name.lower()
+            if key == "connection":
+                named.update(option.strip().lower() for option in value.split(","))
+            elif key == "transfer-encoding":
+                named.add("content-length")  # RFC 9112 section 6.3: it is overridden
+            elif key == "mcp-session-id" and session_id is not None:
+                returned.append((name, session_id))
+            elif key not in _NOT_RETURNED:
+                returned.append((name, value))
+        if named:
+            returned = [(name, value) for name, value in returned if name.lower() not in named]
+        return returned
 
 
 def is_trusted_peer(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> bool:
-    """Whether what the peer says of the way of a request is believed."""
+    """Whether the peer's headers about the client and the request's way are believed."""
     return environ.get("REMOTE_ADDR") in trusted or "*" in trusted
 
 
@@ -80,34 +110,8 @@ def mount_of(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> str:
     return mount
 
 
-def _headers_of(environ: WSGIEnvironment) -> Iterator[tuple[str, str]]:
-    for key, value in environ.items():
-        if key.startswith("HTTP_"):
-            yield key[5:].replace("_", "-").title(), value
-    if environ.get("CONTENT_TYPE"):
-        yield "Content-Type", environ["CONTENT_TYPE"]
-
-
-def _with_forwarding(headers: Headers, environ: WSGIEnvironment) -> Headers:
-    """`headers` with the X-Forwarded-* of this hop; what a trusted proxy said stays."""
-    present = {name.lower(): value for name, value in headers}
-    peer = environ.get("REMOTE_ADDR", "")
-    chain = f"{present['x-forwarded-for']}, {peer}" if "x-forwarded-for" in present else peer
-    said = {
-        "X-Forwarded-For": chain,
-        "X-Forwarded-Host": present.get("x-forwarded-host", environ.get("HTTP_HOST", "")),
-        "X-Forwarded-Proto": present.get("x-forwarded-proto", environ["wsgi.url_scheme"]),
-    }
-    return _with_changes(headers, [(name, value) for name, value in said.items() if value])
-
-
-def _with_changes(headers: Headers, changes: Headers) -> Headers:
-    changed = {name.lower() for name, _ in changes}
-    return [*((n, v) for n, v in headers if n.lower() not in changed), *changes]
-
-
 def raw_path(environ: WSGIEnvironment) -> str:
-    """The path below the mount, percent-encoded as the client sent it where that is known."""
+    """The path below the mount, percent-encoded, and as the client sent it where that is known."""
     path: str = environ.get("PATH_INFO", "")
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     if not environ.get("SCRIPT_NAME") and raw.startswith("/"):

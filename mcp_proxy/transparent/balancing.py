@@ -1,15 +1,18 @@
-"""Which of several HTTP backends a new session goes to."""
+"""The choice of an HTTP backend for a new session."""
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from mcp_proxy.wire.urls import Address, Target
+from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
+from mcp_proxy.wire.urls import Address, Origin, Target
+
+T = TypeVar("T")
 
 #: The addresses of a host name, as strings; raises OSError.
 Resolver = Callable[[str, int], Sequence[str]]
@@ -21,11 +24,11 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-class BackendChooser:
-    """The fewest live sessions of this replica first, ties in turn. Thread-safe.
+class Balancer:
+    """Orders backends by their sessions of this replica, fewest first, ties in turn. Thread-safe.
 
-    A name is resolved at each choice. Where it has several addresses each is a backend of its own;
-    where it has one, the name is used, so that it may move. `ttl` is the sessions'.
+    A host name is resolved at each choice. If it has several addresses, each is a backend; if it
+    has one, the name is used, so that the address may change. `ttl` is the sessions', in seconds.
     """
 
     def __init__(
@@ -39,99 +42,107 @@ class BackendChooser:
         self._ttl = ttl
         self._resolver = resolver
         self._clock = clock
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._turn = 0
-        self._live: OrderedDict[str, tuple[Address, float]] = OrderedDict()  # by session
-        self._counts: Counter[Address] = Counter()
-        self._opening: Counter[Address] = Counter()
-        self._seen: dict[tuple[str, str, int], float] = {}  # scheme, host, port
+        # By session id, the most recently used at the end.
+        self._sessions: OrderedDict[str, tuple[Address, float]] = OrderedDict()
+        self._load: Counter[Address] = Counter()
+        self._known: dict[Origin, float] = {}
 
     def __repr__(self) -> str:
-        return f"<BackendChooser {dict(self._counts)}>"
+        return f"<Balancer {dict(self._load)}>"
 
     def candidates(self) -> list[Address]:
         """Every backend, in the order in which they are to be tried."""
         addresses = [address for target in self._targets for address in self._addresses(target)]
         with self._lock:
-            self._forget_expired()
+            self._remove_expired()
             self._turn += 1
             first = self._turn % len(addresses)
             turned = addresses[first:] + addresses[:first]
-            return sorted(
-                turned, key=lambda address: self._counts[address] + self._opening[address]
-            )
+            return sorted(turned, key=lambda address: self._load[address])
 
-    @contextlib.contextmanager
-    def opening(self, address: Address) -> Iterator[None]:
-        """While a session is about to begin there it counts: many that begin at once are spread."""
-        with self._lock:
-            self._opening[address] += 1
-        try:
-            yield
-        finally:
+    def first_reached(self, act: Callable[[Address], T]) -> T:
+        """The result of `act` for the first backend that can be reached.
+
+        Meanwhile the attempt counts as a session there, so that simultaneous ones are spread.
+        Raises the errors of `act`, but BackendUnreached only where no backend can be reached.
+        """
+        failure: BackendError = BackendLost("No backend is configured")
+        for address in self.candidates():
             with self._lock:
-                self._opening[address] -= 1
-                if not self._opening[address]:
-                    del self._opening[address]
+                self._count(address, 1)
+            try:
+                return act(address)
+            except BackendUnreached as error:
+                failure = error
+            finally:
+                with self._lock:
+                    self._count(address, -1)
+        raise failure
 
-    def opened(self, session_id: str, address: Address) -> None:
-        """A session began there."""
+    def add(self, session_id: str, address: Address) -> None:
+        """Counts a new session at `address`."""
         with self._lock:
-            self._drop(session_id)
-            self._live[session_id] = (address, self._clock() + self._ttl)
-            self._counts[address] += 1
+            self._remove(session_id)
+            self._sessions[session_id] = (address, self._clock() + self._ttl)
+            self._count(address, 1)
 
-    def used(self, session_id: str) -> None:
-        """A session that began here is still used."""
+    def touch(self, session_id: str) -> None:
+        """Restarts the time to live of a session, if it is counted here."""
         with self._lock:
-            entry = self._live.get(session_id)
+            entry = self._sessions.get(session_id)
             if entry is not None:
-                self._live[session_id] = (entry[0], self._clock() + self._ttl)
-                self._live.move_to_end(session_id)
+                self._sessions[session_id] = (entry[0], self._clock() + self._ttl)
+                self._sessions.move_to_end(session_id)
 
-    def closed(self, session_id: str) -> None:
-        """A session is over."""
+    def remove(self, session_id: str) -> None:
+        """Removes a session, which has ended."""
         with self._lock:
-            self._drop(session_id)
+            self._remove(session_id)
 
     def knows(self, target: Target) -> bool:
-        """Whether a backend is one of the targets or of the addresses they have, or had lately."""
-        place = (target.scheme, target.host, target.port)
-        if self._was_seen(place):
+        """Whether a backend is a target or an address of one, now or within the last `ttl`."""
+        if self._is_known(target.origin):
             return True
-        for known in self._targets:
-            self._addresses(known)
-        return self._was_seen(place)
+        for each in self._targets:
+            self._addresses(each)
+        return self._is_known(target.origin)
 
-    def _was_seen(self, place: tuple[str, str, int]) -> bool:
+    def _is_known(self, origin: Origin) -> bool:
         with self._lock:
-            return self._seen.get(place, 0.0) > self._clock()
+            return self._known.get(origin, 0.0) > self._clock()
 
     def _addresses(self, target: Target) -> list[Address]:
         try:
             hosts = self._resolver(target.host, target.port)
         except OSError:
-            hosts = ()  # connecting will say the same in better words
+            hosts = ()  # connecting will fail with a better message
         self._remember(target, hosts)
         if len(hosts) < 2:
             return [target.address]
         return [Address(target.scheme, host, target.port, target.host) for host in hosts]
 
     def _remember(self, target: Target, hosts: Sequence[str]) -> None:
-        until = self._clock() + self._ttl
+        now = self._clock()
         with self._lock:
             for host in (target.host, *hosts):
-                self._seen[(target.scheme, host, target.port)] = until
-            self._seen = {place: t for place, t in self._seen.items() if t > self._clock()}
+                self._known[(target.scheme, host, target.port)] = now + self._ttl
+            self._known = {origin: t for origin, t in self._known.items() if t > now}
 
-    def _forget_expired(self) -> None:
+    # --- with the lock held ----------------------------------------------------------------------
+
+    def _remove_expired(self) -> None:
         now = self._clock()
-        while self._live and next(iter(self._live.values()))[1] <= now:
-            self._drop(next(iter(self._live)))
+        while self._sessions and next(iter(self._sessions.values()))[1] <= now:
+            self._remove(next(iter(self._sessions)))
 
-    def _drop(self, session_id: str) -> None:
-        entry = self._live.pop(session_id, None)
+    def _remove(self, session_id: str) -> None:
+        entry = self._sessions.pop(session_id, None)
         if entry is not None:
-            self._counts[entry[0]] -= 1
-            if not self._counts[entry[0]]:
-                del self._counts[entry[0]]
+            self._count(entry[0], -1)
+
+    def _count(self, address: Address, change: int) -> None:
+        self._load[address] += change
+        if not self._load[address]:
+            del self._load[address]

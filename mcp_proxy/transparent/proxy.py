@@ -1,21 +1,27 @@
 """A reverse proxy for MCP servers that speak HTTP themselves, with session-sticky routing.
 
-Bytes pass as they are. What is looked at: whether a POST is an initialize, and the era of its
-`_meta`; the session id; the answer to an initialize. What happens then: an initialize chooses a
-backend and records it, a request with a session id goes where the record says, on every replica,
-and everything else, modern requests (2026-07-28) above all, goes to the target without a look-up.
+Bytes pass unchanged. The proxy reads the session id, whether a POST is an initialize, the era in
+its `_meta`, and the answer to an initialize. An initialize chooses a backend and records it; a
+request with a session id goes to the recorded backend, on every replica; every other request, such
+as a modern one (2026-07-28), goes to a target without a look-up.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Self
+
+from msgspec import UNSET
 
 from mcp_proxy.backends.http import HttpCall, HttpClient
-from mcp_proxy.config import ProxyConfig
-from mcp_proxy.edge.disconnects import ClientConnection, Departures
+from mcp_proxy.background import Workers
+from mcp_proxy.config import ProxyOptions
+from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
-from mcp_proxy.edge.forwarded import Forwarding, raw_path
+from mcp_proxy.edge.forwarded import HeaderPolicy, raw_path
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -23,376 +29,444 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
     BackendUnreached,
-    ClientLeft,
+    ClientError,
     ConfigError,
     Draining,
     ProxyError,
+    RequestId,
     SessionEnded,
 )
+from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sessions.refresh import SessionKeeper
-from mcp_proxy.storage.records import Storage
+from mcp_proxy.sessions.refresh import SessionRefresher
+from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
-from mcp_proxy.transparent import forwarding as passing
-from mcp_proxy.transparent.balancing import BackendChooser, Resolver, resolve
-from mcp_proxy.transparent.proxy_class import cancellation_of, is_lost_session, is_modern, peek
-from mcp_proxy.transparent.proxy_open import OpenBodies
-from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Pinning, Route, Router
-from mcp_proxy.transparent.sse_sessions import EndpointSessions, kept_back, unbuffered
-from mcp_proxy.transports import handshake
-from mcp_proxy.transports.base import Transport
-from mcp_proxy.wire import headers
-from mcp_proxy.wire.headers import Headers
-from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
-from mcp_proxy.wire.urls import parse_target
+from mcp_proxy.transparent import sse_sessions
+from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
+from mcp_proxy.transparent.forwarding import ForwardedBody, InitializeReader, explanation_of
+from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Route, SessionAffinity
+from mcp_proxy.transports.base import Transport, scoped
+from mcp_proxy.wire import headers, jsonrpc, revisions
+from mcp_proxy.wire.handshake import INITIALIZE
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
+from mcp_proxy.wire.urls import Target, parse_target, request_target
 
-# How often a request is sent, at the most, while the backends of its session get lost.
+KIND = "mcp"
+
+# The most attempts for a request while backends lose its session.
 _ATTEMPTS = 3
 
-# Seconds for a backend that was too slow to take notice of that.
+# Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
+
+
+class Inbound(NamedTuple):
+    """A client's request. `message` is None where the body has no JSON-RPC message."""
+
+    request: ClientRequest
+    body: bytes
+    message: Message | Batch | None
+
+    @property
+    def id(self) -> RequestId | None:
+        """The JSON-RPC id of the answer, None where the body is not a single request."""
+        return self.message.id if isinstance(self.message, Request) else None
 
 
 class TransparentProxy(Transport):
     """A WSGI application in front of one or several HTTP MCP servers.
 
-    `target_url` is an absolute URL, or several; a path in it is where the MCP endpoint lives.
-    Without `session_storage` sessions live in memory. A session's record may name any http(s) URL
-    as its backend unless `allowed_backends` says otherwise: the targets and the addresses they
-    resolve to are always allowed, and the URLs in it; `*` allows all. `verify` is requests' own.
-    Nothing starts before the first request; `close` ends everything that did.
+    `target_url` is one absolute URL or several; its path is that of the MCP endpoint. Without
+    `session_storage` sessions are in memory. A session's record may name as its backend a target,
+    an address that a target resolves to, or a URL in `allowed_backends`; `*` there, the default,
+    allows all http(s) URLs. `verify` is passed to requests. Nothing starts before the first
+    request; `close` ends everything that was started.
     """
 
     def __init__(
         self,
         target_url: str | Sequence[str],
         session_storage: Storage | None = None,
-        settings: ProxyConfig | None = None,
         *,
+        name: str | None = None,
         allowed_backends: Sequence[str] = ("*",),
-        resolver: Resolver = resolve,
         verify: bool | str = True,
-        manager: SessionManager | None = None,
-        edge: Edge | None = None,
+        resolver: Resolver | None = None,
+        options: ProxyOptions = ProxyOptions(),
     ) -> None:
-        self.settings = settings or ProxyConfig()
-        urls = [target_url] if isinstance(target_url, str) else list(target_url)
-        targets = [target for url in urls if (target := parse_target(url)) is not None]
-        if not urls or len(targets) < len(urls):
-            raise ConfigError("target_url takes absolute http:// or https:// URLs")
-        self.manager = manager or SessionManager(
-            session_storage, self.settings.session_ttl, self.settings.unknown_session_status
+        targets = as_targets(target_url)
+        storage = session_storage
+        if storage is None:
+            storage = LocalStorage(options.session_ttl)
+        manager = SessionManager(
+            scoped(storage, name, [target.url for target in targets]),
+            unknown_status=options.unknown_session_status,
         )
-        self.edge = edge or Edge(self.settings)
-        ttl = getattr(self.manager.storage, "ttl", self.settings.session_ttl)
-        self.chooser = BackendChooser(targets, ttl, resolver)
-        self.departures = Departures()
-        self.keeper = SessionKeeper(self.manager, ttl)
-        self._open = OpenBodies()
-        self._client = HttpClient(self.settings.connect_timeout, self.settings.threads, verify)
-        self._router = Router(
+        self._set_up(
+            targets, manager, Edge(options), options, allowed_backends, verify, resolver, Workers()
+        )
+
+    @classmethod
+    def _shared(
+        cls,
+        target_url: str | Sequence[str],
+        manager: SessionManager,
+        edge: Edge,
+        options: ProxyOptions,
+        allowed_backends: Sequence[str],
+        workers: Workers,
+    ) -> Self:
+        """A transport of an application, with the edge and the threads of the application."""
+        transport = cls.__new__(cls)
+        targets = as_targets(target_url)
+        transport._set_up(targets, manager, edge, options, allowed_backends, True, None, workers)
+        return transport
+
+    def _set_up(
+        self,
+        targets: Sequence[Target],
+        manager: SessionManager,
+        edge: Edge,
+        options: ProxyOptions,
+        allowed_backends: Sequence[str],
+        verify: bool | str,
+        resolver: Resolver | None,
+        workers: Workers,
+    ) -> None:
+        self.options = options
+        self.manager = manager
+        self.edge = edge
+        self._workers = workers
+        self.balancer = Balancer(targets, manager.storage.ttl, resolver or resolve)
+        self.disconnects = DisconnectWatcher(workers)
+        self.refresher = SessionRefresher(manager, manager.storage.ttl, workers)
+        self._target = targets[0]
+        self._client = HttpClient(options.connect_timeout, options.threads, verify)
+        self._affinity = SessionAffinity(
             targets[0],
-            self.chooser,
+            self.balancer,
             self._client,
-            self.manager,
+            manager,
             allowed_backends,
-            min(self.settings.request_timeout, HANDSHAKE_TIME),
+            min(options.request_timeout, HANDSHAKE_TIME),
         )
-        self._pinning = Pinning(self.manager, self.chooser)
-        self._endpoints = EndpointSessions(
-            self.manager, self.chooser, self.keeper, self.settings.trusted_proxies
+        self._sse = sse_sessions.SseSessions(
+            manager, self._affinity, self.refresher, options.trusted_proxies
         )
-        self._forwarding = Forwarding(self.settings.trusted_proxies, self.settings.forward_headers)
+        self._policy = HeaderPolicy(options.trusted_proxies, options.forward_headers)
+        self._lock = threading.Lock()  # guards _calls
+        self._calls: dict[HttpCall, bool] = {}  # running; whether each is a standing stream
 
     def __repr__(self) -> str:
-        return f"<TransparentProxy {self.chooser!r} {self.manager!r}>"
+        return f"<TransparentProxy calls={len(self._calls)} {self.balancer!r} {self.manager!r}>"
 
-    def close(self) -> None:
-        """Closes idle connections and ends the threads."""
-        self.shut_down()
+    # --- life ------------------------------------------------------------------------------------
 
     @property
     def is_busy(self) -> bool:
-        return self._open.calls > 0
+        with self._lock:
+            return not all(self._calls.values())
 
     def end_streams(self) -> None:
-        self._open.end_streams()
+        with self._lock:
+            streams = [call for call, is_standing in self._calls.items() if is_standing]
+        for call in streams:
+            call.abort(Draining())
 
     def shut_down(self) -> None:
-        """Ends what runs: nobody will read the rest."""
-        self.keeper.close()
-        self._open.end_all()
+        """Aborts the running calls, stops the threads and closes idle connections."""
+        self.refresher.stop()
+        with self._lock:
+            calls = list(self._calls)
+        for call in calls:
+            call.abort(Draining())
+        self.disconnects.stop()
         self._client.close()
 
-    def trouble(self) -> str | None:
-        """Why no backend can be reached, None if one can: they are asked for a connection only."""
+    def not_ready_reason(self) -> str | None:
+        """Why a thread or every backend fails, None if requests can be served.
+
+        Backends are asked for a connection only.
+        """
+        ended = self._workers.not_ready_reason()
+        if ended is not None:
+            return ended
         failures = []
-        for address in self.chooser.candidates():
+        for address in self.balancer.candidates():
             failure = self._client.probe(address)
             if failure is None:
                 return None
             failures.append(failure)
         return "; ".join(failures)
 
+    # --- where a request goes --------------------------------------------------------------------
+
     def handle(self, request: ClientRequest) -> Reply:
-        body = request.read_body(self.settings.max_body_bytes)
-        message = peek(request, body)
-        if isinstance(message, (Request, Notification)):
-            request.rpc = message.method
+        body = request.read_body(self.options.max_body_bytes)
+        inbound = Inbound(request, body, _message_in(request, body))
+        if isinstance(inbound.message, (Request, Notification)):
+            request.rpc = inbound.message.method
         try:
-            return self._handle(request, body, message)
+            return self._dispatch(inbound)
         except ProxyError as error:
-            error.request_id = message.id if isinstance(message, Request) else None
+            error.request_id = inbound.id
             raise
 
-    def _handle(
-        self, request: ClientRequest, body: bytes, message: Message | Batch | None
-    ) -> Reply:
-        if request.method == "GET" and request.accepts(headers.EVENT_STREAM):
+    def _dispatch(self, inbound: Inbound) -> Reply:
+        request, _, message = inbound
+        if request.method == "GET" and request.accepts_stream:
             self.edge.require_open()  # a standing stream, which would outlast the drain
-        if is_modern(request, message):
-            return self._without_session(request, body, message)
-        pinned = self._endpoints.session_of(request)
-        if pinned is not None:
-            return self._to_endpoint(request, body, message, pinned)
-        if isinstance(message, Request) and message.method == handshake.INITIALIZE:
+        if _is_modern(request, message):
+            return self._without_session(inbound)
+        if request.method == "POST" and request.environ.get("QUERY_STRING"):
+            session = self._sse.session_of(request)
+            if session is not None:
+                return self._in_sse_session(inbound, session)
+        if isinstance(message, Request) and message.method == INITIALIZE:
             self.edge.require_open()
-            return self._initialize(request, body, message)
+            return self._initialize(inbound, message)
         if request.session_id is not None:
-            return self._in_session(request, body, message, self.manager.load(request.session_id))
-        return self._without_session(request, body, message)
+            return self._in_session(inbound, self.manager.load(request.session_id))
+        return self._without_session(inbound)
 
-    # --- without a session -----------------------------------------------------------------------
+    def _without_session(self, inbound: Inbound) -> Reply:
+        """Sends a request to a target; nothing is looked up, stored or minted."""
+        return self._reply(inbound, self._first_reached(inbound))
 
-    def _without_session(
-        self, request: ClientRequest, body: bytes, message: Message | Batch | None
-    ) -> Reply:
-        """To a target, in turn; nothing is looked up, stored or minted."""
-        call = self._first_reached(request, body)
-        return self._reply(request, call, message)
-
-    def _first_reached(self, request: ClientRequest, body: bytes) -> HttpCall:
+    def _first_reached(self, inbound: Inbound) -> HttpCall:
         """The call at the first backend that can be reached."""
-        failure: BackendError = BackendLost("No backend is configured")
-        for address in self.chooser.candidates():
-            try:
-                with self.chooser.opening(address):
-                    return self._call(request, body, Route(address, None, None))
-            except BackendUnreached as error:
-                failure = error
-        raise failure
+        return self.balancer.first_reached(
+            lambda address: self._call(inbound, Route(address, None, None))
+        )
 
-    def _to_endpoint(
-        self,
-        request: ClientRequest,
-        body: bytes,
-        message: Message | Batch | None,
-        session: Session,
-    ) -> Reply:
-        """A message of 2024-11-05, to the backend that holds its session's stream."""
-        target = self._endpoints.target_of(request, session)
-        route = self._router.route(session)._replace(session_id=None)
+    def _in_sse_session(self, inbound: Inbound, session: Session) -> Reply:
+        """Sends a message of 2024-11-05 to the backend that holds its session's stream."""
+        target = self._sse.target_of(inbound.request, session)
+        route = self._affinity.route(session)._replace(session_id=None)
         try:
-            return self._reply(request, self._call(request, body, route, target=target), message)
+            return self._reply(inbound, self._call(inbound, route, target))
         except BackendUnreached as error:
-            self._endpoints.end(session)  # it was its stream's, and that is gone with the backend
+            self._sse.end(session)  # its stream has ended with the backend
             raise SessionEnded from error
 
-    # --- initialize ------------------------------------------------------------------------------
-
-    def _initialize(self, request: ClientRequest, body: bytes, message: Request) -> Reply:
-        call = self._first_reached(request, body)
-        session_id = call.header(headers.SESSION_ID)
-        if call.status >= 300 or session_id is None:
-            return self._reply(request, call, message)
-        try:
-            session = self._pinning.record(call.address, session_id, message)
-            request.session = session.id
-        except BaseException:
-            call.close()
-            raise
-        observer = passing.InitializeObserver(
-            call, lambda answer: self._pinning.accept(session, answer)
+    def _initialize(self, inbound: Inbound, message: Request) -> Reply:
+        call = self._first_reached(inbound)
+        backend_sid = call.header(headers.SESSION_ID)
+        if call.status >= 300 or backend_sid is None:
+            return self._reply(inbound, call)
+        with _closed_on_error(call):
+            opened = handshake.opened(backend_sid, KIND, message, None)
+            session = self._affinity.record(opened, call.address, backend_sid)
+        inbound.request.session = session.id
+        reader = InitializeReader(
+            call.media_type, lambda answer: self._affinity.complete(session, answer)
         )
-        return self._reply(request, call, message, session, observer)
+        return self._reply(inbound, call, session, reader)
 
     # --- in a session ----------------------------------------------------------------------------
 
-    def _in_session(
-        self,
-        request: ClientRequest,
-        body: bytes,
-        message: Message | Batch | None,
-        session: Session,
-    ) -> Reply:
-        self.chooser.used(session.id)
-        if request.method == "DELETE":
-            return self._delete(request, body, session)
+    def _in_session(self, inbound: Inbound, session: Session) -> Reply:
+        if inbound.request.method == "DELETE":
+            return self._delete(inbound, session)
         for _ in range(_ATTEMPTS - 1):
             try:
-                return self._attempt(request, body, message, session)
+                return self._attempt(inbound, session)
             except (BackendUnreached, SessionEnded):
-                session = self._bring_back(request, session)
+                outbound = self._policy.outbound(inbound.request.environ)
+                session = self._affinity.reinitialize(session, outbound)
             except BackendLost:
-                # It may have been executed. If the backend is gone, the next request will find out;
-                # if it lives, so does the session. Only a stream is harmless to ask for again.
-                if request.method != "GET":
+                # The request may have been executed. If the backend is lost, the next request finds
+                # out; if not, the session still exists. Only a GET is harmless to repeat.
+                if inbound.request.method != "GET":
                     raise
         try:
-            return self._attempt(request, body, message, session)
+            return self._attempt(inbound, session)
         except SessionEnded:
-            self._pinning.forget(session.id)  # nobody keeps it: the client had better begin anew
+            self._affinity.forget(session.id)  # no backend keeps it: the client must initialize
             raise
 
-    def _attempt(
-        self,
-        request: ClientRequest,
-        body: bytes,
-        message: Message | Batch | None,
-        session: Session,
-    ) -> Reply:
-        """The backend's answer; raises SessionEnded where that does not know the session."""
+    def _attempt(self, inbound: Inbound, session: Session) -> Reply:
+        """The backend's answer; raises SessionEnded where the backend does not know the session."""
         try:
-            call = self._call(request, body, self._router.route(session))
+            call = self._call(inbound, self._affinity.route(session))
         except BackendTimeout:
-            self._cancel(request, session, message)
+            self._cancel(inbound, session)
             raise
-        explanation = passing.explanation_of(call)
+        explanation = explanation_of(call)
         if explanation is None:
-            return self._reply(request, call, message, session)
-        if is_lost_session(call.status, explanation):
+            return self._reply(inbound, call, session)
+        if _is_lost_session(call.status, explanation):
             raise SessionEnded
-        return Reply(call.status, self._inbound(call, session), explanation)
+        return Reply(call.status, self._policy.inbound(call.headers, session.id), explanation)
 
-    def _bring_back(self, request: ClientRequest, session: Session) -> Session:
-        return self._router.bring_back(session, self._forwarding.outbound(request.environ))
-
-    def _delete(self, request: ClientRequest, body: bytes, session: Session) -> Reply:
-        """Ends the session where it is; a backend that is gone has ended it already."""
+    def _delete(self, inbound: Inbound, session: Session) -> Reply:
+        """Ends the session at its backend; one that cannot be reached has ended it already."""
         try:
-            call = self._call(request, body, self._router.route(session))
+            call = self._call(inbound, self._affinity.route(session))
         except BackendError:
-            self._pinning.forget(session.id)
+            self._affinity.forget(session.id)
             return empty_reply(204)
         if call.status < 300 or call.status == 404:
-            self._pinning.forget(session.id)
-        return self._reply(request, call, None, session)
+            with _closed_on_error(call):
+                self._affinity.forget(session.id)
+        return self._reply(inbound, call, session)
 
-    def _cancel(
-        self, request: ClientRequest, session: Session | None, message: Message | Batch | None
-    ) -> None:
-        """Tells the backend that nobody waits for an answer any more."""
-        if session is None or not isinstance(message, Request):
+    def _cancel(self, inbound: Inbound, session: Session | None) -> None:
+        """Sends the backend a cancellation of a request that has timed out."""
+        if session is None or not isinstance(inbound.message, Request):
             return
-        route = self._router.route(session)
-        with contextlib.suppress(ProxyError):  # it will find out
-            self._call(request, cancellation_of(message), route, _CANCEL_TIME).close()
+        notice = inbound._replace(body=_cancellation_of(inbound.message), message=None)
+        with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
+            self._call(notice, self._affinity.route(session), limit=_CANCEL_TIME).close()
 
     # --- one call --------------------------------------------------------------------------------
 
     def _call(
         self,
-        request: ClientRequest,
-        body: bytes,
+        inbound: Inbound,
         route: Route,
-        limit: float | None = None,
         target: str | None = None,
+        limit: float | None = None,
     ) -> HttpCall:
-        """The call, answered as far as its headers, redirects followed; raises BackendError."""
-        unwanted = kept_back(request) | {"mcp-session-id"}
-        outbound = [
-            (name, value)
-            for name, value in self._forwarding.outbound(request.environ)
-            if name.lower() not in unwanted
-        ]
+        """The call, its response received up to the body, redirects followed.
+
+        `target` is path and query where they differ from the request's. A call with a `limit`, in
+        seconds, goes on when the client has left. Raises BackendError, ClientLeft or Draining.
+        """
+        request = inbound.request
+        outbound = self._policy.outbound(request.environ)
+        outbound.pop(headers.SESSION_ID, None)
         if route.session_id is not None:
-            outbound.append((headers.SESSION_ID, route.session_id))
+            outbound[headers.SESSION_ID] = route.session_id
+        if request.method == "GET":
+            sse_sessions.withhold(request, outbound)
         if target is None:
             query = request.environ.get("QUERY_STRING", "")
-            target = self._router.target_of(route, raw_path(request.environ), query)
-        call = HttpCall(self._client, route.address, request.method, target, outbound, body)
+            target = request_target(self._target, route.backend, raw_path(request.environ), query)
+        call = HttpCall(self._client, route.address, request.method, target, outbound, inbound.body)
         return self._sent(request, call, limit)
 
     def _sent(self, request: ClientRequest, call: HttpCall, limit: float | None) -> HttpCall:
-        """`limit` is for what goes on when the client has left."""
-        connection = ClientConnection(request.environ)
-        is_standing = request.method == "GET" and request.accepts(headers.EVENT_STREAM)
+        is_standing = request.method == "GET" and request.accepts_stream
         while True:
-            forget = self.departures.watch(connection, call.abort) if limit is None else _nothing
-            done = self._open.add(call, is_standing)
-            try:
-                call.send(limit or self.settings.request_timeout)
-            except ProxyError as error:
-                call.close()
-                if isinstance(error, ClientLeft) and not connection.has_left():
-                    raise Draining from error  # it was us who gave up
-                raise
-            finally:
-                forget()
-                done()
+            self._track(call, is_standing)
+            call.on_close(partial(self._untrack, call))
+            with _closed_on_error(call):
+                if limit is None:
+                    connection = ClientConnection(request.environ)
+                    call.on_close(self.disconnects.watch(connection, call.abort))
+                call.send(limit or self.options.request_timeout)
             successor = call.redirected()
             if successor is None:
                 return call
             call.close()
             call = successor
 
+    def _track(self, call: HttpCall, is_standing: bool) -> None:
+        with self._lock:
+            self._calls[call] = is_standing
+
+    def _untrack(self, call: HttpCall) -> None:
+        with self._lock:
+            self._calls.pop(call, None)
+
     def _reply(
         self,
-        request: ClientRequest,
+        inbound: Inbound,
         call: HttpCall,
-        message: Message | Batch | None,
         session: Session | None = None,
-        observer: passing.InitializeObserver | None = None,
+        reader: InitializeReader | None = None,
     ) -> Reply:
-        """The backend's answer for the client, from its headers on."""
-        is_standing = request.method == "GET" and passing.is_event_stream(call)
-        stream = self._endpoints.stream(request, call)
-        body = passing.PassingBody(
-            call,
-            request_id=message.id if isinstance(message, Request) else None,
-            observe=observer or _unobserved,
-            on_timeout=lambda: self._cancel(request, session, message),
-            rewrite=stream.rewrite if stream is not None else _unchanged,
-        )
-        if is_standing:
-            body.on_close(self._slot(call))
-            call.wait_for_ever()
-        if stream is not None:
-            body.on_close(stream.close)
-        if session is not None and passing.is_event_stream(call):
-            body.on_close(self.keeper.keep(session.id))
-        connection = ClientConnection(request.environ)
-        if is_standing:
-            connection.give_up_after(2 * self.settings.keepalive_interval)
-        body.on_close(self.departures.watch(connection, body.leave))
-        body.on_close(self._open.add(body, is_standing))
-        passed = self._inbound(call, session)
-        return Reply(call.status, passed if stream is None else unbuffered(passed), body)
+        """The reply for the client, made of the backend's response."""
+        transform = reader.feed if reader is not None else None
+        is_stream = call.media_type == headers.EVENT_STREAM
+        with _closed_on_error(call):
+            reply_headers = self._policy.inbound(
+                call.headers, None if session is None else session.id
+            )
+            if is_stream and session is not None:
+                call.on_close(self.refresher.hold(session.id))
+            if inbound.request.method == "GET":
+                self._track(call, is_stream)
+            if is_stream and inbound.request.method == "GET":
+                self._admit_stream(inbound.request, call)
+                rewriter = self._sse.rewriter(inbound.request, call)
+                if rewriter is not None:
+                    transform = rewriter.feed
+                    reply_headers = sse_sessions.unbuffered(reply_headers)
+        body = ForwardedBody(call, inbound.id, lambda: self._cancel(inbound, session), transform)
+        return Reply(call.status, reply_headers, body)
 
-    def _slot(self, call: HttpCall) -> Callable[[], None]:
-        """Takes a place for a standing stream and returns what gives it back."""
-        try:
-            self.edge.slots.take()
-        except BaseException:
-            call.close()
-            raise
-        return self.edge.slots.release
-
-    def _inbound(self, call: HttpCall, session: Session | None) -> Headers:
-        """The response's headers; the client sees no id of a session but its own."""
-        passed = self._forwarding.inbound(call.headers)
-        if session is None:
-            return passed
-        return [(n, session.id if n.lower() == "mcp-session-id" else v) for n, v in passed]
+    def _admit_stream(self, request: ClientRequest, call: HttpCall) -> None:
+        """Counts a standing stream and lifts its read timeout; raises Overloaded."""
+        self.edge.streams.acquire()
+        call.on_close(self.edge.streams.release)
+        call.wait_for_ever()
+        ClientConnection(request.environ).give_up_after(2 * self.options.keepalive_interval)
 
 
-def _unchanged(piece: bytes) -> bytes:
-    return piece
+@contextlib.contextmanager
+def _closed_on_error(call: HttpCall) -> Iterator[None]:
+    """Closes a call whose answer will not reach the client."""
+    try:
+        yield
+    except BaseException:
+        call.close()
+        raise
 
 
-def _unobserved(piece: bytes) -> None:
-    """Nobody wants to know what passes."""
+def as_targets(target_url: str | Sequence[str]) -> list[Target]:
+    """The targets of one URL or several; raises ConfigError for an invalid URL, or none."""
+    urls = [target_url] if isinstance(target_url, str) else list(target_url)
+    targets = [target for url in urls if (target := parse_target(url)) is not None]
+    if not urls or len(targets) < len(urls):
+        raise ConfigError("target_url takes absolute http:// or https:// URLs")
+    return targets
 
 
-def _nothing() -> None:
-    """There is nothing to end."""
+# --- the facts that routing needs of requests and answers ----------------------------------------
+
+
+def _message_in(request: ClientRequest, body: bytes) -> Message | Batch | None:
+    """The message or batch in a POST, None where its body is not valid JSON-RPC."""
+    if request.method != "POST" or not headers.is_json(request.content_type or ""):
+        return None
+    try:
+        return jsonrpc.parse(body)
+    except ClientError:
+        return None  # the backend will report the error
+
+
+def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:
+    """Whether a request is of the stateless era: by its body if it has one, else by its header."""
+    if request.method != "POST":
+        return revisions.is_modern(request.protocol_version or "")
+    if not isinstance(message, (Request, Notification)):
+        return False
+    try:
+        version = message.meta.protocol_version
+    except ClientError:
+        return False
+    return isinstance(version, str) and revisions.is_modern(version)
+
+
+def _is_lost_session(status: int, explanation: bytes) -> bool:
+    """Whether an answer says that the backend does not know the session.
+
+    That is 404 with a JSON-RPC error that mentions a session, or the 400 of older SDKs: "No valid
+    session ID provided". A 404 may also be about an unknown path or method.
+    """
+    try:
+        message = jsonrpc.parse_message(explanation)
+    except ClientError:
+        return False
+    if not isinstance(message, Response) or message.error is UNSET:
+        return False
+    error = bytes(message.error).lower()
+    return b"session" in error if status == 404 else b"no valid session id" in error
+
+
+def _cancellation_of(request: Request) -> bytes:
+    """The notification that cancels a request after its time limit."""
+    params = {"requestId": request.id, "reason": "The proxy's time limit has passed"}
+    return jsonrpc.encode(Notification("notifications/cancelled", jsonrpc.as_payload(params)))

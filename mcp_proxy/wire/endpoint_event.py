@@ -1,7 +1,6 @@
-"""The `endpoint` event with which a stream of MCP 2024-11-05 begins, found and rewritten.
+"""Finds and rewrites the `endpoint` event (MCP 2024-11-05, transports, "HTTP with SSE").
 
-Pure. Everything else of the stream keeps its bytes, whatever its line endings and however it is
-cut into pieces.
+Pure. All other bytes of the stream are unchanged, for any line endings and any split into pieces.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from urllib.parse import quote, unquote_plus, urljoin, urlsplit
 
-#: Parameters that name the session in the URI for messages; all are in use.
+#: Query parameters in which servers name the session in the URI for messages.
 SESSION_PARAMETERS = ("session_id", "sessionId")
 
-#: The one that is added where a server's URI has none of them.
+#: The parameter that is added where a server's URI has none of them.
 OUR_PARAMETER = "mcp_proxy_session"
 
-#: Bytes that the event may have; a larger one is passed on as it is.
+#: The largest event that is rewritten, in bytes; a larger one is forwarded unchanged.
 MAX_EVENT = 64 * 1024
 
 # WHATWG HTML section 9.2.5: CRLF, LF and CR end a line, so two of them end a block.
@@ -30,9 +29,9 @@ _SKIPPED_FIRST = re.compile(rb"(?:\xef\xbb\xbf)?" + _SKIPPED.pattern)  # the byt
 
 
 class EndpointRewriter:
-    """Passes a stream on and replaces the URI of its `endpoint` event by what `rewrite` returns.
+    """Replaces the URI in a stream's `endpoint` event by the result of `rewrite`.
 
-    Only an event that is the stream's first is looked at. Not thread-safe.
+    Only the first event of the stream is examined. Not thread-safe.
     """
 
     def __init__(self, rewrite: Callable[[str], str]) -> None:
@@ -42,7 +41,7 @@ class EndpointRewriter:
         self._is_done = False
 
     def feed(self, piece: bytes) -> bytes:
-        """What may be passed on now; after an empty piece, the stream's end, everything."""
+        """The bytes that may be passed on now; all that are left for b"", the stream's end."""
         if self._is_done:
             return piece
         self._held += piece
@@ -66,7 +65,7 @@ class EndpointRewriter:
         return passed
 
     def _skip(self) -> bytes:
-        """What precedes the next block."""
+        """The comments and empty lines before the next block."""
         found = self._skipped.match(self._held)
         assert found is not None  # it matches nothing, too
         self._skipped = _SKIPPED
@@ -77,7 +76,7 @@ class EndpointRewriter:
         fields = [_field(line) for line, _ in _LINE.findall(block)]
         data = [value for name, value in fields if name == b"data"]
         if not data:
-            return block  # no event: a retry time, or an id
+            return block  # a retry time or an id, not an event
         self._is_done = True
         if [value for name, value in fields if name == b"event"][-1:] != [b"endpoint"]:
             return block
@@ -94,33 +93,33 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def _with_data(block: bytes, data: bytes) -> bytes:
-    """An event with other data on the first of its data lines; the others become comments.
+    """`block` with `data` on its first data line; its other data lines become comments.
 
-    No line is removed: the ends of its neighbours could join to one.
+    No line is removed: a CR before it and an LF after it would become one line end.
     """
     lines: list[bytes] = []
-    is_said = False
+    is_written = False
     for line, end in _LINE.findall(block):
         if _field(line)[0] != b"data":
             lines.append(line)
-        elif is_said:
+        elif is_written:
             lines.append(b":")
         else:
             lines.append((b"data: " if line.startswith(b"data: ") else b"data:") + data)
-            is_said = True
+            is_written = True
         lines.append(end)
     return b"".join(lines)
 
 
 class Named(NamedTuple):
-    """A session in a query. `value` is as it stands there, percent-encoded."""
+    """The session that a query names. `value` is percent-encoded, as in the query."""
 
     parameter: str
     value: str
 
     @property
     def id(self) -> str:
-        """The value decoded."""
+        """The decoded value."""
         return unquote_plus(self.value)
 
 
@@ -134,9 +133,9 @@ def named_session(query: str) -> Named | None:
 
 
 def with_session(query: str, parameter: str, value: str | None) -> str:
-    """`query` with `value`, percent-encoded, for the parameter; None removes it.
+    """`query` with the percent-encoded `value` for the parameter; None removes the parameter.
 
-    Everything else keeps its bytes.
+    All other bytes are unchanged.
     """
     parts = query.split("&") if query else []
     names = [_pair(part)[0] for part in parts]
@@ -157,20 +156,20 @@ _VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
 
 
 def local_uri(base: str, uri: str, hosts: Iterable[str]) -> tuple[str, str] | None:
-    """Path and query of `uri`, as found in a stream from `base`.
+    """Path and query of `uri`, which may be relative to `base`.
 
-    None where it leads elsewhere than to `base` and to `hosts`: authorities, whose port may be left
-    out where it goes without saying.
+    None unless it names the server of `base` or one of `hosts`: authorities, which may leave out
+    the default port of the scheme.
     """
     try:
         found = urlsplit(urljoin(base, uri.strip()))
-        origin = urlsplit(base)
+        ours = urlsplit(base)
     except ValueError:
         return None
     if found.scheme not in _PORTS:
         return None
-    known = {_place(origin.netloc, origin.scheme), *(_place(host, found.scheme) for host in hosts)}
-    if _place(found.netloc, found.scheme) not in known:
+    known = {_origin(ours.netloc, ours.scheme), *(_origin(host, found.scheme) for host in hosts)}
+    if _origin(found.netloc, found.scheme) not in known:
         return None
     return found.path or "/", found.query
 
@@ -180,8 +179,8 @@ _AUTHORITY = re.compile(r"(?:.*@)?(.*?)(?::([0-9]*))?", re.DOTALL)
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
-def _place(authority: str, scheme: str) -> tuple[str, str]:
-    """Host and port; the names of the loopback are one."""
+def _origin(authority: str, scheme: str) -> tuple[str, str]:
+    """Host and port; all loopback names count as one host."""
     parts = _AUTHORITY.fullmatch(authority.lower())
     assert parts is not None  # it matches everything
     host = "localhost" if parts[1] in _LOOPBACK else parts[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 
 SESSION_ID = "Mcp-Session-Id"
@@ -13,9 +12,9 @@ LAST_EVENT_ID = "Last-Event-ID"
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
 
-#: What a session id may be (MCP 2025-11-25, transports, "Session Management"), and how long.
+#: The form of a session id (MCP 2025-11-25, transports, "Session Management"); the length is ours.
 MAX_SESSION_ID = 1024
-_SESSION_ID = re.compile(rf"[\x21-\x7e]{{1,{MAX_SESSION_ID}}}")
+SESSION_ID_FORM = re.compile(rf"[\x21-\x7e]{{1,{MAX_SESSION_ID}}}")
 
 #: Connection-level fields (RFC 9110 section 7.6.1, with the older names that still turn up).
 HOP_BY_HOP = frozenset(
@@ -37,26 +36,14 @@ Headers = list[tuple[str, str]]
 
 def is_session_id(value: str) -> bool:
     """Whether `value` has the form of a session id: visible ASCII, at most 1,024 characters."""
-    return _SESSION_ID.fullmatch(value) is not None
-
-
-def end_to_end(headers: Iterable[tuple[str, str]]) -> Headers:
-    """`headers` without the connection's own: those that `Connection` names, and the fixed set."""
-    pairs = list(headers)
-    named = {
-        option.strip().lower()
-        for name, value in pairs
-        if name.lower() == "connection"
-        for option in value.split(",")
-    }
-    return [(name, value) for name, value in pairs if name.lower() not in HOP_BY_HOP | named]
+    return SESSION_ID_FORM.fullmatch(value) is not None
 
 
 @lru_cache(maxsize=256)
 def accepts(accept: str, media_type: str) -> bool:
     """Whether an Accept header names `media_type`, itself or by a range (RFC 9110 section 12.5.1).
 
-    `*/*` counts for JSON only: who cannot name event streams cannot be expected to read one.
+    `*/*` counts for JSON only: a client that does not name event streams may not read them.
     """
     ranges = [media_type, media_type.partition("/")[0] + "/*"]
     if media_type == JSON:
@@ -72,6 +59,12 @@ def _weighed(part: str) -> tuple[str, bool]:
 
 
 @lru_cache(maxsize=256)
+def media_type(content_type: str) -> str:
+    """The media type of a Content-Type in lower case, without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+@lru_cache(maxsize=256)
 def is_json(content_type: str) -> bool:
     """Whether a Content-Type is JSON, whatever its parameters."""
-    return content_type.partition(";")[0].strip().lower() == JSON
+    return media_type(content_type) == JSON

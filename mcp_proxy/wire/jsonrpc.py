@@ -1,8 +1,8 @@
 """JSON-RPC 2.0 messages as MCP uses them: envelopes are decoded, payloads stay bytes.
 
-What is strict here: one object (or one array) a body, UTF-8, ids that are strings or integers (MCP
-2025-11-25, basic, "Messages": never null), params that are an object or an array. What is not
-looked at: the content of params, results and errors, except for the few fields that routing needs.
+Checked are: one object (or one array) per body, UTF-8, ids that are strings or integers (MCP
+2025-11-25, basic, "Messages": never null), params that are an object or an array. Not checked is
+the content of params, results and errors, except for the few fields that routing needs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import msgspec
@@ -17,7 +18,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.errors import InvalidRequest, ParseError, RequestId
 
-#: Elements that one batch may hold; 2025-03-26 names no number.
+#: The most messages in a batch; MCP 2025-03-26 sets no limit.
 MAX_BATCH = 256
 
 _PIECE = 1024 * 1024
@@ -25,19 +26,29 @@ _PIECE = 1024 * 1024
 T = TypeVar("T")
 
 
-class Request(msgspec.Struct, frozen=True):
-    """A call that wants an answer."""
+class Request(msgspec.Struct, frozen=True, dict=True):
+    """A message that expects a response."""
 
     id: RequestId
     method: str
     params: Raw | UnsetType = UNSET
 
+    @cached_property
+    def meta(self) -> Meta:
+        """The routing keys in `params._meta`; InvalidRequest where they have wrong types."""
+        return _meta_in(self.params)
 
-class Notification(msgspec.Struct, frozen=True):
-    """A message that wants no answer."""
+
+class Notification(msgspec.Struct, frozen=True, dict=True):
+    """A message that expects no response."""
 
     method: str
     params: Raw | UnsetType = UNSET
+
+    @cached_property
+    def meta(self) -> Meta:
+        """The routing keys in `params._meta`; InvalidRequest where they have wrong types."""
+        return _meta_in(self.params)
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -109,9 +120,10 @@ _NO_META = Meta()
 def parse(body: bytes) -> Message | Batch:
     """The message in `body`, or the list of messages where `body` is an array (2025-03-26 batches).
 
-    Raises ParseError (not JSON, not UTF-8) or InvalidRequest (JSON, but no such message).
+    Raises ParseError (not JSON, not UTF-8) or InvalidRequest (JSON, but not a JSON-RPC message).
     """
-    _require_utf8(body)
+    if not body.isascii():
+        _require_utf8(body)
     if body.lstrip(b" \t\r\n")[:1] == b"[":
         return _parse_batch(body)
     return _message(_decode(_envelope, body))
@@ -130,16 +142,14 @@ def _parse_batch(body: bytes) -> Batch:
     if not elements:
         raise InvalidRequest("A JSON-RPC batch must not be empty")
     if len(elements) > MAX_BATCH:
-        raise InvalidRequest(f"A JSON-RPC batch may hold {MAX_BATCH} messages at the most")
+        raise InvalidRequest(f"A JSON-RPC batch may hold at most {MAX_BATCH} messages")
     return [_message(_decode(_envelope, element)) for element in elements]
 
 
 def _require_utf8(body: bytes) -> None:
-    if body.isascii():
-        return
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        for start in range(0, len(body), _PIECE):  # a text of 50 MB would take 200 MB
+        for start in range(0, len(body), _PIECE):  # decoding 50 MB at once would take 200 MB
             decoder.decode(body[start : start + _PIECE])
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
@@ -147,7 +157,7 @@ def _require_utf8(body: bytes) -> None:
 
 
 def _decode(decoder: msgspec.json.Decoder[T], body: bytes | Raw) -> T:
-    """What `decoder` reads in `body`, its errors in our words."""
+    """The decoded `body`; raises ParseError or InvalidRequest."""
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -161,41 +171,29 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes | Raw) -> T:
 def _message(envelope: _Envelope) -> Message:
     if envelope.jsonrpc != "2.0":
         raise InvalidRequest('Not a JSON-RPC 2.0 message: "jsonrpc" must be "2.0"')
-    if envelope.method is not UNSET:
-        return _call(envelope, envelope.method)
-    return _response(envelope)
-
-
-def _call(envelope: _Envelope, method: str) -> Request | Notification:
-    if envelope.result is not UNSET or envelope.error is not UNSET:
+    has_result, has_error = envelope.result is not UNSET, envelope.error is not UNSET
+    if envelope.method is UNSET:
+        if has_result == has_error:
+            raise InvalidRequest('A JSON-RPC message needs a "method", a "result" or an "error"')
+        if envelope.id is UNSET:
+            raise InvalidRequest('A JSON-RPC response needs the "id" of its request')
+        return Response(envelope.id, envelope.result, envelope.error)
+    if has_result or has_error:
         raise InvalidRequest("A JSON-RPC message has either a method or a result, not both")
-    if envelope.params is not UNSET and _first_byte(envelope.params) not in (b"{", b"["):
+    if envelope.params is not UNSET and bytes(memoryview(envelope.params)[:1]) not in (b"{", b"["):
         raise InvalidRequest('"params" must be an object')
     if envelope.id is UNSET:
-        return Notification(method, envelope.params)
-    return Request(envelope.id, method, envelope.params)
-
-
-def _first_byte(payload: Raw) -> bytes:
-    return bytes(memoryview(payload)[:1])
-
-
-def _response(envelope: _Envelope) -> Response:
-    if (envelope.result is UNSET) == (envelope.error is UNSET):
-        raise InvalidRequest('A JSON-RPC message needs a "method", a "result" or an "error"')
-    if envelope.id is UNSET:
-        raise InvalidRequest('A JSON-RPC response needs the "id" of its request')
-    return Response(envelope.id, envelope.result, envelope.error)
+        return Notification(envelope.method, envelope.params)
+    return Request(envelope.id, envelope.method, envelope.params)
 
 
 # --- the few fields that routing needs -----------------------------------------------------------
 
 
-def meta_of(request: Request | Notification) -> Meta:
-    """The routing keys in `request.params._meta`; InvalidRequest where they have wrong types."""
-    if request.params is UNSET or _first_byte(request.params) != b"{":
+def _meta_in(params: Raw | UnsetType) -> Meta:
+    if params is UNSET or bytes(memoryview(params)[:1]) != b"{":
         return _NO_META
-    meta = _decode(_meta, request.params).meta
+    meta = _decode(_meta, params).meta
     return _NO_META if meta is UNSET else meta
 
 
@@ -237,11 +235,13 @@ def encode(message: Message, request_id: RequestId | None = None) -> bytes:
     else:
         key = message.id if request_id is None else request_id
         envelope = _Envelope("2.0", key, result=message.result, error=message.error)
-    return one_line(_encoder.encode(envelope))
+    line = _encoder.encode(envelope)
+    # JSON has line breaks between tokens only, so a space can replace each.
+    return line if b"\n" not in line and b"\r" not in line else one_line(line)
 
 
 def encode_batch(messages: Sequence[bytes]) -> bytes:
-    """The JSON array of messages that are encoded already."""
+    """The JSON array of encoded messages."""
     return b"[" + b",".join(messages) + b"]"
 
 
@@ -264,7 +264,7 @@ def as_payload(value: object) -> Raw:
 def replace_field(payload: Raw | UnsetType, path: Sequence[str], value: RequestId) -> Raw:
     """`payload` with the existing field at `path` replaced; every other value keeps its bytes.
 
-    Raises ParseError where the nesting is at the limit of what `parse` could still read.
+    Raises ParseError where the nesting is as deep as `parse` allows.
     """
     fields = _decode(_fields, b"{}" if payload is UNSET else payload)
     head, *rest = path
@@ -273,10 +273,8 @@ def replace_field(payload: Raw | UnsetType, path: Sequence[str], value: RequestI
 
 
 def one_line(encoded: bytes) -> bytes:
-    """`encoded` without CR and LF; in JSON both stand between tokens only: a space will do."""
-    if b"\n" in encoded or b"\r" in encoded:
-        return encoded.replace(b"\n", b" ").replace(b"\r", b" ")
-    return encoded
+    """`encoded` with a space for each CR and LF."""
+    return encoded.replace(b"\n", b" ").replace(b"\r", b" ")
 
 
 _ESCAPES = re.compile(
@@ -287,10 +285,10 @@ _ESCAPES = re.compile(
 
 
 def repair(line: bytes) -> bytes:
-    """`line` with what is not Unicode replaced by U+FFFD: invalid UTF-8 and lone surrogate escapes.
+    """`line` with invalid UTF-8 and lone surrogate escapes replaced by U+FFFD.
 
-    JavaScript servers write half an emoji as a lone surrogate escape, which strict decoders refuse;
-    losing the whole answer would be worse than losing the half character.
+    JavaScript servers write half an emoji as a lone surrogate escape, which strict decoders refuse.
+    Without the repair the whole message would be lost.
     """
     text = line.decode("utf-8", "replace").encode("utf-8")
     return _ESCAPES.sub(lambda m: rb"\ufffd" if m.group("lone") else m.group(0), text)

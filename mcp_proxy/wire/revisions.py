@@ -12,7 +12,8 @@ import re
 LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 FIRST_MODERN = "2026-07-28"
 
-#: What a request without MCP-Protocol-Version is taken for where nothing else tells (2025-06-18).
+#: The revision of a request without MCP-Protocol-Version where nothing else tells it (MCP
+#: 2025-06-18, transports, "Protocol Version Header").
 ASSUMED = "2025-03-26"
 
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -24,15 +25,15 @@ def is_legacy(version: str) -> bool:
 
 
 def is_modern(version: str) -> bool:
-    """Whether `version` is a revision of the stateless era, also one that is not known yet."""
+    """Whether `version` is a revision of the stateless era, known or future."""
     return _DATE.fullmatch(version) is not None and version >= FIRST_MODERN
 
 
 def allows_batches(version: str) -> bool:
-    """Whether a session at `version` may send arrays: 2025-03-26 only, 2025-06-18 removed them."""
+    """Whether a session at `version` may send batches: only 2025-03-26 has them."""
     return version == "2025-03-26"
 
 
 def primes_streams(version: str) -> bool:
-    """Whether a stream begins with an event without data, on which older clients break."""
+    """Whether streams at `version` begin with an event without data; older clients break on it."""
     return version >= "2025-11-25"

@@ -9,16 +9,16 @@ import re
 
 import msgspec
 
-#: What a keepalive looks like: a comment, which every client ignores.
+#: A comment, which every client ignores.
 KEEPALIVE = b": keepalive\n\n"
 
-_RETRY_DIGITS = 18  # milliseconds for longer than anybody waits
+_RETRY_DIGITS = 18  # a bound for `int`; 10^18 milliseconds are 30 million years
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One block of a stream: the fields that stood in it, None for those that did not."""
+    """One block of a stream; a field that the block does not have is None."""
 
     data: bytes | None = None
     event: bytes | None = None
@@ -41,22 +41,22 @@ def encode(event: Event) -> bytes:
 
 
 def encode_message(data: bytes, event_id: str | None = None) -> bytes:
-    """A `message` event around one line of JSON, the form in which MCP messages travel."""
+    """A `message` event with one line of JSON as its data: the form of MCP messages."""
     return message_head(event_id) + data + b"\n\n"
 
 
 def message_head(event_id: str | None = None) -> bytes:
-    """What stands before the line of JSON in a `message` event."""
+    """The bytes before the line of JSON in a `message` event."""
     if event_id is None:
         return b"event: message\ndata: "
     return b"event: message\nid: " + event_id.encode() + b"\ndata: "
 
 
 class Decoder:
-    """Cuts a stream into events, whatever the pieces it arrives in and whatever the line endings.
+    """Splits a stream into events, for any split into pieces and any line endings.
 
-    Not thread-safe. A block without any known field (a comment, say) makes no event. An event that
-    the stream's end cuts off is dropped, as the standard wants it.
+    Not thread-safe. A block without a known field (a comment, say) is no event. An event that the
+    stream's end cuts off is dropped, as the standard requires.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Decoder:
             self._fields[name] = value
 
     def _is_sound(self, name: bytes, value: bytes) -> bool:
-        """Whether an `id` or a `retry` counts: no NUL in the one, a sane number in the other."""
+        """Whether this is an `id` without NUL, or a `retry` with a number of bounded length."""
         if name == b"id":
             return b"\0" not in value
         return name == b"retry" and value.isdigit() and len(value) <= _RETRY_DIGITS

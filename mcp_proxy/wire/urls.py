@@ -1,19 +1,23 @@
-"""Where an HTTP backend is: targets, addresses, and the URL that a request goes to. Pure.
+"""Targets, addresses and request URLs of backends. Pure.
 
-The target's path is where the MCP endpoint lives; other paths keep theirs. A session's
+The target's path is the path of the MCP endpoint; requests for other paths keep theirs. A session's
 `backend_url` replaces scheme, host and port, and the path too if it has one.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
+#: Scheme, host and port.
+Origin = tuple[str, str, int]
+
 
 class Address(NamedTuple):
-    """One place that can be connected to. `name` is the host name where `host` is an address."""
+    """The address of a server. `name` is its host name where `host` is an IP address."""
 
     scheme: str
     host: str
@@ -22,20 +26,20 @@ class Address(NamedTuple):
 
     @property
     def url(self) -> str:
-        """The `backend_url` of a session that is served here."""
+        """The `backend_url` of a session at this address."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
 
     @property
     def host_header(self) -> str:
-        """The Host header: the name, and the port where it is not the scheme's own."""
+        """The Host header: the name, and the port unless it is the scheme's default."""
         name = self.name or self.host
         shown = f"[{name}]" if ":" in name else name
         return shown if self.port == _DEFAULT_PORTS[self.scheme] else f"{shown}:{self.port}"
 
 
 class Target(NamedTuple):
-    """An absolute http(s) URL, taken apart."""
+    """The parts of an absolute http(s) URL."""
 
     scheme: str
     host: str
@@ -44,67 +48,72 @@ class Target(NamedTuple):
     query: str
 
     @property
+    def url(self) -> str:
+        """The URL, always with its port."""
+        url = self.address.url + self.path
+        return f"{url}?{self.query}" if self.query else url
+
+    @property
     def address(self) -> Address:
-        """Where it is, by its own host name."""
+        """The address, with the host as given."""
         return Address(self.scheme, self.host, self.port)
 
+    @property
+    def origin(self) -> Origin:
+        """Scheme, host and port, which identify a server."""
+        return self.scheme, self.host, self.port
 
+
+@lru_cache(maxsize=256)
 def parse_target(url: str) -> Target | None:
-    """The target that `url` names, None if it is no absolute http(s) URL with a host."""
+    """The target `url`; None unless it is absolute, http(s), with a host, without credentials."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         return None
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or _has_credentials(parts):
+    has_credentials = parts.username is not None or parts.password is not None
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or has_credentials:
         return None
     port = port if port is not None else _DEFAULT_PORTS[parts.scheme]
     return Target(parts.scheme, parts.hostname, port, parts.path, parts.query)
 
 
-def _has_credentials(parts: SplitResult) -> bool:
-    return parts.username is not None or parts.password is not None
-
-
 def request_target(static: Target, backend: Target | None, path: str, query: str) -> str:
-    """Path and query of a request for `path`, as the backend is to see them.
+    """The path and query that the backend gets for a request for `path`.
 
-    `static` is the configured target, `backend` what the session's `backend_url` names, if any.
+    `static` is the configured target, `backend` the target in the session's `backend_url`, if any.
     """
-    is_endpoint = path.rstrip("/") in ("", "/mcp")
-    if not is_endpoint:
-        return _joined(path, "", query)
-    if backend is not None and backend.path not in ("", "/"):
-        return _joined(backend.path, backend.query, query)
-    has_path = static.path not in ("", "/")
-    return _joined(static.path if has_path else path or "/mcp", static.query, query)
-
-
-def _joined(path: str, *queries: str) -> str:
-    query = "&".join(query for query in queries if query)
+    own_query = ""
+    if path.rstrip("/") in ("", "/mcp"):
+        if backend is not None and backend.path not in ("", "/"):
+            path, own_query = backend.path, backend.query
+        else:
+            path = static.path if static.path not in ("", "/") else path or "/mcp"
+            own_query = static.query
+    query = f"{own_query}&{query}" if own_query and query else own_query or query
     return f"{path}?{query}" if query else path
 
 
-# --- placement: Where a session's child is, as `backend_url` says it: `worker://<replica>/<child>`.
+# --- children of replicas ------------------------------------------------------------------------
 
-_SCHEME = "worker://"
+#: The scheme of the `backend_url` of a child.
+WORKER_SCHEME = "worker://"
 
 
-class Place(NamedTuple):
-    """A replica and a child of it."""
+class WorkerUrl(NamedTuple):
+    """The `backend_url` of a child of a replica: `worker://<replica>/<child>`."""
 
     replica: str
     child: str
 
-    @property
-    def url(self) -> str:
-        """The place as a `backend_url`."""
-        return f"{_SCHEME}{self.replica}/{self.child}"
+    def __str__(self) -> str:
+        return f"{WORKER_SCHEME}{self.replica}/{self.child}"
 
 
-def parse_place(url: str | None) -> Place | None:
-    """The place that a `backend_url` names, None where it names none."""
-    if url is None or not url.startswith(_SCHEME):
+def parse_worker_url(url: str | None) -> WorkerUrl | None:
+    """The replica and the child in a `backend_url`, None where it names an HTTP backend or none."""
+    if url is None or not url.startswith(WORKER_SCHEME):
         return None
-    replica, _, child = url.removeprefix(_SCHEME).partition("/")
-    return Place(replica, child) if replica and child else None
+    replica, _, child = url.removeprefix(WORKER_SCHEME).partition("/")
+    return WorkerUrl(replica, child) if replica and child else None

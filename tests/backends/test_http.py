@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from mcp_proxy.backends import http as backends_http
 from mcp_proxy.backends.http import HttpCall, HttpClient
-from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft
+from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft, Draining
 from mcp_proxy.wire.urls import Address
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, reset, silent, stream
 from tests.support.waiting import eventually
@@ -47,7 +47,7 @@ class Calls:
 
     def __call__(self, method: str = "GET", target: str = "/x", body: bytes = b"") -> HttpCall:
         address = Address("http", "127.0.0.1", self.backend.port)
-        call = HttpCall(self.client, address, method, target, [("A", "1")], body)
+        call = HttpCall(self.client, address, method, target, {"A": "1"}, body)
         self.made.append(call)
         return call
 
@@ -176,7 +176,7 @@ def test_a_refused_connection_got_nothing(calls: Calls, backend: HttpBackend) ->
 
 
 def test_a_name_that_is_not_known_got_nothing(client: HttpClient) -> None:
-    call = HttpCall(client, Address("http", "no-such-name.invalid", 80), "GET", "/", [], b"")
+    call = HttpCall(client, Address("http", "no-such-name.invalid", 80), "GET", "/", {}, b"")
     with pytest.raises(BackendUnreached):
         call.send(1)
 
@@ -189,7 +189,7 @@ def test_a_connection_that_takes_too_long_got_nothing() -> None:
         for sock in waiting:
             sock.setblocking(False)
             sock.connect_ex(("127.0.0.1", port))
-        call = HttpCall(client, Address("http", "127.0.0.1", port), "GET", "/", [], b"")
+        call = HttpCall(client, Address("http", "127.0.0.1", port), "GET", "/", {}, b"")
         begun = time.monotonic()
         with pytest.raises(BackendUnreached, match="time"):
             call.send(5)
@@ -254,14 +254,64 @@ def test_a_body_is_aborted(calls: Calls, backend: HttpBackend, framing: str) -> 
     pieces = call.pieces()
     assert next(pieces) == b"one"
     begun = time.monotonic()
-    try:
-        assert list(pieces) == []
-        assert framing == "close"
-    except BackendLost:
-        assert framing != "close"
+    with pytest.raises(ClientLeft):
+        list(pieces)
     assert time.monotonic() - begun < 2
     call.close()
     eventually(lambda: backend.gone)
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_an_abort_has_a_reason_and_the_first_stands(
+    calls: Calls, backend: HttpBackend, is_sent: bool
+) -> None:
+    backend.on("GET", "/x", stream(b"one", Feed(), framing="close"))
+    call = calls.sent() if is_sent else calls()
+    call.abort(Draining())
+    call.abort(ClientLeft())
+    with pytest.raises(Draining):
+        call.read(100) if is_sent else call.send(5)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+def test_a_body_that_was_read_to_its_end_is_whole_whatever_happens_then(
+    calls: Calls, backend: HttpBackend, framing: str
+) -> None:
+    backend.on("GET", "/x", stream(b"one", framing=framing, length=3))
+    call = calls.sent()
+    pieces = call.pieces()
+    assert next(pieces) == b"one"
+    if framing == "chunked":  # the end has to be there, since it is waited for
+        assert list(pieces) == []
+    call.abort()
+    assert list(pieces) == []
+
+
+def test_closing_gives_back_what_was_taken_the_last_first_and_once(
+    calls: Calls, backend: HttpBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.on("GET", "/x", reply(200, b"x"))
+    call, given_back = calls.sent(), []
+
+    def fail() -> None:
+        raise RuntimeError("on purpose")
+
+    call.on_close(lambda: given_back.append("first"))
+    call.on_close(fail)
+    call.on_close(lambda: given_back.append("last"))
+    for _ in range(2):
+        call.close()
+    assert given_back == ["last", "first"]
+    assert caplog.text.count("the cleanup after a response failed") == 1
+
+
+def test_the_media_type_is_without_parameters_and_in_lower_case(
+    calls: Calls, backend: HttpBackend
+) -> None:
+    backend.on("GET", "/x", reply(200, b"", "Content-Type: Text/Event-Stream; charset=utf-8"))
+    assert calls.sent().media_type == "text/event-stream"
+    backend.on("GET", "/x", reply(204))
+    assert calls.sent().media_type == ""
 
 
 # --- connections ---------------------------------------------------------------------------------
@@ -270,11 +320,16 @@ def test_a_body_is_aborted(calls: Calls, backend: HttpBackend, framing: str) -> 
 def test_whether_the_host_of_a_silent_stream_is_there_is_asked(
     calls: Calls, backend: HttpBackend
 ) -> None:
+    class Noting(HttpCall):
+        def connected(self, sock: socket.socket) -> None:
+            self.sock = sock
+            super().connected(sock)
+
     backend.on("GET", "/x", stream(b"one", Feed()))
-    call = calls.sent()
+    call = Noting(calls.client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")
+    call.send(2)
     call.wait_for_ever()
-    sock = call._socket
-    assert sock is not None
+    sock = call.sock
     assert sock.gettimeout() is None
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     found = [
@@ -432,7 +487,7 @@ def secure(authority: Authority) -> Iterator[Secure]:
 
 
 def get(client: HttpClient, address: Address) -> bytes:
-    call = HttpCall(client, address, "GET", "/x", [], b"")
+    call = HttpCall(client, address, "GET", "/x", {}, b"")
     try:
         call.send(3)
         return call.read(100)
@@ -505,7 +560,7 @@ def test_no_redirect_from_https_to_http(authority: Authority, secure: Secure) ->
         (f"https://127.0.0.1:{port}/y", False),
     ]:
         secure.backend.on("GET", "/x", reply(308, b"", f"Location: {location}"))
-        call = HttpCall(client, secure.address(), "GET", "/x", [], b"")
+        call = HttpCall(client, secure.address(), "GET", "/x", {}, b"")
         call.send(3)
         successor = call.redirected()
         assert (successor is not None) is is_followed, location
@@ -515,7 +570,7 @@ def test_no_redirect_from_https_to_http(authority: Authority, secure: Secure) ->
     client.close()
 
 
-def test_a_target_over_tls_is_pinned_by_address_and_name(
+def test_a_session_over_tls_stays_at_its_address_under_its_name(
     authority: Authority, secure: Secure
 ) -> None:
     from mcp_proxy import TransparentProxy

@@ -1,4 +1,4 @@
-"""The surround of every request: bodies, errors, slots, logs, connections, streams."""
+"""The surround of every request: bodies, errors, streams, logs, connections."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
 from mcp_proxy import ProxyConfig
-from mcp_proxy.backends.base import Delivery, Exchange
 from mcp_proxy.edge import logs
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.edge.edge import Edge, StreamSlots, render
+from mcp_proxy.edge.edge import Edge, StreamLimit, render
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest, RequestIds
 from mcp_proxy.errors import (
     BodyTooLarge,
     InvalidRequest,
     Overloaded,
-    ProxyError,
     StorageUnavailable,
 )
-from mcp_proxy.transports.event_stream import EventStream
 
 
 def request_with(body: bytes = b"", **headers: str) -> ClientRequest:
@@ -159,17 +156,17 @@ def test_a_draining_edge_serves_nothing_new() -> None:
     assert "Retry-After" in headers
 
 
-# --- slots ---------------------------------------------------------------------------------------
+# --- standing streams ----------------------------------------------------------------------------
 
 
-def test_slots_are_given_and_taken_back() -> None:
-    slots = StreamSlots(1)
-    slots.take()
+def test_streams_are_counted_up_to_the_limit() -> None:
+    streams = StreamLimit(1)
+    streams.acquire()
     with pytest.raises(Overloaded):
-        slots.take()
-    slots.release()
-    slots.take()
-    assert repr(slots) == "<StreamSlots 1/1>"
+        streams.acquire()
+    streams.release()
+    streams.acquire()
+    assert repr(streams) == "<StreamLimit 1/1>"
 
 
 # --- connections ---------------------------------------------------------------------------------
@@ -213,105 +210,29 @@ def test_elsewhere_nobody_knows() -> None:
     assert not connection.has_left()
 
 
-# --- streams -------------------------------------------------------------------------------------
+# --- logs ----------------------------------------------------------------------------------------
 
 
-class Script(Exchange):
-    """An exchange that delivers what it is given: messages, silences (None) and errors."""
+class CountingBody:
+    """A body that counts how often it is closed."""
 
-    def __init__(self, *items: Delivery | ProxyError | None, replaced: bool = False) -> None:
-        self.items = list(items)
-        self.was_replaced = replaced
-        self.closed = 0
+    closed = 0
 
-    @property
-    def is_over(self) -> bool:
-        return not self.items
-
-    def receive(self, timeout: float) -> Delivery | None:
-        item = self.items.pop(0)
-        if isinstance(item, ProxyError):
-            raise item
-        return item
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"x"
 
     def close(self) -> None:
         self.closed += 1
 
 
-def stream_of(exchange: Exchange, **options: Any) -> EventStream:
-    return EventStream(exchange, ClientConnection({}), 1, **options)
-
-
-def test_a_stream_begins_at_once_and_fills_silences() -> None:
-    stream = stream_of(Script(None, Delivery(b"{}", True)))
-    assert list(stream) == [
-        b": keepalive\n\n",
-        b": keepalive\n\n",
-        b"event: message\ndata: {}\n\n",
-    ]
-
-
-def test_what_came_early_comes_first() -> None:
-    stream = stream_of(Script(Delivery(b"2", True)), early=[Delivery(b"1", False)])
-    assert b"".join(stream) == b"event: message\ndata: 1\n\nevent: message\ndata: 2\n\n"
-
-
-def test_a_large_message_is_not_copied() -> None:
-    data = b"x" * 100_000
-    pieces = list(stream_of(Script(Delivery(data, True))))
-    assert any(piece is data for piece in pieces)
-
-
-def test_an_error_on_a_stream_is_an_event_with_the_request_id() -> None:
-    body = b"".join(stream_of(Script(StorageUnavailable()), request_id=9))
-    assert b'"id":9' in body
-    assert b"-32000" in body
-
-
-def test_a_replaced_stream_says_when_to_come_back() -> None:
-    body = b"".join(stream_of(Script(None, replaced=True)))
-    assert body.endswith(b"retry: 86400000\n\n")
-
-
-def test_a_stream_ends_when_its_client_has_left() -> None:
-    connection = ClientConnection({"waitress.client_disconnected": lambda: True})
-    exchange = Script(None, Delivery(b"{}", True))
-    assert list(EventStream(exchange, connection, 1)) == [b": keepalive\n\n"]
-
-
-def test_closing_frees_everything_once_even_if_never_started() -> None:
-    exchange = Script()
-    released = []
-    stream = stream_of(exchange, on_close=lambda: released.append(1))
-    stream.close()
-    stream.close()
-    assert (exchange.closed, released) == (1, [1])
-
-
-def test_the_place_is_given_back_even_if_closing_fails() -> None:
-    released = []
-
-    class Broken(Script):
-        def close(self) -> None:
-            raise RuntimeError
-
-    stream = stream_of(Broken(), on_close=lambda: released.append(1))
-    with pytest.raises(RuntimeError):
-        stream.close()
-    assert released == [1]
-
-
-# --- logs ----------------------------------------------------------------------------------------
-
-
 def test_a_stream_is_logged_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mcp_proxy.access")
     edge = Edge(ProxyConfig())
-    exchange = Script(Delivery(b"{}", True))
-    serve(edge, lambda request: stream_reply(stream_of(exchange)))
+    body = CountingBody()
+    serve(edge, lambda request: stream_reply(body))
     (record,) = caplog.records
     assert record.fields["status"] == 200  # type: ignore[attr-defined]
-    assert exchange.closed == 1
+    assert body.closed == 1
 
 
 def test_lines_of_a_request_carry_its_id() -> None:

@@ -36,25 +36,6 @@ def test_a_session_id_has_only_characters_from_21_to_7e(value: str) -> None:
     assert headers.is_session_id(value) == expected
 
 
-# --- connection fields ---------------------------------------------------------------------------
-
-
-def test_headers_of_the_message_pass() -> None:
-    given_headers = [("Content-Type", JSON), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
-    assert headers.end_to_end(iter(given_headers)) == given_headers
-
-
-@pytest.mark.parametrize("name", [*sorted(headers.HOP_BY_HOP), "Transfer-Encoding", "KEEP-ALIVE"])
-def test_headers_of_the_connection_do_not_pass(name: str) -> None:
-    assert headers.end_to_end([("A", "1"), (name, "x"), ("B", "2")]) == [("A", "1"), ("B", "2")]
-
-
-def test_headers_that_connection_names_do_not_pass() -> None:
-    named = [("connection", "close, X-One ,"), ("Connection", "x-two")]
-    others = [("X-ONE", "1"), ("x-Two", "2"), ("Close", "3"), ("X-Three", "4")]
-    assert headers.end_to_end(named + others) == [("X-Three", "4")]
-
-
 # --- media types ---------------------------------------------------------------------------------
 
 
@@ -161,3 +142,16 @@ def test_json_is_json_whatever_its_parameters(value: str) -> None:
 )
 def test_other_content_is_not_json(value: str) -> None:
     assert not headers.is_json(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (" Text/Event-Stream ; charset=utf-8", EVENT_STREAM),
+        ("application/json;a;b", JSON),
+        ("", ""),
+        (";", ""),
+    ],
+)
+def test_a_media_type_is_without_parameters_and_in_lower_case(value: str, expected: str) -> None:
+    assert headers.media_type(value) == expected

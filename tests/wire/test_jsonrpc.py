@@ -290,21 +290,21 @@ def test_meta_gives_the_progress_token_and_the_protocol_version() -> None:
     params = (
         '{"_meta":{"progressToken":0,"io.modelcontextprotocol/protocolVersion":"2026-07-28","x":1}}'
     )
-    assert jsonrpc.meta_of(request(params)) == Meta(0, "2026-07-28")
+    assert request(params).meta == Meta(0, "2026-07-28")
 
 
 @pytest.mark.parametrize("token", [0, 2**60, "", "1"])
 def test_progress_tokens_are_as_exact_as_ids(token: RequestId) -> None:
     params = json.dumps({"_meta": {"progressToken": token}, "progressToken": token})
-    assert jsonrpc.meta_of(request(params)).progress_token == token
+    assert request(params).meta.progress_token == token
     found = jsonrpc.progress_token_of(notification(params))
     assert (type(found), found) == (type(token), token)
 
 
 @pytest.mark.parametrize("params", ["{}", '{"_meta":{}}', '{"progressToken":1}', "[]", "[{}]"])
 def test_a_request_may_go_without_meta(params: str) -> None:
-    assert jsonrpc.meta_of(request(params)) == Meta()
-    assert jsonrpc.meta_of(Request(1, "m")) == Meta()
+    assert request(params).meta == Meta()
+    assert Request(1, "m").meta == Meta()
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_request_may_go_without_meta(params: str) -> None:
 )
 def test_meta_of_the_wrong_type_is_an_invalid_request(meta: str) -> None:
     with pytest.raises(InvalidRequest, match="_meta"):
-        jsonrpc.meta_of(request(f'{{"_meta":{meta}}}'))
+        _ = request(f'{{"_meta":{meta}}}').meta
 
 
 @pytest.mark.parametrize("params", ["{}", "[]", '{"other":1}'])

@@ -14,7 +14,7 @@ import mcp_proxy
 from mcp_proxy import LocalStorage, SessionManager, TransparentProxy, create_app
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import ConfigError, StorageUnavailable
-from tests.servers.http_backend import HttpBackend, reply, reset, silent
+from tests.servers.http_backend import Feed, HttpBackend, reply, reset, silent, stream
 from tests.support.front import Json, McpClient
 from tests.support.monitor import recorded_commands
 from tests.support.redis_server import RedisServer
@@ -152,19 +152,23 @@ def test_one_gunicorn_without_storage_works_as_ever(target: HttpBackend) -> None
 
 
 def test_every_transport_takes_a_storage_and_has_a_local_one() -> None:
-    transports = [v for n, v in vars(mcp_proxy).items() if n.endswith("Proxy")]
-    assert len(transports) >= 2
-    for transport in transports:
-        assert inspect.signature(transport).parameters["session_storage"].default is None
+    names = [name for name in mcp_proxy.__all__ if name.endswith("Proxy")]
+    assert len(names) == 3
+    for name in names:
+        parameters = inspect.signature(getattr(mcp_proxy, name)).parameters
+        assert parameters["session_storage"].default is None
     for made, first in ((TransparentProxy, "http://h:1"), (mcp_proxy.StreamableProxy, ["x"])):
-        plain = made(first)
-        assert isinstance(plain.manager.storage, LocalStorage)
         storage = LocalStorage()
-        given = made(first, session_storage=storage)
-        assert given.manager.storage is storage
-        assert made(first, storage).manager.storage is storage
-        plain.close()
-        given.close()
+        with (
+            made(first) as plain,
+            made(first, session_storage=storage) as given,
+            made(first, storage) as same,
+            made(first, storage, name="n") as named,
+        ):
+            assert isinstance(plain.manager.storage, LocalStorage)
+            assert given.manager.storage is same.manager.storage
+            assert given.manager.storage not in (plain.manager.storage, named.manager.storage)
+            assert named.manager.storage is storage.scoped("n")
 
 
 def test_create_app_gives_one_manager_to_all() -> None:
@@ -308,8 +312,6 @@ def test_a_compressed_initialize_is_recorded(proxy: Transparent, target: HttpBac
 def test_an_initialize_answered_by_a_stream_is_recorded(
     proxy: Transparent, target: HttpBackend
 ) -> None:
-    from tests.servers.http_backend import stream
-
     event = b'event: message\ndata: {"jsonrpc":"2.0","id":0,"result":{"protocolVersion":"x"}}\n\n'
 
     def act(turn: Any) -> None:
@@ -341,6 +343,23 @@ def test_an_id_that_is_taken_is_given_under_an_alias(
     assert target.last.header("Mcp-Session-Id") == taken
     assert answer.headers["Mcp-Session-Id"] == client.session
     target.sessions.discard(taken)
+
+
+@pytest.mark.parametrize("theirs", ["a b", "x" * 1025])
+def test_an_id_that_cannot_be_one_is_given_under_an_alias(
+    proxy: Transparent, target: HttpBackend, theirs: str
+) -> None:
+    target.sessions.add(theirs)
+    target.rpc["initialize"] = lambda turn: turn.result(
+        {"protocolVersion": "2025-06-18"}, f"Mcp-Session-Id: {theirs}"
+    )
+    client = proxy.client().open()
+    assert client.session is not None
+    assert client.session.startswith("mcp-")
+    answer = client.call("tools/call")
+    assert answer.message()["result"]["backend"] == "target"
+    assert target.last.header("Mcp-Session-Id") == theirs
+    target.sessions.discard(theirs)
 
 
 def test_a_session_that_was_deleted_is_404(proxy: Transparent, target: HttpBackend) -> None:
@@ -424,6 +443,45 @@ def test_a_store_that_is_away_is_503(
             client.session = target.calls("tools/call")[-1:] and client.session
         monkeypatch.undo()
         assert proxy.client().open().result("tools/call")["backend"] == "target"
+
+
+def test_a_store_that_is_away_leaves_no_call_behind(
+    target: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> Any:
+        raise StorageUnavailable
+
+    target.reset()
+    with TransparentProxy(target.url) as proxy:
+        front = LocalFront(proxy)
+        asks = {"create": McpClient(front).initialize, "delete": McpClient(front).open().delete}
+        for name, ask in asks.items():
+            front.close()
+            monkeypatch.setattr(proxy.manager.storage, name, away)
+            assert ask().status == 503
+            assert not proxy.is_busy
+            monkeypatch.undo()
+
+
+@pytest.mark.parametrize("content_type", [JSON, "text/event-stream"])
+@pytest.mark.parametrize("accept", [JSON, "text/event-stream"])
+def test_what_counts_as_a_standing_stream_is_the_answer(
+    target: HttpBackend, accept: str, content_type: str
+) -> None:
+    """The end of the streams ends those alone; a file may be read to its end."""
+    target.reset()
+    feed = Feed()
+    target.on("GET", "/x", stream(b"one", feed, content_type=content_type))
+    with TransparentProxy(target.url) as proxy:
+        front = LocalFront(proxy)
+        answer = front.request("GET", "/x", {"Accept": accept}, None)
+        assert proxy.is_busy is (content_type == JSON)
+        proxy.end_streams()
+        feed.put(b"two")
+        feed.put(None)
+        assert answer.body() in ([b"onetwo"] if content_type == JSON else [b"", b"one"])
+        front.close()
+        assert repr(proxy).startswith("<TransparentProxy calls=0 ")
 
 
 # --- modern requests -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.client
+import os
 import signal
 import socket
 import time
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.errors import BackendLost
+from mcp_proxy import TransparentProxy
+from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
 from tests.support.front import Answer
-from tests.support.transparent import BOTH, Transparent, transparent
+from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
 from tests.support.waiting import eventually
 
 JSON = "application/json"
@@ -108,9 +110,8 @@ def test_a_stalled_json_answer_breaks_off(proxy: Transparent, target: HttpBacken
     feed = Feed()
     target.rpc["stall"] = stream(b'{"jsonrpc"', feed, content_type=JSON)
     answer = proxy.client().open().call("stall")
-    with pytest.raises((Exception,)) as caught:
+    with pytest.raises((BackendTimeout, http.client.IncompleteRead)):
         answer.body()
-    assert not isinstance(caught.value, AssertionError)
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length"])
@@ -382,7 +383,7 @@ def test_connections_are_reused(proxy: Transparent, target: HttpBackend) -> None
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_backend_that_closes_after_each_request_is_no_trouble(way: str, redis_url: str) -> None:
+def test_a_backend_may_close_after_each_request(way: str, redis_url: str) -> None:
     with (
         HttpBackend(requests_per_connection=1) as backend,
         transparent(way, backend.url, redis_url) as proxy,
@@ -420,7 +421,7 @@ def leaving(base: str, body: bytes, session: str = "") -> None:
 
 
 @pytest.fixture
-def patient(target: HttpBackend, redis_url: str) -> Iterator[Transparent]:
+def unhurried(target: HttpBackend, redis_url: str) -> Iterator[Transparent]:
     """gunicorn with all the time in the world: only the client's leaving can end a call."""
     target.reset()
     with transparent("gunicorn", target.url, redis_url, request_timeout=60, threads=8) as proxy:
@@ -438,24 +439,22 @@ def patient(target: HttpBackend, redis_url: str) -> Iterator[Transparent]:
     ids=["silent", "chunked", "close", "close-begun"],
 )
 def test_a_modern_call_is_closed_when_its_client_leaves(
-    patient: Transparent, target: HttpBackend, act: Any
+    unhurried: Transparent, target: HttpBackend, act: Any
 ) -> None:
     target.rpc["hang"] = act
-    assert patient.process is not None
-    leaving(patient.process.base, MODERN_BODY)
-    left = time.monotonic()
-    eventually(lambda: target.gone, 5)
-    assert target.gone[0] - left < 1
+    assert unhurried.process is not None
+    leaving(unhurried.process.base, MODERN_BODY)
+    eventually(lambda: target.gone, 20)  # a third of the time limit
 
 
 def test_a_client_that_leaves_costs_its_session_nothing(
-    patient: Transparent, target: HttpBackend
+    unhurried: Transparent, target: HttpBackend
 ) -> None:
-    client = patient.client().open()
+    client = unhurried.client().open()
     target.rpc["hang"] = silent
-    assert patient.process is not None
+    assert unhurried.process is not None
     body = b'{"jsonrpc":"2.0","id":9,"method":"hang"}'
-    leaving(patient.process.base, body, client.session or "")
+    leaving(unhurried.process.base, body, client.session or "")
     eventually(lambda: target.gone, 5)
     client.result("tools/call")
     assert target.executed["initialize"] == 1
@@ -471,13 +470,13 @@ def test_a_client_that_leaves_while_the_last_piece_is_sent_harms_no_other(
     target.reset()
     client = HttpClient(1, 4)
     address = Address("http", "127.0.0.1", target.port)
-    first = HttpCall(client, address, "GET", "/a", [], b"")
+    first = HttpCall(client, address, "GET", "/a", {}, b"")
     first.send(1)
     target.on("GET", "/a", reply(200, b"hello"))
     assert first.read(100)
     feed = Feed()
     target.on("GET", "/b", stream(b"one", feed))
-    second = HttpCall(client, address, "GET", "/b", [], b"")
+    second = HttpCall(client, address, "GET", "/b", {}, b"")
     second.send(1)
     assert target.seen[0].connection == target.seen[1].connection
     first.abort()
@@ -516,22 +515,46 @@ def test_sigterm_ends_streams_cleanly_and_lets_calls_finish(
             eventually(lambda: target.calls("slow"))
             begun = time.monotonic()
             assert proxy.process is not None
-            proxy.process._process.send_signal(signal.SIGTERM)
+            os.kill(proxy.process.master_pid, signal.SIGTERM)
             assert list(events) == []  # a clean end
             assert call.result(20)["result"] == {"slow": True}
         proxy.process.wait(15)
         assert time.monotonic() - begun < 12
 
 
+@pytest.mark.parametrize("framing", ["chunked", "close", "length"])
+@pytest.mark.parametrize("content_type", [JSON, "text/event-stream"])
+def test_a_proxy_that_closes_ends_streams_and_breaks_other_answers_off(
+    target: HttpBackend, framing: str, content_type: str
+) -> None:
+    target.reset()
+    act = stream(b"data: 1\n\n", Feed(), framing=framing, length=100, content_type=content_type)
+    target.on("POST", "/mcp", act)
+    with TransparentProxy(target.url) as proxy:
+        front = LocalFront(proxy)
+        body = b'{"jsonrpc":"2.0","id":1,"method":"x"}'
+        found = pieces(front.request("POST", "/mcp", {"Content-Type": JSON}, body))
+        assert next(found) == b"data: 1\n\n"
+        assert proxy.is_busy
+        proxy.close()
+        if content_type == JSON:
+            with pytest.raises(Draining):
+                list(found)
+        else:
+            assert list(found) == []
+        front.close()
+        assert not proxy.is_busy
+
+
 # --- more ways to ask ----------------------------------------------------------------------------
 
 
 def test_a_chunked_request_arrives_with_its_length(
-    patient: Transparent, target: HttpBackend
+    unhurried: Transparent, target: HttpBackend
 ) -> None:
     target.on("POST", "/up", reply(200, b"got it"))
-    assert patient.process is not None
-    with socket.create_connection(("127.0.0.1", patient.process.port)) as sock:
+    assert unhurried.process is not None
+    with socket.create_connection(("127.0.0.1", unhurried.process.port)) as sock:
         head = b"POST /up HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         sock.sendall(head + b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n")
         assert b" 200 " in sock.recv(1000)
@@ -584,9 +607,7 @@ def test_what_cannot_be_a_session_id_is_400(
 def test_below_a_mount_the_path_is_what_follows_it(target: HttpBackend) -> None:
     from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-    from mcp_proxy import TransparentProxy
     from tests.support.front import McpClient
-    from tests.support.transparent import LocalFront
 
     target.reset()
     proxy = TransparentProxy(target.url + "/mcp")
@@ -619,7 +640,7 @@ def test_a_stream_that_has_not_begun_does_not_delay_the_end(
             eventually(lambda: target.last.method == "GET")
             assert proxy.process is not None
             begun = time.monotonic()
-            proxy.process._process.send_signal(signal.SIGTERM)
+            os.kill(proxy.process.master_pid, signal.SIGTERM)
             assert call.result(20).status == 503
         proxy.process.wait(10)
         assert time.monotonic() - begun < 4
@@ -637,7 +658,7 @@ def test_a_call_that_hangs_at_the_end_is_told(target: HttpBackend, redis_url: st
             call = pool.submit(client.call, "hang")
             eventually(lambda: target.calls("hang"))
             assert proxy.process is not None
-            proxy.process._process.send_signal(signal.SIGTERM)
+            os.kill(proxy.process.master_pid, signal.SIGTERM)
             answer = call.result(20)
             assert answer.status == 503
             assert answer.error()["code"] == -32000

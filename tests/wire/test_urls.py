@@ -73,6 +73,21 @@ def test_what_an_address_is_called(address: Address, url: str, host: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("url", "whole"),
+    [
+        ("HTTP://H/Mcp?A=b,c#part", "http://h:80/Mcp?A=b,c"),
+        ("https://[::1]:8", "https://[::1]:8"),
+    ],
+)
+def test_a_target_in_one_string(url: str, whole: str) -> None:
+    target = parse_target(url)
+    assert target is not None
+    assert target.url == whole
+    assert parse_target(target.url) == target
+    assert target.origin == (target.scheme, target.host, target.port)
+
+
+@pytest.mark.parametrize(
     ("static", "backend", "path", "query", "expected"),
     [
         ("http://h:1", None, "/mcp", "", "/mcp"),

@@ -18,7 +18,7 @@ import pytest
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import EnvironBuilder
 
-from mcp_proxy import LocalStorage, ProxyConfig, RedisStorage, TransparentProxy, create_app
+from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, TransparentProxy, create_app
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import BackendLost, StorageUnavailable
 from mcp_proxy.storage.session import Session, new_session
@@ -72,8 +72,8 @@ def server(servers: list[OldServer]) -> OldServer:
 @contextlib.contextmanager
 def replica(*targets: str, storage: Any = None, **options: Any) -> Iterator[Replicated]:
     """A proxy in this process."""
-    settings = ProxyConfig(**options.pop("settings", {}))
-    app = TransparentProxy(targets, storage, settings, **options)
+    settings = ProxyOptions(**options.pop("settings", {}))
+    app = TransparentProxy(targets, storage, options=settings, **options)
     front = LocalFront(app)
     try:
         yield Replicated(app, front)
@@ -241,7 +241,7 @@ def test_an_endpoint_elsewhere_passes_as_it_is(
     client = one.client()
     client.connect()
     assert client.uri == uri
-    assert "leads to another server" in caplog.text
+    assert "names another server" in caplog.text
     assert not one.app.manager.exists("1")
 
 
@@ -456,7 +456,7 @@ def test_a_store_that_is_away_keeps_no_stream_open(
     monkeypatch.setattr(one.app.manager.storage, "delete", away)
     client.close()
     eventually(lambda: not server.live)
-    assert "the record of a session is left" in caplog.text
+    assert "the record of an ended session was not deleted" in caplog.text
 
 
 def test_an_end_that_fails_leaves_nothing_else_behind(
@@ -474,8 +474,8 @@ def test_an_end_that_fails_leaves_nothing_else_behind(
     for _ in range(2):
         client.close()
     eventually(lambda: not server.live)
-    assert caplog.text.count("freeing what a response held failed") == 1
-    assert not one.app._open._bodies
+    assert caplog.text.count("the cleanup after a response failed") == 1
+    assert repr(one.app).startswith("<TransparentProxy calls=0 ")
 
 
 def test_a_replica_that_stops_ends_its_streams_in_order(
@@ -568,7 +568,7 @@ def test_a_client_that_vanishes_without_a_word_is_given_up(
     assert next(begun) == b""
     assert next(begun).startswith(b"event: endpoint")
     option = here.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-    assert option == 2000 * one.app.settings.keepalive_interval
+    assert option == 2000 * one.app.options.keepalive_interval
     there.close()
     with pytest.raises(ConnectionResetError):
         list(begun)

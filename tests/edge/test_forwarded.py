@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.edge.forwarded import Forwarding, raw_path
+from mcp_proxy.edge.forwarded import HeaderPolicy, raw_path
 from mcp_proxy.wire.headers import HOP_BY_HOP
 
 
@@ -15,15 +15,15 @@ def environ(**fields: str) -> dict[str, Any]:
     return {**base, **fields}
 
 
-def sent(forwarding: Forwarding, **fields: str) -> dict[str, str]:
-    pairs = forwarding.outbound(environ(**fields))
-    assert len({name.lower() for name, _ in pairs}) == len(pairs)
-    return dict(pairs)
+def sent(policy: HeaderPolicy, **fields: str) -> dict[str, str]:
+    found = policy.outbound(environ(**fields))
+    assert len({name.lower() for name in found}) == len(found)
+    return found
 
 
 def test_end_to_end_headers_pass() -> None:
     found = sent(
-        Forwarding(),
+        HeaderPolicy(),
         HTTP_AUTHORIZATION="Bearer x",
         HTTP_MCP_PARAM_A="1",
         HTTP_TRACEPARENT="00-1",
@@ -46,16 +46,19 @@ def test_end_to_end_headers_pass() -> None:
 @pytest.mark.parametrize("name", sorted(HOP_BY_HOP))
 def test_headers_of_the_connection_stay(name: str) -> None:
     key = "HTTP_" + name.upper().replace("-", "_")
-    assert name.title() not in sent(Forwarding(), **{key: "x"})
-    assert Forwarding().inbound([(name.upper(), "x"), ("A", "1")]) == [("A", "1")]
+    assert name.title() not in sent(HeaderPolicy(), **{key: "x"})
+    assert HeaderPolicy().inbound([(name.upper(), "x"), ("A", "1")]) == [("A", "1")]
 
 
 def test_headers_that_connection_names_stay() -> None:
-    assert "X-Hop" not in sent(Forwarding(), HTTP_CONNECTION="close, x-hop", HTTP_X_HOP="1")
-    assert Forwarding().inbound([("connection", "X-Hop"), ("x-hop", "1")]) == []
+    assert "X-Hop" not in sent(HeaderPolicy(), HTTP_CONNECTION="close, x-hop", HTTP_X_HOP="1")
+    named = [("connection", "close, X-One ,"), ("Connection", "x-two")]
+    others = [("X-ONE", "1"), ("x-Two", "2"), ("Close", "3"), ("X-Three", "4")]
+    assert HeaderPolicy().inbound(named + others) == [("X-Three", "4")]
+    assert HeaderPolicy().inbound(others + named) == [("X-Three", "4")]
 
 
-SAID = {
+FORWARDED = {
     "HTTP_X_FORWARDED_FOR": "1.1.1.1, 2.2.2.2",
     "HTTP_X_FORWARDED_HOST": "public",
     "HTTP_X_FORWARDED_PROTO": "http",
@@ -65,7 +68,7 @@ SAID = {
 
 
 def test_strangers_are_not_believed() -> None:
-    found = sent(Forwarding(("8.8.8.8",)), **SAID)
+    found = sent(HeaderPolicy(("8.8.8.8",)), **FORWARDED)
     assert found == {
         "X-Forwarded-For": "9.9.9.9",
         "X-Forwarded-Host": "front:80",
@@ -75,7 +78,7 @@ def test_strangers_are_not_believed() -> None:
 
 @pytest.mark.parametrize("trusted", ["9.9.9.9", "*"])
 def test_a_trusted_proxy_is_continued(trusted: str) -> None:
-    found = sent(Forwarding((trusted,)), **SAID)
+    found = sent(HeaderPolicy((trusted,)), **FORWARDED)
     assert found == {
         "X-Forwarded-For": "1.1.1.1, 2.2.2.2, 9.9.9.9",
         "X-Forwarded-Host": "public",
@@ -85,9 +88,20 @@ def test_a_trusted_proxy_is_continued(trusted: str) -> None:
     }
 
 
+def test_what_connection_names_is_no_word_of_a_trusted_proxy() -> None:
+    found = sent(HeaderPolicy(("*",)), HTTP_CONNECTION="x-forwarded-for", **FORWARDED)
+    assert found["X-Forwarded-For"] == "9.9.9.9"
+
+
+def test_a_peer_without_an_address_adds_none() -> None:
+    assert "X-Forwarded-For" not in sent(HeaderPolicy(), REMOTE_ADDR="")
+    found = sent(HeaderPolicy(("*",)), REMOTE_ADDR="", **FORWARDED)
+    assert found["X-Forwarded-For"] == "1.1.1.1, 2.2.2.2"
+
+
 def test_changes_set_and_remove() -> None:
-    forwarding = Forwarding((), ("X-Set: a: b", "authorization:", "X-Forwarded-For: hidden"))
-    found = sent(forwarding, HTTP_AUTHORIZATION="Bearer x", HTTP_X_SET="client")
+    policy = HeaderPolicy((), ("X-Set: a: b", "authorization:", "X-Forwarded-For: hidden"))
+    found = sent(policy, HTTP_AUTHORIZATION="Bearer x", HTTP_X_SET="client")
     assert found["X-Set"] == "a: b"
     assert found["X-Forwarded-For"] == "hidden"
     assert "Authorization" not in found
@@ -95,7 +109,7 @@ def test_changes_set_and_remove() -> None:
 
 @pytest.mark.parametrize("name", ["X-Forwarded-For", "X-Forwarded-Host", "x-forwarded-proto"])
 def test_what_we_say_ourselves_can_be_removed(name: str) -> None:
-    found = sent(Forwarding((), (f"{name}:",)))
+    found = sent(HeaderPolicy((), (f"{name}:",)))
     assert name.lower() not in {known.lower() for known in found}
 
 
@@ -106,12 +120,19 @@ def test_answers_keep_what_is_the_backends() -> None:
         ("Content-Length", "5"),
         ("WWW-Authenticate", "x"),
     ]
-    assert Forwarding().inbound([*given, ("Date", "x"), ("SERVER", "y")]) == given
+    assert HeaderPolicy().inbound([*given, ("Date", "x"), ("SERVER", "y")]) == given
+
+
+def test_a_client_sees_its_own_session_id_and_no_other() -> None:
+    given = [("A", "1"), ("mcp-session-id", "theirs"), ("B", "2")]
+    assert HeaderPolicy().inbound(given) == given
+    found = HeaderPolicy().inbound(given, "ours")
+    assert found == [("A", "1"), ("mcp-session-id", "ours"), ("B", "2")]
 
 
 def test_a_length_beside_a_transfer_encoding_is_dropped() -> None:
     given = [("Content-Length", "5"), ("transfer-encoding", "chunked"), ("A", "1")]
-    assert Forwarding().inbound(given) == [("A", "1")]
+    assert HeaderPolicy().inbound(given) == [("A", "1")]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,226 @@
+"""Which backend a new session goes to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from mcp_proxy.errors import BackendLost, BackendUnreached
+from mcp_proxy.transparent.balancing import Balancer, resolve
+from mcp_proxy.wire.urls import Address, Target, parse_target
+
+
+class Names:
+    """A resolver whose answers the test changes."""
+
+    def __init__(self, **known: Sequence[str]) -> None:
+        self.known = dict(known)
+        self.asked: list[tuple[str, int]] = []
+
+    def __call__(self, host: str, port: int) -> Sequence[str]:
+        self.asked.append((host, port))
+        if host not in self.known:
+            raise OSError("no such name")
+        return self.known[host]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def target(url: str) -> Target:
+    found = parse_target(url)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def names() -> Names:
+    return Names(one=["10.0.0.1"], many=["10.0.0.1", "10.0.0.2", "::3"])
+
+
+Make = Callable[..., Balancer]
+
+
+@pytest.fixture
+def balancer(names: Names, clock: Clock) -> Make:
+    def make(*urls: str) -> Balancer:
+        return Balancer([target(url) for url in urls], 100, names, clock)
+
+    return make
+
+
+def test_a_name_with_one_address_stays_a_name(balancer: Make) -> None:
+    assert balancer("http://one:5").candidates() == [Address("http", "one", 5)]
+
+
+def test_each_address_of_a_name_is_a_backend(balancer: Make) -> None:
+    found = balancer("https://many").candidates()
+    assert set(found) == {
+        Address("https", "10.0.0.1", 443, "many"),
+        Address("https", "10.0.0.2", 443, "many"),
+        Address("https", "::3", 443, "many"),
+    }
+
+
+def test_a_name_that_is_not_known_is_tried_all_the_same(balancer: Make) -> None:
+    assert balancer("http://lost:5").candidates() == [Address("http", "lost", 5)]
+
+
+def test_a_name_is_resolved_again(balancer: Make, names: Names) -> None:
+    made = balancer("http://many:1")
+    made.candidates()
+    names.known["many"] = ["10.0.0.8", "10.0.0.9"]
+    assert {address.host for address in made.candidates()} == {"10.0.0.8", "10.0.0.9"}
+
+
+def test_ties_in_turn(balancer: Make) -> None:
+    made = balancer("http://a:1", "http://b:1", "http://c:1")
+    firsts = Counter(made.candidates()[0].host for _ in range(9))
+    assert firsts == {"a": 3, "b": 3, "c": 3}
+    assert all(len(set(made.candidates())) == 3 for _ in range(3))
+
+
+def test_the_fewest_sessions_first(balancer: Make) -> None:
+    made = balancer("http://a:1", "http://b:1", "http://c:1")
+    counts: Counter[str] = Counter()
+    for number in range(30):
+        address = made.candidates()[0]
+        counts[address.host] += 1
+        made.add(str(number), address)
+    assert set(counts.values()) == {10}
+    for number in range(30):
+        if number % 2:
+            made.remove(str(number))
+            made.remove(str(number))
+    b = Address("http", "b", 1)
+    for number in range(20):
+        made.add(f"more-{number}", b)
+    assert made.candidates()[-1] == b
+
+
+def test_a_session_that_moves_counts_once(balancer: Make) -> None:
+    made = balancer("http://a:1", "http://b:1")
+    a, b = Address("http", "a", 1), Address("http", "b", 1)
+    made.add("s", a)
+    made.add("s", b)
+    assert [made.candidates()[0] for _ in range(4)] == [a] * 4
+    made.remove("s")
+    assert {made.candidates()[0] for _ in range(4)} == {a, b}
+
+
+def test_sessions_that_nobody_uses_stop_counting(balancer: Make, clock: Clock) -> None:
+    made = balancer("http://a:1", "http://b:1")
+    a, b = Address("http", "a", 1), Address("http", "b", 1)
+    made.add("used", a)
+    made.add("unused", b)
+    made.add("unused-2", b)
+    clock.now = 60
+    made.touch("used")
+    made.touch("never-here")
+    clock.now = 120
+    assert [made.candidates()[0] for _ in range(2)] == [b, b]
+    clock.now = 200
+    assert {made.candidates()[0] for _ in range(4)} == {a, b}
+
+
+def test_what_begins_at_once_is_spread(balancer: Make) -> None:
+    made = balancer("http://a:1", "http://b:1", "http://c:1")
+    begun: list[str] = []
+
+    def act(address: Address) -> None:
+        begun.append(address.host)
+        if len(begun) < 6:
+            made.first_reached(act)
+
+    made.first_reached(act)
+    assert Counter(begun) == {"a": 2, "b": 2, "c": 2}
+    assert repr(made) == "<Balancer {}>"
+
+
+def test_a_backend_that_is_not_reached_is_passed_over(balancer: Make) -> None:
+    made = balancer("http://a:1", "http://b:1")
+
+    def act(address: Address) -> str:
+        if address.host == "a":
+            raise BackendUnreached("on purpose")
+        return address.host
+
+    assert [made.first_reached(act) for _ in range(4)] == ["b"] * 4
+
+
+def test_where_no_backend_is_reached_the_last_failure_is_raised(balancer: Make) -> None:
+    made, tried = balancer("http://a:1", "http://b:1"), []
+
+    def act(address: Address) -> None:
+        tried.append(address.host)
+        raise BackendUnreached(f"{address.host} on purpose")
+
+    with pytest.raises(BackendUnreached, match="on purpose") as caught:
+        made.first_reached(act)
+    assert sorted(tried) == ["a", "b"]
+    assert caught.value.message.startswith(tried[-1])
+
+
+def test_any_other_failure_is_final(balancer: Make) -> None:
+    made, tried = balancer("http://a:1", "http://b:1"), []
+
+    def act(address: Address) -> None:
+        tried.append(address.host)
+        raise BackendLost("on purpose")
+
+    with pytest.raises(BackendLost):
+        made.first_reached(act)
+    assert len(tried) == 1
+    assert repr(made) == "<Balancer {}>"
+
+
+def test_targets_and_their_addresses_are_known(balancer: Make) -> None:
+    made = balancer("http://many:5/mcp", "https://one")
+    for url in ("http://many:5", "http://10.0.0.2:5/x", "http://[::3]:5", "https://one:443/"):
+        assert made.knows(target(url)), url
+    for url in ("http://many:6", "https://many:5", "http://10.0.0.9:5", "https://10.0.0.2"):
+        assert not made.knows(target(url)), url
+
+
+def test_a_new_address_is_looked_up_before_it_is_refused(balancer: Make, names: Names) -> None:
+    made = balancer("http://many:5")
+    made.candidates()
+    names.known["many"] = ["10.0.0.7"]
+    assert made.knows(target("http://10.0.0.7:5"))
+
+
+def test_addresses_are_remembered_for_a_while(balancer: Make, names: Names, clock: Clock) -> None:
+    made = balancer("http://many:5")
+    made.candidates()
+    names.known["many"] = ["10.0.0.7"]
+    clock.now = 99
+    assert made.knows(target("http://10.0.0.2:5"))
+    clock.now = 101
+    assert not made.knows(target("http://10.0.0.2:5"))
+    assert made.knows(target("http://many:5"))
+
+
+def test_what_is_known_is_not_looked_up(balancer: Make, names: Names) -> None:
+    made = balancer("http://many:5")
+    made.knows(target("http://10.0.0.1:5"))
+    names.asked.clear()
+    assert made.knows(target("http://10.0.0.1:5"))
+    assert names.asked == []
+
+
+def test_the_systems_own_resolver() -> None:
+    assert "127.0.0.1" in resolve("localhost", 80)
+    assert resolve("127.0.0.1", 80) == ["127.0.0.1"]
+    with pytest.raises(OSError, match=r"."):
+        resolve("no-such-name.invalid", 80)

@@ -14,13 +14,13 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import path
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from mcp_proxy import ProxyConfig, StreamableProxy, TransparentProxy, demo_server
+from mcp_proxy import ProxyOptions, StreamableProxy, TransparentProxy, demo_server
 
 HOSTS = ("localhost", "127.0.0.1", "::1")
 
 #: `threads` says what the WSGI server has, so that streams never take all of them. `allowed_hosts`
 #: is to the proxy what ALLOWED_HOSTS is to Django, with ::1 where Django has [::1].
-PROXY_SETTINGS = ProxyConfig(threads=16, allowed_hosts=HOSTS)
+PROXY_SETTINGS = ProxyOptions(threads=16, allowed_hosts=HOSTS)
 
 settings.configure(
     ALLOWED_HOSTS=["[::1]" if host == "::1" else host for host in HOSTS],
@@ -40,9 +40,9 @@ urlpatterns = [path("", home)]
 def make_proxy() -> StreamableProxy | TransparentProxy:
     """The server that EXAMPLE_TARGET_URL or EXAMPLE_COMMAND names, else the bundled demo."""
     if target_url := os.environ.get("EXAMPLE_TARGET_URL"):
-        return TransparentProxy(target_url, settings=PROXY_SETTINGS)
+        return TransparentProxy(target_url, options=PROXY_SETTINGS)
     command = os.environ.get("EXAMPLE_COMMAND") or demo_server()
-    return StreamableProxy(command, settings=PROXY_SETTINGS)
+    return StreamableProxy(command, options=PROXY_SETTINGS)
 
 
 # Nothing starts here: servers, threads and connections begin with the first MCP request, in the

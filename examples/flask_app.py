@@ -9,18 +9,18 @@ import os
 from flask import Flask
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from mcp_proxy import ProxyConfig, StreamableProxy, TransparentProxy, demo_server
+from mcp_proxy import ProxyOptions, StreamableProxy, TransparentProxy, demo_server
 
 #: `threads` says what the WSGI server has, so that streams never take all of them. `allowed_hosts`
 #: are the names that clients use; behind a reverse proxy, the public one.
-SETTINGS = ProxyConfig(threads=16, allowed_hosts=("localhost", "127.0.0.1", "::1"))
+SETTINGS = ProxyOptions(threads=16, allowed_hosts=("localhost", "127.0.0.1", "::1"))
 
 
 def make_proxy() -> StreamableProxy | TransparentProxy:
     """The server that EXAMPLE_TARGET_URL or EXAMPLE_COMMAND names, else the bundled demo."""
     if target_url := os.environ.get("EXAMPLE_TARGET_URL"):
-        return TransparentProxy(target_url, settings=SETTINGS)
-    return StreamableProxy(os.environ.get("EXAMPLE_COMMAND") or demo_server(), settings=SETTINGS)
+        return TransparentProxy(target_url, options=SETTINGS)
+    return StreamableProxy(os.environ.get("EXAMPLE_COMMAND") or demo_server(), options=SETTINGS)
 
 
 app = Flask(__name__)

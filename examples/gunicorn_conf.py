@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 worker_class = "gthread"
-threads = 16  # as in the application's ProxyConfig
+threads = 16  # as in the application's ProxyOptions
 workers = 1  # the sessions of a stdio server live in one process
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import msgspec
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.edge import health
 from mcp_proxy.edge.edge import Edge
-from mcp_proxy.edge.reply import Reply
+from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import MethodNotAllowed, NotFound, StorageUnavailable
-from mcp_proxy.ownership.owner import StdioSessions
-from mcp_proxy.replica import Replica
+from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.sharing import Sharing
-from mcp_proxy.storage.records import Storage
+from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
 from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
 from mcp_proxy.transports.sse import SSEProxy
@@ -47,21 +45,21 @@ class Application:
     def __init__(self, config: ProxyConfig) -> None:
         self.config = config
         self.edge = Edge(config)
-        self.replica = Replica()
-        self._sharing = Sharing(config)
-        self._relay = self._sharing.relay(self.replica)
+        self._storage = storage_of(config)
+        #: What this process is to other replicas, and its children.
+        self.parts = ReplicaParts(self._storage.mailboxes())
         self._mounts = {server.name: self._transports_of(server) for server in config.servers()}
         #: The transports that are asked for a server's health, by the server's name.
         self.proxies = {name: next(iter(mounts.values())) for name, mounts in self._mounts.items()}
         self._front = self._dispatcher()
         self._endpoints: dict[str, Callable[[], Reply]] = {
-            "/healthz": health.alive,
+            "/healthz": _alive,
             "/readyz": self._ready,
             "/health": self._ready,
         }
 
     def __repr__(self) -> str:
-        return f"<Application {list(self.proxies.values())!r} {self.replica!r}>"
+        return f"<Application {list(self.proxies.values())!r} {self.parts!r}>"
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         endpoint = self._endpoints.get(environ.get("PATH_INFO", ""))
@@ -87,10 +85,8 @@ class Application:
         self.edge.is_draining = True
         for transport in self._transports():
             transport.shut_down()
-        if self._relay is not None:
-            self._relay.close()
-        self.replica.close()
-        self._sharing.close()
+        self.parts.close()
+        self._storage.close()
 
     # --- putting together ------------------------------------------------------------------------
 
@@ -102,35 +98,28 @@ class Application:
 
         An HTTP server gets every path, and so does what is left of a stdio server's beside `/mcp`.
         """
-        storage = self._sharing.storage(server.name)
+        storage = self._storage.scoped(server.name)
         manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
         if isinstance(server, StdioServer):
             return self._in_front_of_stdio(server, manager)
-        proxy = TransparentProxy(
+        proxy = TransparentProxy._shared(
             server.urls,
-            settings=self.config,
+            manager,
+            self.edge,
+            self.config,
             allowed_backends=self.config.allowed_backends,
-            manager=manager,
-            edge=self.edge,
+            workers=self.parts.workers,
         )
         return {"": proxy}
 
     def _in_front_of_stdio(
         self, server: StdioServer, manager: SessionManager
     ) -> dict[str, Transport]:
-        sessions = StdioSessions(server, manager, self.replica, self.config, self._relay)
+        owner = Owner(server, manager, self.parts, self.config)
         mounts: dict[str, Transport] = {}
         for name in self.config.stdio_transports:
             path, kind = _STDIO_TRANSPORTS[name]
-            mounts[path] = kind(
-                server,
-                settings=self.config,
-                manager=manager,
-                replica=self.replica,
-                edge=self.edge,
-                relay=self._relay,
-                sessions=sessions,
-            )
+            mounts[path] = kind._shared(owner, self.edge, self.config)
         return mounts
 
     def _dispatcher(self) -> WSGIApplication:
@@ -163,14 +152,15 @@ class Application:
         return self.edge.serve(environ, start_response, handle, is_own=True)
 
     def _ready(self) -> Reply:
-        probes: dict[str, health.Probe] = {"worker": self._draining}
+        """/readyz: 200 when every part can do its work, else 503; each with its reason."""
+        reasons: dict[str, str | None] = {
+            "worker": "shutting down" if self.edge.is_draining else None,
+            "threads": self.parts.workers.not_ready_reason(),
+        }
         for name, proxy in self.proxies.items():
-            probes[f"sessions of {name}"] = _store_probe(proxy.manager.storage)
-            probes[f"server {name}"] = proxy.trouble
-        return health.ready(probes)
-
-    def _draining(self) -> str | None:
-        return "shutting down" if self.edge.is_draining else None
+            reasons[f"sessions of {name}"] = _store_reason(proxy.manager.storage)
+            reasons[f"server {name}"] = proxy.not_ready_reason()
+        return _readiness(reasons)
 
 
 def create_app(config: ProxyConfig | None = None) -> Application:
@@ -178,12 +168,41 @@ def create_app(config: ProxyConfig | None = None) -> Application:
     return Application(config or ProxyConfig.from_env())
 
 
-def _store_probe(store: Storage) -> health.Probe:
-    def probe() -> str | None:
-        try:
-            store.check()
-        except StorageUnavailable as error:
-            return str(error)
-        return None
+def storage_of(config: ProxyConfig) -> Storage:
+    """The store of all servers' sessions; nothing is sent before its first use.
 
-    return probe
+    Raises ConfigError where `redis_url` cannot be read.
+    """
+    if config.redis_url is None:
+        return LocalStorage(config.session_ttl)
+    from mcp_proxy.redis.storage import RedisStorage
+
+    try:
+        return RedisStorage(
+            config.redis_url, config.session_ttl, config.redis_prefix, config.connect_timeout
+        )
+    except ValueError as error:
+        raise ConfigError(f"redis_url {error}") from None
+
+
+# --- health --------------------------------------------------------------------------------------
+
+
+def _alive() -> Reply:
+    """/healthz: the process serves requests. Touches nothing, so nothing else can fail it."""
+    return json_reply(b'{"status":"ok"}')
+
+
+def _readiness(reasons: Mapping[str, str | None]) -> Reply:
+    is_ready = not any(reasons.values())
+    checks = {part: reason or "ok" for part, reason in reasons.items()}
+    document = {"status": "ready" if is_ready else "not ready", "checks": checks}
+    return json_reply(msgspec.json.encode(document), 200 if is_ready else 503)
+
+
+def _store_reason(store: Storage) -> str | None:
+    try:
+        store.check()
+    except StorageUnavailable as error:
+        return str(error)
+    return None

@@ -69,7 +69,7 @@ class Worker(ABC):
         self.name = name
         self.is_stopping = False
         self._workers = workers
-        self._starting = threading.Lock()  # guards _thread and _pid
+        self._starting = threading.Lock()  # guards _thread and _pid, and that a stop is final
         self._thread: threading.Thread | None = None
         self._pid: int | None = None
 
@@ -80,6 +80,11 @@ class Worker(ABC):
     def is_running(self) -> bool:
         """Whether the thread was started, in this process, and has not ended."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def was_started(self) -> bool:
+        """Whether the thread was ever started in this process."""
+        return self._pid == os.getpid() and self._thread is not None
 
     def start(self) -> None:
         """Starts the thread; harmless when repeated.
@@ -94,21 +99,24 @@ class Worker(ABC):
                 return
             if self._pid != os.getpid():
                 self.prepare()
-                self._pid = os.getpid()
+                self._pid, self._thread = os.getpid(), None
             thread = threading.Thread(target=self._run, name=self.name, daemon=True)
             thread.start()
             self._thread = thread
-        if self._workers is not None:
-            self._workers.add(self)
+            if self._workers is not None:
+                self._workers.add(self)
 
     def stop(self, timeout: float = 0.0) -> None:
         """Tells the loop to end, and waits for that at most `timeout` seconds."""
-        self.is_stopping = True
-        if self._workers is not None:
-            self._workers.discard(self)
+        with self._starting:
+            is_first, self.is_stopping = not self.is_stopping, True
+            if self._workers is not None:
+                self._workers.discard(self)
         if self.is_running:
             self.wake()
             self.wait(timeout)
+        elif is_first and self._pid == os.getpid():
+            self.finish()  # the thread has ended unasked, or could not be started
 
     def wait(self, timeout: float) -> None:
         """Waits for the end of the thread, at most `timeout` seconds."""
@@ -117,7 +125,7 @@ class Worker(ABC):
 
     def not_ready_reason(self) -> str | None:
         """What is wrong when the thread has ended that should run; None otherwise."""
-        if self._pid != os.getpid() or self.is_stopping or self.is_running:
+        if not self.was_started or self.is_stopping or self.is_running:
             return None
         return f"the thread {self.name} has ended"
 
@@ -146,7 +154,7 @@ class Worker(ABC):
                 log.critical("the thread %s has ended", self.name)
 
     def finish(self) -> None:  # noqa: B027  (most have nothing to do)
-        """What the thread does last, when it was told to stop."""
+        """What is done last, when the thread was told to stop."""
 
 
 class Periodic(Worker):
@@ -180,6 +188,10 @@ class QueueWorker(Worker, Generic[T]):
     def __init__(self, name: str, workers: Workers | None = None) -> None:
         super().__init__(name, workers)
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+
+    def prepare(self) -> None:
+        if self._pid is not None:  # after a fork: what waits is the other process's
+            self._queue = queue.SimpleQueue()
 
     def put(self, item: T) -> None:
         """Adds an item. Never waits."""
@@ -244,12 +256,12 @@ class SelectorWorker(Worker):
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(file)
 
-    def patience(self) -> float | None:
+    def timeout(self) -> float | None:
         """Seconds until something must be looked at without an event; None: never."""
         return None
 
     def run_once(self) -> None:
-        for key, _ in self._selector.select(self.patience()):
+        for key, _ in self._selector.select(self.timeout()):
             self.guarded(key.data)
 
     def guarded(self, act: Callable[[], object]) -> None:
@@ -317,8 +329,8 @@ class KeyedExecutor:
         self._changed = threading.Condition()  # guards and announces what follows
         self._acts: dict[str, deque[Callable[[], object]]] = {}
         self._ready: deque[str] = deque()  # keys that no thread is at
-        self._idle = 0
         self._threads = 0
+        self._busy = 0  # how many of them are at a key
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -327,20 +339,18 @@ class KeyedExecutor:
     def submit(self, key: str, act: Callable[[], object]) -> None:
         """Has `act` called after everything that was submitted for the key before. Never waits.
 
-        After `close` nothing is called any more.
+        After `close` nothing is called any more. Raises RuntimeError when the system has not even
+        one thread to give; then nothing was submitted.
         """
         with self._changed:
             if self._is_closed:
                 return
-            waiting = self._acts.get(key)
-            if waiting is not None:
-                waiting.append(act)
-                return
-            self._acts[key] = deque([act])
-            self._ready.append(key)
-            self._changed.notify()
-            if self._idle < len(self._ready) and self._threads < self._width:
-                self._add_thread()
+            is_new = key not in self._acts
+            self._have_idle_threads(len(self._ready) + is_new)
+            self._acts.setdefault(key, deque()).append(act)
+            if is_new:
+                self._ready.append(key)
+                self._changed.notify()
 
     def close(self) -> None:
         """Takes no more; what is waiting is not begun."""
@@ -350,8 +360,13 @@ class KeyedExecutor:
             self._ready.clear()
             self._changed.notify_all()
 
-    def _add_thread(self) -> None:
-        """Starts one more thread; where the system has none the others do the work."""
+    def _have_idle_threads(self, wanted: int) -> None:
+        """Starts one more thread unless `wanted` are idle, or there are as many as may be.
+
+        Where the system has none the others do the work; the lock is held.
+        """
+        if self._threads - self._busy >= wanted or self._threads >= self._width:
+            return
         name = f"{self._name}-{self._threads}"
         try:
             threading.Thread(target=self._run, name=name, daemon=True).start()
@@ -366,16 +381,28 @@ class KeyedExecutor:
             while (key := self._next_key()) is not None:
                 self._run_key(key)
         finally:
-            with self._changed:
-                self._threads -= 1
+            self._note_end()
+
+    def _note_end(self) -> None:
+        """A thread has ended; unless all were told to, others do what it leaves."""
+        with self._changed:
+            self._threads -= 1
+            if not self._is_closed:
+                log.critical("a thread of %s has ended", self._name)
+            if self._ready:
+                self._changed.notify()
+                with contextlib.suppress(RuntimeError):  # then the next submit tries again
+                    self._have_idle_threads(len(self._ready))
 
     def _next_key(self) -> str | None:
         """A key with something to do; None when the executor is closed."""
         with self._changed:
-            self._idle += 1
-            self._changed.wait_for(lambda: self._ready or self._is_closed)
-            self._idle -= 1
-            return None if self._is_closed else self._ready.popleft()
+            while not self._ready and not self._is_closed:
+                self._changed.wait()
+            if self._is_closed:
+                return None
+            self._busy += 1
+            return self._ready.popleft()
 
     def _run_key(self, key: str) -> None:
         while (act := self._next_act(key)) is not None:
@@ -390,9 +417,9 @@ class KeyedExecutor:
     def _give_back(self, key: str) -> None:
         """This thread ends: another one goes on with the key."""
         with self._changed:
+            self._busy -= 1
             if key in self._acts:
                 self._ready.append(key)
-                self._changed.notify()
 
     def _next_act(self, key: str) -> Callable[[], object] | None:
         """The next thing to do for a key; a key with nothing left is forgotten."""
@@ -401,4 +428,5 @@ class KeyedExecutor:
             if acts:
                 return acts.popleft()
             self._acts.pop(key, None)
+            self._busy -= 1
             return None

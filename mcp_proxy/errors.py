@@ -1,9 +1,8 @@
-"""Every error this project raises on purpose, each knowing the answer it leads to.
+"""The errors of this project, each with the HTTP status and the JSON-RPC code of its response.
 
-Rendering happens in one place, `mcp_proxy.edge.edge`; whoever raises only says what went wrong.
-JSON-RPC codes: -32700 to -32603 are JSON-RPC 2.0 section 5.1; -32000 and -32001 are the codes that
-MCP clients know from legacy servers. Codes -32020 and below mark a modern (2026-07-28) server and
-are never used here.
+One place, `mcp_proxy.edge.edge`, turns them into responses. JSON-RPC codes: -32700 to -32603 are
+JSON-RPC 2.0 section 5.1; -32000 and -32001 are the codes that MCP clients know from legacy servers.
+Codes -32020 and below mark a modern (2026-07-28) server and are never used here.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ SESSION_NOT_FOUND = -32001
 
 
 class ProxyError(Exception):
-    """Root of the tree. `status` is HTTP's, `code` is JSON-RPC's, the message is for the client.
+    """The base class: HTTP status, JSON-RPC code, and a message for the client.
 
     `request_id` is the id of the JSON-RPC request that is answered by this error, None where there
-    is none; `headers` are added to the HTTP answer.
+    is none; `headers` are added to the HTTP response.
     """
 
     status = 500
@@ -45,7 +44,7 @@ class ConfigError(ProxyError):
 
 
 class ClientError(ProxyError):
-    """The client sent something that is not served."""
+    """The client's request is invalid or not supported."""
 
     status = 400
     code = INVALID_REQUEST
@@ -91,7 +90,7 @@ class MethodNotAllowed(ClientError):
 
 
 class NotAcceptable(ClientError):
-    """The Accept header names nothing that could be sent."""
+    """The Accept header names no media type of the endpoint."""
 
     status = 406
     sentence = "Accept must name application/json, text/event-stream or both"
@@ -114,7 +113,7 @@ class UnsupportedMediaType(ClientError):
 
 
 class SessionNotFound(ClientError):
-    """No record of this id."""
+    """There is no record with this session id."""
 
     status = 404
     code = SESSION_NOT_FOUND
@@ -128,17 +127,20 @@ class SessionUnknown(SessionNotFound):
 
 
 class SessionEnded(SessionNotFound):
-    """The id was issued and its session is over; a client starts a new one on 404."""
+    """The id was issued and its session has ended; on 404 a client starts a new session.
+
+    MCP 2025-11-25, transports, "Session Management".
+    """
 
 
 class StorageError(ProxyError):
-    """The session store could not do its work."""
+    """The session store failed."""
 
     code = PROXY_ERROR
 
 
 class StorageUnavailable(StorageError):
-    """The store cannot be reached: nothing is known about any session, so none counts as gone."""
+    """The store cannot be reached, so no session can be said to have ended."""
 
     status = 503
     sentence = "The session store cannot be reached; try again shortly"
@@ -149,7 +151,7 @@ class StorageUnavailable(StorageError):
 
 
 class SessionExists(StorageError):
-    """A record with this id is there already."""
+    """A record with this id exists already."""
 
 
 class BackendError(ProxyError):
@@ -160,15 +162,15 @@ class BackendError(ProxyError):
 
 
 class BackendLost(BackendError):
-    """The backend ended while it was used, or before."""
+    """The backend was lost or cannot be started; it may have executed the request."""
 
 
 class BackendUnreached(BackendLost):
-    """The backend got nothing of the request, so it may be sent again, there or elsewhere."""
+    """The backend got nothing of the request, which may be sent again, there or elsewhere."""
 
 
 class BackendUnavailable(BackendError):
-    """The backend got nothing of the request and may be alive: try again shortly, there."""
+    """The backend got nothing of the request and may still run: try again there shortly."""
 
     status = 503
 
@@ -184,7 +186,7 @@ class BackendTimeout(BackendError):
 
 
 class ClientLeft(ProxyError):
-    """The client is gone: there is nobody to answer, and the backend has done nothing wrong."""
+    """The client has left: no answer can be sent, and the backend has not failed."""
 
     status = 499
     code = PROXY_ERROR

@@ -1,6 +1,6 @@
 """gunicorn's configuration, from the environment: `gunicorn -c python:mcp_proxy.gunicorn_conf`.
 
-gunicorn takes the module's globals for its settings.
+gunicorn reads its settings from the globals of this module.
 """
 
 from mcp_proxy.config import ProxyConfig

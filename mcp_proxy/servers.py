@@ -46,7 +46,7 @@ Server = StdioServer | HttpServer
 
 
 def demo_server() -> StdioServer:
-    """The server that comes with the package."""
+    """The demo server of this package."""
     script = Path(__file__).parent / "demo" / "server.py"
     return StdioServer("demo", (sys.executable, "-I", str(script)))
 
@@ -64,7 +64,7 @@ class _Switch(msgspec.Struct):
 
 
 class _Entry(msgspec.Struct):
-    """A server in the file; keys that other programs use are left alone."""
+    """A server in the file; keys of other programs are ignored."""
 
     command: str | None = None
     args: list[str] = []
@@ -99,7 +99,7 @@ def read_servers(path: Path, environ: Mapping[str, str]) -> list[Server]:
 def _read_server(path: Path, name: str, entry: Any, environ: Mapping[str, str]) -> Server | None:
     """The server of one entry, None if it is switched off."""
     if not _NAME.fullmatch(name) or name in (".", ".."):
-        raise ConfigError(f"{path}: a server's name becomes part of a path, {name!r} cannot")
+        raise ConfigError(f"{path}: a server's name must fit into a URL path, {name!r} does not")
     try:
         switch = msgspec.convert(entry, _Switch)
         if switch.disabled or not switch.enabled:
@@ -122,7 +122,7 @@ def _server(name: str, entry: _Entry) -> Server:
 
 
 def _expanded(entry: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """An entry with variables replaced, in the fields that are ours."""
+    """The fields of an entry that we use, with variables replaced."""
     ours = {field.name for field in msgspec.structs.fields(_Entry)}
     return {name: _expand(value, environ) for name, value in entry.items() if name in ours}
 
@@ -146,7 +146,7 @@ def _lookup(match: re.Match[str], environ: Mapping[str, str]) -> str:
 
 
 def split_command(command: str) -> list[str]:
-    """A command line as a shell would split it; raises ConfigError where none could."""
+    """A command line as a shell would split it; raises ConfigError for an invalid one."""
     try:
         return shlex.split(command)
     except ValueError as error:
@@ -162,6 +162,6 @@ def as_command(command: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def plain(complaint: str) -> str:
-    """msgspec's complaint about a text, as the one who wrote the text understands it."""
+    """msgspec's error message, in plain words for the author of the text."""
     complaint = complaint.replace(", got `str`", "").replace("`", "")
     return complaint[:1].lower() + complaint[1:] if complaint[1:2].islower() else complaint

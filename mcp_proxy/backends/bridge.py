@@ -1,7 +1,7 @@
-"""The bridge: one child, many exchanges.
+"""The bridge: a child as a backend, from its start to its exit, with many exchanges.
 
-What lives here: a child as a backend, from its start to its end. The rules of who gets what are the
-switchboard's; the process is the supervisor's; sessions and HTTP are nobody's business here.
+The switchboard decides which exchange gets a message; the supervisor owns the process. Sessions and
+HTTP are unknown here.
 
 Threads: the child's reader calls `_on_line`, the supervisor `_on_exit`, request threads the rest.
 One lock guards the switchboard; writing to the child happens outside it.
@@ -16,9 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from mcp_proxy.backends.base import Backend, Delivery
-from mcp_proxy.backends.exchange import QueuedExchange
-from mcp_proxy.backends.switchboard import Call, Switchboard
+from mcp_proxy.backends.exchange import (
+    Backend,
+    Exchange,
+    ServerMessage,
+    StreamLog,
+    no_answer,
+)
+from mcp_proxy.backends.switchboard import PendingCall, Switchboard
 from mcp_proxy.errors import (
     PROXY_ERROR,
     BackendError,
@@ -32,6 +37,7 @@ from mcp_proxy.processes.child import shown
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 
 log = logging.getLogger(__name__)
@@ -40,19 +46,18 @@ log = logging.getLogger(__name__)
 WRITE_TIMEOUT = 30.0
 CANCEL_GRACE = 2.0
 
-# Seconds until the end of a child that cannot be written to is noticed.
+# Seconds to wait for the exit of a child that has closed its input.
 _NOTICE = 2.0
 
 _NOBODY = "No client is listening that could answer"
 
-_INITIALIZE = "initialize"
 _CANCELLED = "notifications/cancelled"
 
 
 class Bridge(Backend):
-    """A child process as a backend; dies with the child. Raises BackendLost if that cannot start.
+    """A child process as a backend. Raises BackendLost if the child cannot be started.
 
-    `on_lost` is called once, from another thread, when the child has ended without being asked to.
+    `on_lost` is called once, from another thread, when the child has exited without being stopped.
     """
 
     def __init__(
@@ -69,18 +74,20 @@ class Bridge(Backend):
         self._on_lost = on_lost
         self._lock = threading.Lock()  # guards _switchboard and _lost
         self._switchboard = Switchboard()
-        self._lost: str | None = None
+        self._lost: str | None = None  # why the backend is lost
+        #: Whether messages can still be sent.
+        self.is_alive = True
         self._is_closed = False
-        self._gone = threading.Event()
-        self._child = supervisor.spawn(server, max_message, self._on_line, self._on_exit)
+        self._has_exited = threading.Event()
+        #: The log of the session's streams, once there is a session; None: none can be resumed.
+        self.log: StreamLog | None = None
+        #: Called once, by `close`.
+        self.on_close: Callable[[], object] | None = None
+        self._child = supervisor.spawn(server, max_message, self._on_exit)
+        supervisor.read(self._child, self._on_line)
 
     def __repr__(self) -> str:
         return f"<Bridge {self._child!r} {self._switchboard!r} lost={self._lost!r}>"
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether messages can still be sent."""
-        return self._lost is None
 
     @property
     def is_busy(self) -> bool:
@@ -89,7 +96,7 @@ class Bridge(Backend):
 
     @property
     def is_watched(self) -> bool:
-        """Whether a client is listening right now."""
+        """Whether a client waits for an answer or listens to the standing stream."""
         return self.is_busy or self.has_stream
 
     @property
@@ -104,42 +111,34 @@ class Bridge(Backend):
 
     # --- from the client -------------------------------------------------------------------------
 
-    def send(
-        self, requests: Sequence[Request], accepts_stream: bool, timeout: float
-    ) -> QueuedExchange:
-        exchange = QueuedExchange(self, len(requests), accepts_stream)
+    def send(self, exchange: Exchange) -> None:
+        exchange.attach(self, self.log if exchange.accepts_stream else None)
+        lines: list[bytes] = []
         with self._lock:
-            self._require_alive()
-            exchange.set_deadline(timeout, lambda: _no_answer(timeout))
-            lines = [self._switchboard.enter(request, exchange) for request in requests]
+            if not self.is_alive:
+                raise BackendUnreached(self._lost)
+            for request in exchange.requests:
+                lines.append(self._switchboard.enter(request, exchange))
         try:
             self._write(b"\n".join(lines))
         except BackendUnreached as error:
             with self._lock:
-                self._switchboard.leave_exchange(exchange)
-            self._gone.wait(
-                _NOTICE
-            )  # how it ended is a better reason than that its input is closed
+                self._switchboard.pop_exchange(exchange)
+            # The exit status is a better reason than the closed input.
+            self._has_exited.wait(_NOTICE)
             raise BackendUnreached(self._lost or str(error)) from error
-        return exchange
 
     def submit(self, request: Request, timeout: float) -> None:
         with self._lock:
             self._require_alive()
             stream = self._switchboard.stream
             if stream is None:
-                raise BackendLost("There is no stream that the answer could go to")
-            line = self._switchboard.enter(request, stream, time.monotonic() + timeout)
-            self._set_next_deadline(stream, lambda: _no_answer(timeout))
+                raise BackendLost("There is no stream for the answer")
+            deadline = time.monotonic() + timeout
+            line = self._switchboard.enter(request, stream, deadline)
+            if stream.deadline is None or deadline < stream.deadline:
+                stream.set_deadline(deadline, lambda: no_answer(timeout))
         self._write(line)
-
-    def _set_next_deadline(
-        self, stream: QueuedExchange, on_deadline: Callable[[], BackendError]
-    ) -> None:
-        """Has the stream look at its calls when the first of them is due; the lock is held."""
-        due = self._switchboard.next_deadline(stream)
-        if due is not None and due != stream.deadline:
-            stream.set_deadline(due - time.monotonic(), on_deadline)
 
     def notify(self, notification: Notification) -> None:
         self._require_alive()
@@ -152,15 +151,15 @@ class Bridge(Backend):
         """Passes a cancellation on under the child's id for the newest call with that id."""
         with self._lock:
             call = self._switchboard.newest(jsonrpc.cancelled_id_of(notification))
-        if call is None or call.method == _INITIALIZE:
-            return  # the answer was faster, or it must not be cancelled (lifecycle page)
+        if call is None or call.method == INITIALIZE:
+            return  # answered already, or never to be cancelled (MCP 2025-11-25, cancellation)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
         self._write(jsonrpc.encode(Notification(_CANCELLED, params)))
         if call.deadline is None:
-            call.exchange.set_deadline(CANCEL_GRACE, Cancelled)
+            call.exchange.set_deadline(time.monotonic() + CANCEL_GRACE, Cancelled)
             return
-        with self._lock:  # on the HTTP+SSE wire nobody waits for an answer any more
-            self._switchboard.leave(call.wire_id)
+        with self._lock:  # over HTTP+SSE a cancelled call needs no answer
+            self._switchboard.pop(call.wire_id)
 
     def respond(self, response: Response) -> None:
         with self._lock:
@@ -168,61 +167,73 @@ class Bridge(Backend):
         if is_awaited:
             self._write(jsonrpc.encode(response))
         else:
-            log.info("[%s] dropped a client's response that nobody waits for", self.name)
+            log.info("[%s] dropped a client's response to no pending request", self.name)
 
-    def listen(self, after: str | None = None) -> QueuedExchange:
-        stream = QueuedExchange(self, None, accepts_stream=True)
+    def listen(self, exchange: Exchange, after: str | None = None) -> None:
+        exchange.attach(self, self.log)
+        if self.log is not None and not self.log.continue_standing(
+            exchange, after, self.has_stream
+        ):
+            exchange.end(replaced=True)
+            return
         with self._lock:
             self._require_alive()
-            older = self._switchboard.set_stream(stream)
+            older = self._switchboard.set_stream(exchange)
         if older is not None:
             older.end(replaced=True)
-        return stream
 
     def end_stream(self) -> None:
         """Ends the standing stream; the client may open another one elsewhere.
 
-        One on which answers are still to leave, as all do on HTTP+SSE, is left as it is.
+        Does nothing while answers are still to be sent on it, as over HTTP+SSE.
         """
         with self._lock:
             stream = self._switchboard.stream
-            if stream is None or self._switchboard.owes(stream):
+            if stream is None or self._switchboard.has_calls(stream):
                 return
             self._switchboard.set_stream(None)
         stream.end()
 
-    def retire(self) -> bool:
-        """Ends the backend unless a client waits for an answer; whether it did."""
+    def hand_over(self) -> bool:
+        """Closes the backend unless a client waits for an answer; returns whether it did."""
         with self._lock:
             if self._switchboard.has_posts:
                 return False
-            self._lost = self._lost or "The session goes to another replica"
+            self._set_lost("The session goes to another replica")
         self.close()
         return True
 
-    def close(self, reason: str = "The session was ended") -> None:
+    def close(self, reason: str = "The session has ended and the server was stopped") -> None:
+        on_close, self.on_close = self.on_close, None
         self._is_closed = True
+        if on_close is not None:
+            on_close()
         self._fail_all(reason)
-        self._supervisor.retire(self._child)
+        self._supervisor.stop_child(self._child)
+
+    def _set_lost(self, sentence: str) -> None:
+        """Only the first reason counts. The lock is held."""
+        self._lost = self._lost or sentence
+        self.is_alive = False
 
     def _require_alive(self) -> None:
         if self._lost is not None:
             raise BackendUnreached(self._lost)
 
     def _write(self, line: bytes) -> None:
-        """Writes to the child; one that cannot be written to any more is stopped."""
+        """Writes to the child, and stops it if that fails."""
         try:
             self._child.write(line, WRITE_TIMEOUT)
         except BackendTimeout:
             log.error("[%s] the server does not read its input; stopping it", self.name)
-            self._supervisor.retire(self._child)
+            self._supervisor.stop_child(self._child)
             raise
         except BackendUnreached:
-            self._supervisor.retire(self._child)
+            self._supervisor.stop_child(self._child)
             raise
         except BackendLost:
-            # Its exit is about to be noticed, and every call will be told how it ended.
-            self._supervisor.retire(self._child)
+            # Its exit is about to be noticed; then every call fails with the exit status.
+            self._supervisor.stop_child(self._child)
 
     # --- from the child --------------------------------------------------------------------------
 
@@ -237,7 +248,7 @@ class Bridge(Backend):
                 exchange.wait_for_room()
 
     def _parse(self, line: bytes) -> Sequence[Message]:
-        """The messages in a line of output: none if it is noise, several if it is a batch."""
+        """The messages in a line of output: none if it is invalid, several if it is a batch."""
         try:
             parsed = jsonrpc.parse(line)
         except ClientError:
@@ -245,12 +256,12 @@ class Bridge(Backend):
                 parsed = jsonrpc.parse(jsonrpc.repair(line))
             except ClientError as error:
                 if line.strip():
-                    log.warning("[%s] no message on stdout (%s): %s", self.name, error, shown(line))
+                    log.warning("[%s] bad line on stdout (%s): %s", self.name, error, shown(line))
                 return ()
         return parsed if isinstance(parsed, list) else (parsed,)
 
-    def _take(self, message: Message) -> QueuedExchange | None:
-        """Delivers one message of the child and returns where it went, None if it waits."""
+    def _take(self, message: Message) -> Exchange | None:
+        """Delivers one message of the child and returns its exchange, None if it went to none."""
         if isinstance(message, Response):
             return self._take_response(message)
         with self._lock:
@@ -262,23 +273,23 @@ class Bridge(Backend):
         self._give_up(dropped)
         return exchange
 
-    def _take_response(self, response: Response) -> QueuedExchange | None:
+    def _take_response(self, response: Response) -> Exchange | None:
         with self._lock:
-            call = self._switchboard.leave(response.id)
+            call = self._switchboard.pop(response.id)
             if call is not None:
                 data = jsonrpc.encode(response, call.id)
-                call.exchange.offer(Delivery(data, is_response=True))
+                call.exchange.offer(ServerMessage(data, is_response=True))
                 return call.exchange
-        log.debug("[%s] dropped an answer that nobody waits for", self.name)
+        log.debug("[%s] dropped an answer to no pending call", self.name)
         return None
 
     def _give_up(self, undelivered: Sequence[Request | Notification]) -> None:
-        """What no client could take is logged; a request of the child gets its answer from us."""
+        """Logs the messages that no client could take, and answers the requests among them."""
         for message in undelivered:
             if isinstance(message, Notification):
-                log.warning("[%s] no client listens; gave up a %s", self.name, message.method)
+                log.warning("[%s] no client listens; dropped a %s", self.name, message.method)
                 continue
-            # A ping asks whether anybody is there: we are. Anything else only a client can answer.
+            # The proxy can answer a ping; any other request only a client can.
             answer = Response(message.id, result=jsonrpc.as_payload({}))
             if not _is_ping(message):
                 log.warning("[%s] no client listens; refused a %s", self.name, message.method)
@@ -287,16 +298,16 @@ class Bridge(Backend):
                 self._write(jsonrpc.encode(answer))
 
     def _on_exit(self, how: str) -> None:
-        self._fail_all(f"The server ended ({how})")
-        self._gone.set()
+        self._fail_all(f"The server exited ({how})")
+        self._has_exited.set()
         if not self._is_closed:
-            log.warning("[%s] the server ended by itself (%s)", self.name, how)
+            log.warning("[%s] the server exited by itself (%s)", self.name, how)
             self._on_lost(self)
 
     def _fail_all(self, sentence: str) -> None:
-        """Ends every exchange; from now on the backend is lost. Only the first reason counts."""
+        """Ends every exchange; from now on the backend is lost."""
         with self._lock:
-            self._lost = self._lost or sentence
+            self._set_lost(sentence)
             calls, stream = self._switchboard.clear()
         for call in calls:
             _fail(call, BackendLost(f"{sentence} before it answered"))
@@ -305,32 +316,41 @@ class Bridge(Backend):
 
     # --- from exchanges --------------------------------------------------------------------------
 
-    def expire(self, exchange: QueuedExchange, failure: BackendError) -> None:
-        """Answers what is unanswered, and tells the child not to go on with it."""
+    def expire(self, exchange: Exchange, failure: BackendError) -> None:
+        """Answers the overdue calls with `failure`, and cancels them at the child."""
         with self._lock:
-            overdue = self._switchboard.leave_overdue(exchange, time.monotonic())
-            self._set_next_deadline(exchange, lambda: failure)
+            overdue = self._switchboard.pop_overdue(exchange, time.monotonic())
+            due = self._switchboard.next_deadline(exchange)
+        if due is not None:
+            exchange.set_deadline(due, lambda: failure)
         for call in overdue:
             _fail(call, failure)
-            if call.method != _INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:
+            if call.method != INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:
                 reason = {"requestId": call.wire_id, "reason": "The proxy's time limit has passed"}
                 with contextlib.suppress(BackendError):  # then it is being stopped anyway
                     self._write(
                         jsonrpc.encode(Notification(_CANCELLED, jsonrpc.as_payload(reason)))
                     )
 
-    def detach(self, exchange: QueuedExchange) -> None:
-        """The client left: its call goes on (a disconnect is no cancellation), the rest waits."""
+    def leave(self, exchange: Exchange) -> None:
+        """Detaches an exchange whose client has left; its calls go on, its other messages wait.
+
+        A disconnect is no cancellation (MCP 2025-11-25, transports, "Sending Messages to the
+        Server").
+        """
         with self._lock:
-            self._switchboard.depart(exchange)
+            self._switchboard.leave(exchange)
             dropped = self._switchboard.overflow()
         self._give_up(dropped)
 
-    def expire_unheard(self) -> None:
-        """Applies deadlines to calls whose client left: nobody else looks at those."""
+    def stream_begun(self, exchange: Exchange) -> None:
+        """Does nothing: the child need not know."""
+
+    def expire_left_calls(self) -> None:
+        """Applies the deadlines of calls whose client has left."""
         with self._lock:
-            unheard = self._switchboard.unheard()
-        for exchange in unheard:
+            left = self._switchboard.left_exchanges()
+        for exchange in left:
             exchange.expire_if_due()
 
 
@@ -338,10 +358,6 @@ def _is_ping(message: Message) -> bool:
     return isinstance(message, Request) and message.method == "ping"
 
 
-def _fail(call: Call, failure: BackendError) -> None:
+def _fail(call: PendingCall, failure: BackendError) -> None:
     data = jsonrpc.encode_error(PROXY_ERROR, failure.message, call.id)
-    call.exchange.offer(Delivery(data, is_response=True, failure=failure))
-
-
-def _no_answer(timeout: float) -> BackendTimeout:
-    return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
+    call.exchange.offer(ServerMessage(data, is_response=True, failure=failure))

@@ -1,7 +1,14 @@
-"""The exchange of a backend that pushes: a queue with a deadline and a bound.
+"""The contract between a transport and what stands behind a session.
 
-Threads: the backend's reader offers, one request thread receives, anyone may close. Deliveries and
-byte counts need no lock of their own: each counter has a single writer.
+A transport makes an exchange, the client's view of one answer, and hands it to a backend, which
+attaches a source: whoever has the messages. Whether the server is a child of this process, of
+another replica, or behind HTTP shows nowhere above this line.
+
+An exchange waits for its answer, is a stream, and is over when everything was received; it is
+closed when its client no longer listens.
+
+Threads: the source offers, one thread receives, anyone may close. Messages and byte counts need no
+lock of their own: each counter has a single writer.
 """
 
 from __future__ import annotations
@@ -9,198 +16,440 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from abc import abstractmethod
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
-from mcp_proxy.backends.base import Delivery, Exchange
-from mcp_proxy.errors import BackendError
+from mcp_proxy.errors import BackendError, BackendTimeout, BackendUnreached
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 #: Bytes that may wait for a slow client before its server's reader waits too.
 MAX_BACKLOG = 4 * 1024 * 1024
-
-_END = Delivery(b"", is_response=False)
 
 # Seconds between looks at whether the client of a crowded exchange has left.
 _ROOM_CHECK = 1.0
 
 
-class ExchangeOwner(Protocol):
-    """Who is told of what happens to an exchange."""
+class ServerMessage(NamedTuple):
+    """One message for the client: a line of JSON.
 
-    def expire(self, exchange: QueuedExchange, failure: BackendError) -> None:
-        """The deadline has passed: whatever is unanswered is answered by `failure`."""
+    `is_response` tells answers from what comes before them. `failure` is set where the proxy wrote
+    the answer itself because the backend gave none. `event_id` is set where the message was logged
+    under it; without data it is where a stream begins.
+    """
 
-    def detach(self, exchange: QueuedExchange) -> None:
-        """The client no longer listens."""
-
-
-class PushedExchange(Exchange):
-    """An exchange that can be served by somebody who serves many, and waits for none of them."""
-
-    @abstractmethod
-    def poll(self) -> Delivery | None:
-        """The next delivery if it is there. Never waits, and unlike `receive` expires nothing."""
-
-    @abstractmethod
-    def wake_with(self, wake: Callable[[], None]) -> None:
-        """Has `wake`, which must be quick, called by whoever makes something happen here."""
-
-    @property
-    @abstractmethod
-    def is_due(self) -> bool:
-        """Whether a deadline has passed."""
-
-    @abstractmethod
-    def expire_if_due(self) -> None:
-        """Acts on a deadline that has passed; for an exchange that nobody waits for."""
+    data: bytes
+    is_response: bool
+    failure: BackendError | None = None
+    event_id: str | None = None
 
 
-class QueuedExchange(PushedExchange):
-    """`expected` responses are to come, or None for a stream that ends only when it is ended."""
+_END = ServerMessage(b"", is_response=False)
 
-    def __init__(self, owner: ExchangeOwner, expected: int | None, accepts_stream: bool) -> None:
+
+class Source(Protocol):
+    """Who has the messages of an exchange, and is told of what happens to it."""
+
+    def stream_begun(self, exchange: Exchange) -> None:
+        """The client gets a stream, even if nothing but the answer comes."""
+
+    def expire(self, exchange: Exchange, failure: BackendError) -> None:
+        """The deadline has passed: whatever is unanswered is to be answered by `failure`."""
+
+    def leave(self, exchange: Exchange) -> None:
+        """The client no longer listens; a call that is running goes on."""
+
+
+class StreamLog(Protocol):
+    """The log of one session's streams, from which they are resumed. Thread-safe."""
+
+    def begin(self, exchange: Exchange) -> str | None:
+        """Logs that a stream begins, and for which requests.
+
+        The id of that event, None where it could not be logged.
+        """
+
+    def append(self, exchange: Exchange, message: ServerMessage, is_last: bool) -> str | None:
+        """Logs a message before it is sent; its event id, None where it could not be logged."""
+
+    def missed(self, exchange: Exchange, after: str) -> list[ServerMessage]:
+        """The messages that were logged of the exchange's stream after an event."""
+
+    def continue_standing(self, exchange: Exchange, after: str | None, is_taken: bool) -> bool:
+        """Has a standing stream go on where an earlier one was at the event `after`.
+
+        False where that is not possible any more since another one has begun (`is_taken`): what
+        was missed is then all that the exchange has.
+        """
+
+    def read_on(self, exchange: Exchange) -> None:
+        """Reads the rest of a stream into the log: its client has left, and may come back."""
+
+
+class Exchange:
+    """The messages that belong to `requests`, which came in one body, in order.
+
+    Without requests it is the session's standing stream. `accepts_stream` says whether anything but
+    responses may be delivered; `timeout` is in how many seconds each request is answered, if need
+    be by a failure.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request] = (),
+        accepts_stream: bool = True,
+        timeout: float | None = None,
+    ) -> None:
+        self.requests = requests
         self.accepts_stream = accepts_stream
+        self.timeout = timeout
+        #: Whether the client gets, or has to get, a stream.
+        self.is_stream = not requests
+        #: Whether everything that belongs here was received.
+        self.is_over = False
+        #: Whether the client has stopped listening, and nobody reads in its place.
+        self.is_closed = False
+        #: Whether this was a standing stream whose place a newer one took.
+        self.was_replaced = False
+        #: The name of the stream in the log, empty before it has one.
+        self.stream = ""
         self.deadline: float | None = None
+        #: Called with each response before the client gets it; what it raises the receiver gets.
+        self.on_response: Callable[[ServerMessage], object] | None = None
+        #: Called once when the client's side is done with the exchange.
+        self.on_close: Callable[[], object] | None = None
+        #: Sends the requests to another backend, at most once, when this one got nothing of them.
+        self.resend: Callable[[Exchange], object] | None = None
+        self._source: Source | None = None
+        self._log: StreamLog | None = None
+        self._is_logged = False  # that the stream begins; true where there is no log
+        self._missed_after: str | None = None
+        self._on_ready: Callable[[], object] | None = None
+        self._read_more: Callable[[float], object] | None = None
+        self._on_read: Callable[[], object] | None = None
         self._on_deadline: Callable[[], BackendError] | None = None
-        self._owner = owner
-        self._expected = expected
-        self._queue: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
-        self._offered = 0  # bytes; written by the reader
-        self._taken = 0  # bytes; written by the receiver
+        self._unanswered = len(requests)
+        self._queue: queue.SimpleQueue[ServerMessage | None] = queue.SimpleQueue()
+        self._ahead: deque[ServerMessage] = deque()  # what is received before what is in the queue
+        self._is_ended = False  # nothing comes after what is ahead
+        self._is_left = False
+        self._offered = 0  # bytes; written by the source
+        self._read = 0  # bytes; written by the receiver
         self._room: threading.Event | None = None  # made when the client is slow
-        self._wake: Callable[[], None] | None = None
-        self._closed = False
-        self._ended = False
 
     def __repr__(self) -> str:
-        backlog = self._offered - self._taken
-        return f"<QueuedExchange expected={self._expected} backlog={backlog} over={self.is_over}>"
+        return (
+            f"<Exchange {[request.method for request in self.requests] or 'standing'}"
+            f" unanswered={self._unanswered} backlog={self.backlog} stream={self.is_stream}"
+            f" over={self.is_over} closed={self.is_closed}>"
+        )
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that were offered and not yet received."""
+        return self._offered - self._read
 
     # --- the receiving side ----------------------------------------------------------------------
 
-    @property
-    def is_over(self) -> bool:
-        return self._ended or self._expected == 0
+    def receive(self, timeout: float) -> ServerMessage | None:
+        """The next message, None if nothing came for `timeout` seconds or the exchange is over.
 
-    def receive(self, timeout: float) -> Delivery | None:
+        A backend that is lost, silent beyond the time limit, or cancelled is no exception here:
+        each request gets a response that says so. Only that no backend got anything of the
+        requests, where this turns out late, raises BackendUnreached, before any message.
+        """
         until = time.monotonic() + timeout
         while not self.is_over:
-            item = self._next(until)
-            if item is _END:
-                self._ended = True
-            elif item is not None:
-                return self._account(item)
-            elif time.monotonic() >= until and self._queue.empty():
-                return None
+            if self.is_stream and not self._is_logged:
+                self._log_begin()
+            if self._ahead or self._is_ended:
+                return self._next()
+            limit = until if self.deadline is None else min(until, self.deadline)
+            message = self._take(self._wait(max(0.0, limit - time.monotonic())))
+            if message is not None:
+                return message
+            if time.monotonic() >= until and self._queue.empty():
+                break
         return None
 
-    def poll(self) -> Delivery | None:
+    def poll(self) -> ServerMessage | None:
+        """The next message if it is there. Never waits, and unlike `receive` expires nothing."""
         while not self.is_over:
+            if self.is_stream and not self._is_logged:
+                self._log_begin()
+            if self._ahead or self._is_ended:
+                return self._next()
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
                 return None
-            if item is _END:
-                self._ended = True
-            elif item is not None:
-                return self._account(item)
+            message = self._take(item)
+            if message is not None:
+                return message
         return None
 
-    def _next(self, until: float) -> Delivery | None:
+    def _wait(self, seconds: float) -> ServerMessage | None:
         """One item; None for a wake-up, or when the time or the deadline has come."""
-        limit = until if self.deadline is None else min(until, self.deadline)
+        if self._read_more is not None and self._queue.empty():
+            self._read_more(seconds)
+            seconds = 0.0
         try:
-            return self._queue.get(timeout=max(0.0, limit - time.monotonic()))
+            return self._queue.get(timeout=seconds)
         except queue.Empty:
             self.expire_if_due()
             return None
 
-    def _account(self, item: Delivery) -> Delivery:
-        self._taken += len(item.data)
+    def _take(self, item: ServerMessage | None) -> ServerMessage | None:
+        """What the client gets next, now that `item` has come."""
+        if self._missed_after is not None:
+            self._catch_up(self._missed_after)
+        if item is _END:
+            self._is_ended = True
+        elif item is not None:
+            self._note(item)
+        return self._next()
+
+    def _next(self) -> ServerMessage | None:
+        message = self._ahead.popleft() if self._ahead else None
+        self.is_over = self._is_ended and not self._ahead
+        return message
+
+    def _note(self, message: ServerMessage) -> None:
+        if message.failure is not None and not message.is_response:
+            self._send_again(message.failure)
+            return
+        self._read += len(message.data)
         if self._room is not None:
             self._room.set()
-        if item.is_response and self._expected is not None:
-            self._expected -= 1
-        return item
+        if self._on_read is not None:
+            self._on_read()
+        if not message.is_response:
+            self.is_stream = True
+        elif self.requests:
+            self._unanswered -= 1
+            self._is_ended = self._unanswered == 0
+        if message.is_response and self.on_response is not None:
+            self.on_response(message)
+        if self._log is not None and self.is_stream:
+            message = self._logged(self._log, message)
+        self._ahead.append(message)
 
-    def wake_with(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
-        wake()
+    def _send_again(self, failure: BackendError) -> None:
+        resend, self.resend = self.resend, None
+        if resend is None or not isinstance(failure, BackendUnreached):
+            raise failure
+        resend(self)
+
+    def begin_stream(self) -> None:
+        """The client gets a stream, even if nothing but the answer comes: what is received from
+        now on can be resumed, if there is a log. Harmless when repeated.
+        """
+        if not self.is_stream:
+            self.is_stream = True
+            if self._source is not None:
+                self._source.stream_begun(self)
+            if self._on_ready is not None:
+                self._on_ready()
+
+    def set_on_ready(self, on_ready: Callable[[], object]) -> None:
+        """Has `on_ready`, which must be quick, called by whoever makes something happen here.
+
+        For who serves many exchanges and waits for none of them. Called at once where something
+        has happened already.
+        """
+        self._on_ready = on_ready
+        has_to_begin = self.is_stream and not self._is_logged
+        if has_to_begin or self._ahead or self._is_ended or not self._queue.empty():
+            on_ready()
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            if self._room is not None:
-                self._room.set()
-            if self._expected != 0:  # nothing follows the last response, so nobody holds this
-                self._owner.detach(self)
+        """The client no longer listens; a call that is running goes on. Harmless when repeated.
 
-    # --- the offering side -----------------------------------------------------------------------
+        A stream whose client may come back for the rest is read on, into the log.
+        """
+        if self._is_left:
+            return
+        self._is_left = True
+        try:
+            if self.is_over:  # nothing follows the last response
+                self.is_closed = True
+            elif self._log is not None and self.is_stream and self.requests:
+                self._log.read_on(self)
+            else:
+                self._leave()
+        finally:
+            if self.on_close is not None:
+                self.on_close()
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether the client has stopped listening."""
-        return self._closed
+    def _leave(self) -> None:
+        self.is_closed = True
+        if self._room is not None:
+            self._room.set()
+        if self._source is not None:
+            self._source.leave(self)
 
-    def offer(self, delivery: Delivery) -> None:
+    # --- the log ---------------------------------------------------------------------------------
+
+    def continue_after(self, event_id: str, missed: Iterable[ServerMessage]) -> None:
+        """This stream goes on where an earlier one of the same name was when its client left."""
+        self._is_logged = True
+        self._ahead.extend(missed)
+        self._missed_after = self._ahead[-1].event_id if self._ahead else event_id
+
+    def _catch_up(self, after: str) -> None:
+        """What was logged meanwhile: whoever read the stream before may still be at it."""
+        self._missed_after = None
+        if self._log is not None:
+            self._ahead.extend(self._log.missed(self, after))
+
+    def _log_begin(self) -> None:
+        """Logs the event with which the stream begins; it is received next."""
+        self._is_logged = True
+        event_id = None if self._log is None else self._log.begin(self)
+        if event_id is not None:
+            self._ahead.append(ServerMessage(b"", is_response=False, event_id=event_id))
+
+    def _logged(self, log: StreamLog, message: ServerMessage) -> ServerMessage:
+        if not self._is_logged:
+            self._log_begin()
+        return message._replace(event_id=log.append(self, message, self._is_ended))
+
+    # --- the source's side -----------------------------------------------------------------------
+
+    def attach(
+        self,
+        source: Source,
+        log: StreamLog | None = None,
+        read_more: Callable[[float], object] | None = None,
+        on_read: Callable[[], object] | None = None,
+        grace: float = 0.0,
+    ) -> None:
+        """From now on the messages come from `source`, and streams are logged in `log`.
+
+        A source without a thread gives `read_more`: the receiver calls it, with seconds that it
+        may wait, to have more offered. `on_read` is called for each message that was received.
+        `grace` are seconds beyond the time limit for a source that applies the limit itself.
+        """
+        self._source = source
+        self._log = log
+        self._is_logged = log is None
+        self._read_more = read_more
+        self._on_read = on_read
+        if self.timeout is not None:
+            self.deadline = time.monotonic() + self.timeout + grace
+        if self.is_stream and self.requests:
+            source.stream_begun(self)
+
+    def offer(self, message: ServerMessage) -> None:
         """Adds a message; never blocks."""
-        self._offered += len(delivery.data)
-        self._put(delivery)
+        self._offered += len(message.data)
+        self._queue.put(message)
+        if self._on_ready is not None:
+            self._on_ready()
 
     def wait_for_room(self) -> None:
         """Returns when the client has caught up or left. Called by the reader, without any lock."""
-        while self._is_crowded():
+        while self._offered - self._read > MAX_BACKLOG and not self.is_closed:
             room = self._room = threading.Event()
-            if self._is_crowded():
+            if self.backlog > MAX_BACKLOG and not self.is_closed:
                 room.wait(_ROOM_CHECK)
 
-    def _is_crowded(self) -> bool:
-        return self._offered - self._taken > MAX_BACKLOG and not self._closed
-
-    def nudge(self) -> None:
-        """Has whoever waits here look again."""
-        self._put(None)
-
     def end(self, replaced: bool = False) -> None:
-        """Ends a stream after what is queued."""
+        """Ends a stream after what was offered."""
         self.was_replaced = replaced
         self._put(_END)
 
-    def _put(self, item: Delivery | None) -> None:
-        self._queue.put(item)
-        if self._wake is not None:
-            self._wake()
+    def refuse(self, failure: BackendError) -> None:
+        """The source has to give the requests up before anything was offered.
 
-    def drain(self) -> list[Delivery]:
+        Where the failure is BackendUnreached they are sent again, to another backend.
+        """
+        self._put(ServerMessage(b"", is_response=False, failure=failure))
+
+    def wake(self) -> None:
+        """Has whoever waits here look again."""
+        self._put(None)
+
+    def _put(self, item: ServerMessage | None) -> None:
+        self._queue.put(item)
+        if self._on_ready is not None:
+            self._on_ready()
+
+    def drain(self) -> list[ServerMessage]:
         """What was offered and never received; for an exchange that nobody reads any more."""
-        items: list[Delivery] = []
+        messages: list[ServerMessage] = []
         while True:
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
-                return items
+                return messages
             if item is not None and item is not _END:
-                items.append(item)
+                messages.append(item)
 
-    # --- the deadline ----------------------------------------------------------------------------
+    def set_deadline(self, at: float, failure: Callable[[], BackendError] | None = None) -> None:
+        """At `at` (monotonic) everything unanswered is answered by what `failure` makes.
 
-    def set_deadline(self, seconds: float, on_deadline: Callable[[], BackendError]) -> None:
-        """In `seconds` from now everything unanswered is answered by what `on_deadline` makes."""
-        is_new = self.deadline is None
-        self.deadline = time.monotonic() + seconds
-        self._on_deadline = on_deadline
-        if not is_new:
-            self.nudge()  # a receiver that waits learns of the new deadline
+        Without `failure` that is what is said of a server that does not answer in `timeout`.
+        """
+        self._on_deadline = failure
+        self.deadline = at
+        self.wake()  # a receiver that waits learns of the new deadline
 
     @property
     def is_due(self) -> bool:
+        """Whether the deadline has passed."""
         deadline = self.deadline
         return deadline is not None and time.monotonic() >= deadline
 
     def expire_if_due(self) -> None:
-        make = self._on_deadline
-        if make is None or self.deadline is None or time.monotonic() < self.deadline:
-            return
-        self.deadline = self._on_deadline = None
-        self._owner.expire(self, make())
+        """Acts on a deadline that has passed."""
+        if self.is_due and self._source is not None:
+            self.deadline = None
+            make, self._on_deadline = self._on_deadline, None
+            self._source.expire(self, no_answer(self.timeout or 0.0) if make is None else make())
+
+
+class Backend(ABC):
+    """One MCP server as one session sees it. Every method may be called from any thread.
+
+    Raises BackendLost when the backend is gone, BackendUnreached when it is certain that it got
+    nothing of what was sent.
+    """
+
+    @abstractmethod
+    def send(self, exchange: Exchange) -> None:
+        """Sends the requests of an exchange and attaches what delivers their messages."""
+
+    @abstractmethod
+    def submit(self, request: Request, timeout: float) -> None:
+        """Passes a request on whose answer, or failure, goes to the session's standing stream.
+
+        That is how the HTTP+SSE wire of 2024-11-05 works. Raises BackendLost also when there is no
+        such stream.
+        """
+
+    @abstractmethod
+    def notify(self, notification: Notification) -> None:
+        """Passes a notification on."""
+
+    @abstractmethod
+    def respond(self, response: Response) -> None:
+        """Passes on the answer to a request of the server; drops one that nobody waits for."""
+
+    @abstractmethod
+    def listen(self, exchange: Exchange, after: str | None = None) -> None:
+        """Makes an exchange the session's standing stream; an older one ends.
+
+        `after` names the last event that the client got of an earlier one, which then goes on where
+        it was; unless another has begun meanwhile: then what the client missed is all it gets.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the backend and every exchange with it; returns before the server has stopped."""
+
+
+def no_answer(timeout: float) -> BackendTimeout:
+    """The failure of a call that was not answered in time."""
+    return BackendTimeout(f"The server did not answer within {timeout:g} seconds")

@@ -1,14 +1,14 @@
-"""Who is connected to whom: which message of a child belongs to which exchange.
+"""The switchboard: decides which message of a child belongs to which exchange.
 
-Tables and rules only: no I/O, no threads, no lock. Its bridge holds a lock around every call.
+Tables and rules only: no I/O, no threads, no lock. The bridge holds a lock around every call.
 
-Ids. The child sees ids of our own, one counter a child, so that two calls in flight under one id
-each get their answer and a late answer to a call that was given up reaches nobody. A progress token
+Ids: the child sees ids of our own, from one counter per child. So two calls in flight with the same
+client id each get their answer, and a late answer to an expired call is dropped. A progress token
 is replaced only while another call uses the same one.
 
-Attribution of what names no request (logs, sampling, elicitation, roots): the only POST in flight
-if it takes streams; else the standing stream; else the newest POST that takes streams; else it
-waits for a standing stream, bounded, the oldest given up first.
+Messages that name no request (logs, sampling, elicitation, roots) go to the only POST in flight if
+it accepts streams; else to the standing stream; else to the newest POST that accepts streams; else
+they wait for a standing stream, bounded in number and bytes, the oldest dropped first.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import itertools
 from collections import deque
 from typing import NamedTuple
 
-from mcp_proxy.backends.base import Delivery
-from mcp_proxy.backends.exchange import QueuedExchange
+from msgspec import UNSET
+
+from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.errors import RequestId
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
-#: Messages, and bytes of them, that wait for a standing stream.
+#: The most messages, and the most bytes of them, that wait for a standing stream.
 MAX_WAITING = 256
 MAX_WAITING_BYTES = 1024 * 1024
 
@@ -31,13 +32,13 @@ _PROGRESS = "notifications/progress"
 _CANCELLED = "notifications/cancelled"
 
 
-class Call(NamedTuple):
-    """A request on its way: under which ids the child and the client know it, and who waits."""
+class PendingCall(NamedTuple):
+    """A request in flight: its ids at the child and at the client, and its exchange."""
 
     wire_id: int
     id: RequestId
     method: str
-    exchange: QueuedExchange
+    exchange: Exchange
     token: RequestId | None
     wire_token: RequestId | None
     deadline: float | None = None  # monotonic; None: its exchange has one for all its calls
@@ -48,13 +49,13 @@ class Switchboard:
 
     def __init__(self) -> None:
         self._wire_ids = itertools.count(1)
-        self._calls: dict[int, Call] = {}  # by wire id, oldest first
-        self._tokens: dict[RequestId, Call] = {}  # by wire token
-        self._posts: dict[QueuedExchange, int] = {}  # oldest first, with their unanswered calls
-        self._asked: dict[RequestId, QueuedExchange | None] = {}  # requests of the child
-        self._waiting: deque[Delivery] = deque()
+        self._calls: dict[int, PendingCall] = {}  # by wire id, oldest first
+        self._tokens: dict[RequestId, PendingCall] = {}  # by wire token
+        self._posts: dict[Exchange, int] = {}  # numbers of unanswered calls, oldest first
+        self._asked: dict[RequestId, Exchange | None] = {}  # unanswered requests of the child
+        self._waiting: deque[ServerMessage] = deque()
         self._waiting_bytes = 0
-        self._stream: QueuedExchange | None = None
+        self._stream: Exchange | None = None
 
     def __repr__(self) -> str:
         return (
@@ -69,36 +70,37 @@ class Switchboard:
         return bool(self._posts)
 
     @property
-    def stream(self) -> QueuedExchange | None:
+    def stream(self) -> Exchange | None:
         """The standing stream, None while there is none."""
         return self._stream
 
-    def owes(self, exchange: QueuedExchange) -> bool:
-        """Whether answers are to leave through an exchange."""
+    def has_calls(self, exchange: Exchange) -> bool:
+        """Whether an exchange has unanswered calls."""
         return exchange in self._posts
 
     # --- calls of the client ---------------------------------------------------------------------
 
-    def enter(
-        self, request: Request, exchange: QueuedExchange, deadline: float | None = None
-    ) -> bytes:
-        """Notes a call and returns it as the child is to see it."""
+    def enter(self, request: Request, exchange: Exchange, deadline: float | None = None) -> bytes:
+        """Adds a call and returns it encoded for the child."""
         wire_id = next(self._wire_ids)
-        token = wire_token = _token_of(request)
+        found = request.meta.progress_token
+        token = wire_token = None if found is UNSET else found
         if token is not None and token in self._tokens:
             wire_token = f"mcp-proxy-{wire_id}"
             path = ("_meta", "progressToken")
             params = jsonrpc.replace_field(request.params, path, wire_token)
             request = Request(request.id, request.method, params)
-        call = Call(wire_id, request.id, request.method, exchange, token, wire_token, deadline)
+        call = PendingCall(
+            wire_id, request.id, request.method, exchange, token, wire_token, deadline
+        )
         self._calls[wire_id] = call
         if wire_token is not None:
             self._tokens[wire_token] = call
         self._posts[exchange] = self._posts.get(exchange, 0) + 1
         return jsonrpc.encode(request, wire_id)
 
-    def leave(self, wire_id: RequestId) -> Call | None:
-        """Forgets a call that is answered and returns it, None where there is none."""
+    def pop(self, wire_id: RequestId) -> PendingCall | None:
+        """Removes a call that is answered and returns it, None where there is none."""
         call = self._calls.pop(wire_id, None) if isinstance(wire_id, int) else None
         if call is None:
             return None
@@ -111,60 +113,60 @@ class Switchboard:
             self._posts.pop(call.exchange, None)
         return call
 
-    def newest(self, request_id: RequestId | None) -> Call | None:
+    def newest(self, request_id: RequestId | None) -> PendingCall | None:
         """The newest call that the client knows by this id: 1 and "1" differ."""
         for call in reversed(self._calls.values()):
             if type(call.id) is type(request_id) and call.id == request_id:
                 return call
         return None
 
-    def leave_overdue(self, exchange: QueuedExchange, now: float) -> list[Call]:
-        """Forgets the calls of an exchange whose time is over, and returns them."""
+    def pop_overdue(self, exchange: Exchange, now: float) -> list[PendingCall]:
+        """Removes the calls of an exchange whose deadline has passed, and returns them."""
         calls = [call for call in self._calls.values() if call.exchange is exchange]
         due = [call.wire_id for call in calls if call.deadline is None or call.deadline <= now]
-        return [call for wire_id in due if (call := self.leave(wire_id)) is not None]
+        return [call for wire_id in due if (call := self.pop(wire_id)) is not None]
 
-    def next_deadline(self, exchange: QueuedExchange) -> float | None:
-        """When the next call of an exchange is due that has a deadline of its own."""
+    def next_deadline(self, exchange: Exchange) -> float | None:
+        """The next deadline of the calls of an exchange that have one of their own."""
         calls = (call for call in self._calls.values() if call.exchange is exchange)
         return min((call.deadline for call in calls if call.deadline is not None), default=None)
 
-    def leave_exchange(self, exchange: QueuedExchange) -> list[Call]:
-        """Forgets every call of an exchange and returns them."""
+    def pop_exchange(self, exchange: Exchange) -> list[PendingCall]:
+        """Removes every call of an exchange and returns them."""
         mine = [wire_id for wire_id, call in self._calls.items() if call.exchange is exchange]
-        return [call for wire_id in mine if (call := self.leave(wire_id)) is not None]
+        return [call for wire_id in mine if (call := self.pop(wire_id)) is not None]
 
-    def unheard(self) -> set[QueuedExchange]:
+    def left_exchanges(self) -> set[Exchange]:
         """The exchanges with calls whose client has left."""
         return {call.exchange for call in self._calls.values() if call.exchange.is_closed}
 
     def take_answer(self, response: Response) -> bool:
-        """Whether the child waits for this answer of the client; once."""
+        """Whether the child waits for this answer of the client; from now on it does not."""
         return self._asked.pop(response.id, self) is not self
 
     # --- messages of the child -------------------------------------------------------------------
 
-    def deliver(self, message: Request | Notification) -> QueuedExchange | None:
-        """Hands a message to the exchange it belongs to and returns that; None: it waits."""
+    def deliver(self, message: Request | Notification) -> Exchange | None:
+        """Offers a message to its exchange and returns that; None: it waits, or is progress."""
         if isinstance(message, Notification) and message.method == _PROGRESS:
             exchange, message = self._route_progress(message)
         else:
             exchange = self._route(message)
         if isinstance(message, Request):
             self._asked[message.id] = exchange
-        delivery = Delivery(jsonrpc.encode(message), is_response=False)
+        line = ServerMessage(jsonrpc.encode(message), is_response=False)
         if exchange is not None:
-            exchange.offer(delivery)
-        elif message.method != _PROGRESS:  # how far a call is interests nobody later
-            self._park(delivery)
+            exchange.offer(line)
+        elif message.method != _PROGRESS:  # late progress is useless
+            self._park(line)
         return exchange
 
     def can_deliver(self) -> bool:
-        """Whether anybody could receive a message that names no call."""
+        """Whether an exchange can take a message that names no call."""
         return self._stream is not None or self._newest_streaming() is not None
 
     def overflow(self) -> list[Request | Notification]:
-        """What no longer fits among the waiting, oldest first; it is the caller's to give up."""
+        """Removes the waiting messages that exceed the bounds, and returns them, oldest first."""
         dropped: list[Request | Notification] = []
         while len(self._waiting) > MAX_WAITING or self._waiting_bytes > MAX_WAITING_BYTES:
             data = self._waiting.popleft().data
@@ -176,12 +178,12 @@ class Switchboard:
                 dropped.append(message)
         return dropped
 
-    def _park(self, delivery: Delivery) -> None:
-        self._waiting.append(delivery)
-        self._waiting_bytes += len(delivery.data)
+    def _park(self, message: ServerMessage) -> None:
+        self._waiting.append(message)
+        self._waiting_bytes += len(message.data)
 
-    def _route_progress(self, progress: Notification) -> tuple[QueuedExchange | None, Notification]:
-        """Where progress goes, and as which message: under the token that the client gave."""
+    def _route_progress(self, progress: Notification) -> tuple[Exchange | None, Notification]:
+        """The exchange for a `notifications/progress`, and the message with the client's token."""
         token = jsonrpc.progress_token_of(progress)
         call = None if token is None else self._tokens.get(token)
         if call is None:
@@ -193,8 +195,8 @@ class Switchboard:
             return call.exchange, progress
         return self._stream, progress
 
-    def _route(self, message: Request | Notification) -> QueuedExchange | None:
-        """Where a message goes that names no call of the client."""
+    def _route(self, message: Request | Notification) -> Exchange | None:
+        """The exchange for a message that names no call of the client, None if it has to wait."""
         if isinstance(message, Notification) and message.method == _CANCELLED:
             named = jsonrpc.cancelled_id_of(message)
             asked = None if named is None else self._asked.pop(named, None)
@@ -205,40 +207,35 @@ class Switchboard:
             return newest
         return self._stream or newest
 
-    def _newest_streaming(self) -> QueuedExchange | None:
+    def _newest_streaming(self) -> Exchange | None:
         return next((post for post in reversed(self._posts) if post.accepts_stream), None)
 
-    # --- streams and departures ------------------------------------------------------------------
+    # --- streams, and clients that leave ---------------------------------------------------------
 
-    def set_stream(self, stream: QueuedExchange | None) -> QueuedExchange | None:
-        """Makes `stream` the standing one, with what waited for one; returns the older."""
+    def set_stream(self, stream: Exchange | None) -> Exchange | None:
+        """Makes `stream` the standing one and offers it the waiting messages; returns the older."""
         older, self._stream = self._stream, stream
         if stream is not None:
-            for delivery in self._waiting:
-                stream.offer(delivery)
+            for message in self._waiting:
+                stream.offer(message)
             self._waiting.clear()
             self._waiting_bytes = 0
         return older
 
-    def depart(self, exchange: QueuedExchange) -> None:
-        """The client of an exchange has left: its calls go on, what it did not take waits."""
+    def leave(self, exchange: Exchange) -> None:
+        """Detaches an exchange whose client has left: calls go on, undelivered messages wait."""
         self._posts.pop(exchange, None)
         if self._stream is exchange:
             self._stream = None
-        for delivery in exchange.drain():
-            if not delivery.is_response:
-                self._park(delivery)
+        for message in exchange.drain():
+            if not message.is_response:
+                self._park(message)
 
-    def clear(self) -> tuple[list[Call], QueuedExchange | None]:
-        """Forgets everybody and returns who is to be told."""
+    def clear(self) -> tuple[list[PendingCall], Exchange | None]:
+        """Empties the tables; returns the unanswered calls and the standing stream."""
         calls, stream = list(self._calls.values()), self._stream
         for table in (self._calls, self._tokens, self._posts, self._asked, self._waiting):
             table.clear()
         self._waiting_bytes = 0
         self._stream = None
         return calls, stream
-
-
-def _token_of(request: Request) -> RequestId | None:
-    token = jsonrpc.meta_of(request).progress_token
-    return token if isinstance(token, (int, str)) else None

@@ -23,11 +23,11 @@ Json = dict[str, Any]
 
 
 class ToolError(Exception):
-    """A tool was called in a way it cannot serve; the model reads the message."""
+    """A tool call failed; the model reads the message."""
 
 
 class Call:
-    """A running tool call: what it may tell the client meanwhile."""
+    """A running tool call and its progress notifications."""
 
     def __init__(self, server: DemoServer, params: Json) -> None:
         self.server = server
@@ -36,7 +36,7 @@ class Call:
         self._token = (params.get("_meta") or {}).get("progressToken")
 
     def progress(self, done: int, total: int) -> None:
-        """Tells how far the call is, if the client wants to know."""
+        """Sends progress to the client, if the client gave a progress token."""
         if self._token is not None:
             params = {"progressToken": self._token, "progress": done, "total": total}
             self.server.send({"method": "notifications/progress", "params": params})
@@ -59,7 +59,7 @@ class DemoServer:
                 self._receive(json.loads(line))
 
     def send(self, message: Json) -> None:
-        """Writes one message; from any thread."""
+        """Writes one message. Thread-safe."""
         line = json.dumps({"jsonrpc": "2.0", **message}, ensure_ascii=False)
         with self._output:
             sys.stdout.write(line + "\n")
@@ -144,7 +144,7 @@ class DemoServer:
 
 
 def echo(call: Call) -> str:
-    """What was said."""
+    """Returns the text."""
     return str(call.arguments["text"])
 
 
@@ -154,7 +154,7 @@ def add(call: Call) -> str:
 
 
 def count(call: Call) -> str:
-    """Counts slowly, telling how far it is; ends early when the call is cancelled."""
+    """Counts slowly and reports progress; stops early when the call is cancelled."""
     total, pause = int(call.arguments.get("to", 5)), float(call.arguments.get("pause", 0.5))
     for number in range(1, total + 1):
         if call.cancelled.wait(pause):
@@ -171,7 +171,7 @@ def log(call: Call) -> str:
 
 
 def ask(call: Call) -> str:
-    """Asks the person, or the model, at the other end."""
+    """Asks the user, or the model of the client, a question."""
     question = str(call.arguments.get("question", "What is your name?"))
     if call.server.client_can("elicitation"):
         schema = {"type": "object", "properties": {"answer": _TEXT}, "required": ["answer"]}

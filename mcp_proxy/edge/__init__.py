@@ -1,1 +1,1 @@
-"""What surrounds every request, between WSGI and the protocol."""
+"""The layer between WSGI and the transports: checks, headers, errors, logs, disconnects."""

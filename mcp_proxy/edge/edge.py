@@ -1,17 +1,13 @@
-"""What surrounds every request: checks before, errors and the log line after.
-
-This is where a transport meets WSGI: environ in, `start_response` and a body out.
-"""
+"""The WSGI side of every transport: checks before a request, errors and the log line after it."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mcp_proxy.config import ProxyConfig
+from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.edge.logs import current_request, log_access
 from mcp_proxy.edge.reply import Body, Reply, empty_reply, json_reply
@@ -28,16 +24,16 @@ Handler = Callable[[ClientRequest], Reply]
 
 
 class Edge:
-    """One for a worker's application, shared by its transports. Thread-safe."""
+    """The edge of a worker's application, shared by its transports. Thread-safe."""
 
-    def __init__(self, settings: ProxyConfig) -> None:
-        self.slots = StreamSlots(settings.stream_limit)
+    def __init__(self, options: ProxyOptions) -> None:
+        self.streams = StreamLimit(options.stream_limit)
         self.is_draining = False
         self._ids = RequestIds()
-        self._guard = Guard(settings.allowed_origins, settings.allowed_hosts)
+        self._guard = Guard(options.allowed_origins, options.allowed_hosts)
 
     def require_open(self) -> None:
-        """Raises Draining when this replica takes no new work; answers to running work are none."""
+        """Raises Draining when this replica takes no new work."""
         if self.is_draining:
             raise Draining
 
@@ -48,9 +44,9 @@ class Edge:
         handle: Handler,
         is_own: bool = False,
     ) -> Iterable[bytes]:
-        """Answers one request by what `handle` returns or raises, if it may come in at all.
+        """Answers one request with the reply or the error of `handle`, if the guard allows it.
 
-        Our own endpoints (`is_own`) are open to probes under any Host.
+        Our own endpoints (`is_own`) are served under any Host, for health probes.
         """
         request = ClientRequest(environ, self._ids)
         token = current_request.set(request.id)
@@ -60,7 +56,10 @@ class Edge:
             if "HTTP_ORIGIN" in environ:
                 headers += self._guard.cors_headers(environ)
             start_response(reply.status_line, headers)
-            return self._finish(request, reply)
+            if not isinstance(reply.body, bytes):
+                return _LoggedBody(request, reply.status, reply.body)
+            log_access(request, reply.status)
+            return [reply.body]
         finally:
             current_request.reset(token)
 
@@ -76,14 +75,8 @@ class Edge:
             log.debug("%s: %s", type(error).__name__, error)
             return render(error)
         except Exception:
-            log.exception("a request failed in a way that was not foreseen")
+            log.exception("a request failed unexpectedly")
             return render(ProxyError())
-
-    def _finish(self, request: ClientRequest, reply: Reply) -> Iterable[bytes]:
-        if isinstance(reply.body, bytes):
-            log_access(request, reply.status)
-            return [reply.body]
-        return _LoggedBody(request, reply.status, reply.body)
 
 
 class _LoggedBody:
@@ -110,51 +103,44 @@ class _LoggedBody:
             current_request.set("")
 
 
-# --- errors: The one place where errors become HTTP.
+# --- the one place where errors become HTTP -------------------------------------------------------
 
 
 def render(error: ProxyError) -> Reply:
-    """The answer to an error that was met before the response began: its status, and JSON-RPC."""
+    """The response to an error before the response began: its status and a JSON-RPC error."""
     return json_reply(as_message(error), error.status, error.headers)
 
 
 def as_message(error: ProxyError) -> bytes:
-    """The JSON-RPC error that says what `error` says."""
+    """`error` as a JSON-RPC error response."""
     return jsonrpc.encode_error(error.code, error.message, error.request_id)
 
 
-# --- slots: The cap on standing streams: each holds a thread, and calls must always find one.
+# --- standing streams ----------------------------------------------------------------------------
 
 
-class StreamSlots:
-    """`limit` places; thread-safe."""
+class StreamLimit:
+    """The limit of standing streams: each holds a thread, and calls need threads, too.
+
+    Thread-safe.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._lock = threading.Lock()  # guards _taken
-        self._taken = 0
+        self._lock = threading.Lock()  # guards _open
+        self._open = 0
 
     def __repr__(self) -> str:
-        return f"<StreamSlots {self._taken}/{self.limit}>"
+        return f"<StreamLimit {self._open}/{self.limit}>"
 
-    def take(self) -> None:
-        """Takes a place; raises Overloaded when there is none."""
+    def acquire(self) -> None:
+        """Counts one more stream; raises Overloaded at the limit."""
         with self._lock:
-            if self._taken >= self.limit:
+            if self._open >= self.limit:
                 raise Overloaded(f"All {self.limit} standing streams of this worker are taken")
-            self._taken += 1
-
-    @contextmanager
-    def opening(self) -> Iterator[None]:
-        """Takes a place, which stays taken unless the block raises; raises Overloaded."""
-        self.take()
-        try:
-            yield
-        except BaseException:
-            self.release()
-            raise
+            self._open += 1
 
     def release(self) -> None:
-        """Gives a place back; once for each that was taken."""
+        """Counts one stream less; called once for each `acquire`."""
         with self._lock:
-            self._taken -= 1
+            self._open -= 1

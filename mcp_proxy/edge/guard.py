@@ -1,9 +1,9 @@
-"""Protection against DNS rebinding, and the CORS answers that go with it.
+"""Protection against DNS rebinding, and the CORS headers that go with it.
 
-MCP (2025-11-25, transports, "Security Warning") wants `Origin` validated. A page that was rebound
-to a loopback address also sends a foreign `Host`, so that one is checked wherever the listening
-socket is a loopback one; elsewhere `allowed_hosts` decides. A request without `Origin` does not
-come from a browser.
+MCP (2025-11-25, transports, "Security Warning") requires that `Origin` is validated. A page that
+was rebound to a loopback address also sends a foreign `Host`, so `Host` is checked where the
+listening address is a loopback one; elsewhere `allowed_hosts` decides. A request without `Origin`
+does not come from a browser.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CORS_EXPOSED = "Mcp-Session-Id, X-Request-ID, WWW-Authenticate"
 
 
 class Guard:
-    """Decides whether a request may come in at all. Immutable, so safe for any thread."""
+    """Decides whether a request is served. Immutable, so thread-safe."""
 
     def __init__(
         self, origins: tuple[str, ...] | None = None, hosts: tuple[str, ...] | None = None
@@ -40,14 +40,19 @@ class Guard:
     def check(self, environ: WSGIEnvironment) -> None:
         """Raises Forbidden for a foreign Host or Origin."""
         host = environ.get("HTTP_HOST")
-        if host is not None and not self._allows_host(host, _listens_on_loopback(environ)):
-            raise Forbidden(f"Host {host!r} is not served here; allowed_hosts can name it")
+        # waitress's name is `waitress.invalid` wherever it listens: the peer's address decides.
+        name: str = environ["SERVER_NAME"]
+        listener = environ.get("REMOTE_ADDR", "") if name.endswith(".invalid") else name
+        if host is not None and not _allows_host(self._hosts, host, listener):
+            raise Forbidden(f"Host {host!r} is not allowed; the setting allowed_hosts can allow it")
         origin = environ.get("HTTP_ORIGIN")
         if origin is not None and not self._allows_origin(origin):
-            raise Forbidden(f"Origin {origin!r} is not allowed; allowed_origins can name it")
+            raise Forbidden(
+                f"Origin {origin!r} is not allowed; the setting allowed_origins can allow it"
+            )
 
     def cors_headers(self, environ: WSGIEnvironment) -> Headers:
-        """What lets the page at an allowed Origin read the response."""
+        """The headers by which the page at an allowed Origin may read the response."""
         origin = environ.get("HTTP_ORIGIN")
         if origin is None or not self._allows_origin(origin):
             return []
@@ -58,17 +63,12 @@ class Guard:
         ]
 
     def preflight_headers(self) -> Headers:
-        """What a page at an allowed Origin may send."""
+        """The headers that name the methods and headers of an allowed Origin's requests."""
         return [
             ("Access-Control-Allow-Methods", _CORS_METHODS),
             ("Access-Control-Allow-Headers", _CORS_HEADERS),
             ("Access-Control-Max-Age", "600"),
         ]
-
-    def _allows_host(self, host: str, listens_on_loopback: bool) -> bool:
-        if self._hosts is not None:
-            return _ANY in self._hosts or host in self._hosts or host_name(host) in self._hosts
-        return not listens_on_loopback or is_loopback(host_name(host))
 
     def _allows_origin(self, origin: str) -> bool:
         if self._origins is not None:
@@ -77,13 +77,15 @@ class Guard:
         return is_loopback(name) or name in (self._hosts or ())
 
 
-def _listens_on_loopback(environ: WSGIEnvironment) -> bool:
-    """Whether the request came in by a loopback address, as far as the WSGI server tells.
+@lru_cache(maxsize=256)
+def _allows_host(hosts: tuple[str, ...] | None, host: str, listener: str) -> bool:
+    """Whether a Host header is allowed: by `hosts` if given.
 
-    waitress calls itself `waitress.invalid` wherever it listens; then the peer's address has to do.
+    Otherwise it must name the loopback if the listening address is a loopback one.
     """
-    name: str = environ["SERVER_NAME"]
-    return is_loopback(environ.get("REMOTE_ADDR", "") if name.endswith(".invalid") else name)
+    if hosts is not None:
+        return _ANY in hosts or host in hosts or host_name(host) in hosts
+    return not is_loopback(listener) or is_loopback(host_name(host))
 
 
 def host_name(host: str) -> str:
@@ -93,7 +95,7 @@ def host_name(host: str) -> str:
 
 @lru_cache(maxsize=256)
 def url_host(url: str) -> str:
-    """The host of a URL or an Origin, empty where there is none (`null`, rubbish)."""
+    """The host of a URL or an Origin, empty where there is none or it is invalid."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""Logs: every line of a request carries its id; one line at the end of each says how it went.
+"""Logs: every line about a request has its id; an access line is written at its end.
 
 The package logs through the standard library and configures nothing when it is embedded; our own
 command and gunicorn configuration call `configure`.
@@ -31,7 +31,7 @@ def configure(log_format: str, log_level: str) -> None:
 
 
 def log_access(request: ClientRequest, status: int) -> None:
-    """One line about a request that has been answered, to the last byte of its stream."""
+    """Logs the access line of a request whose response, streams included, was sent."""
     if not access.isEnabledFor(logging.INFO):
         return
     fields = {
@@ -64,7 +64,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; the fields of an access line stand on their own."""
+    """One JSON object a line; the fields of an access line are members of it."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {

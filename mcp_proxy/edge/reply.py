@@ -1,4 +1,4 @@
-"""What a client gets: a status, headers and a body that is complete or a stream."""
+"""HTTP responses: a status, headers, and a body that is complete or a stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mcp_proxy.wire.headers import EVENT_STREAM, JSON, Headers
 
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
-# No proxy on the way may keep the stream back or cut it into compressed blocks.
+# No proxy on the way may buffer or compress the stream.
 _STREAM_HEADERS = (
     ("Content-Type", EVENT_STREAM),
     ("Cache-Control", "no-cache, no-transform"),
@@ -19,9 +19,9 @@ _STREAM_HEADERS = (
 
 
 class Body(Protocol):
-    """A response body that is produced while it is sent: iterated once, closed in any case.
+    """A response body that is produced while it is sent; iterated at most once, always closed.
 
-    `close` owns all cleanup and is idempotent: a body that was never started is closed, too.
+    `close` does all cleanup, also of a body that was never iterated; harmless when repeated.
     """
 
     def __iter__(self) -> Iterator[bytes]: ...
@@ -38,7 +38,7 @@ class Reply(NamedTuple):
 
     @property
     def status_line(self) -> str:
-        """The status with its phrase, as WSGI wants it."""
+        """The status with its phrase, as WSGI requires."""
         return _STATUS_LINES.get(self.status) or f"{self.status} Unknown"
 
 
@@ -50,7 +50,7 @@ def json_reply(data: bytes, status: int = 200, extra: Headers | None = None) -> 
 
 
 def empty_reply(status: int, extra: Headers | None = None) -> Reply:
-    """No body: 202 for what was accepted, 204 for what is done."""
+    """A response without a body: 202 Accepted, 204 No Content."""
     length = [] if status == HTTPStatus.NO_CONTENT else [("Content-Length", "0")]
     return Reply(status, [*length, *(extra or ())], b"")
 

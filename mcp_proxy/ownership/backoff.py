@@ -1,4 +1,4 @@
-"""How often servers fail, and what follows: patience for one session, a word for readiness."""
+"""How often servers exit by themselves, and what follows: a pause before the next start."""
 
 from __future__ import annotations
 
@@ -10,47 +10,49 @@ from typing import NamedTuple
 
 from mcp_proxy.errors import BackendLost
 
-#: A server that lived this long (seconds) before it ended does not count as one that keeps ending.
+#: A server that ran this long (seconds) before it exited does not count as one that keeps ending.
 SETTLED = 10.0
 
 _MAX_DELAY = 30.0
-_REMEMBERED = 300.0  # seconds after which an end is forgotten
+_REMEMBERED = 300.0  # seconds after which an exit is forgotten
 _FAILURE_COUNTS = 30.0  # seconds for which a failed start makes the replica not ready
 
 
-class _Ends(NamedTuple):
+class _Exits(NamedTuple):
     times: int
     until: float
 
 
-class Restarts:
-    """Thread-safe; `clock` is for tests."""
+class Backoff:
+    """The pauses before a session's server is started again. Thread-safe; `clock` is for tests."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # guards what follows
-        self._ends: dict[str, _Ends] = {}  # by session
+        self._exits: dict[str, _Exits] = {}  # by session
         self._failure: tuple[float, str] | None = None
 
     def note_exit(self, session_id: str, lifetime: float) -> None:
-        """A session's server ended by itself after `lifetime` seconds."""
+        """A session's server exited by itself after `lifetime` seconds."""
         with self._lock:
-            before = self._ends.get(session_id)
-            count = 1 if before is None or lifetime >= SETTLED else before.times + 1
-            delay = 0.0 if count == 1 else min(_MAX_DELAY, 2.0 ** (count - 2))
-            self._ends[session_id] = _Ends(count, self._clock() + delay)
+            before = self._exits.get(session_id)
+            times = 1 if before is None or lifetime >= SETTLED else before.times + 1
+            delay = 0.0 if times == 1 else min(_MAX_DELAY, 2.0 ** (times - 2))
+            self._exits[session_id] = _Exits(times, self._clock() + delay)
             long_past = self._clock() - _REMEMBERED
-            self._ends = {key: ends for key, ends in self._ends.items() if ends.until > long_past}
+            self._exits = {
+                key: exits for key, exits in self._exits.items() if exits.until > long_past
+            }
 
-    def require_patience_over(self, session_id: str) -> None:
+    def require_over(self, session_id: str) -> None:
         """Raises BackendLost while the session's server is not to be started again."""
         with self._lock:
-            ends = self._ends.get(session_id)
-        left = ends.until - self._clock() if ends is not None else 0.0
-        if ends is not None and left > 0:
+            exits = self._exits.get(session_id)
+        left = exits.until - self._clock() if exits is not None else 0.0
+        if exits is not None and left > 0:
             seconds = math.ceil(left)
             error = BackendLost(
-                f"The server keeps ending ({ends.times} times); it is started again in {seconds} s"
+                f"The server keeps ending ({exits.times} times); it is started again in {seconds} s"
             )
             error.headers = [("Retry-After", str(seconds))]
             raise error
@@ -58,10 +60,10 @@ class Restarts:
     def forget(self, session_id: str) -> None:
         """The session is over."""
         with self._lock:
-            self._ends.pop(session_id, None)
+            self._exits.pop(session_id, None)
 
     def note_failure(self, reason: str) -> None:
-        """A server could not be started, or ended before it had answered initialize."""
+        """A server could not be started, or exited before it had answered initialize."""
         with self._lock:
             self._failure = (self._clock(), reason)
 
@@ -70,7 +72,7 @@ class Restarts:
         with self._lock:
             self._failure = None
 
-    def trouble(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """Why new servers cannot be expected to start, None if they can.
 
         A failure counts for half a minute: a replica that gets no requests because it is not ready

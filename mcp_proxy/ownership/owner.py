@@ -1,12 +1,12 @@
-"""Which child belongs to which session, and what happens when it is lost.
+"""Which replica holds the child of a session, and what happens when it is lost.
 
 A session's record says where its child is: `backend_url` is `worker://<replica>/<child>`. This
-module holds the children of this replica, opens new ones, finds those that another replica holds,
+module holds the children of this replica, starts new ones, finds those that another replica holds,
 and brings back a lost one: the record is first swapped to a claim, then the child is started and
 told everything the old one knew, then the record is swapped to the result. Whoever loses the first
 swap waits for the winner; a DELETE in between wins over both.
 
-One thread looks after what nobody asks for any more: sessions that expired, or went elsewhere.
+One thread sweeps: it ends the children of sessions that expired, or went elsewhere.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
-from mcp_proxy.backends.base import Backend
+from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.config import ProxyConfig
+from mcp_proxy.backends.exchange import Backend, Exchange
+from mcp_proxy.background import Periodic, Workers
+from mcp_proxy.config import ProxyOptions
 from mcp_proxy.errors import (
     BackendError,
     BackendLost,
@@ -30,14 +33,15 @@ from mcp_proxy.errors import (
     SessionNotFound,
     StorageError,
 )
-from mcp_proxy.ownership.backoff import Restarts
-from mcp_proxy.ownership.sweep import Sweeper
+from mcp_proxy.ownership.backoff import Backoff
+from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica, has_ended
-from mcp_proxy.resumption.writing import Journal, Recorder, ResumableBackend
+from mcp_proxy.resumption.writing import ReadOnWorker, SessionLog
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.storage.session import (
     BACKEND_URL,
     CLAIM,
@@ -46,8 +50,7 @@ from mcp_proxy.storage.session import (
     RESUME,
     Session,
 )
-from mcp_proxy.transports import handshake
-from mcp_proxy.wire.urls import Place, parse_place
+from mcp_proxy.wire.urls import WorkerUrl, parse_worker_url
 
 log = logging.getLogger(__name__)
 
@@ -56,67 +59,96 @@ T = TypeVar("T")
 # Seconds for a new child to answer the replay: well within a claim.
 _REPLAY_TIME = claims.CLAIM_TIME / 3
 
+# Sweeps in the time that an unused session lives, and the seconds between two at most and at least.
+_SWEEPS_PER_TTL = 4
+_MAX_SWEEP = 30.0
+_MIN_SWEEP = 0.25
+
+
+class ReplicaParts:
+    """What the owners of one replica have in common: its id, supervisor, relay and threads.
+
+    Without `mailboxes` there are no other replicas.
+    """
+
+    def __init__(self, mailboxes: Mailboxes | None) -> None:
+        self.workers = Workers()
+        self.replica = Replica()
+        self.supervisor = Supervisor(self.replica, self.workers)
+        self.relay = None
+        if mailboxes is not None:
+            self.relay = Relay(mailboxes, self.replica, self.workers)
+
+    def __repr__(self) -> str:
+        return f"<ReplicaParts {self.replica!r} {self.supervisor!r} {self.relay!r}>"
+
+    def close(self) -> None:
+        """Ends the relay, then every child, and waits for that."""
+        if self.relay is not None:
+            self.relay.close()
+        self.supervisor.close()
+
 
 class _Held(NamedTuple):
     session_id: str
     bridge: Bridge
-    backend: ResumableBackend
-    journal: Journal
+    log: SessionLog
 
 
-class StdioSessions:
+class Owner:
     """The children of one server in this replica, by the `backend_url` that names them.
 
-    Without a `relay` there are no other replicas. Thread-safe. Nothing runs before the first
-    session is opened.
+    Thread-safe. Nothing runs before the first session begins.
     """
 
     def __init__(
         self,
         server: StdioServer,
         manager: SessionManager,
-        replica: Replica,
-        settings: ProxyConfig,
-        relay: Relay | None = None,
+        parts: ReplicaParts,
+        options: ProxyOptions,
     ) -> None:
         self.server = server
         self.manager = manager
+        self.relay = parts.relay
         self.events = manager.storage.event_log()
-        self.restarts = Restarts()
-        self._replica = replica
-        self._relay = relay
-        self._recorder = Recorder()
-        self._sweeper = Sweeper(server.name, settings.session_ttl, self.sweep)
-        if relay is not None:
-            relay.serve(self.find, on_lapse=self._sweeper.soon)
-        self._settings = settings
-        self._lock = threading.Lock()  # guards _held, _opening and _returning
+        self.backoff = Backoff()
+        self.replica = parts.replica
+        self.supervisor = parts.supervisor
+        self._options = options
+        self._workers = parts.workers
+        self._read_on = ReadOnWorker(parts.workers)
+        interval = min(_MAX_SWEEP, max(_MIN_SWEEP, options.session_ttl / _SWEEPS_PER_TTL))
+        self._sweeper = Periodic("mcp-sweeper", interval, self._sweep_once, parts.workers)
+        if self.relay is not None:
+            self.relay.serve(self.find, on_lapse=self._sweeper.wake)
+        self._lock = threading.Lock()  # guards _held, _pending and _returning
         self._held: dict[str, _Held] = {}
-        self._opening = 0
+        self._pending = 0  # children whose sessions are about to begin
         self._returning = 0  # sessions whose children are being brought back
         self._is_closing = False
 
     def __repr__(self) -> str:
-        return f"<StdioSessions {self.server.name} held={len(self._held)}>"
+        return f"<Owner {self.server.name} held={len(self._held)}>"
 
     # --- a new session ---------------------------------------------------------------------------
 
     def start(self) -> Bridge:
-        """A new child that belongs to no session yet: to be established, or abandoned.
+        """A new child that belongs to no session yet: to be established, or discarded.
 
         Raises Overloaded when this replica has all the sessions it may have, BackendLost when the
         server cannot be started.
         """
-        limit = self._settings.max_sessions
+        limit = self._options.max_sessions
         with self._lock:
-            if len(self._held) + self._opening >= limit:
+            if len(self._held) + self._pending >= limit:
                 raise Overloaded(f"All {limit} sessions of this worker are taken")
-            self._opening += 1
+            self._pending += 1
         try:
             return self._spawn()
         except BackendLost as error:
-            self._opening_is_over()
-            self.restarts.note_failure(str(error))
+            self._count_pending(-1)
+            self.backoff.note_failure(str(error))
             raise
 
     def establish(self, session: Session, bridge: Bridge) -> Session:
@@ -127,62 +159,46 @@ class StdioSessions:
         url = self._url(bridge)
         session = session.with_metadata(**{BACKEND_URL: url})
         try:
-            self._announce()
+            self._open_mailbox()
             self.manager.create(session)
         except StorageError:
-            self.abandon(bridge)
+            self.discard(bridge)
             raise
         self._hold(url, session.id, bridge)
-        self._opening_is_over()
-        self.restarts.note_success()
+        self._count_pending(-1)
+        self.backoff.note_success()
         return session
 
-    def abandon(self, bridge: Bridge, failure: BackendError | None = None) -> None:
-        """Ends a child that opened no session, because of `failure` if there was one."""
+    def discard(self, bridge: Bridge, failure: BackendError | None = None) -> None:
+        """Ends a child that began no session, because of `failure` if there was one."""
         bridge.close()
-        self._opening_is_over()
+        self._count_pending(-1)
         if failure is not None:
-            self.restarts.note_failure(str(failure))
+            self.backoff.note_failure(str(failure))
 
-    def _announce(self) -> None:
-        """Has a mailbox opened: without one, everybody would take this replica for dead."""
-        if self._relay is not None:
-            self._relay.start()
+    def _open_mailbox(self) -> None:
+        """Without a mailbox everybody would take this replica for gone."""
+        if self.relay is not None:
+            self.relay.start()
 
-    def _opening_is_over(self) -> None:
+    def _count_pending(self, change: int) -> None:
         with self._lock:
-            self._opening -= 1
+            self._pending += change
 
     # --- a known session -------------------------------------------------------------------------
 
-    def backend_of(self, session: Session, lost: str | None = None) -> Backend:
-        """The session's child, here or at another replica; brought back, here, if it is lost.
-
-        `lost` is a `backend_url` that turned out to lead nowhere. Raises BackendError when the
-        child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
+    def send(self, session: Session, exchange: Exchange) -> None:
+        """Sends an exchange to the session's backend; again, to a new one, where it is certain
+        that the first got nothing of it.
         """
-        url = session.backend_url or ""
-        held = self._held.get(url)
-        if held is not None and held.bridge.is_alive and self._is_trusted(session, url):
-            return held.backend
-        place = parse_place(url)
-        if self._relay is None or place is None or url == lost or self._is_void(place):
-            return self._recover(session)
-        return self._relay.backend(*place)
+        exchange.resend = partial(self._send_to_new_backend, session)
+        try:
+            self.backend_of(session).send(exchange)
+        except BackendUnreached:
+            self._send_to_new_backend(session, exchange)
 
-    def _is_trusted(self, session: Session, url: str) -> bool:
-        """Whether the record still says so: nobody can have taken over, or it was looked at again.
-
-        A replica that was frozen may hold a record that it loaded before.
-        """
-        if self._relay is None or self._relay.is_held:
-            return True
-        current = self.manager.peek(session.id)
-        return current is not None and current.backend_url == url
-
-    def _is_void(self, place: Place) -> bool:
-        """Whether there can be no child at a place: it would be here, or its replica has ended."""
-        return place.replica == self._replica.id or has_ended(place.replica)
+    def _send_to_new_backend(self, session: Session, exchange: Exchange) -> None:
+        self._new_backend_of(session).send(exchange)
 
     def on_backend(self, session: Session, act: Callable[[Backend], T]) -> T:
         """What `act` returns for the session's backend; done again on a new one, once, where it is
@@ -191,42 +207,65 @@ class StdioSessions:
         try:
             return act(self.backend_of(session))
         except BackendUnreached:
-            return self.on_new_backend(session, act)
+            return act(self._new_backend_of(session))
 
-    def on_new_backend(self, session: Session, act: Callable[[Backend], T]) -> T:
-        """What `act` returns for the backend that the session has when its last one is lost."""
-        again = self.manager.load(session.id)
-        return act(self.backend_of(again, lost=session.backend_url))
+    def backend_of(self, session: Session, lost: str | None = None) -> Backend:
+        """The session's child, here or at another replica; brought back, here, if it is lost.
 
-    def is_orphaned(self, session_id: str, child: str) -> bool:
+        `lost` is a `backend_url` that turned out to lead nowhere. Raises BackendError when the
+        child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
+        """
+        url = session.metadata.get(BACKEND_URL, "")
+        held = self._held.get(url)
+        if held is not None and held.bridge.is_alive:
+            if self.relay is None or self.relay.is_held:
+                return held.bridge
+            # After a freeze somebody may have taken over since the record was loaded.
+            current = self.manager.peek(session.id)
+            if current is not None and current.backend_url == url:
+                return held.bridge
+        found = parse_worker_url(url)
+        if self.relay is None or found is None or url == lost or self._has_ended(found):
+            return self._recover(session)
+        return self.relay.backend(*found)
+
+    def _new_backend_of(self, session: Session) -> Backend:
+        """The backend that the session has now that its last one is lost."""
+        return self.backend_of(self.manager.load(session.id), lost=session.backend_url)
+
+    def _has_ended(self, url: WorkerUrl) -> bool:
+        """Whether there is certainly no such child: it would be here, or its replica has ended."""
+        return url.replica == self.replica.id or has_ended(url.replica)
+
+    def is_lost(self, session_id: str, child: str) -> bool:
         """Whether a child that the session once had is lost; raises StorageError."""
         session = self.manager.peek(session_id)
-        place = None if session is None else parse_place(session.backend_url)
-        if place is None or place.child != child:
+        url = None if session is None else parse_worker_url(session.backend_url)
+        if url is None or url.child != child:
             return True
-        if place.replica == self._replica.id or self._relay is None:
+        if url.replica == self.replica.id or self.relay is None:
             return self.find(child) is None
-        return self._relay.is_gone(place.replica)
+        return self.relay.is_gone(url.replica)
 
     def find(self, child: str) -> Backend | None:
         """The child of this replica that has this id."""
-        held = self._held.get(Place(self._replica.id, child).url)
-        return held.backend if held is not None and held.bridge.is_alive else None
+        held = self._held.get(str(WorkerUrl(self.replica.id, child)))
+        return held.bridge if held is not None and held.bridge.is_alive else None
 
     def end(self, session: Session) -> None:
         """Ends a session and its child, wherever that is."""
         self.manager.end(session.id)
-        self.restarts.forget(session.id)
+        self.backoff.forget(session.id)
         url = session.backend_url or ""
-        place = parse_place(url)
+        found = parse_worker_url(url)
         if url in self._held:
             self._release(url)
-        elif self._relay is not None and place is not None and not self._is_void(place):
-            self._relay.backend(*place).close()
+        elif self.relay is not None and found is not None and not self._has_ended(found):
+            self.relay.backend(*found).close()
         self.events.forget(session.id)
 
-    def dismiss(self, session: Session) -> None:
-        """Ends a session whose client is gone; its record expires if the store is away."""
+    def end_left(self, session: Session) -> None:
+        """Ends a session whose client has left; its record expires if the store is away."""
         self._release(session.backend_url or "")
         try:
             self.manager.end(session.id)
@@ -238,23 +277,23 @@ class StdioSessions:
     def _recover(self, session: Session) -> Backend:
         if self._is_closing:
             raise Draining
-        self.restarts.require_patience_over(session.id)
-        claimed = claims.claim(self.manager, session, self._replica.id, has_ended)
+        self.backoff.require_over(session.id)
+        claimed = claims.claim(self.manager, session, self.replica.id, has_ended)
         if claimed is None:
             return self.backend_of(self.manager.load(session.id))
         self._count_returning(1)
         try:
             bridge = self._bring_back_or_release(claimed)
             url = self._url(bridge)
-            held = self._hold(url, session.id, bridge)
+            self._hold(url, session.id, bridge)
         finally:
             self._count_returning(-1)
         if not claims.settle(self.manager, claimed, **{BACKEND_URL: url}):
             self._release(url)
             return self.backend_of(self.manager.load(session.id))
-        self.restarts.note_success()
+        self.backoff.note_success()
         log.info("[%s] the server of a session was started again", self.server.name)
-        return held.backend
+        return bridge
 
     def _count_returning(self, change: int) -> None:
         with self._lock:
@@ -262,14 +301,14 @@ class StdioSessions:
 
     def _bring_back_or_release(self, claimed: Session) -> Bridge:
         try:
-            self._announce()
+            self._open_mailbox()
             return self._bring_back(claimed)
         except StorageError:
             claims.release(self.manager, claimed)
             raise
         except BackendError as error:
-            self.restarts.note_failure(str(error))
-            self.restarts.note_exit(claimed.id, lifetime=0)
+            self.backoff.note_failure(str(error))
+            self.backoff.note_exit(claimed.id, lifetime=0)
             claims.release(self.manager, claimed)
             raise
         except SessionEnded:
@@ -293,33 +332,31 @@ class StdioSessions:
     # --- the table -------------------------------------------------------------------------------
 
     def _spawn(self) -> Bridge:
-        limit = self._settings.max_message_bytes
-        return Bridge(self._replica.supervisor, self.server, limit, self._on_lost)
+        limit = self._options.max_message_bytes
+        return Bridge(self.supervisor, self.server, limit, self._on_lost)
 
     def _on_lost(self, bridge: Bridge) -> None:
-        for url, held in self._held_copy().items():
-            if held.bridge is bridge:
-                self.restarts.note_exit(held.session_id, time.monotonic() - bridge.started)
-                self._forget(url)
+        held = self._forget(self._url(bridge))
+        if held is not None:
+            self.backoff.note_exit(held.session_id, time.monotonic() - bridge.started)
 
     def _url(self, bridge: Bridge) -> str:
-        return Place(self._replica.id, bridge.child_id).url
+        return str(WorkerUrl(self.replica.id, bridge.child_id))
 
-    def _hold(self, url: str, session_id: str, bridge: Bridge) -> _Held:
-        journal = Journal(self.events, session_id)
-        backend = ResumableBackend(bridge, journal, self._recorder, lambda: self._release(url))
-        held = _Held(session_id, bridge, backend, journal)
+    def _hold(self, url: str, session_id: str, bridge: Bridge) -> None:
+        session_log = SessionLog(self.events, session_id, bridge.child_id, self._read_on)
+        bridge.log = session_log
+        bridge.on_close = partial(self._release, url)
         with self._lock:
-            self._held[url] = held
+            self._held[url] = _Held(session_id, bridge, session_log)
         self._sweeper.start()
-        return held
 
     def _release(self, url: str) -> None:
         """Ends a child whose session is over, or elsewhere."""
         held = self._forget(url)
         if held is not None:
-            held.journal.close()
-            held.bridge.close("The session was ended")
+            held.log.close()
+            held.bridge.close()
 
     def _forget(self, url: str) -> _Held | None:
         with self._lock:
@@ -331,6 +368,12 @@ class StdioSessions:
 
     # --- what nobody asks for any more -----------------------------------------------------------
 
+    def _sweep_once(self) -> None:
+        try:
+            self.sweep()
+        except StorageError as error:
+            log.warning("[%s] sessions not swept: %s", self.server.name, error)
+
     def sweep(self) -> None:
         """Prolongs the sessions that a client listens to, ends the children of those that are over
         or have their child elsewhere.
@@ -338,11 +381,11 @@ class StdioSessions:
         Raises StorageUnavailable, and then nothing counts as over.
         """
         for url, held in self._held_copy().items():
-            held.bridge.expire_unheard()
+            held.bridge.expire_left_calls()
             if not self._is_current(url, held):
                 log.info("[%s] a session is over or elsewhere; its server stops", self.server.name)
                 self._release(url)
-                self.restarts.forget(held.session_id)
+                self.backoff.forget(held.session_id)
 
     def _is_current(self, url: str, held: _Held) -> bool:
         try:
@@ -357,10 +400,14 @@ class StdioSessions:
 
     # --- the end ---------------------------------------------------------------------------------
 
+    def not_ready_reason(self) -> str | None:
+        """Why new sessions cannot be expected to begin, None if they can."""
+        return self._workers.not_ready_reason() or self.backoff.not_ready_reason()
+
     @property
     def is_busy(self) -> bool:
         """Whether a client waits for an answer, that to its initialize included."""
-        is_starting = self._opening + self._returning > 0
+        is_starting = self._pending + self._returning > 0
         return is_starting or any(held.bridge.is_busy for held in self._held_copy().values())
 
     def end_streams(self) -> None:
@@ -371,11 +418,12 @@ class StdioSessions:
     def hand_over(self) -> None:
         """Ends the children for which no client waits, so that other replicas bring them back."""
         for url, held in self._held_copy().items():
-            if held.bridge.retire():
+            if held.bridge.hand_over():
                 self._forget(url)
-                self._disown(held.session_id, url)
+                self._give_up(held.session_id, url)
 
-    def _disown(self, session_id: str, url: str) -> None:
+    def _give_up(self, session_id: str, url: str) -> None:
+        """Takes our child out of the session's record."""
         try:
             session = self.manager.peek(session_id)
             if session is None or session.backend_url != url:
@@ -388,8 +436,8 @@ class StdioSessions:
     def close(self) -> None:
         """Ends every child of this replica; the records stay, so another one can take over."""
         self._is_closing = True
-        self._sweeper.close()
+        self._sweeper.stop()
         for url, held in self._held_copy().items():
-            held.bridge.close("The proxy is shutting down")
             self._forget(url)
-        self._recorder.close()
+            held.bridge.close("The proxy has stopped the server")
+        self._read_on.stop()

@@ -1,7 +1,7 @@
 """One child process that speaks MCP over its standard streams: one JSON message a line, both ways.
 
-What lives here: starting the process, framing, writing with a deadline, signals to its group. Not
-here: when to stop it (`supervisor`) and what the messages mean (`bridge`).
+This module starts the process, frames and writes messages, and signals the process group. The
+supervisor decides when to stop the process; the bridge interprets the messages.
 
 Threads: each child has a reader thread, which alone reads its standard output. Writers come from
 any thread and take turns. The supervisor's thread does the rest.
@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from typing import IO
 
 from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached
-from mcp_proxy.processes.guardian import MARK
+from mcp_proxy.processes.guardian import REPLICA_VARIABLE
 from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)
 
-# What gunicorn adds to its own environment.
+# Variables that gunicorn adds to its own environment.
 _OF_GUNICORN = frozenset({"SERVER_SOFTWARE"})
 
 _BUFFER = 16 * 1024
@@ -36,13 +36,17 @@ _LINE_SHOWN = 2000  # characters of a line of noise or stderr that the log gets
 
 
 class Child:
-    """A running server.
+    """A running server process.
 
     The constructor starts the process and raises BackendLost if that fails.
     """
 
     def __init__(
-        self, server: StdioServer, mark: str, max_message: int, affinity: frozenset[int] | None
+        self,
+        server: StdioServer,
+        replica_id: str,
+        max_message: int,
+        cpu_affinity: frozenset[int] | None,
     ) -> None:
         self.name = server.name
         self.at_eof = threading.Event()
@@ -50,7 +54,7 @@ class Child:
         self._write_lock = threading.Lock()  # one message at a time
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._partial = b""
-        self._process = _start(server, mark, affinity)
+        self._process = _start(server, replica_id, cpu_affinity)
         self.pid = self._process.pid
         self._stdin, self._stdout, self.stderr = _pipes(self._process)
         os.set_blocking(self._stdin.fileno(), False)
@@ -67,18 +71,24 @@ class Child:
         `on_line` gets every line without its line break and may block to slow the server down.
         """
         try:
-            while line := self._stdout.readline(self._max_message + 1):
-                if line.endswith(b"\n"):
-                    on_line(line.rstrip(b"\r\n"))
-                elif len(line) > self._max_message:
-                    self._skip_rest(line)
-                else:
-                    on_line(line)
-        except (OSError, ValueError):
-            log.debug("[%s] reading ended", self.name, exc_info=True)
+            while (line := self._next_line()) is not None:
+                on_line(line)
         finally:
             self._stdout.close()
             self.at_eof.set()
+
+    def _next_line(self) -> bytes | None:
+        """The next line that is not too long; None at the end of the output."""
+        try:
+            while line := self._stdout.readline(self._max_message + 1):
+                if line.endswith(b"\n"):
+                    return line.rstrip(b"\r\n")
+                if len(line) <= self._max_message:
+                    return line
+                self._skip_rest(line)
+        except (OSError, ValueError):
+            log.debug("[%s] reading ended", self.name, exc_info=True)
+        return None
 
     def _skip_rest(self, start: bytes) -> None:
         size = len(start)
@@ -92,9 +102,9 @@ class Child:
         )
 
     def drain_stderr(self) -> int | None:
-        """Logs what the server wrote to stderr, without blocking.
+        """Logs new output of the server on stderr, without blocking.
 
-        The number of bytes, 0 once that has ended, None when there is nothing yet.
+        Returns the number of bytes, 0 at the end of stderr, None when there is nothing yet.
         """
         try:
             data = os.read(self.stderr.fileno(), 65536)
@@ -124,9 +134,10 @@ class Child:
     def write(self, line: bytes, timeout: float) -> None:
         """Writes one message; returns when the pipe has taken it all.
 
-        Raises BackendUnreached when the server is gone, BackendLost when it went while it read
-        this, and BackendTimeout when it has not read its input for `timeout` seconds; after that a
-        message may be cut in two, so the server must end.
+        Raises BackendUnreached when the server has closed its input and got nothing of the message,
+        BackendLost when it may have got a part, and BackendTimeout when it did not read its input
+        for `timeout` seconds; after that a message may be incomplete, so the server must be
+        stopped.
         """
         deadline = time.monotonic() + timeout
         if not self._write_lock.acquire(timeout=timeout):
@@ -154,10 +165,10 @@ class Child:
             raise BackendTimeout("The server does not read its input")
 
     def close_stdin(self) -> None:
-        """Tells the server that no more will come (MCP stdio: the orderly way to end it).
+        """Closes the server's input, which asks it to exit (MCP 2025-11-25, lifecycle, "Shutdown").
 
-        Not while a writer is stuck: closing would hand its file descriptor to somebody else. Then
-        the signals that follow have to do.
+        Does nothing while a writer is stuck, whose file descriptor could be reused; then only the
+        signals that follow end the server.
         """
         if self._write_lock.acquire(timeout=0.1):
             with contextlib.suppress(OSError):
@@ -167,12 +178,12 @@ class Child:
     # --- the end ---------------------------------------------------------------------------------
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Signals the whole process group; a group that is gone is fine."""
+        """Signals the whole process group, if it still exists."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
     def has_exited(self) -> bool:
-        """Whether the process has ended; it is not reaped, so its group id stays ours."""
+        """Whether the process has exited; it is not reaped, so its group id is not reused."""
         try:
             options = os.WEXITED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self.pid, options) is not None
@@ -180,7 +191,7 @@ class Child:
             return True
 
     def reap(self) -> str:
-        """Kills what is left of the group, collects the exit status and says it in words."""
+        """Kills the rest of the process group; returns the exit status in words."""
         self.signal_group(signal.SIGKILL)
         status = self._process.wait()
         self.close_stdin()
@@ -189,17 +200,17 @@ class Child:
 
 
 def _start(
-    server: StdioServer, mark: str, affinity: frozenset[int] | None
+    server: StdioServer, replica_id: str, cpu_affinity: frozenset[int] | None
 ) -> subprocess.Popen[bytes]:
     try:
-        with _cpus(affinity):
+        with _cpus(cpu_affinity):
             return subprocess.Popen(
                 server.argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=_BUFFER,
-                env={**_inherited(os.environ), **server.env, MARK: mark},
+                env={**_inherited(os.environ), **server.env, REPLICA_VARIABLE: replica_id},
                 cwd=server.cwd,
                 start_new_session=True,
             )
@@ -222,7 +233,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without our settings: a Redis password is none of a server's business."""
+    """Our environment without our settings, which may hold a Redis password."""
     return {
         name: value
         for name, value in environ.items()
@@ -231,16 +242,16 @@ def _inherited(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _cpus(affinity: frozenset[int] | None) -> Iterator[None]:
-    """Runs this thread, and so what it starts, on these CPUs and under the normal policy.
+def _cpus(cpu_affinity: frozenset[int] | None) -> Iterator[None]:
+    """Runs this thread, and children that it starts, on these CPUs under the normal policy.
 
-    A child is not pinned, and shares CPUs with everybody.
+    So children are not pinned to the one CPU of their worker.
     """
-    if affinity is None:
+    if cpu_affinity is None:
         yield
         return
     before, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
-    _schedule(affinity, os.SCHED_OTHER)
+    _schedule(cpu_affinity, os.SCHED_OTHER)
     try:
         yield
     finally:
@@ -264,6 +275,6 @@ def describe_exit(status: int) -> str:
 
 
 def shown(line: bytes) -> str:
-    """A line as the log may show it: text, and not too much of it."""
+    """A line as text for the log, shortened if it is long."""
     text = line[:_LINE_SHOWN].decode("utf-8", "replace").rstrip("\r")
     return text if len(line) <= _LINE_SHOWN else text + " [...]"

@@ -1,10 +1,10 @@
-"""A tiny process that sees its replica die and kills what the replica has left behind.
+"""A small process that kills the children of its replica once the replica is gone.
 
-A worker killed with -9 cannot stop its children, and a child that ignores the end of its input
-lives on, as does the grandchild that `npx`, `uv run` or a shell started. The guardian is told of
-every process group over its standard input; when that ends, it kills the groups that are still
-listed, and then, where /proc exists, every process that carries the replica's mark in its
-environment: children that were not announced yet, and descendants that left their group.
+A worker killed by SIGKILL cannot stop its children. A child may ignore the end of its input, and so
+may a grandchild that `npx`, `uv run` or a shell started. The guardian is told of every process
+group over its standard input; when that ends, it kills the groups that are still listed, and then,
+where /proc exists, every process with the replica's id in its environment: children that were not
+announced yet, and descendants that left their group.
 
 This file is also run by its path, without site-packages: standard library only, no import of ours.
 """
@@ -22,42 +22,42 @@ from collections.abc import Iterable
 
 log = logging.getLogger(__name__)
 
-#: The environment variable by which every child of a replica, and what it starts, is known.
-MARK = "MCP_PROXY_REPLICA"
+#: The environment variable that marks every child of a replica, and the child's descendants.
+REPLICA_VARIABLE = "MCP_PROXY_REPLICA"
 
 
 class Guardian:
     """The replica's side: starts the guardian process and keeps its list current.
 
-    Thread-safe. When the guardian itself was killed, the next announcement starts another one.
+    Thread-safe. When the guardian process has exited, the next announcement starts another one.
     """
 
-    def __init__(self, mark: str) -> None:
-        self._mark = mark
+    def __init__(self, replica_id: str) -> None:
+        self._replica_id = replica_id
         self._lock = threading.Lock()  # guards _process and _groups
         self._process: subprocess.Popen[bytes] | None = None
         self._groups: set[int] = set()
 
     def start(self) -> None:
-        """Starts the process, so that it is there before the first child is."""
+        """Starts the process; called before the first child is started."""
         with self._lock:
             if self._process is None:
                 self._launch()
 
     def watch(self, group: int) -> None:
-        """From now on the process group dies with this replica."""
+        """Adds a process group to those that are killed once this replica is gone."""
         with self._lock:
             self._groups.add(group)
             self._tell(b"+%d\n" % group)
 
     def forget(self, group: int) -> None:
-        """The group has ended."""
+        """Removes a process group, which has exited."""
         with self._lock:
             self._groups.discard(group)
             self._tell(b"-%d\n" % group)
 
     def close(self) -> None:
-        """Ends the guardian, which kills what is left, and waits for that."""
+        """Has the guardian kill the remaining processes and exit, and waits for its exit."""
         with self._lock:
             process, self._process = self._process, None
         if process is not None:
@@ -70,12 +70,12 @@ class Guardian:
             else:
                 self._write(line)
         except OSError:
-            log.warning("the guardian of child processes had ended; starting another one")
+            log.warning("the guardian of child processes has exited; starting another one")
             self._discard()
             self._launch()
 
     def _launch(self) -> None:
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), self._mark]
+        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), self._replica_id]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         for group in self._groups:
             self._write(b"+%d\n" % group)
@@ -102,8 +102,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 # --- the guardian process ------------------------------------------------------------------------
 
 
-def main(mark: str) -> None:
-    """Reads announcements until the replica is gone, then kills."""
+def main(replica_id: str) -> None:
+    """Reads announcements until the replica is gone, then kills its processes."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     groups: set[int] = set()
@@ -113,14 +113,14 @@ def main(mark: str) -> None:
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
-    for pid in marked_processes(mark):
+    for pid in processes_of(replica_id):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
 
-def marked_processes(mark: str) -> Iterable[int]:
-    """The processes that carry `mark` in their environment, as far as /proc tells."""
-    wanted = f"{MARK}={mark}".encode()
+def processes_of(replica_id: str) -> Iterable[int]:
+    """The processes with the replica's id in their environment, none without /proc."""
+    wanted = f"{REPLICA_VARIABLE}={replica_id}".encode()
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if entry.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as environ:

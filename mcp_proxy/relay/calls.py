@@ -1,19 +1,20 @@
-"""The owner's end of a conversation: a child of this replica serves a client of another one.
+"""Both sides of a relayed call: at the replica of the client, and at the owner of the child.
 
-Nothing that comes late is executed: a replica that was frozen finds its mailbox gone or what it had
-taken out of it stale, and says so to whoever asked.
+Nothing that comes late is executed: a replica that was frozen finds its mailbox gone, or what it
+had taken out of it stale, and says so to whoever asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable
 
-from mcp_proxy.backends.base import Backend, Delivery
 from mcp_proxy.backends.bridge import WRITE_TIMEOUT
-from mcp_proxy.backends.exchange import PushedExchange, QueuedExchange
+from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
+from mcp_proxy.background import KeyedExecutor
 from mcp_proxy.errors import (
     PROXY_ERROR,
     BackendError,
@@ -24,320 +25,199 @@ from mcp_proxy.errors import (
     ProxyError,
     RequestId,
 )
-from mcp_proxy.relay import protocol as messages
+from mcp_proxy.relay import protocol
 from mcp_proxy.relay.protocol import (
-    Begin,
-    Call,
     Channel,
+    Close,
     Delivered,
+    Detach,
     Done,
     Ended,
     Frame,
-    Leave,
     Listen,
-    Reach,
-    Stop,
-    Tell,
+    Message,
+    Refused,
+    SendOneWay,
+    SendRequests,
+    StartStream,
 )
-from mcp_proxy.relay.sender import Conversation
+from mcp_proxy.relay.sender import Call, Sender
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 log = logging.getLogger(__name__)
 
-
-class Surroundings(Protocol):
-    """What a hosted conversation needs of its relay."""
-
-    def find(self, child: str) -> Backend | None:
-        """The child of this replica by its id."""
-
-    def wake(self, conversation: Conversation) -> None:
-        """There may be something to send."""
-
-    def forget(self, conversation: Conversation) -> None:
-        """The conversation is over."""
-
-    def in_order(self, lane: str, act: Callable[[], None]) -> None:
-        """Has `act` called by another thread, after what was given for the same lane before."""
-
-
-class Hosted(Conversation):
-    """One request, notification, response or stream of a client of another replica."""
-
-    def __init__(self, channel: Channel, relay: Surroundings) -> None:
-        self.channel = channel
-        self._relay = relay
-        self._lane = channel.name  # until it is known which child it is about
-        self._exchange: PushedExchange | None = None
-        self._is_standing = False
-        self._is_done = False
-
-    def __repr__(self) -> str:
-        return f"<Hosted {self.channel!r} {self._exchange!r}>"
-
-    # --- from the other side: listener's thread, then a lane's -----------------------------------
-
-    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
-        said = messages.decode_to_owner(message)
-        if isinstance(said, (Call, Listen, Tell, Stop)):
-            self._lane = said.child
-        self.channel.note_read()
-        self._relay.in_order(self._lane, lambda: self._act(said, is_fresh))
-
-    def _act(self, said: messages.ToOwner, is_fresh: Callable[[], bool]) -> None:
-        if isinstance(said, Leave):
-            self.leave()
-        elif isinstance(said, Begin):
-            if self._exchange is not None:
-                self._exchange.begin()
-        else:
-            self._open(said, is_fresh)
-        self._relay.wake(self)
-
-    def _open(self, said: Call | Listen | Tell | Stop, is_fresh: Callable[[], bool]) -> None:
-        try:
-            if not is_fresh():
-                raise BackendUnavailable("The replica that holds the session was away; try again")
-            backend = self._relay.find(said.child)
-            if backend is None:
-                raise BackendUnreached("The server of the session is not here any more")
-            self._begin(backend, said)
-        except BackendError as error:
-            self._finish(messages.Refused(messages.failure_of(error)))
-        except ProxyError as error:
-            self._finish(messages.Refused(("BackendLost", error.message)))
-        except Exception:
-            log.exception("serving a client of another replica failed")
-            self._finish(messages.Refused(("BackendLost", "The request could not be served")))
-
-    def _begin(self, backend: Backend, said: Call | Listen | Tell | Stop) -> None:
-        if isinstance(said, Tell):
-            _tell(backend, said)
-            self._finish(Done())
-        elif isinstance(said, Stop):
-            backend.close()
-            self._finish(Done())
-        elif isinstance(said, Listen):
-            self._is_standing = True
-            self._serve(backend.listen(said.after))
-            self.channel.put(messages.encode(Done()))
-        else:
-            requests = [_as_request(line) for line in said.lines]
-            self._serve(backend.send(requests, said.accepts_stream, said.timeout))
-
-    def _serve(self, exchange: object) -> None:
-        assert isinstance(exchange, PushedExchange)
-        self._exchange = exchange
-        exchange.wake_with(lambda: self._relay.wake(self))
-
-    def _finish(self, last: messages.FromOwner) -> None:
-        self._is_done = True
-        self.channel.put(messages.encode(last))
-
-    @property
-    def is_awaited(self) -> bool:
-        return not self._is_standing
-
-    # --- to the other side: courier's thread -----------------------------------------------------
-
-    def step(self) -> list[Frame]:
-        outgoing = self.channel.outgoing()
-        while not self._is_done and self.channel.has_room and self._can_pass_on():
-            outgoing += self.channel.outgoing()
-        if self._is_done:
-            outgoing += self.channel.outgoing()
-            if self.channel.is_drained:
-                self._relay.forget(self)
-        return outgoing
-
-    def _can_pass_on(self) -> bool:
-        """Whether there was another delivery; what the log fails at ends the conversation."""
-        try:
-            return self._pass_on()
-        except ProxyError as error:
-            log.warning("a stream for another replica ends: %s", error)
-            self._finish(messages.Refused(("BackendLost", error.message)))
-            self._relay.in_order(self._lane, self.leave)
-            return False
-
-    def _pass_on(self) -> bool:
-        """Puts the next delivery, if there is one, and notices that there will be no more."""
-        exchange = self._exchange
-        if exchange is None:
-            return False
-        delivery = None if exchange.is_over else exchange.poll()
-        if delivery is not None:
-            self.channel.put(_encoded(delivery))
-        if exchange.is_over:
-            if self._is_standing:
-                self._finish(Ended(exchange.was_replaced))
-            self._is_done = True
-            exchange.close()
-        return delivery is not None
-
-    # --- the end ---------------------------------------------------------------------------------
-
-    def lose(self, sentence: str, is_gone: bool = False) -> None:
-        """The client's replica is gone: nobody listens any more."""
-        log.info("a client's replica is gone: %s", sentence)
-        self._relay.in_order(self._lane, self.leave)
-
-    def leave(self) -> None:
-        """Nobody listens any more."""
-        self._is_done = True
-        if self._exchange is not None:
-            self._exchange.close()
-        self._relay.forget(self)
-
-    def tick(self) -> None:
-        exchange = self._exchange
-        if exchange is not None and exchange.is_due:
-            # Not by the thread that asks: telling the child may take time.
-            self._relay.in_order(self._lane, exchange.expire_if_due)
-
-
-def _tell(backend: Backend, said: Tell) -> None:
-    message = jsonrpc.parse_message(said.line)
-    if isinstance(message, Notification):
-        backend.notify(message)
-    elif isinstance(message, Response):
-        backend.respond(message)
-    else:
-        backend.submit(message, said.timeout)
-
-
-def _as_request(line: bytes) -> Request:
-    message = jsonrpc.parse_message(line)
-    assert isinstance(message, Request)
-    return message
-
-
-def _encoded(delivery: Delivery) -> bytes:
-    failure = None if delivery.failure is None else messages.failure_of(delivery.failure)
-    return messages.encode(
-        Delivered(delivery.data, delivery.is_response, delivery.event_id, failure)
-    )
-
-
-# --- remote: The client's end of a conversation: a child of another replica as a backend of this one.
-
 # Seconds beyond its own deadline in which the owner is expected to say that it has passed.
 _GRACE = 5.0
 
 
-class Surroundings(Protocol):
-    """What a remote backend needs of its relay."""
+# Children of this replica that are served to others at the same time.
+_EXECUTOR_WIDTH = 64
 
-    def converse(self, conversation: Conversation, first: messages.ToOwner) -> None:
-        """Begins a conversation."""
+# Inbound calls that are over, and remembered: an envelope may come twice.
+_REMEMBERED = 65_536
+
+
+class Calls:
+    """Every call of this replica, to others and from them, by the name of its channel.
+
+    `own` is this replica's id; `find` knows its children by their ids. Thread-safe.
+    """
+
+    def __init__(self, own: str, sender: Sender, find: Callable[[str], Backend | None]) -> None:
+        self.find = find
+        self._own = own
+        self._sender = sender
+        self._executor = KeyedExecutor("mcp-relay-executor", _EXECUTOR_WIDTH)
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()  # guards what follows
+        self._calls: dict[str, Call] = {}
+        self._over: set[str] = set()
+        self._over_order: deque[str] = deque()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def all(self) -> list[Call]:
+        """The calls that are under way."""
+        with self._lock:
+            return list(self._calls.values())
 
     def channel_to(self, replica: str) -> Channel:
         """A new channel to another replica."""
+        return Channel(f"{self._own}/{next(self._numbers)}", self._own, replica)
 
-    def wake(self, conversation: Conversation) -> None:
-        """There may be something to send."""
+    def begin(self, call: Call, first: protocol.ToOwner) -> None:
+        """Begins a call to another replica by its first message."""
+        call.channel.put(protocol.encode(first))
+        with self._lock:
+            self._calls[call.channel.name] = call
+        self._sender.put(call)
 
-    def forget(self, conversation: Conversation) -> None:
-        """The conversation is over."""
+    def of(self, frame: Frame) -> Call | None:
+        """Who a frame is for; the first frame of a channel begins an inbound call."""
+        with self._lock:
+            known = self._calls.get(frame.channel)
+            if known is not None:
+                return known
+            is_ours = frame.channel.startswith(f"{self._own}/")
+            if not frame.is_first or is_ours or frame.channel in self._over:
+                return None
+            channel = Channel(frame.channel, self._own, frame.sender)
+            call = self._calls[frame.channel] = InboundCall(channel, self)
+            return call
+
+    def wake(self, call: Call) -> None:
+        """A call may have something to send."""
+        self._sender.put(call)
+
+    def submit(self, key: str, act: Callable[[], object]) -> None:
+        """Has `act` called by another thread, after what was submitted for the key before."""
+        self._executor.submit(key, act)
+
+    def forget(self, call: Call) -> None:
+        """The call is over."""
+        name = call.channel.name
+        with self._lock:
+            if isinstance(self._calls.pop(name, None), InboundCall):
+                self._over.add(name)
+                self._over_order.append(name)
+                if len(self._over_order) > _REMEMBERED:
+                    self._over.discard(self._over_order.popleft())
+
+    def close(self) -> None:
+        """Ends every call."""
+        self._executor.close()
+        for call in self.all():
+            if isinstance(call, InboundCall):
+                call.leave()
+            else:
+                call.on_loss("This replica is shutting down")
 
 
-class RemoteExchange(QueuedExchange, Conversation):
-    """What belongs to requests that another replica's child answers, or to its standing stream.
+# --- at the replica of the client ----------------------------------------------------------------
 
-    `ids` are the requests', None for a standing stream.
+
+class OutboundCall(Call):
+    """Requests that another replica's child answers, or its standing stream: an exchange's source.
+
+    The exchange is read by one thread; everything else here may come from any.
     """
 
-    def __init__(
-        self, relay: Surroundings, replica: str, ids: Sequence[RequestId] | None, streams: bool
-    ) -> None:
-        super().__init__(self, None if ids is None else len(ids), streams)
-        self.channel = relay.channel_to(replica)
-        self._relay = relay
+    def __init__(self, calls: Calls, replica: str, exchange: Exchange) -> None:
+        self.channel = calls.channel_to(replica)
+        self._calls = calls
+        self._exchange = exchange
         self._lock = threading.Lock()  # guards _unanswered
-        self._unanswered = None if ids is None else list(ids)
-        self._has_begun = False
-        self._accepted = threading.Event()  # or refused, of a standing stream
+        self._unanswered = [request.id for request in exchange.requests]
+        self._is_standing = not exchange.requests
+        self._is_accepted = threading.Event()  # or refused, of a standing stream
         self._refusal: BackendError | None = None
 
     def __repr__(self) -> str:
-        return f"<RemoteExchange {self.channel!r} over={self.is_over}>"
+        return f"<OutboundCall {self.channel!r} {self._exchange!r}>"
 
-    # --- the receiving side ----------------------------------------------------------------------
+    # --- from the exchange -----------------------------------------------------------------------
 
-    def begin(self) -> None:
-        if not self._has_begun and not self.is_over:
-            self._has_begun = True
-            self._say(Begin())
+    def stream_begun(self, exchange: Exchange) -> None:
+        if self._unanswered:
+            self._send(StartStream())
 
-    def _account(self, item: Delivery) -> Delivery:
-        if isinstance(item.failure, BackendUnreached):
-            raise item.failure
+    def note_read(self) -> None:
+        """The client's side has taken a message out."""
         if self.channel.note_read():
-            self._relay.wake(self)
-        return super()._account(item)
+            self._calls.wake(self)
 
-    def close(self) -> None:
-        super().close()
-        if self.is_over:
-            self._relay.forget(self)
+    def leave(self, exchange: Exchange) -> None:
+        if self._is_standing or self._unanswered:
+            self._send(Detach())
 
-    def detach(self, exchange: QueuedExchange) -> None:
-        if not self._is_answered():
-            self._say(Leave())
-
-    def expire(self, exchange: QueuedExchange, failure: BackendError) -> None:
+    def expire(self, exchange: Exchange, failure: BackendError) -> None:
         self._fail(failure)
-        self._say(Leave())
+        self._send(Detach())
 
-    def _say(self, message: messages.ToOwner) -> None:
-        self.channel.put(messages.encode(message))
-        self._relay.wake(self)
+    def _send(self, message: protocol.ToOwner) -> None:
+        self.channel.put(protocol.encode(message))
+        self._calls.wake(self)
 
-    # --- the other side --------------------------------------------------------------------------
+    # --- from the owner --------------------------------------------------------------------------
 
     @property
     def is_awaited(self) -> bool:
-        with self._lock:
-            return bool(self._unanswered)
+        return bool(self._unanswered)
 
-    def step(self) -> list[Frame]:
-        outgoing = self.channel.outgoing()
-        if self.is_closed and self.channel.is_drained:
-            self._relay.forget(self)
-        return outgoing
+    def outgoing(self) -> list[Frame]:
+        frames = self.channel.outgoing()
+        if self._exchange.is_closed and self.channel.is_drained:
+            self._calls.forget(self)
+        return frames
 
-    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
-        said = messages.decode_from_owner(message)
-        if isinstance(said, Delivered):
-            failure = None if said.failure is None else messages.error_of(said.failure)
+    def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
+        said = protocol.decode_from_owner(message)
+        if isinstance(said, Message):
+            failure = None if said.failure is None else protocol.error_of(said.failure)
             if said.is_response:
                 self._note_answered(said.data)
-            self.offer(Delivery(said.data, said.is_response, failure, said.event_id))
-            if self._is_answered():
-                self._relay.forget(self)
+            self._exchange.offer(ServerMessage(said.data, said.is_response, failure, said.event_id))
+            if not self._is_standing and not self._unanswered:
+                self._calls.forget(self)
         elif isinstance(said, Done):
             self.channel.note_read()
-            self._accepted.set()
+            self._is_accepted.set()
         elif isinstance(said, Ended):
-            self.end(said.replaced)
-        elif isinstance(said, messages.Refused):
-            self._fail(messages.error_of(said.failure))
-            self._relay.forget(self)
+            self._exchange.end(said.replaced)
+            self._calls.forget(self)
+        else:
+            self._fail(protocol.error_of(said.failure))
+            self._calls.forget(self)
 
-    def lose(self, sentence: str, is_gone: bool = False) -> None:
+    def on_loss(self, sentence: str, is_gone: bool = False) -> None:
         self._fail(_loss(self.channel, sentence, is_gone))
-        self._relay.forget(self)
-
-    def _is_answered(self) -> bool:
-        with self._lock:
-            return self._unanswered == []
+        self._calls.forget(self)
 
     def _note_answered(self, data: bytes) -> None:
         with self._lock:
-            if self._unanswered is None:
-                return
-            if len(self._unanswered) == 1:
+            if len(self._unanswered) <= 1:
                 self._unanswered.clear()
                 return
         answer = jsonrpc.parse_message(data)
@@ -348,39 +228,45 @@ class RemoteExchange(QueuedExchange, Conversation):
     def _fail(self, failure: BackendError) -> None:
         """Answers what is unanswered; a standing stream ends, unless it never began."""
         with self._lock:
-            unanswered = self._unanswered
-            self._unanswered = None if unanswered is None else []
-        if unanswered is None:
-            self._end_stream(failure)
-            return
+            unanswered, self._unanswered = self._unanswered, []
+        if self._is_standing:
+            self._end_standing(failure)
+        elif unanswered and isinstance(failure, BackendUnreached):
+            self._exchange.refuse(failure)
+        else:
+            self._answer(unanswered, failure)
+
+    def _answer(self, unanswered: list[RequestId], failure: BackendError) -> None:
         for request_id in unanswered:
             data = jsonrpc.encode_error(PROXY_ERROR, failure.message, request_id)
-            self.offer(Delivery(data, is_response=True, failure=failure))
+            self._exchange.offer(ServerMessage(data, is_response=True, failure=failure))
 
-    def _end_stream(self, failure: BackendError) -> None:
-        if not self._accepted.is_set():
+    def _end_standing(self, failure: BackendError) -> None:
+        if not self._is_accepted.is_set():
             self._refusal = failure
-            self._accepted.set()
-        self.end()
+            self._is_accepted.set()
+        elif self._refusal is None:  # else the exchange may have gone to another backend
+            self._exchange.end()
 
     def require_accepted(self, timeout: float) -> None:
         """Returns when the owner has made this the standing stream; raises why it has not.
 
         Without this an older stream could arrive there after a newer one.
         """
-        if not self._accepted.wait(timeout):
+        if not self._is_accepted.wait(timeout):
             self._refusal = _silent()
         if self._refusal is not None:
-            self.close()
+            self._send(Detach())
+            self._calls.forget(self)
             raise self._refusal
 
 
-class _Errand(Conversation):
-    """Something that is told to a child, and waited for."""
+class OneWayCall(Call):
+    """Something that a child is told, and that is waited for until the owner has told it."""
 
-    def __init__(self, relay: Surroundings, replica: str) -> None:
-        self.channel = relay.channel_to(replica)
-        self._relay = relay
+    def __init__(self, calls: Calls, replica: str) -> None:
+        self.channel = calls.channel_to(replica)
+        self._calls = calls
         self._done = threading.Event()
         self._failure: BackendError | None = None
 
@@ -388,29 +274,29 @@ class _Errand(Conversation):
     def is_awaited(self) -> bool:
         return not self._done.is_set()
 
-    def step(self) -> list[Frame]:
+    def outgoing(self) -> list[Frame]:
         return self.channel.outgoing()
 
-    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
-        said = messages.decode_from_owner(message)
-        if isinstance(said, messages.Refused):
-            self._failure = messages.error_of(said.failure)
-        if isinstance(said, (messages.Refused, Done)):
+    def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
+        said = protocol.decode_from_owner(message)
+        if isinstance(said, Refused):
+            self._failure = protocol.error_of(said.failure)
+        if isinstance(said, (Refused, Done)):
             self._finish()
 
-    def lose(self, sentence: str, is_gone: bool = False) -> None:
+    def on_loss(self, sentence: str, is_gone: bool = False) -> None:
         self._failure = _loss(self.channel, sentence, is_gone)
         self._finish()
 
     def _finish(self) -> None:
         self._done.set()
-        self._relay.forget(self)
+        self._calls.forget(self)
 
-    def run(self, message: messages.ToOwner, timeout: float) -> None:
+    def run(self, message: protocol.ToOwner, timeout: float) -> None:
         """Returns when it is done; raises why it is not."""
-        self._relay.converse(self, message)
+        self._calls.begin(self, message)
         is_done = self._done.wait(timeout)
-        self._relay.forget(self)
+        self._calls.forget(self)
         if not is_done:
             raise _silent()
         if self._failure is not None:
@@ -420,23 +306,22 @@ class _Errand(Conversation):
 class RemoteBackend(Backend):
     """A child of another replica."""
 
-    def __init__(self, relay: Surroundings, replica: str, child: str) -> None:
-        self._relay = relay
+    def __init__(self, calls: Calls, replica: str, child: str) -> None:
+        self._calls = calls
         self._replica = replica
         self._child = child
 
     def __repr__(self) -> str:
         return f"<RemoteBackend {self._replica}/{self._child}>"
 
-    def send(
-        self, requests: Sequence[Request], accepts_stream: bool, timeout: float
-    ) -> RemoteExchange:
-        ids = [request.id for request in requests]
-        exchange = RemoteExchange(self._relay, self._replica, ids, accepts_stream)
-        lines = [jsonrpc.encode(request) for request in requests]
-        exchange.set_deadline(timeout + _GRACE, lambda: _no_answer(timeout))
-        self._relay.converse(exchange, Call(self._child, lines, accepts_stream, timeout))
-        return exchange
+    def send(self, exchange: Exchange) -> None:
+        timeout = exchange.timeout or 0.0
+        lines = [jsonrpc.encode(request) for request in exchange.requests]
+        call = OutboundCall(self._calls, self._replica, exchange)
+        first = SendRequests(self._child, lines, exchange.accepts_stream, timeout)
+        self._calls.begin(call, first)
+        # The owner applies the time limit; only where it is silent itself this side does.
+        exchange.attach(call, on_read=call.note_read, grace=_GRACE)
 
     def submit(self, request: Request, timeout: float) -> None:
         self._tell(jsonrpc.encode(request), timeout)
@@ -448,22 +333,22 @@ class RemoteBackend(Backend):
         self._tell(jsonrpc.encode(response))
 
     def _tell(self, line: bytes, timeout: float = 0.0) -> None:
-        errand = _Errand(self._relay, self._replica)
-        errand.run(Tell(self._child, line, timeout), WRITE_TIMEOUT + _GRACE)
+        message = SendOneWay(self._child, line, timeout)
+        OneWayCall(self._calls, self._replica).run(message, WRITE_TIMEOUT + _GRACE)
 
-    def listen(self, after: str | None = None) -> RemoteExchange:
-        exchange = RemoteExchange(self._relay, self._replica, None, streams=True)
-        self._relay.converse(exchange, Listen(self._child, after))
-        exchange.require_accepted(WRITE_TIMEOUT + _GRACE)
-        return exchange
+    def listen(self, exchange: Exchange, after: str | None = None) -> None:
+        call = OutboundCall(self._calls, self._replica, exchange)
+        self._calls.begin(call, Listen(self._child, after))
+        exchange.attach(call, on_read=call.note_read)
+        call.require_accepted(WRITE_TIMEOUT + _GRACE)
 
     def close(self) -> None:
-        self._relay.converse(_Errand(self._relay, self._replica), Stop(self._child))
+        self._calls.begin(OneWayCall(self._calls, self._replica), Close(self._child))
 
 
 def _loss(channel: Channel, sentence: str, is_gone: bool) -> BackendError:
     """The loss of the other side, by whether it may have got something and may be alive."""
-    if channel.reach is not Reach.NOT:
+    if channel.delivered is not Delivered.NO:
         return BackendLost(sentence)
     return BackendUnreached(sentence) if is_gone else BackendUnavailable(sentence)
 
@@ -472,5 +357,162 @@ def _silent() -> BackendTimeout:
     return BackendTimeout("The replica that holds the session does not answer")
 
 
-def _no_answer(timeout: float) -> BackendTimeout:
-    return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
+# --- at the owner of the child -------------------------------------------------------------------
+
+
+class InboundCall(Call):
+    """One request, notification, response or stream of a client of another replica."""
+
+    def __init__(self, channel: Channel, calls: Calls) -> None:
+        self.channel = channel
+        self._calls = calls
+        self._key = channel.name  # until it is known which child it is about
+        self._exchange: Exchange | None = None
+        self._is_done = False
+
+    def __repr__(self) -> str:
+        return f"<InboundCall {self.channel!r} {self._exchange!r}>"
+
+    # --- from the other side: the listener's thread, then the executor's --------------------------
+
+    def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
+        said = protocol.decode_to_owner(message)
+        if not isinstance(said, (StartStream, Detach)):
+            self._key = said.child
+        self.channel.note_read()
+        self._calls.submit(self._key, lambda: self._act(said, is_fresh))
+
+    def _act(self, said: protocol.ToOwner, is_fresh: Callable[[], bool]) -> None:
+        if isinstance(said, Detach):
+            self.leave()
+        elif not isinstance(said, StartStream):
+            self._begin(said, is_fresh)
+        elif self._exchange is not None:
+            self._exchange.begin_stream()
+
+    def _begin(
+        self, said: SendRequests | SendOneWay | Listen | Close, is_fresh: Callable[[], bool]
+    ) -> None:
+        try:
+            if not is_fresh():
+                raise BackendUnavailable("The replica that holds the session was away; try again")
+            backend = self._calls.find(said.child)
+            if backend is None:
+                raise BackendUnreached("The server of the session is not here any more")
+            self._pass_on(backend, said)
+        except BackendError as error:
+            self._finish(Refused(protocol.failure_of(error)))
+        except ProxyError as error:
+            self._finish(Refused(("BackendLost", error.message)))
+        except Exception:
+            log.exception("serving a client of another replica failed")
+            self._finish(Refused(("BackendLost", "The request could not be served")))
+
+    def _pass_on(self, backend: Backend, said: SendRequests | SendOneWay | Listen | Close) -> None:
+        if isinstance(said, SendRequests):
+            requests = [_as_request(line) for line in said.lines]
+            exchange = Exchange(requests, said.accepts_stream, said.timeout)
+            backend.send(exchange)
+            self._serve(exchange)
+        elif isinstance(said, Listen):
+            exchange = Exchange()
+            backend.listen(exchange, said.after)
+            self.channel.put(protocol.encode(Done()))
+            self._serve(exchange)
+            self._calls.wake(self)
+        else:
+            if isinstance(said, Close):
+                backend.close()
+            else:
+                _tell(backend, said)
+            self._finish(Done())
+
+    def _serve(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        exchange.set_on_ready(lambda: self._calls.wake(self))
+
+    def _finish(self, last: protocol.FromOwner) -> None:
+        self._is_done = True
+        self.channel.put(protocol.encode(last))
+        self._calls.wake(self)
+
+    @property
+    def is_awaited(self) -> bool:
+        return self._exchange is None or bool(self._exchange.requests)
+
+    # --- to the other side: the sender's thread ---------------------------------------------------
+
+    def outgoing(self) -> list[Frame]:
+        frames = self.channel.outgoing()
+        while not self._is_done and self.channel.has_room and self._has_put_next():
+            frames += self.channel.outgoing()
+        if self._is_done:
+            frames += self.channel.outgoing()
+            if self.channel.is_drained:
+                self._calls.forget(self)
+        return frames
+
+    def _has_put_next(self) -> bool:
+        """Puts the next message for the client; False where there is none yet, or none any more.
+
+        Where the log of the stream fails the call ends.
+        """
+        exchange = self._exchange
+        if exchange is None:
+            return False
+        try:
+            message = exchange.poll()
+        except ProxyError as error:
+            log.warning("a stream for another replica ends: %s", error)
+            self._finish(Refused(("BackendLost", error.message)))
+            self._calls.submit(self._key, self.leave)
+            return False
+        if message is not None:
+            self.channel.put(protocol.encode(_as_message(message)))
+        if exchange.is_over:
+            if not exchange.requests:
+                self._finish(Ended(exchange.was_replaced))
+            self._is_done = True
+            exchange.close()
+        return message is not None
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def on_loss(self, sentence: str, is_gone: bool = False) -> None:
+        """The client's replica is gone: nobody listens any more."""
+        log.info("a client's replica is gone: %s", sentence)
+        self._calls.submit(self._key, self.leave)
+
+    def leave(self) -> None:
+        """Nobody listens any more."""
+        self._is_done = True
+        if self._exchange is not None:
+            self._exchange.close()
+        self._calls.forget(self)
+
+    def expire_if_due(self) -> None:
+        exchange = self._exchange
+        if exchange is not None and exchange.is_due:
+            # Not by the thread that asks: telling the child may take time.
+            self._calls.submit(self._key, exchange.expire_if_due)
+
+
+def _tell(backend: Backend, said: SendOneWay) -> None:
+    message = jsonrpc.parse_message(said.line)
+    if isinstance(message, Notification):
+        backend.notify(message)
+    elif isinstance(message, Response):
+        backend.respond(message)
+    else:
+        backend.submit(message, said.timeout)
+
+
+def _as_request(line: bytes) -> Request:
+    message = jsonrpc.parse(line)
+    assert isinstance(message, Request)
+    return message
+
+
+def _as_message(message: ServerMessage) -> Message:
+    failure = None if message.failure is None else protocol.failure_of(message.failure)
+    return Message(message.data, message.is_response, message.event_id, failure)

@@ -1,4 +1,4 @@
-"""The lease of this replica, and its judgement of others.
+"""The lease of this replica, and whether others are gone.
 
 A replica is gone when its mailbox is, or when its process is (which only a neighbour on the same
 machine can see, but at once). A missing mailbox proves nothing while the store has only just come
@@ -11,10 +11,10 @@ One thread renews the lease and looks after those whose leaving would matter to 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 
+from mcp_proxy.background import Periodic, Workers
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.replica import has_ended
 from mcp_proxy.storage.mailboxes import Mailboxes
@@ -29,7 +29,7 @@ _LOOKS = 15
 _RETRY = 0.5
 
 
-class Lease:
+class Lease(Periodic):
     """Renews itself from `start` on. `on_look` is called now and then, `on_lapse` when the mailbox
     had gone, with whatever was in it, because it was not renewed in time.
     """
@@ -40,7 +40,10 @@ class Lease:
         replica: str,
         on_look: Callable[[], None],
         on_lapse: Callable[[], None],
+        workers: Workers | None = None,
     ) -> None:
+        pause = min(_RETRY, mailboxes.lease / _LOOKS)
+        super().__init__("mcp-relay-lease", pause, self._look_after, workers)
         self._mailboxes = mailboxes
         self._replica = replica
         self._on_look = on_look
@@ -50,8 +53,6 @@ class Lease:
         self._was_away = False  # ever
         self._lapses = 0
         self._renewed = 0.0
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mcp-relay-lease", daemon=True)
 
     def __repr__(self) -> str:
         return f"<Lease {self._replica} renewed={time.monotonic() - self._renewed:.1f}s ago>"
@@ -60,13 +61,11 @@ class Lease:
         """Opens the mailbox and starts the thread; raises StorageUnavailable."""
         self._mailboxes.renew(self._replica)
         self._renewed = self._in_contact_since = time.monotonic()
-        self._thread.start()
+        super().start()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float = 2 * _RETRY) -> None:
         """Ends the thread and the mailbox: whoever asks learns at once that we are gone."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(2 * _RETRY)
+        super().stop(timeout)
         try:
             self._mailboxes.remove(self._replica)
         except StorageUnavailable as error:
@@ -79,8 +78,8 @@ class Lease:
         """Whether nobody can have declared this replica dead: false after having been frozen."""
         return time.monotonic() < self._renewed + self._mailboxes.lease
 
-    def witness(self) -> Callable[[], bool]:
-        """What tells, later, whether a letter that is read from now on may be acted upon.
+    def freshness(self) -> Callable[[], bool]:
+        """What tells, later, whether an envelope that is read from now on may be acted upon.
 
         It must not if this replica can have been declared dead since then. Where the lease is not
         held now there is no mailbox: what comes was sent to the next one.
@@ -88,18 +87,15 @@ class Lease:
         lapses = self._lapses if self.is_held else self._lapses + 1
         return lambda: self.is_held and self._lapses <= lapses
 
-    def _run(self) -> None:
-        pause = min(_RETRY, self._mailboxes.lease / _LOOKS)
-        while not self._stopping.wait(pause):
-            try:
-                self.run_once()
-            except StorageUnavailable as error:
-                self._lose_contact()
-                log.warning("the lease is not renewed: %s", error)
-            except Exception:
-                log.exception("looking after the lease failed")
+    def _look_after(self) -> None:
+        try:
+            self.look()
+        except StorageUnavailable as error:
+            self._was_away = True
+            self._in_contact_since = None
+            log.warning("the lease is not renewed: %s", error)
 
-    def run_once(self) -> None:
+    def look(self) -> None:
         """One look: renews the lease if it is time to; raises StorageUnavailable."""
         age = time.monotonic() - self._renewed
         if self._in_contact_since is None or age > self._mailboxes.lease / _RENEWALS:
@@ -117,10 +113,6 @@ class Lease:
             self._was_away = True
             log.warning("the mailbox of this replica had gone; it was opened again")
             self._on_lapse()
-
-    def _lose_contact(self) -> None:
-        self._was_away = True
-        self._in_contact_since = None
 
     # --- others ----------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""Frames and channels: messages of any size between two replicas, whole, once and in order.
+"""What two replicas say to each other about a call, and how it arrives whole, once and in order.
 
-A channel is a conversation about one exchange. A message travels in one piece or in several; each
-piece has a number, so one that arrives twice is dropped and one that was lost is missed. The
-receiver grants credit: no more than a window of pieces is ever on its way or waiting, whatever the
-size of a message and however slow its reader, and other channels are not held up.
+A call has a channel of its own. A message travels in one piece or in several; each piece has a
+number, so that one that arrives twice is dropped and one that was lost is missed. The receiver
+grants credit: no more than a window of pieces is ever on its way or unread, whatever the size of a
+message and however slow its reader, and other channels are not held up.
 
 No I/O and no threads here; the lock of a channel is never held while anything else is called.
 """
@@ -29,6 +29,9 @@ from mcp_proxy.errors import (
 WINDOW = 64
 PIECE = 64 * 1024
 
+# Pieces that have made room before the other side is told so.
+_GRANT = WINDOW // 2
+
 
 class Kind(enum.IntEnum):
     """What a frame is for, and what its `number` means."""
@@ -41,7 +44,7 @@ class Kind(enum.IntEnum):
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True):
-    """What a letter holds. `more` says that the message goes on in the next piece."""
+    """What an envelope holds. `more` says that the message goes on in the next piece."""
 
     channel: str
     sender: str
@@ -52,42 +55,40 @@ class Frame(msgspec.Struct, array_like=True, frozen=True):
 
     @property
     def is_first(self) -> bool:
-        """Whether a conversation begins with this piece."""
+        """Whether a call begins with this piece."""
         return self.kind == Kind.PIECE and self.number == 1
 
 
-class Reach(enum.Enum):
-    """What is known of whether a conversation has reached the other side."""
+class Delivered(enum.Enum):
+    """What is known of whether anything of a call has reached the other side."""
 
-    NOT = enum.auto()  #: nothing that was sent can have arrived
-    PERHAPS = enum.auto()  #: it is being sent, or the store failed while it had it
-    CERTAIN = enum.auto()  #: it is in the other side's mailbox, or was read
+    NO = enum.auto()  #: nothing that was sent can have arrived
+    MAYBE = enum.auto()  #: it is being sent, or the store failed while it had it
+    YES = enum.auto()  #: it is in the other side's mailbox, or was read
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Frame)
+_frame_decoder = msgspec.msgpack.Decoder(Frame)
+
+#: A frame or a message as bytes.
+encode = _encoder.encode
 
 
-def encode(frame: Frame) -> bytes:
-    """The frame as a letter's bytes."""
-    return _encoder.encode(frame)
-
-
-def decode(data: bytes) -> Frame:
-    """The frame in a letter; raises msgspec.DecodeError where it is none."""
+def decode_frame(data: bytes) -> Frame:
+    """The frame in an envelope; raises msgspec.DecodeError where it is none."""
     try:
-        return _decoder.decode(data)
+        return _frame_decoder.decode(data)
     except UnicodeDecodeError as error:
         raise msgspec.DecodeError(str(error)) from error
 
 
 class Channel:
-    """One end of a conversation. Thread-safe."""
+    """One side of the way between two replicas that a call has to itself. Thread-safe."""
 
     def __init__(self, name: str, own: str, peer: str) -> None:
         self.name = name
         self.peer = peer
-        self.reach = Reach.NOT  # the courier's to say, and the listener's when it hears back
+        self.delivered = Delivered.NO  # set by the sender, and by the listener when it hears back
         self._own = own
         self._lock = threading.Lock()  # guards what follows
         self._outbound: deque[tuple[bytes, bool]] = deque()
@@ -99,7 +100,7 @@ class Channel:
         self._withheld = 0  # pieces of a message behind unread ones
         self._read = 0  # pieces that made room
         self._granted = 0  # of these, what the other side was told
-        self._owes_credit = False
+        self._must_grant = False
 
     def __repr__(self) -> str:
         return (
@@ -125,20 +126,19 @@ class Channel:
 
     def put(self, message: bytes) -> None:
         """Adds a message to what is to be sent."""
-        ends = range(PIECE, len(message), PIECE)
-        pieces = [(message[end - PIECE : end], True) for end in ends]
-        rest = message[len(pieces) * PIECE :] if pieces else message
         with self._lock:
-            self._outbound.extend(pieces)
-            self._outbound.append((rest, False))
+            for end in range(PIECE, len(message), PIECE):
+                self._outbound.append((message[end - PIECE : end], True))
+            start = (len(message) - 1) // PIECE * PIECE if message else 0
+            self._outbound.append((message[start:], False))
 
     def outgoing(self) -> list[Frame]:
         """What may be sent now: frames as far as credit goes, and credit that is due itself."""
         frames: list[Frame] = []
         with self._lock:
-            if self._owes_credit or self._is_credit_due():
+            if self._must_grant or self._read - self._granted >= _GRANT:
                 frames.append(Frame(self.name, self._own, Kind.CREDIT, self._read))
-                self._granted, self._owes_credit = self._read, False
+                self._granted, self._must_grant = self._read, False
             while self._outbound and self._sent < self._allowed:
                 data, more = self._outbound.popleft()
                 self._sent += 1
@@ -147,7 +147,7 @@ class Channel:
 
     # --- inbound ---------------------------------------------------------------------------------
 
-    def take(self, frame: Frame) -> bytes | None:
+    def receive(self, frame: Frame) -> bytes | None:
         """The message that `frame` completes, None where it completes none or was here before.
 
         A piece that comes before an earlier one is passed over: it is sent again, or a probe finds
@@ -158,7 +158,7 @@ class Channel:
                 self._allowed = max(self._allowed, WINDOW + frame.number)
                 return None
             if frame.kind != Kind.PIECE:
-                self._owes_credit = True  # what was said of it before may be lost
+                self._must_grant = True  # an earlier CREDIT frame may be lost
                 self._require_all(frame.number)
                 return None
             if frame.number != self._received + 1:
@@ -182,8 +182,9 @@ class Channel:
         with self._lock:
             self._unread -= 1
             self._read += 1
-            self._release_withheld()
-            return self._is_credit_due()
+            if self._withheld:
+                self._release_withheld()
+            return self._read - self._granted >= _GRANT
 
     def _release_withheld(self) -> None:
         """A message must come whole before anybody can read it, but not ahead of unread ones."""
@@ -199,19 +200,13 @@ class Channel:
     @property
     def is_credit_due(self) -> bool:
         """Whether the other side is to be told that it may send more."""
-        with self._lock:
-            return self._is_credit_due()
-
-    def _is_credit_due(self) -> bool:
-        return self._read - self._granted >= WINDOW // 2
+        return self._read - self._granted >= _GRANT
 
 
-# --- messages: What replicas say to each other about one exchange; each message is one or more frames.
-
-# --- to the owner of a child ---------------------------------------------------------------------
+# --- messages to the owner of a child ------------------------------------------------------------
 
 
-class Call(msgspec.Struct, array_like=True, frozen=True, tag=True):
+class SendRequests(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Requests for a child, a line each; `timeout` in seconds."""
 
     child: str
@@ -230,7 +225,7 @@ class Listen(msgspec.Struct, array_like=True, frozen=True, tag=True):
     after: str | None
 
 
-class Tell(msgspec.Struct, array_like=True, frozen=True, tag=True):
+class SendOneWay(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """What has no answer here: a notification, a response, or a request for whose answer there is
     a standing stream (within `timeout` seconds). Answered by Done.
     """
@@ -240,25 +235,28 @@ class Tell(msgspec.Struct, array_like=True, frozen=True, tag=True):
     timeout: float = 0.0
 
 
-class Stop(msgspec.Struct, array_like=True, frozen=True, tag=True):
+class Close(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """The session is over: the child is to end. Answered by Done."""
 
     child: str
 
 
-class Begin(msgspec.Struct, array_like=True, frozen=True, tag=True):
+class StartStream(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """The client gets a stream: what is delivered from now on is to be logged."""
 
 
-class Leave(msgspec.Struct, array_like=True, frozen=True, tag=True):
+class Detach(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """The client no longer listens."""
 
 
-# --- from the owner of a child -------------------------------------------------------------------
+# --- messages from the owner of a child ----------------------------------------------------------
 
 
-class Delivered(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """A delivery; `failure` is the kind of the error and its sentence, where it is one."""
+class Message(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """One message for the client.
+
+    `failure` is the kind of the error and its sentence, where it is one.
+    """
 
     data: bytes
     is_response: bool
@@ -282,10 +280,9 @@ class Done(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """What was asked for is done: what was told has reached the child, a stream has its place."""
 
 
-ToOwner = Call | Listen | Tell | Stop | Begin | Leave
-FromOwner = Delivered | Ended | Refused | Done
+ToOwner = SendRequests | SendOneWay | Listen | Close | StartStream | Detach
+FromOwner = Message | Ended | Refused | Done
 
-_encoder = msgspec.msgpack.Encoder()
 _to_owner: msgspec.msgpack.Decoder[ToOwner] = msgspec.msgpack.Decoder(ToOwner)
 _from_owner: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
 
@@ -295,18 +292,13 @@ _FAILURES: dict[str, type[BackendError]] = {
 }
 
 
-def encode(message: ToOwner | FromOwner) -> bytes:
-    """The message as bytes."""
-    return _encoder.encode(message)
-
-
 def decode_to_owner(data: bytes) -> ToOwner:
-    """What a client's replica says; raises msgspec.DecodeError."""
+    """What the client's replica says; raises msgspec.DecodeError."""
     return _to_owner.decode(data)
 
 
 def decode_from_owner(data: bytes) -> FromOwner:
-    """What a child's replica says; raises msgspec.DecodeError."""
+    """What the owner says; raises msgspec.DecodeError."""
     return _from_owner.decode(data)
 
 

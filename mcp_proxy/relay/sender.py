@@ -1,4 +1,4 @@
-"""The courier: the one thread of a replica that sends letters, many in one round trip.
+"""The sender: the one thread of a replica that posts envelopes, many in one round trip.
 
 What cannot be sent now waits here, in order: while the store is away, and while it is not certain
 whether a replica without a mailbox is gone or about to come back. After a lease it is given up.
@@ -7,45 +7,44 @@ whether a replica without a mailbox is gone or about to come back. After a lease
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from mcp_proxy.background import QueueWorker, Workers
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay import protocol as frames
-from mcp_proxy.relay.protocol import Channel, Frame, Reach
-from mcp_proxy.storage.mailboxes import Letter, Mailboxes
+from mcp_proxy.relay import protocol
+from mcp_proxy.relay.protocol import Channel, Delivered, Frame
+from mcp_proxy.storage.mailboxes import Envelope, Mailboxes
 
 log = logging.getLogger(__name__)
 
-# Letters of one round trip, and seconds between two attempts.
+# Envelopes of one round trip, and seconds between two attempts.
 _BATCH = 128
 _PAUSE = 0.25
 
 
-class Conversation(ABC):
-    """One end of a channel with what it is about.
+class Call(ABC):
+    """One side of a relayed call: a channel, and what it is about.
 
-    `step` is called by the courier, `take` by the listener, `lose` by either; none may wait, but
-    for the store.
+    `outgoing` is called by the sender, `on_message` by the listener, `on_loss` by either; none may
+    wait, but for the store.
     """
 
     channel: Channel
 
     @abstractmethod
-    def step(self) -> list[Frame]:
+    def outgoing(self) -> list[Frame]:
         """What is to be sent now."""
 
     @abstractmethod
-    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
+    def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
         """A message of the other side, to be acted upon as long as it `is_fresh`."""
 
     @abstractmethod
-    def lose(self, sentence: str, is_gone: bool = False) -> None:
+    def on_loss(self, sentence: str, is_gone: bool = False) -> None:
         """The other side cannot be reached any more; `channel` says whether it ever was.
 
         `is_gone`: nor can anybody else, so that its sessions may be taken over.
@@ -53,136 +52,105 @@ class Conversation(ABC):
 
     @property
     def is_awaited(self) -> bool:
-        """Whether a client waits for an answer that this conversation brings."""
+        """Whether a client waits for an answer that this call brings."""
         return False
 
-    def tick(self) -> None:  # noqa: B027  (most have no deadlines to look at)
+    def expire_if_due(self) -> None:  # noqa: B027  (most have no deadlines to look at)
         """Called now and then."""
 
 
-class _Item(NamedTuple):
-    conversation: Conversation
+class _Waiting(NamedTuple):
+    call: Call
     frame: Frame
     since: float
 
 
-class Courier:
-    """Sends what conversations have to say, when they are woken."""
+class Sender(QueueWorker[Call]):
+    """Sends what calls have to say, when they are put into its queue."""
 
     def __init__(
         self,
         mailboxes: Mailboxes,
         is_gone: Callable[[str], bool],
         may_send: Callable[[], bool] = lambda: True,
+        workers: Workers | None = None,
     ) -> None:
+        super().__init__("mcp-relay-sender", workers)
         self._mailboxes = mailboxes
         self._is_gone = is_gone
         self._may_send = may_send
-        self._woken: queue.SimpleQueue[Conversation | None] = queue.SimpleQueue()
-        self._outbox: dict[str, deque[_Item]] = {}  # by replica; touched by the thread only
+        self._outbox: dict[str, deque[_Waiting]] = {}  # by replica; touched by the thread only
         self._paused: dict[str, float] = {}  # replicas that are not tried before a time
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="mcp-relay-courier", daemon=True)
 
     def __repr__(self) -> str:
-        return f"<Courier waiting={sum(map(len, self._outbox.values()))}>"
+        return f"<Sender waiting={sum(map(len, self._outbox.values()))}>"
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+    def run_once(self) -> None:
+        self.send_once(_PAUSE if self._outbox else None)
 
-    def stop(self, timeout: float) -> None:
-        """Sends what can be sent at once, and ends the thread within `timeout` seconds."""
-        self._is_stopping = True
-        self._woken.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+    def finish(self) -> None:
+        """Sends what can be sent at once."""
+        self.send_once(0)
 
-    def wake(self, conversation: Conversation) -> None:
-        """A conversation may have something to send. Never waits."""
-        self._woken.put(conversation)
-
-    def _run(self) -> None:
-        while not self._is_stopping:
-            try:
-                self.run_once(_PAUSE if self._outbox else None)
-            except Exception:
-                log.exception("sending letters failed")
-        self.run_once(0)
-
-    def run_once(self, timeout: float | None) -> None:
-        """Waits until a conversation is woken or the time is over, then sends what can be sent."""
-        for conversation in self._take_woken(timeout):
-            for frame in _step(conversation):
-                items = self._outbox.setdefault(conversation.channel.peer, deque())
-                items.append(_Item(conversation, frame, time.monotonic()))
+    def send_once(self, timeout: float | None) -> None:
+        """Waits until a call has something to say or the time is over, then sends what it can."""
+        for call in self.take(timeout):
+            for frame in _outgoing(call):
+                waiting = self._outbox.setdefault(call.channel.peer, deque())
+                waiting.append(_Waiting(call, frame, time.monotonic()))
         if not self._may_send():  # what the others answer would find no mailbox here
             self._hold_all("This replica cannot reach the others")
             return
-        while batch := self._next_batch():
-            if not self._send(batch):
+        while self._outbox and (batch := self._next_batch()):
+            if not self._post(batch):
                 break
 
     def _hold_all(self, sentence: str) -> None:
         for peer in list(self._outbox):
             self._pause_or_give_up(peer, sentence)
 
-    def _take_woken(self, timeout: float | None) -> dict[Conversation, None]:
-        """Everybody who was woken, once, in order."""
-        woken: dict[Conversation, None] = {}
-        try:
-            first = self._woken.get(timeout=timeout)
-            while True:
-                if first is not None:
-                    woken[first] = None
-                first = self._woken.get_nowait()
-        except queue.Empty:
-            return woken
-
-    def _next_batch(self) -> list[_Item]:
+    def _next_batch(self) -> list[_Waiting]:
         now = time.monotonic()
-        batch: list[_Item] = []
-        for peer, items in self._outbox.items():
+        batch: list[_Waiting] = []
+        for peer, waiting in self._outbox.items():
             if self._paused.get(peer, 0.0) <= now:
-                batch.extend(list(items)[: _BATCH - len(batch)])
+                batch.extend(list(waiting)[: _BATCH - len(batch)])
         return batch
 
-    def _send(self, batch: Sequence[_Item]) -> bool:
+    def _post(self, batch: Sequence[_Waiting]) -> bool:
         """Whether the store took the batch; what a mailbox refused waits, or is given up."""
-        letters = [Letter(i.conversation.channel.peer, frames.encode(i.frame)) for i in batch]
-        channels = {item.conversation.channel for item in batch}
-        new = {channel for channel in channels if channel.reach is Reach.NOT}
-        for channel in new:
-            channel.reach = Reach.PERHAPS
+        envelopes, new = [], set()
+        for call, frame, _ in batch:
+            envelopes.append(Envelope(call.channel.peer, protocol.encode(frame)))
+            if call.channel.delivered is Delivered.NO:
+                call.channel.delivered = Delivered.MAYBE
+                new.add(call.channel)
         try:
-            accepted = self._mailboxes.post(letters)
+            accepted = self._mailboxes.post(envelopes)
         except StorageUnavailable as error:
-            log.warning("letters to other replicas wait: %s", error)
-            for peer in {letter.to for letter in letters}:
+            log.warning("envelopes for other replicas wait: %s", error)
+            for peer in {envelope.to for envelope in envelopes}:
                 self._pause_or_give_up(peer, str(error))
             return False
         refused: dict[str, None] = {}
-        for item, is_accepted in zip(batch, accepted, strict=True):
-            channel = item.conversation.channel
+        for (call, _, _), is_accepted in zip(batch, accepted, strict=True):
+            channel = call.channel
             if not is_accepted:
                 refused[channel.peer] = None
-                if channel in new and channel.reach is Reach.PERHAPS:
-                    channel.reach = Reach.NOT
+                if channel in new and channel.delivered is Delivered.MAYBE:
+                    channel.delivered = Delivered.NO
             elif channel.peer not in refused:
-                channel.reach = Reach.CERTAIN
-                self._drop_first(channel.peer)
+                channel.delivered = Delivered.YES
+                self._outbox[channel.peer].popleft()
+        for peer in {envelope.to for envelope in envelopes}:
+            if not self._outbox[peer]:
+                del self._outbox[peer]
+                self._paused.pop(peer, None)
         for peer in refused:
-            self._consider(peer)
+            self._decide_on(peer)
         return True
 
-    def _drop_first(self, peer: str) -> None:
-        items = self._outbox[peer]
-        items.popleft()
-        if not items:
-            del self._outbox[peer]
-            self._paused.pop(peer, None)
-
-    def _consider(self, peer: str) -> None:
+    def _decide_on(self, peer: str) -> None:
         """A replica has no mailbox: is it gone, or is that not certain yet?"""
         try:
             is_gone = self._is_gone(peer)
@@ -201,15 +169,14 @@ class Courier:
     def _give_up(self, peer: str, sentence: str, is_gone: bool = False) -> None:
         """Tells everybody who waits for this replica."""
         self._paused.pop(peer, None)
-        lost = dict.fromkeys(item.conversation for item in self._outbox.pop(peer))
-        for conversation in lost:
-            conversation.lose(sentence, is_gone)
+        for call in dict.fromkeys(waiting.call for waiting in self._outbox.pop(peer)):
+            call.on_loss(sentence, is_gone)
 
 
-def _step(conversation: Conversation) -> list[Frame]:
-    """What a conversation has to send; one that fails does not keep the others from it."""
+def _outgoing(call: Call) -> list[Frame]:
+    """What a call has to send; one that fails does not keep the others from it."""
     try:
-        return conversation.step()
+        return call.outgoing()
     except Exception:
-        log.exception("a conversation with another replica failed")
+        log.exception("a call to another replica failed")
         return []

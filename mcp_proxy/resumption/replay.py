@@ -7,13 +7,12 @@ is lost, with whoever held it, the requests that the log has no answer to get an
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 import msgspec
 
-from mcp_proxy.backends.base import Delivery, Exchange
-from mcp_proxy.errors import PROXY_ERROR, RequestId, StorageError
+from mcp_proxy.backends.exchange import Exchange, ServerMessage
+from mcp_proxy.errors import PROXY_ERROR, BackendError, RequestId, StorageError
 from mcp_proxy.resumption.writing import is_message
 from mcp_proxy.storage.event_log import EventLog, LoggedEvent
 from mcp_proxy.wire import jsonrpc
@@ -25,12 +24,12 @@ _LOOK = 2.0
 _LOST = "The server was lost before it answered"
 
 
-class ResumedStream(Exchange):
-    """What came after `event` on its stream.
+class Replay:
+    """What came after `event` on its stream: the source of an exchange, read by its receiver.
 
-    `is_orphaned` says whether the child of the stream is lost; it may raise StorageError. Without
-    an answer it ends with an error after `timeout` seconds, and without one when `is_draining`: its
-    client comes back, to another replica.
+    `is_lost` says whether the child of the stream is lost; it may raise StorageError. Without an
+    answer the stream ends with an error after `timeout` seconds, and without one when
+    `is_draining`: its client comes back, to another replica.
     """
 
     def __init__(
@@ -38,59 +37,53 @@ class ResumedStream(Exchange):
         events: EventLog,
         session_id: str,
         event: LoggedEvent,
-        is_orphaned: Callable[[], bool],
+        is_lost: Callable[[], bool],
         timeout: float,
         is_draining: Callable[[], bool],
     ) -> None:
+        self.exchange = Exchange()
         self._events = events
         self._session_id = session_id
         self._stream = event.stream
         self._after = event.id
-        self._is_orphaned = is_orphaned
+        self._is_lost = is_lost
         self._is_draining = is_draining
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
-        self._found: deque[Delivery] = deque()
-        self._is_complete = event.is_last
+        self._is_complete = False
+        self.exchange.attach(self, read_more=self._read_more)
+        if event.is_last:
+            self._end()
 
     def __repr__(self) -> str:
-        return f"<ResumedStream {self._stream} after={self._after} over={self.is_over}>"
+        return f"<Replay {self._stream} after={self._after} complete={self._is_complete}>"
 
-    @property
-    def is_over(self) -> bool:
-        return self._is_complete and not self._found
+    def stream_begun(self, exchange: Exchange) -> None:
+        """It is one from the beginning."""
 
-    def receive(self, timeout: float) -> Delivery | None:
-        until = time.monotonic() + timeout
-        while not self._found and not self._is_complete:
-            left = until - time.monotonic()
-            if left <= 0:
-                return None
-            self._look(min(left, _LOOK))
-        return self._found.popleft() if self._found else None
+    def expire(self, exchange: Exchange, failure: BackendError) -> None:
+        """The exchange has no deadline of its own."""
 
-    def close(self) -> None:
-        self._is_complete = True
-        self._found.clear()
+    def leave(self, exchange: Exchange) -> None:
+        """Nothing but the receiver's own reading has to stop."""
 
-    def _look(self, timeout: float) -> None:
+    def _read_more(self, timeout: float) -> None:
+        """Offers what is new in the log; waits at most `timeout` seconds for that."""
         if self._is_draining():
-            self._is_complete = True
+            self._end()
             return
+        timeout = min(timeout, _LOOK)
         try:
             if self._read(timeout):
                 return
-            if self._is_orphaned():
-                self._read_all()
+            if self._is_lost():
+                while self._read(0.0):
+                    pass
                 self._fail(_LOST)
             elif time.monotonic() > self._deadline:
                 self._fail(f"The server did not answer within {self._timeout:g} seconds")
         except StorageError:
             time.sleep(timeout)  # the store is away; the client hears keepalives meanwhile
-
-    def _read_all(self) -> None:
-        while self._read(0.0):
-            pass
 
     def _read(self, timeout: float) -> bool:
         """Whether there was anything new in the log."""
@@ -98,19 +91,24 @@ class ResumedStream(Exchange):
         for event in events:
             self._after = event.id
             if event.stream == self._stream and not self._is_complete:
-                self._is_complete = event.is_last
                 if is_message(event):
-                    self._found.append(Delivery(event.data, False, event_id=event.id))
+                    self.exchange.offer(ServerMessage(event.data, False, event_id=event.id))
+                if event.is_last:
+                    self._end()
         return bool(events)
+
+    def _end(self) -> None:
+        self._is_complete = True
+        self.exchange.end()
 
     def _fail(self, sentence: str) -> None:
         """Tells the client that nothing more will come, for each request without an answer."""
         if self._is_complete:
             return
-        self._is_complete = True
         for request_id in self._unanswered():
             data = jsonrpc.encode_error(PROXY_ERROR, sentence, request_id)
-            self._found.append(Delivery(data, is_response=True))
+            self.exchange.offer(ServerMessage(data, is_response=True))
+        self._end()
 
     def _unanswered(self) -> list[RequestId]:
         ids: list[RequestId] = []

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mcp_proxy import __version__
+from mcp_proxy.app import storage_of
+from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.http import HttpClient
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError, ProxyError
+from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
 from mcp_proxy.server.gunicorn import require_shared_sessions
 from mcp_proxy.servers import HttpServer, StdioServer
-from mcp_proxy.sharing import Sharing
-from mcp_proxy.transports import handshake
 from mcp_proxy.wire import jsonrpc, revisions
+from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Request
 from mcp_proxy.wire.urls import parse_target
 
@@ -24,7 +26,7 @@ from mcp_proxy.wire.urls import parse_target
 REDIS_NEEDED = (6, 2)
 
 # Seconds for a server to answer initialize; `npx` and `uvx` may have to fetch it first.
-_PATIENCE = 60.0
+_ANSWER_TIME = 60.0
 
 
 class Row(NamedTuple):
@@ -48,15 +50,15 @@ def _rows(config: ProxyConfig) -> Iterator[Row]:
     yield Row("configuration", True, repr(config))
     yield _workers(config)
     yield _store(config)
-    replica = Replica()
+    supervisor = Supervisor(Replica())
     try:
         for server in config.servers():
             if isinstance(server, HttpServer):
                 yield from _backends(config, server)
             else:
-                yield _server(config, server, replica)
+                yield _server(config, server, supervisor)
     finally:
-        replica.close()
+        supervisor.close()
 
 
 def _workers(config: ProxyConfig) -> Row:
@@ -69,9 +71,9 @@ def _workers(config: ProxyConfig) -> Row:
 
 def _store(config: ProxyConfig) -> Row:
     if config.redis_url is None:
-        return Row("sessions", True, "in memory of the one worker")
+        return Row("sessions", True, "in the memory of the one worker")
     try:
-        store = Sharing(config).storage("check")
+        store = storage_of(config)
         assert isinstance(store, RedisStorage)
         version = store.version()
         store.close()
@@ -84,20 +86,20 @@ def _store(config: ProxyConfig) -> Row:
 
 
 def _backends(config: ProxyConfig, server: HttpServer) -> Iterator[Row]:
-    """Whether each replica of an HTTP server can be connected to."""
+    """Whether each replica of an HTTP server accepts connections."""
     client = HttpClient(config.connect_timeout, pool_size=1)
     for url in server.urls:
         target = parse_target(url)
         assert target is not None
-        trouble = client.probe(target.address)
-        yield Row(f"server {server.name}", trouble is None, trouble or f"{url} can be connected to")
+        reason = client.probe(target.address)
+        yield Row(f"server {server.name}", reason is None, reason or f"{url} accepts connections")
 
 
-def _server(config: ProxyConfig, server: StdioServer, replica: Replica) -> Row:
+def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) -> Row:
     what = f"server {server.name}"
     try:
         limit = config.max_message_bytes
-        bridge = Bridge(replica.supervisor, server, limit, on_lost=lambda lost: None)
+        bridge = Bridge(supervisor, server, limit, on_lost=lambda lost: None)
     except ProxyError as error:
         return Row(what, False, f"{error} ({server})")
     try:
@@ -110,12 +112,12 @@ def _server(config: ProxyConfig, server: StdioServer, replica: Replica) -> Row:
 
 
 def _greet(bridge: Bridge) -> str:
-    """Initializes a server and returns what it says of itself; raises ProxyError."""
+    """Initializes a server and returns its name, version and revision; raises ProxyError."""
     params = {
         "protocolVersion": revisions.LEGACY[-1],
         "capabilities": {},
         "clientInfo": {"name": "mcp-wsgi-proxy check", "version": __version__},
     }
-    request = Request("check", handshake.INITIALIZE, jsonrpc.as_payload(params))
-    answer = handshake.ask(bridge, request, _PATIENCE)
+    request = Request("check", INITIALIZE, jsonrpc.as_payload(params))
+    answer = handshake.ask(bridge, request, _ANSWER_TIME)
     return handshake.describe(answer)

@@ -1,8 +1,9 @@
-"""The command `mcp-wsgi-proxy`: the same settings as options, and the same gunicorn."""
+"""The command `mcp-wsgi-proxy`: every setting as an option, and gunicorn to serve."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,8 @@ from mcp_proxy.config import (
     settings,
 )
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server.check import check
 from mcp_proxy.server.gunicorn import require_shared_sessions, serve
 from mcp_proxy.servers import as_command
-from mcp_proxy.sharing import Sharing
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --target-url URL
@@ -32,7 +31,7 @@ out and serves nothing."""
 
 _WITH_COMMAS = ("env", "target_url", "forward_headers")
 
-# What says which servers there are: an option takes the place of all of them.
+# The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "cwd")
 
 
@@ -44,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(arguments[1:] if is_check else arguments)
         config.servers()  # its errors belong here, not in a worker's log
         if is_check:
+            from mcp_proxy.server.check import check
+
             return check(config)
         require_shared_sessions(config, config.workers)
-        Sharing(config).close()
+        if config.redis_url is not None:
+            _require_readable_url(config)
     except ConfigError as error:
         print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
         return 2
@@ -54,8 +56,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _require_readable_url(config: ProxyConfig) -> None:
+    """Raises ConfigError where `redis_url` cannot be read; nothing is sent.
+
+    The check runs in a process of its own: the one that becomes gunicorn's master loads no Redis
+    client, whose imports a worker class may still patch.
+    """
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            from mcp_proxy.app import storage_of
+
+            storage_of(config).close()
+        except ConfigError as error:
+            os.write(writable, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writable)
+    with open(readable, encoding="utf-8") as answer:
+        sentence = answer.read()
+    os.waitpid(pid, 0)
+    if sentence:
+        raise ConfigError(sentence)
+
+
 def read_config(arguments: Sequence[str]) -> ProxyConfig:
-    """The configuration of the environment with the options over it; raises ConfigError."""
+    """The configuration from the environment, overridden by options; raises ConfigError."""
     options, command = _split(list(arguments))
     given = vars(_parser().parse_args(options))
     values: dict[str, Any] = {
@@ -70,7 +97,7 @@ def read_config(arguments: Sequence[str]) -> ProxyConfig:
 
 
 def _split_lists(name: str, value: str | list[str]) -> str | list[str]:
-    """Lists may be repeated options or separated by commas, unless their values may have some."""
+    """Splits a list at commas, unless the values of the setting may have some."""
     if isinstance(value, str) or name in _WITH_COMMAS:
         return value
     return [part.strip() for item in value for part in item.split(",") if part.strip()]

@@ -1,61 +1,64 @@
-"""gunicorn as this project runs it: its settings, its hooks, and the command that starts it.
+"""gunicorn as this project runs it: settings, hooks, the start, and the banner.
 
-Imported in gunicorn's master, so it must stay free of anything that a worker class may still patch.
+Imported in gunicorn's master, so it must not import anything that a worker class may still patch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import configure
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server import cpu_affinity as affinity
-from mcp_proxy.server.banner import banner
+from mcp_proxy.servers import Server, StdioServer
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
-# Seconds between looks at whether the worker is ending without a signal.
+# Seconds between checks whether the worker stops without a signal.
 _LOOK = 1.0
 
-# Seconds in which a worker that accepts nothing new still answers on connections that it has kept:
-# gunicorn closes those two seconds after it was told to stop.
+# Seconds for which a worker that no longer accepts still answers on kept-alive connections, which
+# gunicorn closes two seconds after it was told to stop.
 LINGER = 2.5
 
-# Files that a worker may have open, if the system lets it.
+# Files that a worker may have open, if the system allows it.
 _FILES = 16_384
 
-# Connections of a worker beyond its threads: kept alive, between two requests. Sessions need file
-# descriptors, too.
+# Kept-alive connections of a worker beyond its threads; few, since sessions need file descriptors,
+# too.
 _KEPT_ALIVE = 128
 
-_STAYING_WORKER = "mcp_proxy.server.worker.StayingWorker"
+_KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
 
 
 def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
-    """Everything that gunicorn is told, hooks included."""
+    """All settings for gunicorn, hooks included."""
     hooks = Hooks(config)
     is_gthread = config.worker_class == "gthread"
     return {
         "bind": config.bind,
         "workers": config.workers,
         "threads": config.threads,
-        "worker_class": _STAYING_WORKER if is_gthread else config.worker_class,
+        "worker_class": _KEEPALIVE_WORKER if is_gthread else config.worker_class,
         "loglevel": config.log_level,
         "worker_connections": config.threads + _KEPT_ALIVE if is_gthread else 10_000,
-        # gunicorn looks at every header for these; X-Forwarded-* is believed by `trusted_proxies`.
+        # gunicorn would check every header against these; `trusted_proxies` decides instead.
         "forwarded_allow_ips": "*",
         "forwarder_headers": "",
         "secure_scheme_headers": {},
-        # The main loop beats this heartbeat whatever the threads do: it is no limit for requests.
+        # A limit for the main loop's heartbeat, not for requests.
         "timeout": 60,
         "graceful_timeout": 20,
         "keepalive": 30,
@@ -71,7 +74,7 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
 
 
 def serve(config: ProxyConfig) -> None:
-    """Runs gunicorn with `config` until it is told to stop; leaves by SystemExit."""
+    """Runs gunicorn with `config` until it is told to stop; raises SystemExit then."""
     from gunicorn.app.base import BaseApplication
 
     class Server(BaseApplication):  # type: ignore[misc]
@@ -97,14 +100,14 @@ def require_shared_sessions(config: ProxyConfig, worker_count: int) -> None:
 
 
 class Hooks:
-    """What happens at the stations of gunicorn's life; gunicorn wants its own parameter names."""
+    """gunicorn's server hooks, with the parameter names that gunicorn requires."""
 
     def __init__(self, config: ProxyConfig) -> None:
         self._config = config
         self._offset = random.randrange(1024)
 
     def on_starting(self, server: Any) -> None:
-        """Refuses what cannot work before anything listens."""
+        """Exits before anything listens if several workers could not share their sessions."""
         configure(self._config.log_format, self._config.log_level)
         _allow_many_files()
         try:
@@ -113,38 +116,38 @@ class Hooks:
             sys.exit(f"mcp-wsgi-proxy: {error}")
 
     def when_ready(self, server: Any) -> None:
-        """Says where the servers are, once the sockets listen."""
+        """Prints the banner once the sockets listen."""
         addresses = [str(listener) for listener in server.LISTENERS]
         print(banner(self._config, addresses), file=sys.stderr, flush=True)
 
     def pre_fork(self, server: Any, worker: Any) -> None:
-        """Chooses the worker's CPU, in the master, which knows those of the others."""
-        cpus = affinity.cpus_to_share(self._config, server.cfg.workers)
+        """Chooses the worker's CPU, in the master, which knows the CPUs of the other workers."""
+        cpus = cpus_to_share(self._config, server.cfg.workers)
         taken = [other.cpu for other in server.WORKERS.values() if other.cpu is not None]
-        worker.cpu = affinity.least_used(cpus, taken, self._offset) if cpus else None
+        worker.cpu = least_used(cpus, taken, self._offset) if cpus else None
 
     def post_worker_init(self, worker: Any) -> None:
-        """Pins the worker and makes SIGTERM end its streams."""
+        """Pins the worker to its CPU and has SIGTERM drain its application."""
         app = worker.wsgi
-        if worker.cpu is not None and hasattr(app, "replica"):
-            app.replica.affinity = frozenset(os.sched_getaffinity(0))
-            affinity.pin(worker.cpu)
+        if worker.cpu is not None and hasattr(app, "parts"):
+            app.parts.supervisor.cpu_affinity = frozenset(os.sched_getaffinity(0))
+            pin(worker.cpu)
         if hasattr(app, "drain"):
             _drain_at_the_end(worker, app)
 
     def worker_int(self, worker: Any) -> None:
-        """SIGINT or SIGQUIT: the worker leaves at once, and so do its children."""
+        """SIGINT or SIGQUIT: closes the application, and so its children, at once."""
         _close(worker)
 
     def worker_exit(self, server: Any, worker: Any) -> None:
-        """The last word of a worker: it may still be working for clients of other replicas."""
+        """Drains the application, which may still serve clients of other replicas."""
         drain = getattr(getattr(worker, "wsgi", None), "drain", None)
         if drain is not None:
             drain()
 
 
 def _allow_many_files() -> None:
-    """Each stdio session takes four descriptors, and the usual limit is 1,024."""
+    """Raises the limit of open files: a stdio session takes four, and the usual limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -152,13 +155,12 @@ def _allow_many_files() -> None:
 
 
 def _drain_at_the_end(worker: Any, app: Any) -> None:
-    """Has the application drained when gunicorn's worker is to end.
+    """Drains the application when gunicorn stops its worker.
 
-    gunicorn tells nobody that a worker is to end, and then waits for open streams. Where other
-    replicas serve the same sessions the worker stops accepting first, and answers on the
-    connections that it has. Otherwise it goes on accepting until it is drained, to say that it is
-    shutting down. The ends without a signal, `max_requests` and a master that is gone, are looked
-    for.
+    gunicorn has no hook for that, and waits for open streams. Where other replicas serve the same
+    sessions the worker stops accepting first, and answers on the connections that it has. Otherwise
+    it accepts until it is drained, to answer that it is shutting down. Stops without a signal,
+    `max_requests` and a master that has exited, are polled for.
     """
     told = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
@@ -189,3 +191,117 @@ def _close(worker: Any) -> None:
     close = getattr(getattr(worker, "wsgi", None), "close", None)
     if close is not None:
         close()
+
+
+# --- the banner ----------------------------------------------------------------------------------
+
+
+def banner(config: ProxyConfig, addresses: list[str]) -> str:
+    """The URLs and a client configuration block for the servers at `addresses`."""
+    base = _reachable(addresses[0]) if addresses else f"http://{config.bind}"
+    urls = server_urls(config, base)
+    block = {"mcpServers": {name: _entry(url) for name, url in urls.items()}}
+    lines = [
+        *(f"  {name}: {url}" for name, url in urls.items()),
+        *_older(config, base),
+        "",
+        "  For a client's configuration:",
+        *(f"    {line}" for line in json.dumps(block, indent=2).splitlines()),
+        "",
+        f"  Health: {base}/healthz and {base}/readyz",
+    ]
+    return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
+
+
+def server_urls(config: ProxyConfig, base: str) -> dict[str, str]:
+    """The MCP endpoint of each server under `base`, by the server's name."""
+    return {server.name: _url(config, base, server) for server in config.servers()}
+
+
+def _url(config: ProxyConfig, base: str, server: Server) -> str:
+    path = "/sse" if _is_old(config, server) else "/mcp"
+    return f"{_mount(config, base, server)}{path}"
+
+
+def _mount(config: ProxyConfig, base: str, server: Server) -> str:
+    return f"{base}/servers/{server.name}" if config.config else base
+
+
+def _is_old(config: ProxyConfig, server: Server) -> bool:
+    """Whether a server is served over HTTP+SSE (2024-11-05) only."""
+    return isinstance(server, StdioServer) and "streamable" not in config.stdio_transports
+
+
+def _older(config: ProxyConfig, base: str) -> list[str]:
+    """The HTTP+SSE URLs (2024-11-05) of servers that have both transports, one a line."""
+    if set(config.stdio_transports) != {"streamable", "sse"}:
+        return []
+    servers = [server for server in config.servers() if isinstance(server, StdioServer)]
+    urls = (f"{_mount(config, base, server)}/sse" for server in servers)
+    return [f"  {url} for clients of 2024-11-05 (HTTP+SSE)" for url in urls]
+
+
+def _entry(url: str) -> dict[str, str]:
+    return {"type": "sse" if url.endswith("/sse") else "http", "url": url}
+
+
+def _reachable(address: str) -> str:
+    """An address to connect to: the loopback one where it names all interfaces."""
+    return re.sub(r"//(0\.0\.0\.0|\[::\])", "//127.0.0.1", address)
+
+
+# --- one CPU for each gthread worker -------------------------------------------------------------
+#
+# A CPython process uses one core at a time; if the kernel spreads its threads over two, the
+# interpreter lock moves between cores at every system call. Pinned to one CPU a gthread worker
+# answers about twice as many small calls (`bench/throughput` measures it).
+#
+# On one CPU a thread that wakes another is often preempted by it at once, and the other then waits
+# for the interpreter lock. Under the kernel's batch policy (sched(7)) a woken thread waits for its
+# turn, which almost halves the switches. Children get all CPUs and the normal policy.
+
+_QUOTA_FILE = "/sys/fs/cgroup/cpu.max"
+
+
+def cpus_to_share(config: ProxyConfig, workers: int) -> tuple[int, ...]:
+    """The CPUs among which workers are spread; empty where workers are not pinned.
+
+    `auto` pins when each worker can have a CPU of its own and no CPU quota applies; otherwise the
+    kernel's freedom to move a worker is worth more.
+    """
+    if config.cpu_affinity == "off" or config.worker_class != "gthread":
+        return ()
+    if not hasattr(os, "sched_setaffinity"):
+        return ()
+    if config.cpu_affinity != "auto":
+        return config.cpus()
+    available = tuple(sorted(os.sched_getaffinity(0)))
+    return available if workers <= len(available) and not _has_quota(len(available)) else ()
+
+
+def least_used(cpus: tuple[int, ...], taken: Iterable[int], offset: int) -> int:
+    """The CPU with the fewest workers; among equals the first one from `offset` on.
+
+    A random offset keeps several small deployments on one machine from all choosing the first CPU.
+    """
+    used = list(taken)
+    turned = cpus[offset % len(cpus) :] + cpus[: offset % len(cpus)]
+    return min(turned, key=used.count)
+
+
+def pin(cpu: int) -> None:
+    """Binds this thread, and threads that it starts later, to one CPU under the batch policy."""
+    os.sched_setaffinity(0, {cpu})
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it; that only costs speed
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _has_quota(cpus: int) -> bool:
+    """Whether this control group has a quota of less than `cpus` CPUs."""
+    try:
+        with open(_QUOTA_FILE, encoding="ascii") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return False
+    return quota != "max" and int(quota) < cpus * int(period)

@@ -1,22 +1,21 @@
-"""gunicorn's thread worker with shorter ways for small requests on kept-alive connections.
+"""gunicorn's thread worker, made faster for small requests on kept-alive connections.
 
 Four things differ from `gunicorn.workers.gthread.ThreadWorker`:
 
-- A thread that has answered stays at the connection for a moment while enough others are free: the
-  next request of a busy client then needs no hand-over by way of the main loop, its queues and its
-  poller.
-- The head of a response and the first piece of its body leave in one write.
-- A worker stops accepting when no thread is free, so that another one takes the connection, however
-  few or many connections are idle.
-- Settings are plain attributes once the worker runs; gunicorn asks a registry for one fifty times a
-  request.
+- A thread that has answered waits at the connection for a moment while enough others are free: the
+  next request of a busy client then need not go through the main loop, its queues and its poller.
+- The head of a response and the first piece of its body are sent in one write.
+- A worker without a free thread stops accepting, so that another worker takes the connection,
+  however many connections are idle.
+- Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
+  times per request.
 
 It relies on this in gunicorn, 27.0 or later: the main loop calls `enqueue_req`, `finish_request`,
 and `set_accept_enabled` each time around while the worker should accept and does not; `handle`
 returns True for a connection that is to be kept, whose surplus bytes are in `parser.unreader.buf`;
 `wsgi.create` takes a `response_class`, whose `write` sends head and body by `sock.sendall`; an
-attribute of `cfg` hides the setting of that name. `handle_request` does what gunicorn's own does,
-with that class. What ends a worker or a connection (signals, timeouts, bad requests) is gunicorn's.
+attribute of `cfg` hides the setting of that name. `handle_request` is gunicorn's own with that
+class. gunicorn handles signals, timeouts and bad requests.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from gunicorn import util
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
-#: Seconds for which a thread stays at a connection on which it has answered.
+#: Seconds for which a thread waits at a connection on which it has answered.
 STAY = 0.05
 
-# From this many bytes on a piece is sent on its own instead of being copied behind the head.
+# A piece of at least this many bytes is sent on its own, not copied behind the head.
 _LARGE = 64 * 1024
 
 
 class _Gathering:
-    """Stands in for a socket and keeps what it is to send."""
+    """Replaces a socket and collects the bytes to send."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -49,7 +48,7 @@ class _Gathering:
 
 
 class JoinedResponse(wsgi.Response):  # type: ignore[misc]
-    """A response whose head leaves together with the first piece of the body.
+    """A response whose head is sent together with the first piece of the body.
 
     An empty piece sends the head at once. Used by one thread.
     """
@@ -69,20 +68,20 @@ class JoinedResponse(wsgi.Response):  # type: ignore[misc]
         sock.sendall(gathered)
 
 
-class StayingWorker(gthread.ThreadWorker):  # type: ignore[misc]
+class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     """The worker class behind the setting `gthread`."""
 
     alive: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Connections that a thread has or that wait for one; the main thread counts.
+        #: Connections that have a thread or wait for one; counted by the main thread.
         self.busy = 0
 
     # --- in the main thread ----------------------------------------------------------------------
 
     def run(self) -> None:
-        """The main loop, until the worker is to end."""
+        """Runs the main loop until the worker stops."""
         settings = (name for name in self.cfg.settings if not hasattr(type(self.cfg), name))
         self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
         super().run()
@@ -100,22 +99,23 @@ class StayingWorker(gthread.ThreadWorker):  # type: ignore[misc]
         super().finish_request(conn, fs)
 
     def set_accept_enabled(self, enabled: bool) -> None:
-        """Begins or ceases to accept; begins only while a thread is free."""
+        """Starts or stops accepting; starts only while a thread is free."""
         super().set_accept_enabled(enabled and self.busy < self.cfg.threads)
 
     # --- in a thread of the pool -----------------------------------------------------------------
 
     def handle(self, conn: gthread.TConn) -> Any:
-        """Answers the requests of a connection until it ends or falls silent."""
+        """Answers requests of a connection for as long as this thread may wait for the next one."""
         outcome = super().handle(conn)
         while outcome is True and self._can_stay(conn) and _becomes_readable(conn.sock):
             outcome = super().handle(conn)
         return outcome
 
     def _can_stay(self, conn: gthread.TConn) -> bool:
-        """Whether waiting here for the next request is safe, and keeps nobody from a thread.
+        """Whether this thread may wait for the connection's next request.
 
-        Bytes that were read already, by the parser or by TLS, do not make a socket readable.
+        Enough other threads must be free, and no bytes may have been read already, by the parser or
+        by TLS: those do not make a socket readable.
         """
         has_surplus = self.cfg.is_ssl or conn.parser.unreader.buf.getvalue()
         return self.alive and not has_surplus and self.busy <= self.cfg.threads // 2
@@ -145,7 +145,7 @@ class StayingWorker(gthread.ThreadWorker):  # type: ignore[misc]
         except (Exception, SystemExit):
             if response is None or not response.headers_sent:
                 raise
-            # An error page would be taken for the rest of the response that has begun.
+            # The client would take an error page for the rest of the response that has begun.
             self.log.exception("Error handling request")
             util.close_graceful(conn.sock)
             raise StopIteration from None
@@ -178,7 +178,7 @@ def _send(body: Iterable[bytes], response: Any, environ: dict[str, Any]) -> None
 
 
 def _becomes_readable(sock: Any) -> bool:
-    """Waits for `STAY` seconds at the most."""
+    """Whether a socket becomes readable within `STAY` seconds."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(STAY * 1000))

@@ -1,1 +1,1 @@
-"""Sessions: what a session id stands for, who may change its record, and what keeps it alive."""
+"""Sessions: their ids and records, claims on records, and the refresh of sessions in use."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
+from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.errors import ConfigError
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.storage.records import LocalStorage
+from mcp_proxy.storage.records import Storage
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -23,23 +27,48 @@ _POLL = 0.1
 
 
 class Transport(ABC):
-    """One wire to clients. Every method may be called from any thread."""
+    """One wire to clients. Every method may be called from any thread.
+
+    As a context manager it is closed at the end of the block.
+    """
 
     edge: Edge
     manager: SessionManager
+    options: ProxyOptions
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.edge.serve(environ, start_response, self.handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
         """The orderly end of a transport on its own: no new work, streams ended, then `close`."""
         drain([self], timeout, linger)
         self.close()
 
+    def close(self, timeout: float = 0.0) -> None:
+        """Ends everything that this transport started; harmless when repeated.
+
+        Calls that are running get `timeout` seconds to end first, and no new work is taken.
+        """
+        if timeout > 0:
+            drain([self], timeout)
+        self.edge.is_draining = True
+        self.shut_down()
+
     @property
     def is_shared(self) -> bool:
         """Whether other replicas can serve the same sessions."""
-        return not isinstance(self.manager.storage, LocalStorage)
+        return self.manager.storage.is_shared
 
     @abstractmethod
     def handle(self, request: ClientRequest) -> Reply:
@@ -59,14 +88,10 @@ class Transport(ABC):
 
     @abstractmethod
     def shut_down(self) -> None:
-        """Ends what is this transport's alone; what it shares is ended by who shared it."""
+        """Ends what is this transport's; what an application shares the application ends."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Ends everything that this transport started; for one that is used on its own."""
-
-    @abstractmethod
-    def trouble(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """Why new sessions cannot be expected to begin, None if they can."""
 
 
@@ -90,3 +115,18 @@ def drain(transports: Collection[Transport], timeout: float, linger: float = 0.0
         if not any(transport.is_busy for transport in transports) or time.monotonic() > deadline:
             return
         time.sleep(_POLL)
+
+
+def scoped(storage: Storage, name: str | None, parts: Iterable[str]) -> Storage:
+    """The part of a store that belongs to a transport of this name.
+
+    Without a name it is made from `parts`, which say what is served: two transports over one store
+    never meet unless they serve the same. A store that keeps no names apart is used as it is.
+    """
+    if name is not None:
+        return storage.scoped(name)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    try:
+        return storage.scoped(digest)
+    except ConfigError:
+        return storage

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from mcp_proxy.backends.base import Delivery, Exchange
+from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import as_message
 from mcp_proxy.errors import ProxyError, RequestId
@@ -26,12 +26,12 @@ _LARGE = 64 * 1024
 class EventStream:
     """Sends what an exchange delivers, as server-sent events, and keepalives while it is silent.
 
-    `first` is what the stream begins with, unless there are early deliveries.
-    `early` are deliveries that came before it was known that a stream was needed. The first bytes
+    `first` is what the stream begins with, unless there are early messages.
+    `early` are messages that came before it was known that a stream was needed. The first bytes
     leave at once. `primes` says whether the client understands an event without data, by which a
     stream that can be resumed begins (MCP 2025-11-25, "Sending Messages to the Server"). The
     client's leaving is noticed at the next keepalive, at the latest; then the thread is free.
-    `close` releases the exchange and whatever `on_close` does.
+    `close` closes the exchange.
     """
 
     def __init__(
@@ -39,11 +39,10 @@ class EventStream:
         exchange: Exchange,
         connection: ClientConnection,
         keepalive: float,
-        early: Sequence[Delivery] = (),
+        early: Sequence[ServerMessage] = (),
         request_id: RequestId | None = None,
         primes: bool = False,
         first: bytes = sse.KEEPALIVE,
-        on_close: Callable[[], None] | None = None,
     ) -> None:
         self._exchange = exchange
         self._connection = connection
@@ -52,15 +51,13 @@ class EventStream:
         self._request_id = request_id
         self._primes = primes
         self._first = first
-        self._on_close = on_close
-        self._is_closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         self._connection.give_up_after(2 * self._keepalive)
         if not self._early:
             yield self._first
-        for delivery in self._early:
-            yield from self._event(delivery)
+        for message in self._early:
+            yield from self._event(message)
         try:
             yield from self._rest()
         except ProxyError as error:
@@ -70,9 +67,9 @@ class EventStream:
     def _rest(self) -> Iterator[bytes]:
         exchange = self._exchange
         while not exchange.is_over:
-            delivery = exchange.receive(self._keepalive)
-            if delivery is not None:
-                yield from self._event(delivery)
+            message = exchange.receive(self._keepalive)
+            if message is not None:
+                yield from self._event(message)
             elif self._connection.has_left():
                 log.debug("the client of a stream has left")
                 return
@@ -82,26 +79,19 @@ class EventStream:
             yield sse.encode(sse.Event(retry=RETRY_WHEN_REPLACED))
 
     def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        try:
-            self._exchange.close()
-        finally:
-            if self._on_close is not None:
-                self._on_close()
+        self._exchange.close()
 
-    def _event(self, delivery: Delivery) -> Iterator[bytes]:
-        if not delivery.data:
-            yield _opening(delivery) if self._primes else sse.KEEPALIVE
-        elif len(delivery.data) <= _LARGE:
-            yield sse.encode_message(delivery.data, delivery.event_id)
+    def _event(self, message: ServerMessage) -> Iterator[bytes]:
+        if not message.data:
+            yield _priming_event(message) if self._primes else sse.KEEPALIVE
+        elif len(message.data) <= _LARGE:
+            yield sse.encode_message(message.data, message.event_id)
         else:
-            yield sse.message_head(delivery.event_id)
-            yield delivery.data
+            yield sse.message_head(message.event_id)
+            yield message.data
             yield b"\n\n"
 
 
-def _opening(delivery: Delivery) -> bytes:
-    assert delivery.event_id is not None
-    return sse.encode(sse.Event(id=delivery.event_id.encode(), retry=RETRY, data=b""))
+def _priming_event(message: ServerMessage) -> bytes:
+    assert message.event_id is not None
+    return sse.encode(sse.Event(id=message.event_id.encode(), retry=RETRY, data=b""))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from urllib.parse import parse_qs
 
-from mcp_proxy.backends.base import Delivery, Exchange
+from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
@@ -27,14 +27,13 @@ from mcp_proxy.errors import (
     SessionEnded,
     UnsupportedMediaType,
 )
-from mcp_proxy.ownership.backoff import Restarts
-from mcp_proxy.storage.session import Session, new_session
+from mcp_proxy.ownership.backoff import Backoff
+from mcp_proxy.storage.session import BACKEND_URL, Session, new_session
 from mcp_proxy.transports.event_stream import EventStream
-from mcp_proxy.transports.observed import ObservedExchange
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.jsonrpc import Message, Request
-from mcp_proxy.wire.urls import parse_place
+from mcp_proxy.wire.urls import WORKER_SCHEME
 
 KIND = "sse"
 
@@ -50,67 +49,75 @@ class SSEProxy(StdioTransport):
     """A WSGI application that serves a stdio server over HTTP+SSE."""
 
     def __repr__(self) -> str:
-        return f"<SSEProxy {self.sessions!r} {self.manager!r}>"
+        return f"<SSEProxy {self.owner!r} {self.manager!r}>"
 
     def handle(self, request: ClientRequest) -> Reply:
         path = request.path.rstrip("/")
+        if path == MESSAGES_PATH:
+            if request.method != "POST":
+                raise MethodNotAllowed("POST")
+            return self._post(request)
         if path == STREAM_PATH:
             # A client of a later revision that tries a POST first is told at once: it comes back
             # with a GET (MCP 2025-11-25, transports, "Backwards Compatibility").
-            _require(request, "GET")
-            return self._open(request)
-        if path == MESSAGES_PATH:
-            _require(request, "POST")
-            return self._take(request)
+            if request.method != "GET":
+                raise MethodNotAllowed("GET")
+            return self._get(request)
         raise NotFound
 
     # --- GET -------------------------------------------------------------------------------------
 
-    def _open(self, request: ClientRequest) -> Reply:
+    def _get(self, request: ClientRequest) -> Reply:
         _require_acceptable(request)
         self.edge.require_open()
-        with self.edge.slots.opening():
-            session, exchange = self._begin()
+        self.edge.streams.acquire()
+        exchange = Exchange()
+        exchange.on_close = self.edge.streams.release
+        try:
+            session = self._begin(exchange)
+        except BaseException:
+            exchange.close()
+            raise
         request.session = session.id
         body = EventStream(
             exchange,
             ClientConnection(request.environ),
-            self.settings.keepalive_interval,
+            self.options.keepalive_interval,
             first=self._endpoint(request, session),
-            on_close=lambda: self._end(session),
         )
         return stream_reply(body)
 
-    def _begin(self) -> tuple[Session, Exchange]:
-        """A new session, and the stream on which its child speaks."""
-        bridge = self.sessions.start()
+    def _begin(self, exchange: Exchange) -> Session:
+        """A new session, whose child speaks on `exchange`; it ends when that is closed."""
+        bridge = self.owner.start()
         try:
-            exchange = ObservedExchange(bridge.listen(), _FirstAnswer(self.sessions.restarts))
+            exchange.on_response = _FirstAnswer(self.owner.backoff)
+            bridge.listen(exchange)
         except BaseException:
-            self.sessions.abandon(bridge)
+            self.owner.discard(bridge)
             raise
-        session = new_session(self.manager.mint_id(), KIND)
-        return self.sessions.establish(session, bridge), exchange
+        session = self.owner.establish(new_session(self.manager.mint_id(), KIND), bridge)
+        exchange.on_close = lambda: self._end(session)
+        return session
 
     def _endpoint(self, request: ClientRequest, session: Session) -> bytes:
         """The first event: the URI for messages, as the client sees this application."""
-        mount = mount_of(request.environ, self.settings.trusted_proxies)
+        mount = mount_of(request.environ, self.options.trusted_proxies)
         uri = f"{mount}{MESSAGES_PATH}?{_ID_PARAMETERS[0]}={session.id}"
         return sse.encode(sse.Event(event=b"endpoint", data=uri.encode()))
 
     def _end(self, session: Session) -> None:
         try:
-            self.sessions.dismiss(session)
+            self.owner.end_left(session)
         finally:
-            self.edge.slots.release()
+            self.edge.streams.release()
 
     # --- POST ------------------------------------------------------------------------------------
 
-    def _take(self, request: ClientRequest) -> Reply:
-        content_type = request.content_type
-        if content_type is not None and not headers.is_json(content_type):
+    def _post(self, request: ClientRequest) -> Reply:
+        if request.content_type is not None and not headers.is_json(request.content_type):
             raise UnsupportedMediaType
-        message = jsonrpc.parse_message(request.read_body(self.settings.max_body_bytes))
+        message = jsonrpc.parse_message(request.read_body(self.options.max_body_bytes))
         try:
             self._pass_on(request, message)
         except ProxyError as error:
@@ -122,46 +129,44 @@ class SSEProxy(StdioTransport):
         request.rpc = getattr(message, "method", "response")
         session = self._session(request)
         if not isinstance(message, Request):
-            self.pass_on(session, message)
+            self.tell(session, message)
             return
-        timeout = self.settings.request_timeout
-        self.sessions.on_backend(session, lambda backend: backend.submit(message, timeout))
+        timeout = self.options.request_timeout
+        self.owner.on_backend(session, lambda backend: backend.submit(message, timeout))
 
     def _session(self, request: ClientRequest) -> Session:
         """The session that the URI names; raises what the client is to be told otherwise."""
         query = parse_qs(request.environ.get("QUERY_STRING", ""))
-        named = next((query[name][0] for name in _ID_PARAMETERS if name in query), None)
-        if named is None:
+        for name in _ID_PARAMETERS:
+            if name in query:
+                request.session = query[name][0]
+                break
+        else:
             raise InvalidRequest("session_id is missing: post to the URI of the endpoint event")
-        request.session = named
-        session = self.manager.load(named)
-        if session.backend_url is None:
+        session = self.manager.load(request.session)
+        url = session.metadata.get(BACKEND_URL)
+        if url is None:
             raise SessionEnded  # handed over by a worker that stops, and its stream with it
-        if session.type != KIND or parse_place(session.backend_url) is None:
+        if session.type != KIND or not url.startswith(WORKER_SCHEME):
             raise InvalidRequest("The session belongs to another transport")
         return session
 
 
 class _FirstAnswer:
-    """Has readiness know of a server that ended before it had answered anything."""
+    """Has readiness know of a server that exited before it had answered anything."""
 
-    def __init__(self, restarts: Restarts) -> None:
-        self._restarts = restarts
+    def __init__(self, backoff: Backoff) -> None:
+        self._backoff = backoff
         self._is_over = False
 
-    def __call__(self, delivery: Delivery) -> None:
-        if not self._is_over and isinstance(delivery.failure, BackendLost):
-            self._restarts.note_failure(delivery.failure.message)
+    def __call__(self, message: ServerMessage) -> None:
+        if not self._is_over and isinstance(message.failure, BackendLost):
+            self._backoff.note_failure(message.failure.message)
         self._is_over = True
 
 
 def _require_acceptable(request: ClientRequest) -> None:
     """Raises where the client rules event streams out; this revision does not speak of Accept."""
-    taken = request.accepts(headers.EVENT_STREAM) or request.accepts("*/*")
+    taken = request.accepts_stream or request.accepts("*/*")
     if request.header("Accept") is not None and not taken:
         raise NotAcceptable("Accept must name text/event-stream")
-
-
-def _require(request: ClientRequest, method: str) -> None:
-    if request.method != method:
-        raise MethodNotAllowed(method)

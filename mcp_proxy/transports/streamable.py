@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
-import msgspec
+from msgspec import UNSET
 
-from mcp_proxy.backends.base import Backend, Delivery, Exchange
+from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
@@ -24,17 +26,18 @@ from mcp_proxy.errors import (
     NotAcceptable,
     NotFound,
     ProxyError,
+    RequestId,
     UnsupportedMediaType,
 )
-from mcp_proxy.resumption.replay import ResumedStream
+from mcp_proxy.ownership.owner import Owner
+from mcp_proxy.resumption.replay import Replay
 from mcp_proxy.resumption.writing import child_of, is_standing
+from mcp_proxy.sessions import handshake
 from mcp_proxy.storage.session import PROTOCOL_VERSION, Session
-from mcp_proxy.transports import handshake
 from mcp_proxy.transports.event_stream import EventStream
-from mcp_proxy.transports.observed import ObservedExchange
-from mcp_proxy.transports.opening import Opening
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.wire import headers, jsonrpc, revisions
+from mcp_proxy.wire.handshake import CHANGES, INITIALIZE, Change, change_of
 from mcp_proxy.wire.jsonrpc import Batch, Notification, Request, Response
 
 KIND = "streamable"
@@ -47,7 +50,7 @@ class StreamableProxy(StdioTransport):
     """A WSGI application that serves a stdio server over streamable HTTP."""
 
     def __repr__(self) -> str:
-        return f"<StreamableProxy {self.sessions!r} {self.manager!r}>"
+        return f"<StreamableProxy {self.owner!r} {self.manager!r}>"
 
     def handle(self, request: ClientRequest) -> Reply:
         if request.path not in _PATHS:
@@ -63,8 +66,11 @@ class StreamableProxy(StdioTransport):
     # --- POST ------------------------------------------------------------------------------------
 
     def _post(self, request: ClientRequest) -> Reply:
-        _require_negotiable(request)
-        message = jsonrpc.parse(request.read_body(self.settings.max_body_bytes))
+        if request.content_type is not None and not headers.is_json(request.content_type):
+            raise UnsupportedMediaType
+        if not request.accepts_json and not request.accepts_stream:
+            raise NotAcceptable
+        message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
         if isinstance(message, Request):
             try:
                 return self._request(request, message)
@@ -75,70 +81,68 @@ class StreamableProxy(StdioTransport):
         if isinstance(message, list):
             return self._batch(request, session, message)
         request.rpc = message.method if isinstance(message, Notification) else "response"
-        self.pass_on(session, message)
+        self.tell(session, message)
         return empty_reply(202)
 
     def _request(self, request: ClientRequest, message: Request) -> Reply:
         request.rpc = message.method
         self.edge.require_open()
-        meta = jsonrpc.meta_of(message)
-        if isinstance(meta.protocol_version, str):
-            raise _not_spoken(meta.protocol_version)
-        if message.method == handshake.INITIALIZE:
+        version = message.meta.protocol_version
+        if version is not UNSET:
+            raise _not_spoken(version)
+        if message.method == INITIALIZE:
             return self._initialize(request, message)
         session = self._session(request)
-        exchange: Exchange = self._send(request, session, [message])
-        change = _change_of(message)
+        exchange = Exchange([message], request.accepts_stream, self.options.request_timeout)
+        change = change_of(message) if message.method in CHANGES else None
         if change is not None:
-            exchange = self._remembering(exchange, session.id, change)
-        return self._answer(request, exchange, message, session)
+            exchange.on_response = partial(self._remember, session.id, change)
+        self.owner.send(session, exchange)
+        return self._answer(request, exchange, message.id, session)
 
-    def _send(
-        self, request: ClientRequest, session: Session, messages: Sequence[Request]
-    ) -> Exchange:
-        accepts_stream = request.accepts(headers.EVENT_STREAM)
-        timeout = self.settings.request_timeout
-
-        def send(backend: Backend) -> Exchange:
-            return backend.send(messages, accepts_stream, timeout)
-
-        return self.open_exchange(session, send)
+    def _remember(self, session_id: str, change: Change, message: ServerMessage) -> None:
+        """Records a change once the server has agreed to it."""
+        answer = jsonrpc.parse_message(message.data)
+        if isinstance(answer, Response) and answer.result is not UNSET:
+            handshake.remember(self.manager, session_id, change)
 
     def _initialize(self, request: ClientRequest, message: Request) -> Reply:
-        """Opens a session: one child, asked by the client itself; recorded once it has accepted."""
-        bridge = self.sessions.start()
-        session_id = self.manager.mint_id()
-        opening = Opening(self.sessions, bridge, session_id, KIND, message)
+        """Begins a session: one child, asked by the client; recorded once it has accepted."""
+        bridge = self.owner.start()
+        pending = PendingSession(self.owner, bridge, self.manager.mint_id(), message)
+        exchange = Exchange([message], request.accepts_stream, self.options.request_timeout)
+        exchange.on_response = pending.on_response
+        exchange.on_close = pending.on_close
         try:
-            inner = bridge.send(
-                [message], request.accepts(headers.EVENT_STREAM), self.settings.request_timeout
-            )
-            exchange = ObservedExchange(inner, opening.on_response, opening.on_close)
-            reply = self._answer(request, exchange, message)
+            bridge.send(exchange)
+            reply = self._answer(request, exchange, message.id)
         except BaseException:
-            opening.on_close()
+            exchange.close()
             raise
-        if opening.was_refused:
+        if pending.was_refused:
             return reply
-        request.session = session_id
-        return reply._replace(headers=[*reply.headers, (headers.SESSION_ID, session_id)])
+        request.session = pending.session_id
+        named = (headers.SESSION_ID, pending.session_id)
+        return reply._replace(headers=[*reply.headers, named])
 
     def _batch(self, request: ClientRequest, session: Session, batch: Batch) -> Reply:
         """An array, which 2025-03-26 allows: its calls are answered together."""
         if not revisions.allows_batches(session.metadata.get(PROTOCOL_VERSION, "")):
             raise InvalidRequest("Batches are served for sessions at revision 2025-03-26 only")
         calls = [message for message in batch if isinstance(message, Request)]
-        if any(call.method == handshake.INITIALIZE for call in calls):
+        if any(call.method == INITIALIZE for call in calls):
             raise InvalidRequest("initialize must not be part of a batch")
         request.rpc = f"batch of {len(batch)}"
         if calls:
             self.edge.require_open()
         for message in batch:
             if not isinstance(message, Request):
-                self.pass_on(session, message)
+                self.tell(session, message)
         if not calls:
             return empty_reply(202)
-        return self._answer(request, self._send(request, session, calls), None, session)
+        exchange = Exchange(calls, request.accepts_stream, self.options.request_timeout)
+        self.owner.send(session, exchange)
+        return self._answer(request, exchange, None, session)
 
     # --- the answer ------------------------------------------------------------------------------
 
@@ -146,70 +150,51 @@ class StreamableProxy(StdioTransport):
         self,
         request: ClientRequest,
         exchange: Exchange,
-        message: Request | None,
+        request_id: RequestId | None,
         session: Session | None = None,
     ) -> Reply:
         """JSON if nothing but the answer comes, and soon; an event stream otherwise.
 
-        `message` is None for a batch, whose answer is an array; `session` is None before there is
-        one.
+        `request_id` is None for a batch, whose answer is an array; `session` is None before there
+        is one.
         """
         try:
-            return self._json_or_stream(request, exchange, message, _primes(session))
+            early = self._received_early(request, exchange)
+            if request.accepts_json and exchange.is_over:
+                exchange.close()
+                return _as_json(early, is_batch=request_id is None)
+            exchange.begin_stream()
+            body = EventStream(
+                exchange,
+                ClientConnection(request.environ),
+                self.options.keepalive_interval,
+                early=early,
+                request_id=request_id,
+                primes=_primes(session),
+            )
+            return stream_reply(body)
         except BaseException:
             exchange.close()
             raise
 
-    def _json_or_stream(
-        self, request: ClientRequest, exchange: Exchange, message: Request | None, primes: bool
-    ) -> Reply:
-        may_stream = request.accepts(headers.EVENT_STREAM)
-        may_be_json = request.accepts(headers.JSON)
-        # An exchange ends by itself, when its time is over; a client that takes JSON alone waits.
-        patience = self.settings.sse_after if may_stream else threading.TIMEOUT_MAX
-        until = time.monotonic() + patience
-        answers: list[Delivery] = []
-        while may_be_json and not exchange.is_over:
-            delivery = exchange.receive(until - time.monotonic())
-            if delivery is None or not delivery.is_response:
-                early = [*answers, delivery] if delivery is not None else answers
-                return self._stream(request, exchange, message, early, primes)
-            answers.append(delivery)
-        if not may_be_json:
-            return self._stream(request, exchange, message, [], primes)
-        exchange.close()
-        return _as_json(answers, message)
+    def _received_early(self, request: ClientRequest, exchange: Exchange) -> list[ServerMessage]:
+        """What comes before it is known whether the answer has to be a stream.
 
-    def _stream(
-        self,
-        request: ClientRequest,
-        exchange: Exchange,
-        message: Request | None,
-        early: Sequence[Delivery],
-        primes: bool,
-    ) -> Reply:
-        exchange.begin()
-        body = EventStream(
-            exchange,
-            ClientConnection(request.environ),
-            self.settings.keepalive_interval,
-            early=early,
-            request_id=None if message is None else message.id,
-            primes=primes,
-        )
-        return stream_reply(body)
-
-    def _remembering(
-        self, exchange: Exchange, session_id: str, change: handshake.Change
-    ) -> Exchange:
-        """The same exchange; once the server has agreed, the change is recorded."""
-
-        def on_response(delivery: Delivery) -> None:
-            answer = jsonrpc.parse_message(delivery.data)
-            if isinstance(answer, Response) and answer.result is not msgspec.UNSET:
-                handshake.remember(self.manager, session_id, change)
-
-        return ObservedExchange(exchange, on_response)
+        That is known when all answers are there, when something else comes before them, and when
+        nothing comes for `sse_after` seconds. A client that takes JSON alone waits; the exchange
+        ends by itself, when its time is over.
+        """
+        received: list[ServerMessage] = []
+        waits = self.options.sse_after if request.accepts_stream else threading.TIMEOUT_MAX
+        until = time.monotonic() + waits
+        while request.accepts_json and not exchange.is_over:
+            message = exchange.receive(until - time.monotonic())
+            if message is None:
+                break
+            received.append(message)
+            if not message.is_response:
+                break
+        return received
 
     # --- GET and DELETE --------------------------------------------------------------------------
 
@@ -217,73 +202,102 @@ class StreamableProxy(StdioTransport):
         """The session's standing stream, "Listening for Messages from the Server", or another one
         that broke off, "Resumability and Redelivery".
         """
-        if not request.accepts(headers.EVENT_STREAM):
+        if not request.accepts_stream:
             raise NotAcceptable("Accept must name text/event-stream")
         self.edge.require_open()
         session = self._session(request)
         after = request.header("Last-Event-ID")
-        with self.edge.slots.opening():
+        self.edge.streams.acquire()
+        try:
             exchange = self._resumed(session, after) if after else self._standing(session, None)
+        except BaseException:
+            self.edge.streams.release()
+            raise
+        exchange.on_close = self.edge.streams.release
         body = EventStream(
             exchange,
             ClientConnection(request.environ),
-            self.settings.keepalive_interval,
+            self.options.keepalive_interval,
             primes=_primes(session),
-            on_close=self.edge.slots.release,
         )
         return stream_reply(body)
 
     def _standing(self, session: Session, after: str | None) -> Exchange:
-        return self.sessions.on_backend(session, lambda backend: backend.listen(after))
+        exchange = Exchange()
+
+        def listen(backend: Backend) -> None:
+            backend.listen(exchange, after)
+
+        self.owner.on_backend(session, listen)
+        return exchange
 
     def _resumed(self, session: Session, after: str) -> Exchange:
         """The stream that an event belongs to, from there on; only events of this session count."""
-        event = self.sessions.events.find(session.id, after)
+        event = self.owner.events.find(session.id, after)
         if event is None:
             raise InvalidRequest("Last-Event-ID names no event that is kept for this session")
         if is_standing(event.stream):
             return self._standing(session, after)
-        child = child_of(event.stream)
-        return ResumedStream(
-            self.sessions.events,
+        return Replay(
+            self.owner.events,
             session.id,
             event,
-            lambda: self.sessions.is_orphaned(session.id, child),
-            self.settings.request_timeout,
+            partial(self.owner.is_lost, session.id, child_of(event.stream)),
+            self.options.request_timeout,
             lambda: self.edge.is_draining,
-        )
+        ).exchange
 
     def _delete(self, request: ClientRequest) -> Reply:
-        self.sessions.end(self._session(request))
+        self.owner.end(self._session(request))
         return empty_reply(204)
 
     def _session(self, request: ClientRequest) -> Session:
         """The session that a request names; raises what the client is to be told otherwise."""
-        session_id = request.session_id
-        if session_id is None:
+        if request.session_id is None:
             raise MissingSession
         version = request.protocol_version
         if version is not None and not revisions.is_legacy(version):
             raise InvalidRequest(f"MCP-Protocol-Version {version!r} is not supported")
-        session = self.manager.load(session_id)
+        session = self.manager.load(request.session_id)
         if session.type != KIND:
             raise InvalidRequest(f"The session belongs to another transport ({session.type})")
         return session
+
+
+class PendingSession:
+    """A session that does not exist yet: recorded when the server accepts, given up otherwise."""
+
+    def __init__(self, owner: Owner, bridge: Bridge, session_id: str, message: Request) -> None:
+        self.session_id = session_id
+        #: Whether the server, or we, said no: then there is no session and no id to tell.
+        self.was_refused = False
+        self._owner = owner
+        self._bridge = bridge
+        self._message = message
+        self._is_decided = False
+
+    def on_response(self, message: ServerMessage) -> None:
+        """Records the session, or ends the child that refused or failed."""
+        self._is_decided = True
+        answer = jsonrpc.parse_message(message.data)
+        if isinstance(answer, Response) and answer.result is not UNSET:
+            session = handshake.opened(self.session_id, KIND, self._message, answer)
+            self._owner.establish(session, self._bridge)
+        else:
+            self.was_refused = True
+            self._owner.discard(self._bridge, message.failure)
+
+    def on_close(self) -> None:
+        """A client that left before the answer knows no session id: nobody could use the child."""
+        if not self._is_decided:
+            self._is_decided = True
+            self._owner.discard(self._bridge)
 
 
 def _primes(session: Session | None) -> bool:
     """Whether the client of a session knows events without data."""
     version = None if session is None else session.metadata.get(PROTOCOL_VERSION)
     return version is not None and revisions.primes_streams(version)
-
-
-def _require_negotiable(request: ClientRequest) -> None:
-    """Raises where the client sent no JSON, or takes neither JSON nor an event stream."""
-    content_type = request.content_type
-    if content_type is not None and not headers.is_json(content_type):
-        raise UnsupportedMediaType
-    if not request.accepts(headers.JSON) and not request.accepts(headers.EVENT_STREAM):
-        raise NotAcceptable
 
 
 def _not_spoken(version: str) -> ProxyError:
@@ -296,16 +310,9 @@ def _not_spoken(version: str) -> ProxyError:
     return InvalidRequest(f"Revision {version} is not served here; initialize at one of {spoken}")
 
 
-def _change_of(message: Request) -> handshake.Change | None:
-    try:
-        return handshake.change_of(message)
-    except msgspec.DecodeError:
-        return None  # the server will say what is wrong with it
-
-
-def _as_json(answers: Sequence[Delivery], message: Request | None) -> Reply:
+def _as_json(answers: Sequence[ServerMessage], is_batch: bool) -> Reply:
     """One answer as an object, several as an array; a failure of the backend as its HTTP status."""
-    if message is None:
+    if is_batch:
         return json_reply(jsonrpc.encode_batch([answer.data for answer in answers]))
     (answer,) = answers
     if answer.failure is not None:

@@ -12,23 +12,23 @@ import pytest
 from mcp_proxy.backends import bridge as bridging
 from mcp_proxy.backends import exchange as exchanging
 from mcp_proxy.backends import switchboard as switching
-from mcp_proxy.backends.base import Delivery
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.exchange import QueuedExchange
 from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
+from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+from tests.support.exchanges import listening, sent
 from tests.support.front import SCRIPTED
 from tests.support.waiting import eventually
 
 
 @pytest.fixture
 def bridge() -> Iterator[Bridge]:
-    replica = Replica()
-    yield Bridge(replica.supervisor, StdioServer("test", SCRIPTED), 1 << 26, lambda lost: None)
-    replica.close()
+    supervisor = Supervisor(Replica())
+    yield Bridge(supervisor, StdioServer("test", SCRIPTED), 1 << 26, lambda lost: None)
+    supervisor.close()
 
 
 def request(name: str, key: Any = 1, **params: Any) -> Request:
@@ -46,7 +46,7 @@ def received(exchange: Any, count: int = 1) -> list[Any]:
 
 
 def ask(bridge: Bridge, name: str, **params: Any) -> Any:
-    (answer,) = received(bridge.send([request(name, **params)], False, 10))
+    (answer,) = received(sent(bridge, [request(name, **params)], False, 10))
     assert isinstance(answer, Response)
     return answer
 
@@ -59,7 +59,7 @@ def test_what_nobody_can_take_waits_for_the_standing_stream(bridge: Bridge) -> N
     for number in range(3):
         ask(bridge, "later", message=note(number), seconds=0)
     eventually(lambda: len(bridge._switchboard._waiting) == 3)
-    stream = bridge.listen()
+    stream = listening(bridge)
     assert all(isinstance(m, Notification) for m in received(stream, 3))
     assert len(bridge._switchboard._waiting) == 0
 
@@ -72,22 +72,22 @@ def test_what_waits_is_bounded_and_a_request_that_is_given_up_is_answered(
     for message in (question, note(1), note(2), note(3)):
         ask(bridge, "later", message=message, seconds=0)
     eventually(lambda: "refused a roots/list" in caplog.text)
-    eventually(lambda: "gave up a notifications/message" in caplog.text)
+    eventually(lambda: "dropped a notifications/message" in caplog.text)
     seen = bytes(ask(bridge, "seen").result)
     assert b"No client is listening that could answer" in seen
 
 
 def test_what_a_departed_client_did_not_take_waits_for_the_next(bridge: Bridge) -> None:
-    stream = bridge.listen()
+    stream = listening(bridge)
     ask(bridge, "later", message=note(1), seconds=0)
-    eventually(lambda: stream._offered > 0)
+    eventually(lambda: stream.backlog > 0)
     stream.close()
     stream.close()  # harmless
-    assert isinstance(received(bridge.listen())[0], Notification)
+    assert isinstance(received(listening(bridge))[0], Notification)
 
 
 def test_a_call_goes_on_when_its_client_leaves(bridge: Bridge) -> None:
-    exchange = bridge.send([request("sleep", seconds=0.2)], True, 10)
+    exchange = sent(bridge, [request("sleep", seconds=0.2)], True, 10)
     exchange.close()
     assert not bridge.is_watched
     eventually(lambda: not bridge._switchboard._calls)
@@ -95,11 +95,11 @@ def test_a_call_goes_on_when_its_client_leaves(bridge: Bridge) -> None:
 
 
 def test_a_call_whose_client_left_is_still_given_up_in_time(bridge: Bridge) -> None:
-    exchange = bridge.send([request("silence")], True, 0.1)
+    exchange = sent(bridge, [request("silence")], True, 0.1)
     exchange.close()
 
     def is_given_up() -> bool:
-        bridge.expire_unheard()
+        bridge.expire_left_calls()
         return not bridge._switchboard._calls
 
     eventually(is_given_up)
@@ -110,9 +110,9 @@ def test_a_slow_client_makes_its_server_wait_and_nothing_is_lost(
     bridge: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchanging, "MAX_BACKLOG", 1000)
-    exchange = bridge.send([request("notify", count=200, params={"x": "y" * 100})], True, 30)
-    eventually(lambda: exchange._offered > 1000)
-    assert exchange._offered - exchange._taken < 2000
+    exchange = sent(bridge, [request("notify", count=200, params={"x": "y" * 100})], True, 30)
+    eventually(lambda: exchange.backlog > 1000)
+    assert exchange.backlog < 2000
     assert len(received(exchange, 201)) == 201
     assert exchange.is_over
     assert exchange.receive(0.01) is None
@@ -122,75 +122,77 @@ def test_a_slow_client_that_leaves_frees_its_server(
     bridge: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchanging, "MAX_BACKLOG", 1000)
-    exchange = bridge.send([request("notify", count=200, params={"x": "y" * 100})], True, 30)
-    eventually(lambda: exchange._offered > 1000)
+    exchange = sent(bridge, [request("notify", count=200, params={"x": "y" * 100})], True, 30)
+    eventually(lambda: exchange.backlog > 1000)
     exchange.close()
     assert ask(bridge, "count").result is not None
 
 
 def test_a_message_of_50_mb_passes_both_ways(bridge: Bridge) -> None:
     size = 50_000_000
-    exchange = bridge.send([request("big", size=size)], False, 60)
+    exchange = sent(bridge, [request("big", size=size)], False, 60)
     delivery = exchange.receive(60)
     assert delivery is not None
     assert len(delivery.data) > size
     text = jsonrpc.as_payload({"text": "x" * size})
-    (answer,) = received(bridge.send([Request(1, "echo", text)], False, 60))
+    (answer,) = received(sent(bridge, [Request(1, "echo", text)], False, 60))
     assert isinstance(answer, Response)
     assert len(bytes(answer.result)) >= size
 
 
 def test_a_line_over_the_limit_is_logged_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    replica = Replica()
-    bridge = Bridge(replica.supervisor, StdioServer("t", SCRIPTED), 40_000, lambda lost: None)
-    late = bridge.send([request("big", size=100_000)], False, 1)
+    supervisor = Supervisor(Replica())
+    bridge = Bridge(supervisor, StdioServer("t", SCRIPTED), 40_000, lambda lost: None)
+    late = sent(bridge, [request("big", size=100_000)], False, 1)
     assert ask(bridge, "count").result is not None
     delivery = late.receive(5)
     assert delivery is not None
     assert isinstance(delivery.failure, BackendError)
     assert "dropped a line of 100" in caplog.text
-    replica.close()
+    supervisor.close()
 
 
 def test_an_answer_after_the_time_limit_reaches_nobody(bridge: Bridge) -> None:
-    late = bridge.send([request("sleep", seconds=0.3)], False, 0.1)
+    late = sent(bridge, [request("sleep", seconds=0.3)], False, 0.1)
     assert late.receive(5) is not None
-    again = bridge.send([request("sleep", seconds=0.5, token="second")], False, 5)
+    again = sent(bridge, [request("sleep", seconds=0.5, token="second")], False, 5)
     (answer,) = received(again)
     assert b"second" in bytes(answer.result)
 
 
 def test_a_cancelled_request_of_the_server_follows_its_request(bridge: Bridge) -> None:
-    ours = bridge.send([request("ask", method="roots/list", id="q")], True, 10)
+    ours = sent(bridge, [request("ask", method="roots/list", id="q")], True, 10)
     received(ours)
-    stream = bridge.listen()
-    other = bridge.send([request("sleep", key=2, seconds=1)], True, 10)
+    stream = listening(bridge)
+    other = sent(bridge, [request("sleep", key=2, seconds=1)], True, 10)
     cancel = {"method": "notifications/cancelled", "params": {"requestId": "q"}}
     ask(bridge, "later", message=cancel, seconds=0)
     (message,) = received(ours)
     assert isinstance(message, Notification)
-    assert stream._offered == other._offered == 0
+    assert stream.backlog == other.backlog == 0
 
 
 def test_a_batch_of_the_server_is_taken_apart(bridge: Bridge) -> None:
-    stream = bridge.listen()
+    stream = listening(bridge)
     batch = b'[{"jsonrpc":"2.0","method":"a"},{"jsonrpc":"2.0","method":"b"}]\n'
-    answered = bridge.send([request("raw", bytes=base64.b64encode(batch).decode())], False, 5)
+    answered = sent(bridge, [request("raw", bytes=base64.b64encode(batch).decode())], False, 5)
     assert [m.method for m in received(stream, 2)] == ["a", "b"]
     received(answered)
 
 
 def test_progress_that_nobody_can_take_is_not_kept(bridge: Bridge) -> None:
     params = jsonrpc.as_payload({"_meta": {"progressToken": 1}})
-    received(bridge.send([Request(1, "progress", params)], False, 5))
+    received(sent(bridge, [Request(1, "progress", params)], False, 5))
     assert len(bridge._switchboard._waiting) == 0
 
 
 @pytest.mark.parametrize("token", [0, ""])
 def test_progress_under_an_empty_token_finds_its_call(bridge: Bridge, token: Any) -> None:
     params = jsonrpc.as_payload({"_meta": {"progressToken": token}, "seconds": 0.1})
-    other = bridge.send([request("sleep", key=2, seconds=0.5, _meta={"progressToken": 9})], True, 5)
-    mine = bridge.send([Request(1, "progress", params)], True, 5)
+    other = sent(
+        bridge, [request("sleep", key=2, seconds=0.5, _meta={"progressToken": 9})], True, 5
+    )
+    mine = sent(bridge, [Request(1, "progress", params)], True, 5)
     progress, answer = received(mine, 2)
     assert isinstance(progress, Notification)
     assert isinstance(answer, Response)
@@ -198,16 +200,16 @@ def test_progress_under_an_empty_token_finds_its_call(bridge: Bridge, token: Any
 
 
 def test_a_server_that_cancels_its_request_0_is_understood(bridge: Bridge) -> None:
-    ours = bridge.send([request("ask", method="roots/list", id=0)], True, 10)
+    ours = sent(bridge, [request("ask", method="roots/list", id=0)], True, 10)
     received(ours)
-    bridge.listen()
+    listening(bridge)
     cancel = {"method": "notifications/cancelled", "params": {"requestId": 0}}
     ask(bridge, "later", message=cancel, seconds=0)
     assert isinstance(received(ours)[0], Notification)
 
 
 def test_a_message_at_the_limit_of_nesting_costs_only_itself(bridge: Bridge) -> None:
-    stream = bridge.listen()
+    stream = listening(bridge)
     for depth in range(900, 1000):
         nested = b"[" * depth + b"]" * depth
         line = b'{"jsonrpc":"2.0","method":"x","params":{"a":%s}}\n' % nested
@@ -219,37 +221,67 @@ def test_a_message_at_the_limit_of_nesting_costs_only_itself(bridge: Bridge) -> 
 
 def test_a_call_to_a_server_that_has_just_ended_did_not_reach_it(bridge: Bridge) -> None:
     bridge._child.close_stdin()
-    with pytest.raises(BackendUnreached, match="The server ended"):
-        bridge.send([request("count")], False, 5)
+    with pytest.raises(BackendUnreached, match="The server exited"):
+        sent(bridge, [request("count")], False, 5)
     assert not bridge._switchboard._calls
 
 
 def test_a_lost_bridge_refuses_everything(bridge: Bridge) -> None:
-    stream = bridge.listen()
-    bridge.send([request("die")], False, 5).receive(5)
+    stream = listening(bridge)
+    sent(bridge, [request("die")], False, 5).receive(5)
     eventually(lambda: not bridge.is_alive)
     assert stream.receive(1) is None
     assert stream.is_over
     for act in (
-        lambda: bridge.send([request("x")], False, 5),
+        lambda: sent(bridge, [request("x")], False, 5),
         lambda: bridge.notify(Notification("x")),
-        bridge.listen,
+        lambda: listening(bridge),
     ):
         with pytest.raises(BackendLost, match="exit code 1"):
             act()
 
 
+def test_a_reader_that_fails_ends_its_child_and_the_calls_in_flight_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unforeseen(Exception):
+        pass
+
+    def fail(self: Bridge, line: bytes) -> None:
+        raise Unforeseen
+
+    lost: list[Bridge] = []
+    supervisor = Supervisor(Replica())
+    with monkeypatch.context() as patch:
+        patch.setattr(Bridge, "_on_line", fail)
+        bridge = Bridge(supervisor, StdioServer("test", SCRIPTED), 1 << 26, lost.append)
+        silent = sent(bridge, [request("silence")], False, 600)
+        answered = sent(bridge, [request("count", key=2)], False, 600)
+        for exchange in (silent, answered):
+            delivery = exchange.receive(10)
+            assert delivery is not None
+            assert isinstance(delivery.failure, BackendLost)
+            assert "The server exited (" in str(delivery.failure)
+            assert "before it answered" in str(delivery.failure)
+    eventually(lambda: lost == [bridge])
+    assert not bridge.is_alive
+    eventually(lambda: supervisor.children == 0)
+    assert f"the thread mcp-child-{bridge._child.pid} failed" in caplog.text
+    supervisor.close()
+
+
 def test_a_closed_bridge_says_so(bridge: Bridge) -> None:
-    exchange = bridge.send([request("silence")], True, 60)
+    exchange = sent(bridge, [request("silence")], True, 60)
     bridge.close()
     delivery = exchange.receive(1)
     assert delivery is not None
-    assert str(delivery.failure) == "The session was ended before it answered"
+    expected = "The session has ended and the server was stopped before it answered"
+    assert str(delivery.failure) == expected
 
 
 def test_ending_the_stream_ends_only_that(bridge: Bridge) -> None:
     bridge.end_stream()
-    stream = bridge.listen()
+    stream = listening(bridge)
     bridge.end_stream()
     assert stream.receive(1) is None
     assert stream.is_over
@@ -258,7 +290,7 @@ def test_ending_the_stream_ends_only_that(bridge: Bridge) -> None:
 
 
 def test_initialize_is_never_cancelled(bridge: Bridge) -> None:
-    opening = bridge.send([Request("i", "silence")], False, 0.1)
+    opening = sent(bridge, [Request("i", "silence")], False, 0.1)
     call = bridge._switchboard._calls[1]
     bridge._switchboard._calls[1] = call._replace(method="initialize")
     cancelled = jsonrpc.as_payload({"requestId": "i"})
@@ -268,43 +300,9 @@ def test_initialize_is_never_cancelled(bridge: Bridge) -> None:
 
 
 def test_repr_is_a_state_dump(bridge: Bridge) -> None:
-    stream = bridge.listen()
+    stream = listening(bridge)
     assert "stream=True" in repr(bridge)
     assert "backlog=0" in repr(stream)
-
-
-class Owner:
-    """An owner of exchanges that remembers."""
-
-    def __init__(self) -> None:
-        self.failures: list[BackendError] = []
-
-    def expire(self, exchange: QueuedExchange, failure: BackendError) -> None:
-        self.failures.append(failure)
-        exchange.offer(Delivery(b"{}", True, failure))
-
-    def detach(self, exchange: QueuedExchange) -> None:
-        pass
-
-
-def test_a_deadline_that_moves_is_noticed_by_a_waiting_receiver() -> None:
-    owner = Owner()
-    exchange = QueuedExchange(owner, 1, True)
-    exchange.set_deadline(60, BackendError)
-    exchange.set_deadline(0.05, lambda: BackendError("soon"))
-    delivery = exchange.receive(30)
-    assert delivery is not None
-    assert str(delivery.failure) == "soon"
-    exchange.expire_if_due()
-    assert len(owner.failures) == 1
-
-
-def test_drain_returns_messages_and_no_sentinels() -> None:
-    exchange = QueuedExchange(Owner(), None, True)
-    exchange.offer(Delivery(b"1", False))
-    exchange.set_deadline(60, BackendError)
-    exchange.end()
-    assert exchange.drain() == [Delivery(b"1", False)]
 
 
 def test_write_failures_of_a_cancellation_are_survived(
@@ -312,7 +310,7 @@ def test_write_failures_of_a_cancellation_are_survived(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(bridging, "WRITE_TIMEOUT", 0.1)
-    exchange = bridge.send([request("silence")], False, 0.2)
+    exchange = sent(bridge, [request("silence")], False, 0.2)
     with bridge._child._write_lock:
         delivery = exchange.receive(5)
     assert delivery is not None

@@ -7,24 +7,22 @@ the replica's id; then one line for each call. It ends with its standard input.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from mcp_proxy.redis.client import Access
+from mcp_proxy.backends.exchange import Exchange
+from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
-from mcp_proxy.wire.jsonrpc import Notification, Request, Response
-from tests.relay.scripted import ScriptedBackend, ScriptedExchange, silent
+from mcp_proxy.wire.jsonrpc import Notification, Response
+from tests.relay.scripted import ScriptedBackend, silent
 
 
 class PrintingBackend(ScriptedBackend):
     """Prints the method of each call, as soon as it is executed."""
 
-    def send(
-        self, requests: Sequence[Request], accepts_stream: bool, timeout: float
-    ) -> ScriptedExchange:
-        print(*[request.method for request in requests], flush=True)
-        return super().send(requests, accepts_stream, timeout)
+    def send(self, exchange: Exchange) -> None:
+        print(*[request.method for request in exchange.requests], flush=True)
+        super().send(exchange)
 
     def notify(self, notification: Notification) -> None:
         print(notification.method, flush=True)
@@ -38,13 +36,15 @@ class PrintingBackend(ScriptedBackend):
 def main(url: str, prefix: str, lease: str) -> None:
     """Serves until the standard input ends."""
     replica = Replica()
-    relay = Relay(RedisMailboxes(Access(url), prefix, float(lease)), replica)
+    connection = Connection(url)
+    relay = Relay(RedisMailboxes(connection, prefix, float(lease)), replica)
     child = PrintingBackend(wait=silent)
     relay.serve({"child": child}.get, lambda: None)
     relay.start()
     print(replica.id, flush=True)
     sys.stdin.read()
     relay.close()
+    connection.close()
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
-from mcp_proxy.backends.base import Backend
+from mcp_proxy.backends.exchange import Backend
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
 from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.wire.jsonrpc import Request
 from tests.relay.scripted import ScriptedBackend, result_of
+from tests.support.exchanges import sent
 
 #: Seconds that anything may take here before a test fails.
 PATIENCE = 10.0
@@ -37,17 +38,16 @@ class Node:
 
     def ask(self, owner: Node, request: Request, child: str = "child") -> object:
         """The result of one call that is answered."""
-        exchange = self.reach(owner, child).send([request], False, 5)
+        exchange = sent(self.reach(owner, child), [request], False, 5)
         try:
             return result_of(exchange.receive(PATIENCE))
         finally:
             exchange.close()
 
     @property
-    def conversations(self) -> int:
-        """How many conversations this node's relay is having."""
-        shown = repr(self.relay)
-        return int(shown.partition("conversations=")[2].split()[0])
+    def calls(self) -> int:
+        """How many calls to and from other replicas this node's relay has."""
+        return self.relay.calls
 
 
 class Scene:

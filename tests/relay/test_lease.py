@@ -13,7 +13,7 @@ import pytest
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay.lease import Lease
 from mcp_proxy.replica import Replica, has_ended
-from tests.relay.offices import FickleMailboxes
+from tests.storage.offices import FickleMailboxes
 from tests.support.waiting import eventually
 
 LEASE = 0.6
@@ -60,23 +60,23 @@ def judgement(lease: Lease, replica: str) -> bool | None:
 
 
 def test_what_is_read_may_be_acted_upon_while_the_lease_is_held(scene: Scene) -> None:
-    is_fresh, end = scene.lease.witness(), time.monotonic() + 2 * LEASE
+    is_fresh, end = scene.lease.freshness(), time.monotonic() + 2 * LEASE
     eventually(lambda: time.monotonic() > end)  # renewed meanwhile, however long it takes
     assert is_fresh()
 
 
 def test_what_was_read_before_a_lapse_may_not_be_acted_upon(scene: Scene) -> None:
-    before = scene.lease.witness()
+    before = scene.lease.freshness()
     scene.mailboxes.is_away = True
     eventually(lambda: not scene.lease.is_held)
     assert not before()
-    during = scene.lease.witness()
+    during = scene.lease.freshness()
     assert not during()
     scene.mailboxes.is_away = False
     eventually(lambda: scene.lease.is_held)
     assert not before()
     assert during()  # what came since then was sent to the new mailbox
-    assert scene.lease.witness()()
+    assert scene.lease.freshness()()
 
 
 def test_the_lease_is_renewed_for_as_long_as_it_runs(scene: Scene) -> None:

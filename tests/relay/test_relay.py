@@ -19,7 +19,8 @@ from mcp_proxy.storage.mailboxes import LocalMailboxes
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from tests.relay.scene import PATIENCE, Node, Scene
-from tests.relay.scripted import ScriptedExchange, call, received, result_of, silent
+from tests.relay.scripted import ScriptedCall, call, result_of, silent
+from tests.support.exchanges import listening, received, sent
 from tests.support.threads import run_together
 from tests.support.waiting import eventually
 
@@ -27,7 +28,7 @@ from tests.support.waiting import eventually
 
 
 def test_a_call_is_executed_there_and_answered_here(client: Node, owner: Node) -> None:
-    exchange = client.reach(owner).send([call("add", "id-1", a=1)], False, 5)
+    exchange = sent(client.reach(owner), [call("add", "id-1", a=1)], False, 5)
     delivery = exchange.receive(PATIENCE)
     assert result_of(delivery) == "add"
     assert exchange.is_over
@@ -37,13 +38,13 @@ def test_a_call_is_executed_there_and_answered_here(client: Node, owner: Node) -
 
 
 def test_everything_that_belongs_to_a_call_comes_in_order(client: Node, owner: Node) -> None:
-    def talk(exchange: ScriptedExchange, requests: object) -> None:
+    def talk(exchange: ScriptedCall, requests: object) -> None:
         for number in range(300):
             exchange.say(b"%d" % number, event_id=f"e{number}" if number % 2 else None)
         exchange.answer("done")
 
     owner.child.scripts["talk"] = talk
-    exchange = client.reach(owner).send([call("talk")], True, 5)
+    exchange = sent(client.reach(owner), [call("talk")], True, 5)
     deliveries = received(exchange, 301)
     assert [d.data for d in deliveries[:-1]] == [b"%d" % n for n in range(300)]
     assert [d.event_id for d in deliveries[:4]] == [None, "e1", None, "e3"]
@@ -54,27 +55,27 @@ def test_everything_that_belongs_to_a_call_comes_in_order(client: Node, owner: N
 
 def test_each_request_of_a_batch_is_answered(client: Node, owner: Node) -> None:
     requests = [call("one", 1), call("two", "1"), call("three", 3)]
-    exchange = client.reach(owner).send(requests, False, 5)
+    exchange = sent(client.reach(owner), requests, False, 5)
     assert [result_of(d) for d in received(exchange, 3)] == ["one", "two", "three"]
     assert exchange.is_over
-    assert not owner.child.exchanges[0].accepts_stream
+    assert not owner.child.exchanges[0].exchange.accepts_stream
 
 
 def test_what_the_owner_knows_of_the_client_arrives(client: Node, owner: Node) -> None:
     owner.child.scripts["wait"] = silent
-    exchange = client.reach(owner).send([call("wait")], True, 5)
+    exchange = sent(client.reach(owner), [call("wait")], True, 5)
     hosted = eventually(lambda: owner.child.exchanges)[0]
-    assert hosted.accepts_stream
+    assert hosted.exchange.accepts_stream
     assert not hosted.has_begun.is_set()
-    exchange.begin()
-    exchange.begin()
+    exchange.begin_stream()
+    exchange.begin_stream()
     assert hosted.has_begun.wait(PATIENCE)
     hosted.say(b"progress")
     assert received(exchange, 1)[0].data == b"progress"
     exchange.close()
     exchange.close()
     assert hosted.was_left.wait(PATIENCE)
-    eventually(lambda: client.conversations == owner.conversations == 0)
+    eventually(lambda: client.calls == owner.calls == 0)
 
 
 @pytest.mark.parametrize("kind", [BackendLost, BackendTimeout, Cancelled, BackendError])
@@ -82,7 +83,7 @@ def test_a_failure_of_the_server_is_delivered(
     client: Node, owner: Node, kind: type[BackendError]
 ) -> None:
     owner.child.scripts["fail"] = lambda exchange, _: exchange.fail(kind("It broke (exit code 3)"))
-    (delivery,) = received(client.reach(owner).send([call("fail")], False, 5), 1)
+    (delivery,) = received(sent(client.reach(owner), [call("fail")], False, 5), 1)
     assert type(delivery.failure) is kind
     assert "exit code 3" in delivery.failure.message
     assert b"exit code 3" in delivery.data
@@ -90,7 +91,7 @@ def test_a_failure_of_the_server_is_delivered(
 
 def test_a_call_that_is_never_answered_is_given_up_in_its_time(client: Node, owner: Node) -> None:
     owner.child.scripts["wait"] = silent
-    exchange = client.reach(owner).send([call("wait", 7)], False, 0.2)
+    exchange = sent(client.reach(owner), [call("wait", 7)], False, 0.2)
     (delivery,) = received(exchange, 1)
     assert isinstance(delivery.failure, BackendTimeout)
     assert jsonrpc.parse_message(delivery.data).id == 7  # type: ignore[union-attr]
@@ -101,7 +102,7 @@ def test_a_call_that_the_owner_refuses_is_answered_by_why(
     client: Node, owner: Node, kind: type[BackendError]
 ) -> None:
     owner.child.refusal = kind("Not now")
-    (delivery,) = received(client.reach(owner).send([call("add")], False, 5), 1)
+    (delivery,) = received(sent(client.reach(owner), [call("add")], False, 5), 1)
     assert type(delivery.failure) is kind
     assert delivery.failure.message == "Not now"
 
@@ -110,13 +111,13 @@ def test_an_error_that_nobody_expected_does_not_leave_the_caller_waiting(
     client: Node, owner: Node
 ) -> None:
     owner.child.refusal = RuntimeError("this backend is broken")
-    delivery = client.reach(owner).send([call("add")], False, 30).receive(2)
+    delivery = sent(client.reach(owner), [call("add")], False, 30).receive(2)
     assert delivery is not None, "nobody says that it failed"
     assert isinstance(delivery.failure, BackendLost)
 
 
 def test_a_child_that_is_not_there_was_not_reached(client: Node, owner: Node) -> None:
-    exchange = client.reach(owner, "absent").send([call("add")], False, 5)
+    exchange = sent(client.reach(owner, "absent"), [call("add")], False, 5)
     with pytest.raises(BackendUnreached):
         exchange.receive(PATIENCE)
 
@@ -124,16 +125,16 @@ def test_a_child_that_is_not_there_was_not_reached(client: Node, owner: Node) ->
 def test_what_did_not_get_to_the_child_was_not_reached(client: Node, owner: Node) -> None:
     owner.child.refusal = BackendUnreached("The server ended")
     with pytest.raises(BackendUnreached, match="The server ended"):
-        client.reach(owner).send([call("add")], False, 5).receive(PATIENCE)
+        sent(client.reach(owner), [call("add")], False, 5).receive(PATIENCE)
 
 
 def test_a_conversation_that_fails_is_forgotten(client: Node, owner: Node) -> None:
     for child in ("child", "nowhere"):
-        exchange = client.reach(owner, child).send([call("add")], True, 5)
+        exchange = sent(client.reach(owner, child), [call("add")], True, 5)
         with contextlib.suppress(BackendUnreached):
             exchange.receive(PATIENCE)
         exchange.close()
-    eventually(lambda: client.conversations == owner.conversations == 0)
+    eventually(lambda: client.calls == owner.calls == 0)
     assert not client.relay.is_busy
 
 
@@ -155,7 +156,7 @@ def test_many_calls_at_once_each_get_their_own_answer(scene: Scene) -> None:
     )
     assert sum(sum(node.child.executed.values()) for node in scene.nodes) == 120
     assert all(set(node.child.executed.values()) == {1} for node in scene.nodes)
-    eventually(lambda: all(node.conversations == 0 for node in scene.nodes))
+    eventually(lambda: all(node.calls == 0 for node in scene.nodes))
 
 
 # --- what is told --------------------------------------------------------------------------------
@@ -185,14 +186,14 @@ def test_an_error_of_the_owner_is_raised_here(
     with pytest.raises(type(failure), match=failure.message):
         client.reach(owner).respond(Response(1, result=jsonrpc.as_payload(1)))
     with pytest.raises(type(failure), match=failure.message):
-        client.reach(owner).listen()
+        listening(client.reach(owner))
 
 
 def test_nothing_can_be_told_to_a_child_that_is_not_there(client: Node, owner: Node) -> None:
     with pytest.raises(BackendUnreached):
         client.reach(owner, "absent").notify(Notification("x"))
     with pytest.raises(BackendUnreached):
-        client.reach(owner, "absent").listen()
+        listening(client.reach(owner, "absent"))
 
 
 def test_what_is_told_to_one_child_keeps_its_order(client: Node, owner: Node) -> None:
@@ -205,30 +206,30 @@ def test_what_is_told_to_one_child_keeps_its_order(client: Node, owner: Node) ->
 def test_close_ends_the_child_and_leaves_nothing_behind(client: Node, owner: Node) -> None:
     client.reach(owner).close()
     assert owner.child.is_closed.wait(PATIENCE)
-    eventually(lambda: owner.conversations == 0)
-    eventually(lambda: client.conversations == 0, 1.5)
+    eventually(lambda: owner.calls == 0)
+    eventually(lambda: client.calls == 0, 1.5)
 
 
 # --- standing streams ----------------------------------------------------------------------------
 
 
 def test_a_standing_stream_brings_what_is_said(client: Node, owner: Node) -> None:
-    stream = client.reach(owner).listen(after="e7")
+    stream = listening(client.reach(owner), after="e7")
     assert owner.child.asked_after == ["e7"]
     for number in range(200):
         owner.child.streams[0].say(b"%d" % number, f"e{number}")
     assert [d.data for d in received(stream, 200)] == [b"%d" % n for n in range(200)]
     assert not stream.is_over
     assert stream.receive(0.01) is None
-    owner.child.streams[0].end()
+    owner.child.streams[0].exchange.end()
     eventually(lambda: stream.receive(0.05) is None and stream.is_over)
     assert stream.was_replaced is False
 
 
 def test_a_newer_stream_from_anywhere_replaces_an_older_one(scene: Scene) -> None:
     client, owner, other = scene.nodes
-    older = client.reach(owner).listen()
-    newer = other.reach(owner).listen()
+    older = listening(client.reach(owner))
+    newer = listening(other.reach(owner))
     eventually(lambda: older.receive(0.05) is None and older.is_over)
     assert older.was_replaced is True
     owner.child.streams[-1].say(b"for the newer")
@@ -236,10 +237,10 @@ def test_a_newer_stream_from_anywhere_replaces_an_older_one(scene: Scene) -> Non
 
 
 def test_a_stream_that_its_client_left_is_left_at_the_owner(client: Node, owner: Node) -> None:
-    stream = client.reach(owner).listen()
+    stream = listening(client.reach(owner))
     stream.close()
     assert owner.child.streams[0].was_left.wait(PATIENCE)
-    eventually(lambda: client.conversations == owner.conversations == 0)
+    eventually(lambda: client.calls == owner.calls == 0)
 
 
 # --- the relay itself ----------------------------------------------------------------------------

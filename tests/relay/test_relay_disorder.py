@@ -8,26 +8,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay import protocol
 from mcp_proxy.relay.protocol import Frame, Kind
-from mcp_proxy.storage.mailboxes import Letter, LocalMailboxes
+from mcp_proxy.storage.mailboxes import Envelope, LocalMailboxes
 from mcp_proxy.wire.jsonrpc import Notification
-from tests.relay.offices import FickleMailboxes
 from tests.relay.scene import PATIENCE, Node, Scene
-from tests.relay.scripted import ScriptedExchange, call, received, silent
+from tests.relay.scripted import ScriptedCall, call, silent
+from tests.storage.offices import FickleMailboxes
+from tests.support.exchanges import listening, received, sent
 from tests.support.waiting import eventually
 
 # --- nobody is held up ---------------------------------------------------------------------------
 
 
 def test_a_slow_reader_holds_up_its_own_exchange_only(client: Node, owner: Node) -> None:
-    slow = client.reach(owner).listen()
-    for number in range(frames.WINDOW * 3):
+    slow = listening(client.reach(owner))
+    for number in range(protocol.WINDOW * 3):
         owner.child.streams[0].say(b"%d" % number)
     for number in range(20):
         assert client.ask(owner, call(f"quick{number}")) == f"quick{number}"
-    assert [d.data for d in received(slow, frames.WINDOW * 3)] == [
-        b"%d" % number for number in range(frames.WINDOW * 3)
+    assert [d.data for d in received(slow, protocol.WINDOW * 3)] == [
+        b"%d" % number for number in range(protocol.WINDOW * 3)
     ]
 
 
@@ -54,7 +55,7 @@ def test_giving_up_a_call_of_a_child_that_does_not_read_costs_nobody_the_lease()
         owner.children["other"] = type(owner.child)()
         owner.child.scripts["wait"] = silent
         owner.child.on_expire = lambda: (is_stuck.set(), free.wait(PATIENCE))
-        client.reach(owner).send([call("wait")], False, 0.1)
+        sent(client.reach(owner), [call("wait")], False, 0.1)
         assert is_stuck.wait(PATIENCE)
         until = time.monotonic() + 3 * mailboxes.lease
         try:
@@ -65,20 +66,20 @@ def test_giving_up_a_call_of_a_child_that_does_not_read_costs_nobody_the_lease()
             free.set()
 
 
-# --- letters that come twice, late or at the wrong time ------------------------------------------
+# --- envelopes that come twice, late or at the wrong time -----------------------------------------
 
 
 class Doubling(LocalMailboxes):
-    """Every letter arrives twice."""
+    """Every envelope arrives twice."""
 
-    def post(self, letters):  # type: ignore[no-untyped-def]
+    def post(self, envelopes):  # type: ignore[no-untyped-def]
         """The same batch once more, as when the answer to the first was lost."""
-        super().post(letters)
-        return super().post(letters)
+        super().post(envelopes)
+        return super().post(envelopes)
 
 
 def test_letters_that_arrive_twice_are_executed_and_delivered_once() -> None:
-    def talk(exchange: ScriptedExchange, requests: object) -> None:
+    def talk(exchange: ScriptedCall, requests: object) -> None:
         for number in range(100):
             exchange.say(b"%d" % number)
         exchange.answer("done")
@@ -86,15 +87,15 @@ def test_letters_that_arrive_twice_are_executed_and_delivered_once() -> None:
     with Scene(*[Doubling()] * 2) as scene:
         client, owner = scene.nodes
         owner.child.scripts["talk"] = talk
-        exchange = client.reach(owner).send([call("talk")], True, 5)
+        exchange = sent(client.reach(owner), [call("talk")], True, 5)
         assert [d.data for d in received(exchange, 101)[:-1]] == [b"%d" % n for n in range(100)]
         client.reach(owner).notify(Notification("x"))
         for number in range(10):
             assert client.ask(owner, call(f"c{number}")) == f"c{number}"
         assert len(owner.child.told) == 1
         assert set(owner.child.executed.values()) == {1}
-        eventually(lambda: owner.conversations == 0)
-        eventually(lambda: client.conversations == 0, 1.5)
+        eventually(lambda: owner.calls == 0)
+        eventually(lambda: client.calls == 0, 1.5)
 
 
 def test_what_waits_for_a_child_that_does_not_read_is_not_too_late() -> None:
@@ -119,24 +120,24 @@ def test_an_answer_that_comes_after_its_client_left_leaves_nothing_behind(
     owner.child.scripts["wait"] = silent
     owner.child.on_tell = lambda: free.wait(PATIENCE)
     backend = client.reach(owner)
-    exchange = backend.send([call("wait")], False, 5)
+    exchange = sent(backend, [call("wait")], False, 5)
     hosted = eventually(lambda: owner.child.exchanges)[0]
     telling = threading.Thread(target=backend.notify, args=(Notification("x"),))
     telling.start()
     eventually(lambda: owner.child.told)
     exchange.close()  # its owner does not hear of it yet: its lane is held up
-    eventually(lambda: client.conversations == 1)
+    eventually(lambda: client.calls == 1)
     hosted.answer("too late")
     free.set()
     telling.join(PATIENCE)
-    eventually(lambda: hosted.was_left.is_set() or hosted.is_over)
+    eventually(lambda: hosted.was_left.is_set() or hosted.exchange.is_over)
     assert client.ask(owner, call("quick")) == "quick"
-    eventually(lambda: owner.conversations == 0)
-    eventually(lambda: client.conversations == 0, 1.5)
+    eventually(lambda: owner.calls == 0)
+    eventually(lambda: client.calls == 0, 1.5)
     assert "cannot be read" not in caplog.text
 
 
-class Hesitant(frames.Channel):
+class Hesitant(protocol.Channel):
     """A channel whose message takes its time to be cut into pieces, as a large one does."""
 
     until: threading.Event
@@ -153,10 +154,10 @@ class Probed(LocalMailboxes):
         super().__init__(lease)
         self.saw_probe = threading.Event()
 
-    def post(self, letters):  # type: ignore[no-untyped-def]
+    def post(self, envelopes):  # type: ignore[no-untyped-def]
         """Posts, and looks for a probe."""
-        accepted = super().post(letters)
-        if any(d and frames.decode(d).kind == Kind.PROBE for _, d in letters):
+        accepted = super().post(envelopes)
+        if any(d and protocol.decode_frame(d).kind == Kind.PROBE for _, d in envelopes):
             self.saw_probe.set()
         return accepted
 
@@ -167,22 +168,24 @@ def test_a_probe_does_not_overtake_the_call_that_it_is_about(
     mailboxes = Probed(0.5)
     with Scene(mailboxes, mailboxes) as scene:
         client, owner = scene.nodes
-        monkeypatch.setattr("mcp_proxy.relay.relay.Channel", Hesitant)
+        monkeypatch.setattr("mcp_proxy.relay.calls.Channel", Hesitant)
         monkeypatch.setattr(Hesitant, "until", mailboxes.saw_probe, raising=False)
         assert client.ask(owner, call("add")) == "add"
         assert owner.child.executed == {"add": 1}
 
 
 @pytest.mark.parametrize(
-    "letter",
+    "envelope",
     [b"\xc1", b"no frame", b"\x00" * 100, b"\x96\xa1c"],
     ids=["invalid", "text", "zeros", "cut off"],
 )
-def test_a_letter_that_nobody_can_read_harms_nothing(letter: bytes) -> None:
+def test_a_letter_that_nobody_can_read_harms_nothing(envelope: bytes) -> None:
     mailboxes = LocalMailboxes()
     with Scene(mailboxes, mailboxes) as scene:
         client, owner = scene.nodes
-        odd = Frame("c", client.replica.id, Kind.PIECE, 1, False, letter)
-        mailboxes.post([Letter(owner.replica.id, d) for d in (letter, frames.encode(odd), b"")])
+        odd = Frame("c", client.replica.id, Kind.PIECE, 1, False, envelope)
+        mailboxes.post(
+            [Envelope(owner.replica.id, d) for d in (envelope, protocol.encode(odd), b"")]
+        )
         assert client.ask(owner, call("add")) == "add"
-        eventually(lambda: owner.conversations == 0, 1.5)
+        eventually(lambda: owner.calls == 0, 1.5)

@@ -10,21 +10,22 @@ import pytest
 import redis
 
 from mcp_proxy.errors import BackendLost, BackendUnreached, StorageUnavailable
-from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.mailboxes import RedisMailboxes
-from mcp_proxy.relay import protocol as frames
+from mcp_proxy.relay import protocol
 from mcp_proxy.storage.mailboxes import LocalMailboxes, Mailboxes
 from mcp_proxy.wire.jsonrpc import Notification
-from tests.relay.offices import FickleMailboxes
 from tests.relay.scene import PATIENCE, Node, Scene
-from tests.relay.scripted import ScriptedExchange, call, result_of, silent
+from tests.relay.scripted import ScriptedCall, call, result_of, silent
+from tests.storage.offices import FickleMailboxes
+from tests.support.exchanges import listening, sent
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
 
 LARGE = 20 * 1024 * 1024
 
 #: What one exchange may have under way in one direction.
-WINDOW_BYTES = frames.WINDOW * (frames.PIECE + 200)
+WINDOW_BYTES = protocol.WINDOW * (protocol.PIECE + 200)
 
 
 class Observer:
@@ -55,10 +56,11 @@ class Observer:
 
 
 @pytest.fixture
-def scene(redis_server: RedisServer, redis_prefix: str) -> Iterator[Scene]:
+def scene(
+    redis_url: str, redis_prefix: str, redis_at: Callable[..., Connection]
+) -> Iterator[Scene]:
     """Two replicas over Redis."""
-    url = redis_server.url
-    with Scene(*[RedisMailboxes(Access(url), redis_prefix) for _ in range(2)]) as made:
+    with Scene(*[RedisMailboxes(redis_at(redis_url), redis_prefix) for _ in range(2)]) as made:
         yield made
 
 
@@ -72,10 +74,10 @@ def test_large_messages_go_both_ways_through_a_small_mailbox(
     large = "x" * LARGE
     owner.child.scripts["large"] = lambda exchange, _: exchange.answer(large)
     with Observer(redis_server, redis_prefix) as seen:
-        exchange = client.reach(owner).send([call("large", text=large)], False, 60)
+        exchange = sent(client.reach(owner), [call("large", text=large)], False, 60)
         assert result_of(exchange.receive(60)) == large
     assert len(bytes(owner.child.requests[0].params)) > LARGE  # type: ignore[arg-type]
-    assert seen.longest <= 2 * frames.WINDOW + 8  # what is deleted late stays for one more look
+    assert seen.longest <= 2 * protocol.WINDOW + 8  # what is deleted late stays for one more look
     assert seen.largest <= 3 * WINDOW_BYTES
     assert client.ask(owner, call("add")) == "add"
 
@@ -85,38 +87,38 @@ def test_a_slow_reader_keeps_no_more_than_a_window_anywhere(
 ) -> None:
     client, owner = scene.nodes
     piece = b"y" * 50_000
-    stream = client.reach(owner).listen()
+    stream = listening(client.reach(owner))
     with Observer(redis_server, redis_prefix) as seen:
         for _ in range(LARGE // len(piece)):
             owner.child.streams[0].say(piece)
         for number in range(10):
             assert client.ask(owner, call(f"quick{number}")) == f"quick{number}"
-        backlog = owner.child.streams[0]._offered - owner.child.streams[0]._taken
+        backlog = owner.child.streams[0].exchange.backlog
         assert backlog > LARGE // 2, "the owner's server is not held up"
         for _ in range(LARGE // len(piece)):
             delivery = stream.receive(PATIENCE)
             assert delivery is not None
             assert delivery.data == piece
-    assert seen.longest <= 2 * frames.WINDOW + 8
+    assert seen.longest <= 2 * protocol.WINDOW + 8
     assert seen.largest <= 3 * WINDOW_BYTES
 
 
 def test_a_slow_reader_of_large_messages_holds_its_server_up_too(scene: Scene) -> None:
     client, owner = scene.nodes
-    size, count = 2 * frames.WINDOW * frames.PIECE, 8
-    stream = client.reach(owner).listen()
+    size, count = 2 * protocol.WINDOW * protocol.PIECE, 8
+    stream = listening(client.reach(owner))
     for number in range(count):
         owner.child.streams[0].say(b"%d" % number * size)
-    eventually(lambda: owner.child.streams[0]._taken >= size)
+    eventually(lambda: owner.child.streams[0].exchange.backlog <= (count - 1) * size)
     arrived = [0]
 
     def is_still() -> bool:
-        before, arrived[0] = arrived[0], stream._offered
+        before, arrived[0] = arrived[0], stream.backlog
         time.sleep(0.05)
-        return before == stream._offered > 0
+        return before == stream.backlog > 0
 
     eventually(is_still)
-    unread = stream._offered
+    unread = stream.backlog
     sizes = []
     for number in range(count):
         delivery = stream.receive(PATIENCE)
@@ -124,7 +126,9 @@ def test_a_slow_reader_of_large_messages_holds_its_server_up_too(scene: Scene) -
         sizes.append(len(delivery.data))
         assert delivery.data[:1] == b"%d" % number
     assert sizes == [size] * count
-    assert unread <= 2 * size + frames.WINDOW * frames.PIECE, f"{unread // 2**20} MB were unread"
+    assert unread <= 2 * size + protocol.WINDOW * protocol.PIECE, (
+        f"{unread // 2**20} MB were unread"
+    )
 
 
 # --- owners and clients that leave ---------------------------------------------------------------
@@ -135,9 +139,10 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Scene]:
     """Two replicas over each kind of mailboxes, of which nobody is new."""
     mailboxes: list[Mailboxes] = [FickleMailboxes(15.0)] * 2
     if request.param == "redis":
+        redis_at: Callable[..., Connection] = request.getfixturevalue("redis_at")
         url = request.getfixturevalue("redis_url")
         prefix = request.getfixturevalue("redis_prefix")
-        mailboxes = [RedisMailboxes(Access(url), prefix, 1.5) for _ in range(2)]
+        mailboxes = [RedisMailboxes(redis_at(url), prefix, 1.5) for _ in range(2)]
     with Scene(*mailboxes) as made:
         yield made
 
@@ -145,8 +150,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Scene]:
 def test_calls_of_an_owner_that_leaves_fail_soon(pair: Scene) -> None:
     client, owner = pair.nodes
     owner.child.scripts["wait"] = silent
-    stream = client.reach(owner).listen()
-    exchanges = [client.reach(owner).send([call("wait")], False, 60) for _ in range(3)]
+    stream = listening(client.reach(owner))
+    exchanges = [sent(client.reach(owner), [call("wait")], False, 60) for _ in range(3)]
     eventually(lambda: owner.child.executed["wait"] == 3)
     owner.relay.close()
     for exchange in exchanges:
@@ -162,24 +167,24 @@ def test_what_is_sent_to_an_owner_that_left_was_not_reached(pair: Scene) -> None
     assert client.ask(owner, call("add")) == "add"
     owner.relay.close()
     with pytest.raises(BackendUnreached):
-        client.reach(owner).send([call("again")], False, 60).receive(PATIENCE)
+        sent(client.reach(owner), [call("again")], False, 60).receive(PATIENCE)
     with pytest.raises(BackendUnreached):
         client.reach(owner).notify(Notification("x"))
     with pytest.raises(BackendUnreached):
-        client.reach(owner).listen()
+        listening(client.reach(owner))
     assert owner.child.executed == {"add": 1}
 
 
 def test_what_a_client_that_leaves_had_open_is_closed_at_the_owner(pair: Scene) -> None:
     client, owner = pair.nodes
     owner.child.scripts["wait"] = silent
-    client.reach(owner).listen()
-    exchange = client.reach(owner).send([call("wait")], True, 60)
+    listening(client.reach(owner))
+    exchange = sent(client.reach(owner), [call("wait")], True, 60)
     hosted = eventually(lambda: owner.child.exchanges)[0]
     client.relay.close()
     assert hosted.was_left.wait(PATIENCE)
     assert owner.child.streams[0].was_left.wait(PATIENCE)
-    eventually(lambda: owner.conversations == 0)
+    eventually(lambda: owner.calls == 0)
     delivery = exchange.receive(PATIENCE)  # who waits here is told as well
     assert delivery is not None
     assert isinstance(delivery.failure, BackendLost)
@@ -188,7 +193,7 @@ def test_what_a_client_that_leaves_had_open_is_closed_at_the_owner(pair: Scene) 
 def test_an_owner_closes_while_it_serves_and_leaves_nothing_open(pair: Scene) -> None:
     client, owner = pair.nodes
     owner.child.scripts["wait"] = silent
-    exchange = client.reach(owner).send([call("wait")], True, 60)
+    exchange = sent(client.reach(owner), [call("wait")], True, 60)
     hosted = eventually(lambda: owner.child.exchanges)[0]
     owner.relay.close()
     owner.relay.close()
@@ -218,8 +223,8 @@ def test_a_call_survives_a_short_absence_of_the_store() -> None:
     with Scene(mailboxes, mailboxes) as scene:
         client, owner = scene.nodes
         owner.child.scripts["wait"] = silent
-        exchange = client.reach(owner).send([call("wait")], False, 60)
-        hosted: ScriptedExchange = eventually(lambda: owner.child.exchanges)[0]
+        exchange = sent(client.reach(owner), [call("wait")], False, 60)
+        hosted: ScriptedCall = eventually(lambda: owner.child.exchanges)[0]
         mailboxes.is_away = True
         hosted.answer("late")
         assert exchange.receive(0.6) is None
@@ -232,8 +237,8 @@ def test_a_lapse_is_reported_and_loses_no_call_silently() -> None:
     with Scene(mailboxes, mailboxes) as scene:
         client, owner = scene.nodes
         owner.child.scripts["wait"] = silent
-        exchange = client.reach(owner).send([call("wait")], False, 60)
-        hosted: ScriptedExchange = eventually(lambda: owner.child.exchanges)[0]
+        exchange = sent(client.reach(owner), [call("wait")], False, 60)
+        hosted: ScriptedCall = eventually(lambda: owner.child.exchanges)[0]
         mailboxes.is_away = True
         eventually(lambda: not client.relay.is_held)
         hosted.answer("in the outbox")  # and there it is given up, or not
@@ -250,8 +255,8 @@ def test_an_answer_that_was_in_a_mailbox_that_lapsed_is_missed_and_not_waited_fo
     with Scene(mailboxes, mailboxes) as scene:
         client, owner = scene.nodes
         owner.child.scripts["wait"] = silent
-        exchange = client.reach(owner).send([call("wait")], True, 60)
-        hosted: ScriptedExchange = eventually(lambda: owner.child.exchanges)[0]
+        exchange = sent(client.reach(owner), [call("wait")], True, 60)
+        hosted: ScriptedCall = eventually(lambda: owner.child.exchanges)[0]
         eventually(lambda: _lose_a_letter(mailboxes, client, hosted))
         failed = exchange.receive(PATIENCE)
         while failed is not None and failed.failure is None:
@@ -260,31 +265,31 @@ def test_an_answer_that_was_in_a_mailbox_that_lapsed_is_missed_and_not_waited_fo
         assert isinstance(failed.failure, BackendLost)
 
 
-def _lose_a_letter(mailboxes: LocalMailboxes, client: Node, hosted: ScriptedExchange) -> bool:
+def _lose_a_letter(mailboxes: LocalMailboxes, client: Node, hosted: ScriptedCall) -> bool:
     """Lets something be said, and has it vanish with its mailbox unless it was read before."""
     hosted.say(b"something")
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
         with mailboxes._arrived:
             box = mailboxes._boxes.get(client.replica.id)
-            if box is not None and box.letters:
-                box.letters.clear()
+            if box is not None and box.envelopes:
+                box.envelopes.clear()
                 del mailboxes._boxes[client.replica.id]
                 return True
     return False
 
 
 def test_a_store_that_stays_away_fails_calls_within_a_lease_or_so(
-    own_redis: Callable[..., RedisServer],
+    own_redis: Callable[..., RedisServer], redis_at: Callable[..., Connection]
 ) -> None:
     server = own_redis()
-    nodes = [RedisMailboxes(Access(server.url), "p:", 1.0) for _ in range(2)]
+    nodes = [RedisMailboxes(redis_at(server.url), "p:", 1.0) for _ in range(2)]
     with Scene(*nodes) as scene:
         client, owner = scene.nodes
         assert client.ask(owner, call("add")) == "add"
         server.stop()
         began = time.monotonic()
-        exchange = client.reach(owner).send([call("again")], False, 60)
+        exchange = sent(client.reach(owner), [call("again")], False, 60)
         delivery = exchange.receive(PATIENCE)
         assert time.monotonic() - began < 5
         assert delivery is not None
@@ -302,10 +307,10 @@ def _is_gone(client: Node, owner: Node) -> bool:
 
 
 def test_a_mailbox_that_somebody_deleted_is_opened_again(
-    redis_server: RedisServer, redis_prefix: str
+    redis_server: RedisServer, redis_prefix: str, redis_at: Callable[..., Connection]
 ) -> None:
-    access = Access(redis_server.url)
-    nodes = [RedisMailboxes(access, redis_prefix, 1.0) for _ in range(2)]
+    connection = redis_at(redis_server.url)
+    nodes = [RedisMailboxes(connection, redis_prefix, 1.0) for _ in range(2)]
     with Scene(*nodes) as scene, redis.Redis.from_url(redis_server.url) as admin:
         client, owner = scene.nodes
         key = f"{redis_prefix}mailbox:{owner.replica.id}"

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import redis
 
-from mcp_proxy.backends.base import Backend, Exchange
+from mcp_proxy.backends.exchange import Backend, Exchange
 from mcp_proxy.errors import BackendLost, BackendUnavailable, BackendUnreached, StorageUnavailable
-from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.scene import PATIENCE, Node, Scene
 from tests.relay.scripted import call, result_of
+from tests.support.exchanges import listening, sent
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
 
@@ -64,11 +65,18 @@ class Field:
     """A client in this process and an owner in another, with the same Redis and prefix."""
 
     def __init__(self, server: RedisServer, prefix: str, lease: float) -> None:
-        self.mailboxes = RedisMailboxes(Access(server.url), prefix, lease)
+        self._connection = Connection(server.url)
+        self.mailboxes = RedisMailboxes(self._connection, prefix, lease)
         self.prefix = prefix
         self.client = Node(self.mailboxes)
         self.client.relay.start()
         self.owner = Owner(server.url, prefix, lease)
+
+    def close(self) -> None:
+        """Ends both of them, the owner first."""
+        self.owner.close()
+        self.client.relay.close()
+        self._connection.close()
 
     @property
     def backend(self) -> Backend:
@@ -77,7 +85,7 @@ class Field:
 
     def ask(self, method: str) -> object:
         """The answer to one call."""
-        return result_of(self.backend.send([call(method)], False, 5).receive(PATIENCE))
+        return result_of(sent(self.backend, [call(method)], False, 5).receive(PATIENCE))
 
     def is_gone(self) -> bool:
         """Whether the client knows that the owner is gone."""
@@ -103,8 +111,7 @@ def make_field(redis_server: RedisServer, redis_prefix: str) -> Iterator[Callabl
 
     yield make
     for field in fields:
-        field.owner.close()
-        field.client.relay.close()
+        field.close()
 
 
 def test_an_owner_in_another_process_serves(make_field: Callable[[float], Field]) -> None:
@@ -118,8 +125,8 @@ def test_calls_of_an_owner_that_was_killed_fail_well_within_the_lease(
     make_field: Callable[[float], Field],
 ) -> None:
     field = make_field(15)
-    stream = field.backend.listen()
-    exchange = field.backend.send([call("wait")], True, 60)
+    stream = listening(field.backend)
+    exchange = sent(field.backend, [call("wait")], True, 60)
     assert field.owner.next_line() == "wait"
     field.owner.signal(signal.SIGKILL)
     began = time.monotonic()
@@ -139,8 +146,8 @@ def test_what_is_sent_to_an_owner_that_was_killed_is_not_left_hanging(
     field.owner.signal(signal.SIGKILL)
     field.owner.process.wait(PATIENCE)
     began = time.monotonic()
-    try:  # its mailbox is still there: a letter to it may arrive, or be known not to
-        delivery = field.backend.send([call("again")], False, 60).receive(PATIENCE)
+    try:  # its mailbox is still there: an envelope to it may arrive, or be known not to
+        delivery = sent(field.backend, [call("again")], False, 60).receive(PATIENCE)
         assert delivery is not None
         assert isinstance(delivery.failure, BackendLost)
     except BackendUnreached:
@@ -154,7 +161,7 @@ def test_calls_of_an_owner_that_ends_in_order_fail_soon(
     make_field: Callable[[float], Field],
 ) -> None:
     field = make_field(15)
-    exchange = field.backend.send([call("wait")], True, 60)
+    exchange = sent(field.backend, [call("wait")], True, 60)
     assert field.owner.next_line() == "wait"
     assert field.owner.process.stdin is not None
     field.owner.process.stdin.close()
@@ -177,7 +184,7 @@ def test_an_owner_that_was_frozen_executes_nothing_of_its_backlog(
         eventually(lambda: admin.pttl(key) < 0.8 * lease * 1000)  # some time after a renewal
     assert field.ask("last") == "last"
     field.owner.signal(signal.SIGSTOP)
-    exchanges = [field.backend.send([call(f"backlog{n}")], False, 60) for n in range(5)]
+    exchanges = [sent(field.backend, [call(f"backlog{n}")], False, 60) for n in range(5)]
     eventually(lambda: not field.mailboxes.is_open(field.owner.replica_id))
     lapsed = time.monotonic()
     if pause:
@@ -209,18 +216,18 @@ def _is_served(field: Field) -> bool:
 def test_a_short_freeze_costs_nothing(make_field: Callable[[float], Field]) -> None:
     field = make_field(15)
     field.owner.signal(signal.SIGSTOP)
-    exchange = field.backend.send([call("add")], False, 60)
+    exchange = sent(field.backend, [call("add")], False, 60)
     assert exchange.receive(0.3) is None
     field.owner.signal(signal.SIGCONT)
     assert result_of(exchange.receive(PATIENCE)) == "add"
 
 
 def test_nobody_is_judged_by_a_store_that_has_just_come_back_empty(
-    own_redis: Callable[..., RedisServer],
+    own_redis: Callable[..., RedisServer], redis_at: Callable[..., Connection]
 ) -> None:
     """The restart is so quick that no renewal fell into it."""
     server, lease = own_redis(), 2.0
-    mailboxes = [RedisMailboxes(Access(server.url), "p:", lease) for _ in range(2)]
+    mailboxes = [RedisMailboxes(redis_at(server.url), "p:", lease) for _ in range(2)]
     with Scene(mailboxes[0]) as scene, server.client() as admin:
         client = scene.nodes[0]
         old_enough = time.monotonic() + lease + 0.2
@@ -244,10 +251,10 @@ def test_a_store_that_restarts_during_a_call_costs_at_most_that_call(
     server = own_redis()
     field = Field(server, "p:", 3.0)
     try:
-        exchange = field.backend.send([call("wait")], True, 60)
+        exchange = sent(field.backend, [call("wait")], True, 60)
         assert field.owner.next_line() == "wait"
         server.stop()
-        sent_meanwhile = field.backend.send([call("meanwhile")], False, 60)
+        sent_meanwhile = sent(field.backend, [call("meanwhile")], False, 60)
         server.start()
         answer = sent_meanwhile.receive(PATIENCE)
         assert answer is not None
@@ -260,8 +267,7 @@ def test_a_store_that_restarts_during_a_call_costs_at_most_that_call(
         assert lost is not None
         assert isinstance(lost.failure, BackendLost)
     finally:
-        field.owner.close()
-        field.client.relay.close()
+        field.close()
 
 
 def test_a_store_that_comes_back_empty_leaves_no_call_hanging(
@@ -271,7 +277,7 @@ def test_a_store_that_comes_back_empty_leaves_no_call_hanging(
     field = Field(server, "p:", 1.5)
     try:
         with redis.Redis.from_url(server.url) as admin:
-            exchange = field.backend.send([call("wait")], True, 60)
+            exchange = sent(field.backend, [call("wait")], True, 60)
             assert field.owner.next_line() == "wait"
             admin.flushall()
             assert eventually(lambda: field.mailboxes.is_open(field.owner.replica_id))
@@ -281,8 +287,7 @@ def test_a_store_that_comes_back_empty_leaves_no_call_hanging(
         assert lost is not None
         assert isinstance(lost.failure, BackendLost)
     finally:
-        field.owner.close()
-        field.client.relay.close()
+        field.close()
 
 
 _FORK = """
@@ -290,11 +295,13 @@ import os, sys, time
 from mcp_proxy.replica import Replica
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay.relay import Relay
-from mcp_proxy.redis.client import Access
+from mcp_proxy.redis.client import Connection
 from tests.relay.scripted import ScriptedBackend, call, result_of
+from tests.support.exchanges import sent
 
 url, prefix, lease = sys.argv[1], sys.argv[2], float(sys.argv[3])
-mailboxes, replica = RedisMailboxes(Access(url), prefix, lease), Replica()
+connection, replica = Connection(url), Replica()
+mailboxes = RedisMailboxes(connection, prefix, lease)
 relay, child = Relay(mailboxes, replica), ScriptedBackend()
 relay.serve({"child": child}.get, lambda: None)
 if sys.argv[4] == "used":
@@ -317,7 +324,7 @@ relay.start()
 parent = replica.id
 os.close(writable)
 forked, was_held = b"".join(iter(lambda: os.read(readable, 1000), b"")).decode().split()
-answer = relay.backend(forked, "child").send([call("add")], False, 5).receive(10)
+answer = sent(relay.backend(forked, "child"), [call("add")], False, 5).receive(10)
 print(parent == replica.id != forked, mailboxes.is_open(parent), mailboxes.is_open(forked))
 print(result_of(answer), sum(child.executed.values()), relay.is_held)
 print(was_held, flush=True)
@@ -325,6 +332,7 @@ os.close(asking)
 os.waitpid(pid, 0)
 print(mailboxes.is_open(parent), mailboxes.is_open(forked), flush=True)
 relay.close()
+connection.close()
 """
 
 

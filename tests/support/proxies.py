@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -13,6 +14,7 @@ from mcp_proxy import (
     Application,
     LocalStorage,
     ProxyConfig,
+    ProxyOptions,
     RedisStorage,
     StreamableProxy,
     create_app,
@@ -20,9 +22,7 @@ from mcp_proxy import (
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.redis.mailboxes import RedisMailboxes
-from mcp_proxy.relay.relay import Relay
-from mcp_proxy.replica import Replica
-from mcp_proxy.storage.mailboxes import LEASE, Letter, LocalMailboxes, Mailboxes
+from mcp_proxy.storage.mailboxes import LEASE, Envelope, LocalMailboxes, Mailboxes
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.transports.stdio import StdioTransport
 from tests.support.front import SCRIPTED, HttpFront, McpClient, RotatingFront, WsgiFront
@@ -118,8 +118,8 @@ class Line(Mailboxes):
     def is_open(self, replica: str) -> bool:
         return self._pass(lambda: self._mailboxes.is_open(replica))
 
-    def post(self, letters: Sequence[Letter]) -> list[bool]:
-        return self._pass(lambda: self._mailboxes.post(letters))
+    def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
+        return self._pass(lambda: self._mailboxes.post(envelopes))
 
     def collect(self, replica: str, timeout: float) -> list[bytes]:
         # A wait that is longer than the lease would make what comes late in it look stale.
@@ -156,7 +156,7 @@ class Replicated:
     @property
     def children(self) -> int:
         """How many processes this replica holds."""
-        return self.app.replica.supervisor.children
+        return self.app.owner.supervisor.children
 
 
 class Replicas:
@@ -183,6 +183,13 @@ class Replicas:
         return [first, *(first.at(replica.front) for replica in self.each[1:])]
 
 
+def with_mailboxes(storage: Storage, mailboxes: Mailboxes) -> Storage:
+    """The same store, whose replicas reach each other by these mailboxes."""
+    same = copy.copy(storage)
+    same.mailboxes = lambda: mailboxes  # type: ignore[method-assign]
+    return same
+
+
 @contextlib.contextmanager
 def replicas(
     count: int = 2,
@@ -195,8 +202,8 @@ def replicas(
     **settings: Any,
 ) -> Iterator[Replicas]:
     """Transports of `count` replicas in this process, over Redis if there is a URL."""
-    config = ProxyConfig(**settings)
-    local = LocalStorage(config.session_ttl), LocalMailboxes(lease)
+    options = ProxyOptions(**settings)
+    local = LocalStorage(options.session_ttl), LocalMailboxes(lease)
     started: list[Replicated] = []
     with contextlib.ExitStack() as stack:
         boxes: list[Mailboxes] = []
@@ -204,10 +211,10 @@ def replicas(
             storage: Storage = local[0]
             mailboxes: Mailboxes = local[1]
             if redis_url is not None:
-                shared = RedisStorage(redis_url, config.session_ttl, redis_prefix, timeout=1)
-                storage, mailboxes = shared, RedisMailboxes(shared.access, redis_prefix, lease)
-            replica, line = Replica(), Line(mailboxes)
-            app = kind(command, storage, config, replica=replica, relay=Relay(line, replica))
+                shared = RedisStorage(redis_url, options.session_ttl, redis_prefix, timeout=1)
+                storage, mailboxes = shared, RedisMailboxes(shared.connection, redis_prefix, lease)
+            line = Line(mailboxes)
+            app = kind(command, with_mailboxes(storage, line), options=options)
             stack.callback(storage.close)
             stack.callback(app.close)
             boxes.append(mailboxes)

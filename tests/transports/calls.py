@@ -52,8 +52,8 @@ def said(event: Event) -> int:
 def judging(several: Replicas) -> None:
     """Waits until every replica is long enough there to judge others."""
     for replica in several.each:
-        replica.app.sessions._announce()
-    leases = [replica.app.relay._begun().lease for replica in several.each]
+        replica.app.owner.relay.start()
+    leases = [replica.app.owner.relay._begun().lease for replica in several.each]
     eventually(lambda: all(lease._may_judge() for lease in leases))
 
 

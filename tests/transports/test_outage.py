@@ -28,7 +28,7 @@ def two(request: pytest.FixtureRequest, redis: RedisServer) -> Iterator[Replicas
 
 def outage(redis: RedisServer, several: Replicas, clients: list[McpClient]) -> None:
     """Redis is away until every lease of a second is long over, and comes back with its data."""
-    leases = [replica.app.relay._begun().lease for replica in several.each]
+    leases = [replica.app.owner.relay._begun().lease for replica in several.each]
     redis.stop()
     for client in clients:
         began = time.monotonic()

@@ -84,11 +84,11 @@ class Together:
     """Every transport in one application."""
 
     def __init__(self, storage: Storage, version: str, backends: list[str]) -> None:
-        self.manager = SessionManager(storage)
+        self.manager = SessionManager(storage.scoped("together"))
         command = [*SCRIPTED, "--version", version]
-        self.streamable = StreamableProxy(command, manager=self.manager)
-        self.sse = SSEProxy(command, manager=self.manager)
-        self.old, self.new = (TransparentProxy(url, manager=self.manager) for url in backends)
+        self.streamable = StreamableProxy(command, storage, name="together")
+        self.sse = SSEProxy(command, storage, name="together")
+        self.old, self.new = (TransparentProxy(url, storage, name="together") for url in backends)
         mounts = {
             "/stdio/mcp": self.streamable,
             "/stdio": self.sse,

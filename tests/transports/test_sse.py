@@ -14,7 +14,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy import LocalStorage, RedisStorage, SSEProxy, StreamableProxy, create_app
-from mcp_proxy.ownership.owner import StdioSessions
+from mcp_proxy.ownership.owner import Owner
 from tests.support.front import SCRIPTED, McpClient, RotatingFront, WsgiFront
 from tests.support.proxies import (
     GunicornProxy,
@@ -80,7 +80,7 @@ def processes(proxy: Proxy) -> int:
     if isinstance(proxy, Replicas):
         return sum(replica.children for replica in proxy.each)
     if isinstance(proxy, WsgiProxy):
-        return proxy.app.replica.supervisor.children
+        return proxy.app.parts.supervisor.children
     return len(proxy.process.server_pids())
 
 
@@ -358,7 +358,7 @@ def test_a_stream_that_nobody_begins_to_read_leaves_nothing() -> None:
 def test_the_end_of_the_server_is_told_and_ends_the_stream(proxy: Proxy) -> None:
     client = client_of(proxy).open()
     client.call("die", {"code": 7}, key="k")
-    message = "The server ended (exit code 7) before it answered"
+    message = "The server exited (exit code 7) before it answered"
     assert client.answer("k")["error"] == {"code": -32000, "message": message}
     assert list(client.events()) == []
     answer = client.post({"jsonrpc": "2.0", "id": 1, "method": "count"})
@@ -392,16 +392,16 @@ def test_a_command_that_does_not_exist_is_a_502_and_takes_no_place() -> None:
 
 def test_a_stream_that_cannot_be_heard_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server ends between its start and the first look at it."""
-    start = StdioSessions.start
+    start = Owner.start
 
-    def start_and_lose(self: StdioSessions) -> Any:
+    def start_and_lose(self: Owner) -> Any:
         bridge = start(self)
-        bridge._lost = "The server ended"
+        bridge._set_lost("The server ended")
         return bridge
 
     with running("wsgi", max_streams=1, max_sessions=1) as proxy:
         with monkeypatch.context() as patch:
-            patch.setattr(StdioSessions, "start", start_and_lose)
+            patch.setattr(Owner, "start", start_and_lose)
             assert client_of(proxy).connect().status == 502
         eventually(lambda: processes(proxy) == 0)
         client = client_of(proxy).open()
@@ -705,7 +705,7 @@ def test_alone_it_is_a_wsgi_application(storage: str) -> None:
     alone.close()
     assert list(client.events()) == []
     client.close()
-    assert alone.replica.supervisor.children == 0
+    assert alone.owner.supervisor.children == 0
 
 
 def test_alone_with_redis_it_is_one_of_many(redis_url: str, redis_prefix: str) -> None:

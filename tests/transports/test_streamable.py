@@ -424,7 +424,7 @@ def test_a_session_is_over_after_its_time_to_live() -> None:
     with running("wsgi", session_ttl=0.4) as proxy:
         client = proxy.client().open()
         app = proxy.app
-        eventually(lambda: app.replica.supervisor.children == 0)
+        eventually(lambda: app.parts.supervisor.children == 0)
         assert client.call("echo").status == 404
 
 
@@ -641,14 +641,14 @@ def test_a_call_in_flight_learns_how_the_server_ended(client: McpClient) -> None
     assert answer.status == 502
     assert answer.error() == {
         "code": -32000,
-        "message": "The server ended (exit code 7) before it answered",
+        "message": "The server exited (exit code 7) before it answered",
     }
 
 
 def test_on_a_stream_the_end_of_the_server_is_an_error_event(client: McpClient) -> None:
     answer = client.call("die", {"signal": 9}, Accept="text/event-stream")
     message = answer.message()
-    assert message["error"]["message"] == "The server ended (signal SIGKILL) before it answered"
+    assert message["error"]["message"] == "The server exited (signal SIGKILL) before it answered"
 
 
 def test_the_next_request_starts_the_server_again_as_it_was(client: McpClient) -> None:

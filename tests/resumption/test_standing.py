@@ -30,7 +30,7 @@ def read(answer: Answer, count: int) -> list[Event]:
 
 def unwatched(several: Replicas) -> None:
     """Waits until the owner knows that nobody listens."""
-    (held,) = several[0].app.sessions._held_copy().values()
+    (held,) = several[0].app.owner._held_copy().values()
     eventually(lambda: not held.bridge.is_watched)
 
 

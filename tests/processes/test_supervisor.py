@@ -18,9 +18,11 @@ import pytest
 from mcp_proxy.errors import BackendLost, BackendTimeout
 from mcp_proxy.processes import supervisor as supervising
 from mcp_proxy.processes.child import Child, describe_exit, shown
-from mcp_proxy.processes.guardian import MARK, Guardian, marked_processes
+from mcp_proxy.processes.guardian import REPLICA_VARIABLE, Guardian, processes_of
 from mcp_proxy.processes.supervisor import Supervisor
+from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer
+from tests.support.ended_threads import end_worker, threads_end
 from tests.support.front import SCRIPTED
 from tests.support.waiting import eventually
 
@@ -42,7 +44,8 @@ class Spawned:
         self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
         server = StdioServer("test", argv or (*SCRIPTED, *options), {"GREETING": "hello"})
-        self.child: Child = supervisor.spawn(server, 1 << 20, self.lines.put, self.ends.put)
+        self.child: Child = supervisor.spawn(server, 1 << 20, self.ends.put)
+        supervisor.read(self.child, self.lines.put)
 
     def send(self, method: str, **params: Any) -> None:
         message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
@@ -59,11 +62,11 @@ class Spawned:
 @pytest.fixture
 def supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     monkeypatch.setattr(supervising, "GRACE", 0.3)
-    supervisor = Supervisor("test-mark")
-    supervisor.start()
+    replica = Replica()
+    supervisor = Supervisor(replica)
     yield supervisor
     supervisor.close()
-    assert list(marked_processes("test-mark")) == []
+    assert list(processes_of(replica.id)) == []
 
 
 def test_lines_come_in_order_and_the_end_comes_last(supervisor: Supervisor) -> None:
@@ -79,17 +82,18 @@ def test_the_environment_is_ours_the_server_s_and_not_our_settings(
 ) -> None:
     monkeypatch.setenv("MCP_PROXY_REDIS_URL", "redis://:secret@nowhere")
     monkeypatch.setenv("OF_THE_USER", "yes")
-    environ = Spawned(supervisor).ask("environment")["environ"]
+    spawned = Spawned(supervisor)
+    environ = spawned.ask("environment")["environ"]
     assert environ["GREETING"] == "hello"
     assert environ["OF_THE_USER"] == "yes"
-    assert environ[MARK] == "test-mark"
+    assert list(processes_of(environ[REPLICA_VARIABLE])) == [spawned.child.pid]
     assert "MCP_PROXY_REDIS_URL" not in environ
 
 
 def test_children_get_the_cpus_that_were_meant_for_them() -> None:
     everything = os.sched_getaffinity(0)
-    supervisor = Supervisor("affinity-mark", frozenset(everything))
-    supervisor.start()
+    supervisor = Supervisor(Replica())
+    supervisor.cpu_affinity = frozenset(everything)
     os.sched_setaffinity(0, {min(everything)})
     try:
         assert set(Spawned(supervisor).ask("environment")["cpus"]) == everything
@@ -107,22 +111,22 @@ def test_a_command_that_cannot_be_started_says_why(supervisor: Supervisor) -> No
 def test_an_orderly_server_ends_with_its_input(supervisor: Supervisor) -> None:
     spawned = Spawned(supervisor)
     spawned.ask("echo")
-    supervisor.retire(spawned.child)
+    supervisor.stop_child(spawned.child)
     assert spawned.end() == "exit code 0"
 
 
 def test_a_server_that_ignores_the_end_of_its_input_gets_term(supervisor: Supervisor) -> None:
     spawned = Spawned(supervisor, "--ignore-eof")
     spawned.ask("echo")
-    supervisor.retire(spawned.child)
+    supervisor.stop_child(spawned.child)
     assert spawned.end() == "signal SIGTERM"
 
 
 def test_a_server_that_ignores_term_gets_killed(supervisor: Supervisor) -> None:
     spawned = Spawned(supervisor, "--ignore-eof", "--ignore-term")
     spawned.ask("echo")
-    supervisor.retire(spawned.child)
-    supervisor.retire(spawned.child)  # harmless
+    supervisor.stop_child(spawned.child)
+    supervisor.stop_child(spawned.child)  # harmless
     assert spawned.end() == "signal SIGKILL"
 
 
@@ -151,8 +155,7 @@ def test_a_server_that_closes_its_output_is_stopped(supervisor: Supervisor) -> N
 
 
 def test_close_ends_everybody_and_refuses_newcomers() -> None:
-    supervisor = Supervisor("close-mark")
-    supervisor.start()
+    supervisor = Supervisor(Replica())
     spawned = [Spawned(supervisor) for _ in range(3)]
     supervisor.close()
     assert [s.end(0.1) for s in spawned] == ["exit code 0"] * 3
@@ -161,8 +164,7 @@ def test_close_ends_everybody_and_refuses_newcomers() -> None:
 
 
 def test_close_leaves_the_escaped_to_the_guardian() -> None:
-    supervisor = Supervisor("escape-mark")
-    supervisor.start()
+    supervisor = Supervisor(Replica())
     pid = Spawned(supervisor).ask("grandchild", escape=True)["pid"]
     assert is_alive(pid)
     supervisor.close()
@@ -171,8 +173,7 @@ def test_close_leaves_the_escaped_to_the_guardian() -> None:
 
 def test_without_pidfd_exits_are_noticed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "pidfd_open")
-    supervisor = Supervisor("poll-mark")
-    supervisor.start()
+    supervisor = Supervisor(Replica())
     spawned = Spawned(supervisor)
     pid = spawned.ask("grandchild", holds_output=True)["pid"]
     spawned.send("die", code=6)
@@ -188,12 +189,13 @@ def test_one_child_s_trouble_is_not_the_others(
         raise RuntimeError(how)
 
     server = StdioServer("test", SCRIPTED)
-    child = supervisor.spawn(server, 1 << 20, lambda line: None, explode)
+    child = supervisor.spawn(server, 1 << 20, explode)
+    supervisor.read(child, lambda line: None)
     other = Spawned(supervisor)
-    supervisor.retire(child)
-    supervisor.retire(other.child)
+    supervisor.stop_child(child)
+    supervisor.stop_child(other.child)
     assert other.end() == "exit code 0"
-    eventually(lambda: "supervising a child failed" in caplog.text)
+    eventually(lambda: "mcp-supervisor failed at one of its tasks" in caplog.text)
     eventually(lambda: supervisor.children == 0)
 
 
@@ -273,11 +275,12 @@ def test_a_guardian_that_was_killed_is_replaced(caplog: pytest.LogCaptureFixture
 HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})
+from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer
-replica = Replica()
+supervisor = Supervisor(Replica())
 server = StdioServer("x", tuple({argv!r}))
-children = [replica.supervisor.spawn(server, 1000, print, print) for _ in range(3)]
+children = [supervisor.spawn(server, 1000, print) for _ in range(3)]
 print(*[child.pid for child in children], flush=True)
 time.sleep(600)
 """
@@ -294,3 +297,27 @@ def test_nothing_outlives_a_replica_that_was_killed() -> None:
     holder.wait()
     holder.stdout.close()
     eventually(lambda: not any(is_alive(pid) for pid in pids), timeout=2)
+
+
+@threads_end
+def test_children_are_stopped_even_if_the_supervisor_s_thread_has_ended() -> None:
+    supervisor = Supervisor(Replica())
+    spawned = Spawned(supervisor, "--ignore-eof")
+    spawned.ask("echo")
+    end_worker(supervisor)
+    supervisor.close()
+    assert not is_alive(spawned.child.pid)
+
+
+def test_a_reader_that_fails_says_so_and_ends_its_child(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(line: bytes) -> None:
+        raise ValueError("not foreseen")
+
+    ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+    child = supervisor.spawn(StdioServer("test", SCRIPTED), 1 << 20, ends.put)
+    supervisor.read(child, fail)
+    child.write(b'{"jsonrpc":"2.0","id":1,"method":"echo"}', 5)
+    assert ends.get(timeout=10) == "exit code 0"
+    assert "not foreseen" in caplog.text

@@ -23,7 +23,7 @@ AT_ONCE = 5.0
 
 def is_gone(several: Replicas, number: int) -> bool:
     """Whether the others see no mailbox of a replica."""
-    return not several.mailboxes[-1].is_open(several[number].app.replica.id)
+    return not several.mailboxes[-1].is_open(several[number].app.owner.replica.id)
 
 
 def cut_off(several: Replicas, number: int) -> None:
@@ -101,11 +101,11 @@ def test_a_relayed_call_is_answered_before_its_client_s_replica_goes(three: Repl
 
 def test_what_is_taken_over_already_is_not_handed_over(three: Replicas) -> None:
     owner, _, _ = three.opened()
-    manager, sessions = three[0].app.manager, three[0].app.sessions
+    manager, held = three[0].app.manager, three[0].app.owner
     assert owner.session is not None
     claimed = claims.claim(manager, manager.load(owner.session))
     assert claimed is not None
-    sessions.hand_over()
+    held.hand_over()
     eventually(lambda: three[0].children == 0)
     assert claims.settle(manager, claimed)
 
@@ -130,7 +130,7 @@ def test_closing_with_a_call_of_another_replica_under_way(fleeting: Replicas) ->
     judging(fleeting)
     call = hold(other, "h", key="mine")
     fleeting[0].app.close()
-    assert fleeting[0].app.replica._supervisor is None  # its children are ended
+    assert fleeting[0].children == 0  # its children are ended
     answer = call.message()
     assert (answer["id"], answer["error"]["code"]) == ("mine", -32000)
     assert other.result("count")["calls"] == 1
@@ -259,7 +259,7 @@ def test_a_delete_while_the_session_is_taken_over_wins(store: dict[str, Any]) ->
 def crash(client: McpClient) -> None:
     answer = client.call("die", {"code": 7}, key="k", Accept="application/json")
     assert answer.status == 502
-    expected = "The server ended (exit code 7) before it answered"
+    expected = "The server exited (exit code 7) before it answered"
     assert answer.message() == {
         "jsonrpc": "2.0",
         "id": "k",

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.resumption.replay import ResumedStream
+from mcp_proxy.backends.exchange import Exchange
+from mcp_proxy.resumption.replay import Replay
 from mcp_proxy.storage.event_log import LocalEventLog
 from mcp_proxy.wire.sse import Event
 from tests.support.front import Answer, McpClient
@@ -116,11 +117,11 @@ def test_answers_in_json_are_not_logged(redis_server: RedisServer, redis_prefix:
             assert client.call("echo", Accept="application/json").status == 200
             client.notify("notifications/x")
         with redis_server.client() as redis:
-            assert redis.keys(f"{redis_prefix}events:*") == []
+            assert redis.keys(f"{redis_prefix}*events:*") == []
             clients[1].call("notify").messages()
-            assert len(redis.keys(f"{redis_prefix}events:*")) == 1
+            assert len(redis.keys(f"{redis_prefix}*events:*")) == 1
             assert clients[1].delete().status == 204
-            assert redis.keys(f"{redis_prefix}events:*") == []
+            assert redis.keys(f"{redis_prefix}*events:*") == []
 
 
 # --- the stream of a call ------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def test_after_the_owner_was_cut_off_what_is_left_is_an_error(
     assert [progress_of(next(resumption)) for _ in range(3)] == [0, 1, 2]
     fleeting[0].line.cut()
     if is_taken_over:
-        eventually(lambda: not fleeting.mailboxes[-1].is_open(fleeting[0].app.replica.id))
+        eventually(lambda: not fleeting.mailboxes[-1].is_open(fleeting[0].app.owner.replica.id))
         pid_of(other)
     assert unanswered(resumption) == ["1"]
     assert unanswered(resume(other, opening).events()) == ["1"]
@@ -358,12 +359,12 @@ def test_a_stream_goes_on_without_ids_while_the_log_is_away(
 # --- what ends a resumed stream ------------------------------------------------------------------
 
 
-def left_stream(timeout: float, is_draining: bool = False) -> ResumedStream:
+def left_stream(timeout: float, is_draining: bool = False) -> Exchange:
     """A call that nobody answers, resumed after its opening."""
     log = LocalEventLog()
     event = log.find("s", log.append("s", "child/1", b"[7]", False))
     assert event is not None
-    return ResumedStream(log, "s", event, lambda: False, timeout, lambda: is_draining)
+    return Replay(log, "s", event, lambda: False, timeout, lambda: is_draining).exchange
 
 
 def test_without_an_answer_a_resumed_stream_ends_in_its_time() -> None:
@@ -372,6 +373,7 @@ def test_without_an_answer_a_resumed_stream_ends_in_its_time() -> None:
     answer = json.loads(delivery.data)
     assert answer["id"] == 7
     assert answer["error"]["message"] == "The server did not answer within 0.2 seconds"
+    assert stream.receive(5) is None
     assert stream.is_over
 
 

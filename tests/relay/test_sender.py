@@ -1,4 +1,4 @@
-"""The courier: letters leave in order, wait while they must, and are given up when they may be."""
+"""The sender: envelopes leave in order, wait while they must, and are given up when they may be."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.relay import protocol as frames
-from mcp_proxy.relay.protocol import Channel, Frame, Kind, Reach
-from mcp_proxy.relay.sender import Conversation, Courier
-from mcp_proxy.storage.mailboxes import Letter
-from tests.relay.offices import FickleMailboxes
+from mcp_proxy.relay import protocol
+from mcp_proxy.relay.protocol import Channel, Delivered, Frame, Kind
+from mcp_proxy.relay.sender import Call, Sender
+from mcp_proxy.storage.mailboxes import Envelope
+from tests.storage.offices import FickleMailboxes
 from tests.support.waiting import eventually
 
 #: Long enough that nothing is given up by accident, and short enough to wait for it.
@@ -21,21 +21,21 @@ LEASE = 0.6
 LONG = 60.0
 
 
-class Talk(Conversation):
+class Talk(Call):
     """Sends what it is given, and remembers how it was lost."""
 
     def __init__(self, name: str, peer: str) -> None:
         self.channel = Channel(name, "own", peer)
         self.lost: list[tuple[str, bool]] = []
 
-    def step(self) -> list[Frame]:
+    def outgoing(self) -> list[Frame]:
         return self.channel.outgoing()
 
-    def take(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
+    def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
         raise AssertionError("nothing is received here")
 
-    def lose(self, sentence: str, is_gone: bool = False) -> None:
-        self.lost.append((sentence, self.channel.reach is Reach.NOT))
+    def on_loss(self, sentence: str, is_gone: bool = False) -> None:
+        self.lost.append((sentence, self.channel.delivered is Delivered.NO))
 
 
 class Judge:
@@ -53,25 +53,25 @@ class Judge:
 
 
 class Scene:
-    """A courier that runs, with its mailboxes and the judge it asks."""
+    """A sender that runs, with its mailboxes and the judge it asks."""
 
     def __init__(self, lease: float) -> None:
         self.mailboxes = FickleMailboxes(lease)
         self.judge = Judge()
-        self.courier = Courier(self.mailboxes, self.judge)
-        self.courier.start()
+        self.sender = Sender(self.mailboxes, self.judge)
+        self.sender.start()
 
     def talk(self, name: str, peer: str, *texts: bytes) -> Talk:
-        """A conversation that says something."""
+        """A call that says something."""
         talk = Talk(name, peer)
         self.say(talk, *texts)
         return talk
 
     def say(self, talk: Talk, *texts: bytes) -> None:
-        """Has a conversation say more."""
+        """Has a call say more."""
         for text in texts:
             talk.channel.put(text)
-        self.courier.wake(talk)
+        self.sender.put(talk)
 
     def read(self, replica: str, count: int) -> list[bytes]:
         """What arrived at a replica, in order."""
@@ -80,14 +80,14 @@ class Scene:
         return found
 
     def _collect(self, replica: str, found: list[bytes]) -> list[bytes]:
-        letters = self.mailboxes.collect(replica, 0.05)
-        found += [frames.decode(letter).data for letter in letters]
+        envelopes = self.mailboxes.collect(replica, 0.05)
+        found += [protocol.decode_frame(envelope).data for envelope in envelopes]
         return found
 
 
 @pytest.fixture
 def make_scene() -> Iterator[Callable[[float], Scene]]:
-    """Makes scenes whose couriers are stopped when the test is over."""
+    """Makes scenes whose senders are stopped when the test is over."""
     scenes: list[Scene] = []
 
     def make(lease: float) -> Scene:
@@ -96,12 +96,12 @@ def make_scene() -> Iterator[Callable[[float], Scene]]:
 
     yield make
     for scene in scenes:
-        scene.courier.stop(5)
+        scene.sender.stop(5)
 
 
 @pytest.fixture
 def scene(make_scene: Callable[[float], Scene]) -> Scene:
-    """A courier that has all the time."""
+    """A sender that has all the time."""
     return make_scene(LONG)
 
 
@@ -112,7 +112,7 @@ def test_letters_arrive_in_order(scene: Scene) -> None:
     assert talk.lost == []
 
 
-def test_many_conversations_share_a_round_trip(scene: Scene) -> None:
+def test_many_calls_share_a_round_trip(scene: Scene) -> None:
     scene.mailboxes.renew("b")
     scene.mailboxes.is_away = True
     for number in range(40):
@@ -154,7 +154,7 @@ def test_a_replica_that_is_gone_was_not_reached(scene: Scene) -> None:
     assert scene.judge.asked == ["b"]
 
 
-def test_a_conversation_that_had_begun_is_lost_and_not_unreached(scene: Scene) -> None:
+def test_a_call_that_had_begun_is_lost_and_not_unreached(scene: Scene) -> None:
     scene.mailboxes.renew("b")
     talk = scene.talk("c", "b", b"1")
     assert scene.read("b", 1) == [b"1"]
@@ -206,25 +206,25 @@ def test_a_letter_that_may_have_arrived_is_lost_and_not_unreached(scene: Scene) 
 
 
 class ShortLived(FickleMailboxes):
-    """The owner reads its first letter, and leaves before the second of the batch comes."""
+    """The owner reads its first envelope, and leaves before the second of the batch comes."""
 
-    def post(self, letters: Sequence[Letter]) -> list[bool]:
-        accepted = super().post(letters[:1])
+    def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
+        accepted = super().post(envelopes[:1])
         if accepted == [True]:
-            self.remove(letters[0].to)
-        return accepted + (super().post(letters[1:]) if letters[1:] else [])
+            self.remove(envelopes[0].to)
+        return accepted + (super().post(envelopes[1:]) if envelopes[1:] else [])
 
 
 def test_a_letter_that_was_accepted_before_the_mailbox_went_is_not_unreached() -> None:
     judge, mailboxes = Judge(), ShortLived(LONG)
     judge.verdict = True
     mailboxes.renew("b")
-    courier = Courier(mailboxes, judge)
+    sender = Sender(mailboxes, judge)
     read, unread = Talk("c", "b"), Talk("d", "b")
     for talk in (read, unread):
         talk.channel.put(b"1")
-        courier.wake(talk)
-    courier.run_once(1)
+        sender.put(talk)
+    sender.send_once(1)
     assert [frame.channel for frame in mailboxes.posted] == ["c"]
     assert [is_unreached for _, is_unreached in unread.lost] == [True]
     assert [is_unreached for _, is_unreached in read.lost] in ([], [False])
@@ -241,35 +241,35 @@ def test_a_replica_that_is_not_there_holds_nobody_up(scene: Scene) -> None:
 
 def test_a_large_message_goes_in_pieces_within_the_window(scene: Scene) -> None:
     scene.mailboxes.renew("b")
-    scene.talk("c", "b", b"x" * (3 * frames.WINDOW * frames.PIECE))
-    eventually(lambda: len(scene.mailboxes.posted) == frames.WINDOW)
+    scene.talk("c", "b", b"x" * (3 * protocol.WINDOW * protocol.PIECE))
+    eventually(lambda: len(scene.mailboxes.posted) == protocol.WINDOW)
     assert {frame.kind for frame in scene.mailboxes.posted} == {Kind.PIECE}
-    assert scene.read("b", frames.WINDOW) == [b"x" * frames.PIECE] * frames.WINDOW
-    assert len(scene.mailboxes.posted) == frames.WINDOW
+    assert scene.read("b", protocol.WINDOW) == [b"x" * protocol.PIECE] * protocol.WINDOW
+    assert len(scene.mailboxes.posted) == protocol.WINDOW
 
 
 class Broken(Talk):
-    """A conversation whose step fails."""
+    """A call that fails when it is asked what it has to say."""
 
-    def step(self) -> list[Frame]:
-        raise RuntimeError("this conversation is broken")
+    def outgoing(self) -> list[Frame]:
+        raise RuntimeError("this call is broken")
 
 
-def test_a_conversation_that_fails_does_not_keep_others_from_being_sent(scene: Scene) -> None:
+def test_a_call_that_fails_does_not_keep_others_from_being_sent(scene: Scene) -> None:
     scene.mailboxes.renew("b")
-    courier = Courier(scene.mailboxes, scene.judge)
+    sender = Sender(scene.mailboxes, scene.judge)
     broken, sound = Broken("c", "b"), Talk("d", "b")
     sound.channel.put(b"1")
-    courier.wake(broken)
-    courier.wake(sound)
-    courier.start()
+    sender.put(broken)
+    sender.put(sound)
+    sender.start()
     assert scene.read("b", 1) == [b"1"]
-    courier.stop(5)
+    sender.stop(5)
 
 
-def test_the_courier_goes_on_after_a_conversation_failed(scene: Scene) -> None:
+def test_the_sender_goes_on_after_a_call_failed(scene: Scene) -> None:
     scene.mailboxes.renew("b")
-    scene.courier.wake(Broken("c", "b"))
+    scene.sender.put(Broken("c", "b"))
     scene.talk("d", "b", b"1")
     scene.talk("e", "b", b"2")
     assert scene.read("b", 1)[-1] == b"2"
@@ -279,7 +279,7 @@ def test_stop_sends_what_can_be_sent_at_once(scene: Scene) -> None:
     scene.mailboxes.renew("b")
     for number in range(20):
         scene.talk(str(number), "b", b"%d" % number)
-    scene.courier.stop(5)
+    scene.sender.stop(5)
     assert scene.read("b", 20) == [b"%d" % number for number in range(20)]
 
 
@@ -291,26 +291,26 @@ class Slow(FickleMailboxes):
         self.is_under_way = threading.Event()
         self.may_go_on = threading.Event()
 
-    def post(self, letters: Sequence[Letter]) -> list[bool]:
+    def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
         self.is_under_way.set()
         assert self.may_go_on.wait(20)
-        return super().post(letters)
+        return super().post(envelopes)
 
 
 def test_stop_sends_what_was_said_during_the_last_round_trip() -> None:
     mailboxes = Slow(LONG)
     mailboxes.renew("b")
-    courier = Courier(mailboxes, Judge())
-    courier.start()
+    sender = Sender(mailboxes, Judge())
+    sender.start()
     first, last = Talk("c", "b"), Talk("d", "b")
     for talk in (first, last):
         talk.channel.put(b"1")
-    courier.wake(first)
+    sender.put(first)
     assert mailboxes.is_under_way.wait(5)
-    courier.wake(last)
-    stopping = threading.Thread(target=courier.stop, args=(10,))
+    sender.put(last)
+    stopping = threading.Thread(target=sender.stop, args=(10,))
     stopping.start()
-    eventually(lambda: courier._is_stopping)
+    eventually(lambda: sender.is_stopping)
     mailboxes.may_go_on.set()
     stopping.join(10)
     assert [frame.channel for frame in mailboxes.posted] == ["c", "d"]
@@ -321,9 +321,9 @@ def test_stop_does_not_wait_for_a_store_that_is_away(scene: Scene) -> None:
     scene.talk("c", "b", b"1")
     eventually(lambda: scene.mailboxes.attempts)
     began = time.monotonic()
-    scene.courier.stop(5)
+    scene.sender.stop(5)
     assert time.monotonic() - began < 2
 
 
-def test_a_courier_that_never_started_can_be_stopped() -> None:
-    Courier(FickleMailboxes(LONG), Judge()).stop(5)
+def test_a_sender_that_never_started_can_be_stopped() -> None:
+    Sender(FickleMailboxes(LONG), Judge()).stop(5)

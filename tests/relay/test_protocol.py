@@ -18,8 +18,7 @@ from mcp_proxy.errors import (
     BackendUnreached,
     Cancelled,
 )
-from mcp_proxy.relay import protocol as frames
-from mcp_proxy.relay import protocol as messages
+from mcp_proxy.relay import protocol
 from mcp_proxy.relay.protocol import WINDOW, Channel, Frame, Kind
 
 #: Bytes of a piece here: as many pieces as anywhere, of less data.
@@ -29,7 +28,7 @@ PIECE = 64
 @pytest.fixture(autouse=True, scope="module")
 def _small_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frames, "PIECE", PIECE)
+        patch.setattr(protocol, "PIECE", PIECE)
         yield
 
 
@@ -70,7 +69,7 @@ class Wire:
 
     def receive(self, frame: Frame) -> None:
         """A frame arrives, as it went over the wire."""
-        message = self.receiver.take(frames.decode(frames.encode(frame)))
+        message = self.receiver.receive(protocol.decode_frame(protocol.encode(frame)))
         if message is not None:
             self.unread.append(message)
 
@@ -84,7 +83,7 @@ class Wire:
         """The receiver's courier runs."""
         self.back.extend(self.receiver.outgoing())
         while self.back:
-            assert self.sender.take(self.back.popleft()) is None
+            assert self.sender.receive(self.back.popleft()) is None
 
     def finish(self) -> None:
         """Everything goes on until nothing moves any more."""
@@ -180,8 +179,8 @@ def test_credit_that_arrives_twice_counts_once() -> None:
         wire.read_one()
     (credit,) = wire.receiver.outgoing()
     assert credit.kind == Kind.CREDIT
-    wire.sender.take(credit)
-    wire.sender.take(credit)
+    wire.sender.receive(credit)
+    wire.sender.receive(credit)
     wire.send()
     assert len(wire.there) <= WINDOW
 
@@ -196,8 +195,8 @@ def test_credit_that_was_lost_is_noticed_or_made_good() -> None:
         wire.read_one()
     assert [frame.kind for frame in wire.receiver.outgoing()] == [Kind.CREDIT]  # and it is lost
     try:
-        wire.sender.take(wire.receiver.count(Kind.PROBE))
-        wire.receiver.take(wire.sender.count(Kind.COUNT))
+        wire.sender.receive(wire.receiver.count(Kind.PROBE))
+        wire.receiver.receive(wire.sender.count(Kind.COUNT))
     except LookupError:
         return  # whoever waits is told
     wire.finish()
@@ -217,7 +216,7 @@ def test_a_probe_finds_a_piece_that_was_lost(sizes: list[int], data: st.DataObje
     assert len(wire.unread) <= len(sizes)
     for kind in (Kind.PROBE, Kind.COUNT):
         with pytest.raises(LookupError):
-            wire.receiver.take(wire.sender.count(kind))
+            wire.receiver.receive(wire.sender.count(kind))
     assert list(wire.unread) == [
         message_of(size, number) for number, size in enumerate(sizes[: len(wire.unread)])
     ]
@@ -232,8 +231,8 @@ def test_a_probe_finds_nothing_where_nothing_was_lost(sizes: list[int]) -> None:
     while wire.there:
         wire.arrive()
     for kind in (Kind.PROBE, Kind.COUNT):
-        assert wire.receiver.take(wire.sender.count(kind)) is None
-        assert wire.sender.take(wire.receiver.count(kind)) is None
+        assert wire.receiver.receive(wire.sender.count(kind)) is None
+        assert wire.sender.receive(wire.receiver.count(kind)) is None
 
 
 @given(st.lists(st.integers(0, 2 * PIECE), min_size=2, max_size=WINDOW // 3), st.data())
@@ -266,8 +265,8 @@ def test_both_directions_are_independent() -> None:
     one, other = Channel("c", "a", "b"), Channel("c", "b", "a")
     one.put(b"ping")
     other.put(b"pong")
-    assert [other.take(frame) for frame in one.outgoing()] == [b"ping"]
-    assert [one.take(frame) for frame in other.outgoing()] == [b"pong"]
+    assert [other.receive(frame) for frame in one.outgoing()] == [b"ping"]
+    assert [one.receive(frame) for frame in other.outgoing()] == [b"pong"]
 
 
 def test_a_channel_says_whether_there_is_room() -> None:
@@ -285,7 +284,7 @@ def test_a_channel_says_whether_there_is_room() -> None:
     for _ in range(WINDOW):
         reader.note_read()
     for credit in reader.outgoing():
-        channel.take(credit)
+        channel.receive(credit)
     assert len(channel.outgoing()) == 1
     assert channel.is_drained
     assert channel.has_room
@@ -329,51 +328,51 @@ _FRAMES = st.builds(
 )
 _TO_OWNER = st.one_of(
     st.builds(
-        messages.Call,
+        protocol.SendRequests,
         _TEXT,
         st.lists(st.binary(max_size=300), max_size=4),
         st.booleans(),
         st.floats(0, 1e6),
     ),
-    st.builds(messages.Listen, _TEXT, st.none() | _TEXT),
-    st.builds(messages.Tell, _TEXT, st.binary(max_size=300)),
-    st.builds(messages.Stop, _TEXT),
-    st.builds(messages.Begin),
-    st.builds(messages.Leave),
+    st.builds(protocol.Listen, _TEXT, st.none() | _TEXT),
+    st.builds(protocol.SendOneWay, _TEXT, st.binary(max_size=300)),
+    st.builds(protocol.Close, _TEXT),
+    st.builds(protocol.StartStream),
+    st.builds(protocol.Detach),
 )
 _FROM_OWNER = st.one_of(
     st.builds(
-        messages.Delivered,
+        protocol.Message,
         st.binary(max_size=300),
         st.booleans(),
         st.none() | _TEXT,
         st.none() | _FAILURE,
     ),
-    st.builds(messages.Ended, st.booleans()),
-    st.builds(messages.Refused, _FAILURE),
-    st.builds(messages.Done),
+    st.builds(protocol.Ended, st.booleans()),
+    st.builds(protocol.Refused, _FAILURE),
+    st.builds(protocol.Done),
 )
 
 
 @given(_FRAMES)
 def test_a_frame_is_read_as_it_was_written(frame: Frame) -> None:
-    assert frames.decode(frames.encode(frame)) == frame
+    assert protocol.decode_frame(protocol.encode(frame)) == frame
 
 
 @given(_TO_OWNER)
-def test_a_message_to_an_owner_is_read_as_it_was_written(said: messages.ToOwner) -> None:
-    assert messages.decode_to_owner(messages.encode(said)) == said
+def test_a_message_to_an_owner_is_read_as_it_was_written(said: protocol.ToOwner) -> None:
+    assert protocol.decode_to_owner(protocol.encode(said)) == said
 
 
 @given(_FROM_OWNER)
-def test_a_message_from_an_owner_is_read_as_it_was_written(said: messages.FromOwner) -> None:
-    assert messages.decode_from_owner(messages.encode(said)) == said
+def test_a_message_from_an_owner_is_read_as_it_was_written(said: protocol.FromOwner) -> None:
+    assert protocol.decode_from_owner(protocol.encode(said)) == said
 
 
 @given(st.binary(max_size=200))
 def test_what_is_no_frame_is_an_error_that_the_listener_expects(data: bytes) -> None:
     try:
-        frame = frames.decode(data)
+        frame = protocol.decode_frame(data)
     except msgspec.DecodeError:
         return
     assert isinstance(frame, Frame)
@@ -381,22 +380,56 @@ def test_what_is_no_frame_is_an_error_that_the_listener_expects(data: bytes) -> 
 
 @given(_TO_OWNER, _FROM_OWNER)
 def test_neither_side_understands_what_only_the_other_says(
-    to_owner: messages.ToOwner, from_owner: messages.FromOwner
+    to_owner: protocol.ToOwner, from_owner: protocol.FromOwner
 ) -> None:
     with pytest.raises(msgspec.DecodeError):
-        messages.decode_from_owner(messages.encode(to_owner))
+        protocol.decode_from_owner(protocol.encode(to_owner))
     with pytest.raises(msgspec.DecodeError):
-        messages.decode_to_owner(messages.encode(from_owner))
+        protocol.decode_to_owner(protocol.encode(from_owner))
 
 
 @pytest.mark.parametrize("kind", [BackendLost, BackendTimeout, BackendUnreached, Cancelled])
 def test_an_error_travels_with_its_kind_and_sentence(kind: type[BackendError]) -> None:
-    error = messages.error_of(messages.failure_of(kind("It ended (exit code 3)")))
+    error = protocol.error_of(protocol.failure_of(kind("It ended (exit code 3)")))
     assert type(error) is kind
     assert error.message == "It ended (exit code 3)"
 
 
 def test_an_error_of_an_unknown_kind_is_an_error_of_the_backend() -> None:
-    error = messages.error_of(("BackendOnFire", "It burns"))
+    error = protocol.error_of(("BackendOnFire", "It burns"))
     assert type(error) is BackendError
     assert error.message == "It burns"
+
+
+#: What replicas of other versions send: a deployment that rolls has both at the same time.
+RECORDED = [
+    (Frame("r/1", "r", Kind.PIECE, 1, False, b"x"), "96a3722f31a1720001c2c40178"),
+    (Frame("r/1", "r", Kind.CREDIT, 32), "96a3722f31a1720120c2c400"),
+    (
+        protocol.SendRequests("c", [b"{}"], True, 5.0),
+        "95ac53656e645265717565737473a16391c4027b7dc3cb4014000000000000",
+    ),
+    (
+        protocol.SendOneWay("c", b"{}"),
+        "94aa53656e644f6e65576179a163c4027b7dcb0000000000000000",
+    ),
+    (protocol.Listen("c", None), "93a64c697374656ea163c0"),
+    (protocol.Close("c"), "92a5436c6f7365a163"),
+    (protocol.StartStream(), "91ab537461727453747265616d"),
+    (protocol.Detach(), "91a6446574616368"),
+    (
+        protocol.Message(b"{}", True, "e", ("BackendLost", "x")),
+        "95a74d657373616765c4027b7dc3a16592ab4261636b656e644c6f7374a178",
+    ),
+    (protocol.Ended(False), "92a5456e646564c2"),
+    (
+        protocol.Refused(("BackendLost", "x")),
+        "92a75265667573656492ab4261636b656e644c6f7374a178",
+    ),
+    (protocol.Done(), "91a4446f6e65"),
+]
+
+
+@pytest.mark.parametrize(("said", "recorded"), RECORDED)
+def test_what_goes_over_the_wire_stays_what_it_is(said: msgspec.Struct, recorded: str) -> None:
+    assert protocol.encode(said).hex() == recorded

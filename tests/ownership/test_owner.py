@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy import LocalStorage, ProxyConfig, StreamableProxy
+from mcp_proxy import LocalStorage, ProxyOptions, StreamableProxy
 from mcp_proxy.errors import StorageUnavailable
+from mcp_proxy.sessions import handshake
 from mcp_proxy.storage.session import CLAIM, INIT_BODY
-from mcp_proxy.transports import handshake
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.waiting import eventually
 
@@ -21,7 +21,7 @@ from tests.support.waiting import eventually
 def serving(
     *options: str, storage: LocalStorage | None = None, **settings: Any
 ) -> Iterator[tuple[StreamableProxy, McpClient]]:
-    app = StreamableProxy([*SCRIPTED, *options], storage, ProxyConfig(**settings))
+    app = StreamableProxy([*SCRIPTED, *options], storage, options=ProxyOptions(**settings))
     try:
         yield app, McpClient(WsgiFront(app))
     finally:
@@ -29,7 +29,7 @@ def serving(
 
 
 def children(app: StreamableProxy) -> int:
-    return app.replica.supervisor.children
+    return app.owner.supervisor.children
 
 
 def kill_server(app: StreamableProxy, client: McpClient) -> None:
@@ -66,9 +66,7 @@ def test_a_server_that_comes_back_at_another_revision_ends_the_session() -> None
     with serving() as (app, client):
         client.open("2025-06-18")
         kill_server(app, client)
-        app.sessions.server = type(app.sessions.server)(
-            "default", (*SCRIPTED, "--version", "2024-11-05")
-        )
+        app.owner.server = type(app.owner.server)("default", (*SCRIPTED, "--version", "2024-11-05"))
         assert client.call("count").status == 404
 
 
@@ -76,7 +74,7 @@ def test_a_server_that_cannot_come_back_gives_its_claim_up() -> None:
     with serving() as (app, client):
         client.open()
         kill_server(app, client)
-        app.sessions.server = type(app.sessions.server)("default", ("/no/such/server",))
+        app.owner.server = type(app.owner.server)("default", ("/no/such/server",))
         assert client.call("count").status == 502
         assert client.session is not None
         assert CLAIM not in app.manager.load(client.session).metadata
@@ -113,7 +111,7 @@ def test_a_store_that_is_away_is_not_taken_for_sessions_that_are_over(
 
         monkeypatch.setattr(app.manager, "peek", away)
         with pytest.raises(StorageUnavailable):
-            app.sessions.sweep()
+            app.owner.sweep()
         assert children(app) == 1
 
 
@@ -126,7 +124,7 @@ def test_the_record_has_what_a_recovery_needs() -> None:
         assert record.metadata["protocol_version"] == "2025-06-18"
         assert '"method":"initialize"' in record.metadata[INIT_BODY]
         assert record.backend_url is not None
-        assert record.backend_url.startswith(f"worker://{app.replica.id}/")
+        assert record.backend_url.startswith(f"worker://{app.owner.replica.id}/")
 
 
 def test_a_session_of_another_transport_is_not_served() -> None:

@@ -1,0 +1,67 @@
+"""The handshake with a backend: replayed to one that takes the place of a lost one."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from mcp_proxy.backends.exchange import Backend, Exchange
+from mcp_proxy.errors import BackendLost, SessionEnded
+from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED, decode_resume
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+
+
+class _ServerInfo(msgspec.Struct):
+    name: str = "unnamed"
+    version: str = "?"
+
+
+class _InitializeResult(msgspec.Struct):
+    protocol_version: str = msgspec.field(name="protocolVersion")
+    server_info: _ServerInfo = msgspec.field(name="serverInfo", default_factory=_ServerInfo)
+
+
+def ask(backend: Backend, request: Request, timeout: float) -> Response:
+    """The server's answer; raises what kept it from answering."""
+    exchange = Exchange([request], accepts_stream=False, timeout=timeout)
+    backend.send(exchange)
+    answer = exchange.receive(timeout + 1)
+    exchange.close()
+    if answer is None:
+        raise BackendLost("The server did not answer when it was started again")
+    if answer.failure is not None:
+        raise answer.failure
+    response = jsonrpc.parse_message(answer.data)
+    assert isinstance(response, Response)
+    return response
+
+
+def replay(backend: Backend, body: str, version: str, resume: str | None, timeout: float) -> None:
+    """Tells a new server what the lost one knew: initialize at `version`, log level, subscriptions.
+
+    Raises BackendLost or BackendTimeout when it has not answered all of it in `timeout` seconds,
+    SessionEnded when it does not speak `version` any more.
+    """
+    until = time.monotonic() + timeout
+    request = jsonrpc.parse_message(body.encode())
+    assert isinstance(request, Request)
+    params = jsonrpc.replace_field(request.params, ("protocolVersion",), version)
+    response = ask(backend, Request("mcp-proxy-initialize", INITIALIZE, params), timeout)
+    if jsonrpc.protocol_version_of(response.result) != version:
+        raise SessionEnded
+    backend.notify(Notification(INITIALIZED))
+    for request in decode_resume(resume).requests():
+        ask(backend, request, max(0.1, until - time.monotonic()))
+
+
+def describe(response: Response) -> str:
+    """What an InitializeResult says of the server, in words; raises BackendLost for an error."""
+    try:
+        result = msgspec.json.decode(response.result or b"", type=_InitializeResult)
+    except msgspec.DecodeError as error:
+        said = bytes(response.error or b"no InitializeResult").decode("utf-8", "replace")
+        raise BackendLost(f"The server refused initialize: {said}") from error
+    info = result.server_info
+    return f"{info.name} {info.version}, revision {result.protocol_version}"

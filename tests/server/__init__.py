@@ -1,0 +1,1 @@
+"""Tests of the wire formats: pure functions on bytes."""

@@ -1,0 +1,71 @@
+"""What is printed when the proxy listens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.server.gunicorn import banner, server_urls
+
+
+@pytest.fixture
+def two_servers(tmp_path: Path) -> ProxyConfig:
+    """A configuration with a file of two servers."""
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": {"a": {"command": "x"}, "b": {"command": "y"}}}))
+    return ProxyConfig(config=str(file))
+
+
+def pasted(printed: str) -> object:
+    """The client configuration in a banner."""
+    block = printed[printed.index("    {") : printed.rindex("}") + 1]
+    return json.loads(block)
+
+
+def test_one_server_is_at_the_root() -> None:
+    assert server_urls(ProxyConfig(command=("x",)), "http://h:1") == {"default": "http://h:1/mcp"}
+
+
+def test_servers_of_a_file_have_paths_of_their_own(two_servers: ProxyConfig) -> None:
+    assert server_urls(two_servers, "http://h:1") == {
+        "a": "http://h:1/servers/a/mcp",
+        "b": "http://h:1/servers/b/mcp",
+    }
+
+
+def test_clients_of_2024_11_05_are_told_their_url() -> None:
+    printed = banner(ProxyConfig(command=("x",)), ["http://127.0.0.1:9000"])
+    assert "http://127.0.0.1:9000/sse for clients of 2024-11-05" in printed
+    printed = banner(ProxyConfig(target_url=("http://h/mcp",)), ["http://127.0.0.1:9000"])
+    assert "/sse" not in printed
+
+
+def test_a_server_without_streamable_http_is_at_its_stream() -> None:
+    only = ProxyConfig(command=("x",), stdio_transports=("sse",))
+    entry = {"type": "sse", "url": "http://127.0.0.1:9000/sse"}
+    assert pasted(banner(only, ["http://127.0.0.1:9000"])) == {"mcpServers": {"default": entry}}
+
+
+def test_the_banner_holds_what_a_client_wants_to_paste(two_servers: ProxyConfig) -> None:
+    printed = banner(two_servers, ["http://127.0.0.1:9000"])
+    assert pasted(printed) == {
+        "mcpServers": {
+            "a": {"type": "http", "url": "http://127.0.0.1:9000/servers/a/mcp"},
+            "b": {"type": "http", "url": "http://127.0.0.1:9000/servers/b/mcp"},
+        }
+    }
+    assert "http://127.0.0.1:9000/healthz" in printed
+
+
+@pytest.mark.parametrize("address", ["http://0.0.0.0:80", "http://[::]:80"])
+def test_every_interface_is_shown_as_this_machine(address: str) -> None:
+    printed = banner(ProxyConfig(), [address])
+    assert "http://127.0.0.1:80/mcp" in printed
+    assert address not in printed
+
+
+def test_without_an_address_the_setting_is_shown() -> None:
+    assert "http://127.0.0.1:8080/mcp" in banner(ProxyConfig(), [])

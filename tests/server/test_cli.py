@@ -1,0 +1,245 @@
+"""The command line: the same settings as options, over those of the environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mcp_proxy import __version__
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.errors import ConfigError
+from mcp_proxy.server.cli import main, read_config
+from tests.config.samples import NEED_COMMAND, SAMPLES
+
+
+def spelled(name: str, dash: str) -> str:
+    return "--" + name.replace("_", dash)
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def test_without_arguments_and_environment_the_defaults_hold() -> None:
+    assert read_config([]) == ProxyConfig()
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_setting_is_an_option_in_both_spellings(name: str, dash: str) -> None:
+    sample = SAMPLES[name]
+    options = [part for word in sample.words for part in (spelled(name, dash), word)]
+    command = ["--", "server"] if name in NEED_COMMAND else []
+    assert getattr(read_config([*options, *command]), name) == sample.value
+
+
+def test_an_option_and_its_value_may_be_one_word() -> None:
+    made = read_config(["--session-ttl=5", "--redis_prefix=a=b:"])
+    assert (made.session_ttl, made.redis_prefix) == (5.0, "a=b:")
+
+
+def test_the_last_of_several_values_counts() -> None:
+    assert read_config(["--threads", "8", "--threads", "9"]).threads == 9
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["server"],
+        ["--no-such", "1"],
+        ["--command", "server"],
+        ["--threads"],
+        ["--thread", "8"],
+        ["--redis", "redis://127.0.0.1"],
+        ["--threads", "8", "check"],
+    ],
+)
+def test_what_is_no_option_is_refused_with_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_config(arguments)
+    assert caught.value.code == 2
+    assert "mcp-wsgi-proxy: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--threads", "3"], "^threads: expected a whole number of at least 4, got '3'$"),
+        (["--unknown-session-status", "500"], "^unknown_session_status: "),
+        (["--cpu_affinity", "some"], "^cpu_affinity "),
+        (["--config", "file", "--", "server"], "only one of"),
+        (["--env", "A=1"], "belong to a command"),
+        (["--env", "A", "--", "server"], "NAME=VALUE"),
+    ],
+)
+def test_what_an_option_cannot_be_is_a_config_error(arguments: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read_config(arguments)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_everything_after_two_dashes_is_the_command_word_for_word() -> None:
+    command = ["npx", "-y", "a b", "--threads", "5", "--", "--version", "", "*", "'"]
+    made = read_config(["--threads", "8", "--", *command])
+    assert made.command == tuple(command)
+    assert made.threads == 8
+
+
+def test_values_of_env_keep_their_commas() -> None:
+    made = read_config(["--env", "A=1,2", "--env", "B=x=y", "--", "server"])
+    assert made.servers()[0].env == {"A": "1,2", "B": "x=y"}
+
+
+# --- options and environment ---------------------------------------------------------------------
+
+
+def test_an_option_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCP_PROXY_THREADS", "9")
+    monkeypatch.setenv("MCP_PROXY_WORKERS", "2")
+    made = read_config(["--threads", "8"])
+    assert (made.threads, made.workers) == (8, 2)
+
+
+def test_a_list_of_options_takes_the_place_of_the_list_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MCP_PROXY_ALLOWED_ORIGINS", "http://a,http://b")
+    assert read_config([]).allowed_origins == ("http://a", "http://b")
+    assert read_config(["--allowed-origins", "http://c"]).allowed_origins == ("http://c",)
+
+
+@pytest.mark.parametrize(
+    "inherited",
+    [
+        {"COMMAND": "other --flag", "ENV": "A=1", "CWD": "/other"},
+        {"CONFIG": "other.json"},
+    ],
+)
+@pytest.mark.parametrize("arguments", [["--", "mine"], ["--config", "mine.json"]])
+def test_servers_that_are_named_here_take_the_place_of_those_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, inherited: dict[str, str], arguments: Sequence[str]
+) -> None:
+    for name, value in inherited.items():
+        monkeypatch.setenv(f"MCP_PROXY_{name}", value)
+    monkeypatch.setenv("MCP_PROXY_THREADS", "9")
+    made = read_config(arguments)
+    assert made.threads == 9
+    assert (made.env, made.cwd) == ((), None)
+    assert [made.command, made.config].count(None) + [made.command, made.config].count(()) == 1
+    assert "mine" in (made.config or made.command[0])
+
+
+def test_the_command_of_the_environment_can_be_given_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MCP_PROXY_COMMAND", "server 'a b'")
+    made = read_config(["--env", "A=1", "--cwd", "/srv"])
+    assert (made.command, made.env, made.cwd) == (("server", "a b"), ("A=1",), "/srv")
+
+
+def test_an_unknown_variable_is_refused_on_the_command_line_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MCP_PROXY_THREAD", "9")
+    with pytest.raises(ConfigError, match=r"MCP_PROXY_THREAD$"):
+        read_config(["--threads", "8"])
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [[], ["check"]], ids=["serve", "check"])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--threads", "3"], "threads: expected a whole number of at least 4, got '3'"),
+        (["--config", "{tmp}/absent.json"], "{tmp}/absent.json: No such file or directory"),
+        (["--config", "{tmp}"], "{tmp}: Is a directory"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served_ends_with_code_2_and_a_sentence(
+    first: list[str],
+    arguments: list[str],
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*first, *(word.replace("{tmp}", str(tmp_path)) for word in arguments)]) == 2
+    expected = f"mcp-wsgi-proxy: {complaint}\n".replace("{tmp}", str(tmp_path))
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_the_arguments_of_the_process_are_what_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mcp-wsgi-proxy", "--threads", "3"])
+    assert main() == 2
+    assert "threads" in capsys.readouterr().err
+
+
+def test_more_workers_than_can_share_their_sessions_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--workers", "2"]) == 2
+    assert capsys.readouterr().err.startswith("mcp-wsgi-proxy: 2 workers ")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"mcp-wsgi-proxy {__version__}\n"
+
+
+def test_the_help_names_every_setting_and_its_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for name in SAMPLES:
+        assert spelled(name, "-") in printed
+    assert "(7200)" in printed
+    assert "(())" not in printed
+
+
+def test_the_package_is_the_program() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "mcp_proxy", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert printed.stdout == f"mcp-wsgi-proxy {__version__}\n"
+
+
+def test_nothing_after_the_dashes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--"]) == 2
+    assert "command" in capsys.readouterr().err
+
+
+def test_a_bad_redis_url_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--redis-url", "http://x:hunter2@h"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("mcp-wsgi-proxy: redis_url cannot be read")
+    assert "hunter2" not in complaint
+
+
+def test_choices_may_be_written_in_capital_letters() -> None:
+    made = read_config(["--log-level", "INFO", "--stdio-transports", "SSE,Streamable"])
+    assert (made.log_level, made.stdio_transports) == ("info", ("sse", "streamable"))
+
+
+def test_lists_may_be_separated_by_commas_or_repeated() -> None:
+    made = read_config(["--allowed-hosts", "a,b", "--allowed-hosts", "c", "--env=A=1,2", "--", "x"])
+    assert made.allowed_hosts == ("a", "b", "c")
+    assert made.env == ("A=1,2",)

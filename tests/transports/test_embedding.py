@@ -1,0 +1,298 @@
+"""Transports as somebody else's program makes them: over one store, with and without a name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+
+from mcp_proxy import (
+    ConfigError,
+    EventLog,
+    LocalStorage,
+    RedisStorage,
+    Session,
+    SessionManager,
+    SSEProxy,
+    StdioServer,
+    Storage,
+    StreamableProxy,
+    TransparentProxy,
+)
+from mcp_proxy.transports.stdio import StdioTransport
+from tests.servers.http_backend import HttpBackend
+from tests.support.front import SCRIPTED, McpClient, WsgiFront
+from tests.support.proxy_process import children_of
+from tests.support.sse_client import SseClient
+from tests.support.transparent import LocalFront
+from tests.support.waiting import eventually
+
+#: The same server by another command.
+OTHER = (*SCRIPTED, "--log-first", "0")
+
+Make = Callable[..., StreamableProxy]
+
+
+@pytest.fixture
+def shared(redis_url: str, redis_prefix: str) -> Iterator[RedisStorage]:
+    """One store in Redis."""
+    with closing(RedisStorage(redis_url, prefix=redis_prefix, timeout=1)) as storage:
+        yield storage
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Makes proxies that are closed in the end, the last one first."""
+    with ExitStack() as stack:
+
+        def making(*arguments: Any, **options: Any) -> StreamableProxy:
+            return stack.enter_context(StreamableProxy(*arguments, **options))
+
+        yield making
+
+
+def client_of(proxy: StdioTransport) -> McpClient:
+    return McpClient(WsgiFront(proxy), "/")
+
+
+def at(proxy: StdioTransport, client: McpClient) -> McpClient:
+    """The session of a client, as another proxy sees it."""
+    return client.at(WsgiFront(proxy))
+
+
+# --- two over one store --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"command": SCRIPTED}, {"command": OTHER}),
+        ({"command": SCRIPTED}, {"command": StdioServer("default", SCRIPTED, cwd="/")}),
+        ({"command": SCRIPTED, "name": "a"}, {"command": SCRIPTED, "name": "b"}),
+        ({"command": SCRIPTED, "name": "a"}, {"command": SCRIPTED}),
+    ],
+    ids=["commands", "directories", "names", "a-name-and-none"],
+)
+@pytest.mark.parametrize("kind", ["redis", "local"])
+def test_what_differs_never_serves_each_others_sessions(
+    shared: RedisStorage, make: Make, kind: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    storage = shared if kind == "redis" else LocalStorage()
+    one, two = (make(session_storage=storage, **settings) for settings in (first, second))
+    ours, theirs = client_of(one).open(), client_of(two).open()
+    for stranger in (at(two, ours), at(one, theirs)):
+        assert stranger.call("count").status in (400, 404)
+        assert stranger.notify("notifications/initialized").status in (400, 404)
+        assert stranger.listen().status in (400, 404)
+        assert stranger.delete().status in (400, 404)
+    for client in (ours, theirs):
+        assert client.result("count")["calls"] == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"command": SCRIPTED, "name": "a"}, {"command": SCRIPTED, "name": "a"}),
+        ({"command": SCRIPTED, "name": "a"}, {"command": OTHER, "name": "a"}),
+        ({"command": SCRIPTED}, {"command": SCRIPTED}),
+    ],
+    ids=["a-name", "a-name-for-another-command", "a-command"],
+)
+def test_what_is_the_same_serves_each_others_sessions(
+    shared: RedisStorage, make: Make, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    one, two = (make(session_storage=shared, **settings) for settings in (first, second))
+    ours, theirs = client_of(one).open(), client_of(two).open()
+    for client, other in ((ours, at(two, ours)), (theirs, at(one, theirs))):
+        counted = [caller.result("count") for caller in (client, other, client, other)]
+        assert [count["calls"] for count in counted] == [1, 2, 3, 4]
+        assert len({count["pid"] for count in counted}) == 1
+    assert at(two, ours).delete().status in (200, 204)
+    assert ours.call("count").status == 404
+
+
+def test_what_one_hands_over_the_other_brings_back(shared: RedisStorage, make: Make) -> None:
+    one, two = (make(SCRIPTED, shared, name="a") for _ in range(2))
+    client = client_of(one).open()
+    before = client.result("count")
+    one.close(timeout=5)
+    after = at(two, client).result("count")
+    assert after["calls"] == 1
+    assert after["pid"] != before["pid"]
+
+
+def test_a_manager_of_the_same_name_sees_the_records(
+    shared: RedisStorage, make: Make, redis_url: str, redis_prefix: str
+) -> None:
+    proxy = make(SCRIPTED, shared, name="a")
+    client = client_of(proxy).open()
+    assert client.session is not None
+    managers = {
+        name: SessionManager.with_redis(redis_url, prefix=redis_prefix, name=name)
+        for name in ("a", "b", None)
+    }
+    try:
+        session = managers["a"].load(client.session)
+        assert session.type == "streamable"
+        assert session.metadata["protocol_version"] == "2025-06-18"
+        assert not managers["b"].exists(client.session)
+        assert not managers[None].exists(client.session)
+        managers["a"].end(client.session)
+        assert client.call("count").status == 404
+    finally:
+        for manager in managers.values():
+            manager.storage.close()
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def test_closing_twice_is_harmless_and_leaves_the_store_open(shared: RedisStorage) -> None:
+    proxy = StreamableProxy(SCRIPTED, shared)
+    client_of(proxy).open()
+    for _ in range(2):
+        proxy.close()
+        assert proxy.owner.supervisor.children == 0
+    proxy.close(timeout=0.1)
+    proxy.drain()
+    shared.check()
+
+
+@pytest.mark.parametrize("was_used", [True, False])
+def test_a_closed_proxy_refuses_sessions_and_starts_no_process(was_used: bool) -> None:
+    before = set(children_of(os.getpid()))
+    proxy = StreamableProxy(SCRIPTED)
+    if was_used:
+        client_of(proxy).open()
+        assert set(children_of(os.getpid())) > before
+    proxy.close()
+    eventually(lambda: set(children_of(os.getpid())) <= before)
+    assert client_of(proxy).initialize().status == 503
+    assert SseClient(WsgiFront(proxy)).connect().status == 404
+    assert set(children_of(os.getpid())) <= before
+
+
+def test_a_closed_proxy_serves_no_session_either(shared: RedisStorage, make: Make) -> None:
+    proxy = make(SCRIPTED, shared)
+    client = client_of(proxy).open()
+    proxy.close()
+    for answer in (client.call("count"), client.notify("notifications/x"), client.listen()):
+        assert answer.status == 503
+    assert proxy.owner.supervisor.children == 0
+
+
+def test_running_calls_get_the_time_that_close_is_given() -> None:
+    with StreamableProxy(SCRIPTED) as proxy:
+        call = client_of(proxy).open().call("sleep", {"seconds": 0.5, "token": "slow"})
+        proxy.close(timeout=20)
+        assert call.message()["result"]["token"] == "slow"
+
+
+@pytest.mark.parametrize("kind", [StreamableProxy, SSEProxy])
+def test_the_end_of_the_block_closes(kind: type[StdioTransport]) -> None:
+    with kind(SCRIPTED) as proxy:
+        if kind is SSEProxy:
+            SseClient(WsgiFront(proxy)).open()
+        else:
+            client_of(proxy).open()
+        assert proxy.owner.supervisor.children == 1
+    assert proxy.owner.supervisor.children == 0
+    assert client_of(proxy).initialize().status in (404, 503)
+
+
+# --- a store of the user's own -------------------------------------------------------------------
+
+
+class Plain(Storage):
+    """What somebody has written who read the abstract methods, and no further."""
+
+    def __init__(self) -> None:
+        self._records = LocalStorage()
+
+    def create(self, session: Session) -> None:
+        self._records.create(session)
+
+    def load(self, session_id: str) -> Session:
+        return self._records.load(session_id)
+
+    def exists(self, session_id: str) -> bool:
+        return self._records.exists(session_id)
+
+    def peek(self, session_id: str) -> Session | None:
+        return self._records.peek(session_id)
+
+    def swap(self, old: Session, new: Session) -> bool:
+        return self._records.swap(old, new)
+
+    def delete(self, session_id: str) -> None:
+        self._records.delete(session_id)
+
+    def issued(self, session_id: str) -> bool:
+        return self._records.issued(session_id)
+
+    def event_log(self) -> EventLog:
+        return self._records.event_log()
+
+    def check(self) -> None:
+        self._records.check()
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def test_a_plain_store_has_every_abstract_method_and_no_more() -> None:
+    assert Storage.__abstractmethods__ == {name for name in vars(Plain) if name[0] != "_"}
+
+
+def test_a_plain_store_works_without_a_name(make: Make) -> None:
+    storage = Plain()
+    proxy = make(SCRIPTED, storage)
+    client = client_of(proxy).open()
+    assert client.session is not None
+    assert storage.exists(client.session)
+    assert client.result("count")["calls"] == 1
+    client.call("die")
+    assert eventually(lambda: client.result("count")["calls"]) == 1, "it is brought back"
+    assert client.delete().status == 204
+    assert not storage.exists(client.session)
+
+
+def test_a_plain_store_works_on_the_other_wires() -> None:
+    storage = Plain()
+    with SSEProxy(SCRIPTED, storage) as proxy:
+        client = SseClient(LocalFront(proxy)).open()
+        assert storage.exists(client.session)
+        assert client.result("count")["calls"] == 1
+        client.close()
+    with HttpBackend() as backend, TransparentProxy(backend.url, storage) as transparent:
+        front = LocalFront(transparent)
+        http = McpClient(front).open()
+        assert http.result("tools/list")["backend"] == "backend"
+        front.close()
+    assert http.session is not None
+    assert storage.exists(http.session)
+
+
+@pytest.mark.parametrize("kind", [StreamableProxy, SSEProxy])
+def test_a_plain_store_keeps_no_names_apart(kind: type[StdioTransport]) -> None:
+    with pytest.raises(ConfigError, match=r"Plain .*name"):
+        kind(SCRIPTED, Plain(), name="a")
+
+
+def test_a_plain_store_keeps_no_names_apart_behind_http_either() -> None:
+    with pytest.raises(ConfigError, match=r"Plain .*name"):
+        TransparentProxy("http://127.0.0.1:9", Plain(), name="a")
+
+
+def test_servers_that_differ_in_their_environment_do_not_meet() -> None:
+    storage = LocalStorage()
+    one, other = (
+        StreamableProxy(StdioServer("server", SCRIPTED, {"TOKEN": token}), storage)
+        for token in ("one", "other")
+    )
+    with one, other:
+        client = McpClient(WsgiFront(one)).open()
+        assert client.at(WsgiFront(other)).call("echo").status == 404

@@ -13,18 +13,13 @@ from mcp import types
 
 from tests.clients import initiative_steps
 from tests.clients.initiative_steps import DOCUMENT, LOG
+from tests.clients.opening_steps import initialize, list_tools, ping
 from tests.clients.recording import Json, Recording, Step
 
 RESOURCES_CHANGED = "notifications/resources/list_changed"
 LARGE = "0123456789abcdef" * 65536  # 1 MiB
 
 # --- the beginning -------------------------------------------------------------------------------
-
-
-async def initialize(talk: Recording) -> Any:
-    result = talk.session.initialize_result
-    assert result is not None
-    return result.model_dump(by_alias=True, mode="json", exclude_unset=True)
 
 
 async def be_asked_for_roots_after_initialize(talk: Recording) -> Any:
@@ -37,14 +32,6 @@ async def hear_of_the_tools_that_suit_this_client(talk: Recording) -> Any:
     """Sent right after initialize, while the standing stream is being opened."""
     told, talk.heard = talk.heard, []
     return told
-
-
-async def ping(talk: Recording) -> Any:
-    return await talk.ask("ping")
-
-
-async def list_tools(talk: Recording) -> Any:
-    return await talk.ask("tools/list")
 
 
 # --- prompts, resources, completion --------------------------------------------------------------

@@ -8,45 +8,18 @@ SDK 2.x client finds out what the server speaks: auto probes first. SDK 1.x know
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
 import anyio
-import mcp
-from mcp import ClientSession, types
-from mcp.client.streamable_http import streamable_http_client
+from mcp import types
+from sdk_session import Json, connected, plain, say
 
-Json = dict[str, Any]
 Seen = list[Json]
 
 #: What the person, or the model, at this end says when it is asked.
 ANSWER = "forty-two"
-
-
-@asynccontextmanager
-async def connected(url: str, mode: str, **callbacks: Any) -> AsyncIterator[tuple[Any, str]]:
-    """A session or, of SDK 2.x, a client, which has the same methods; and its revision."""
-    sdk: Any = mcp
-    if version("mcp").startswith("1."):
-        async with (
-            streamable_http_client(url) as (reading, writing, *_),
-            ClientSession(reading, writing, **callbacks) as session,
-        ):
-            initialized: Any = await session.initialize()
-            yield session, initialized.protocolVersion
-    else:
-        async with sdk.Client(url, mode=mode, **callbacks) as client:
-            yield client, client.protocol_version
-
-
-def plain(result: Any) -> Json:
-    """A result of the SDK as the JSON it was."""
-    dumped: Json = result.model_dump(by_alias=True, mode="json", exclude_unset=True)
-    return dumped
 
 
 async def with_elicitation(url: str, mode: str) -> Json:
@@ -94,7 +67,7 @@ async def with_sampling(url: str, mode: str) -> Json:
 async def main(url: str, mode: str) -> None:
     """Prints everything as one document."""
     seen = await with_elicitation(url, mode) | await with_sampling(url, mode)
-    print(json.dumps({"sdk": version("mcp"), **seen}))
+    say(sdk=version("mcp"), **seen)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@
 //
 // The twin of sse_client.py: the same server, the same calls, the same lines of JSON, until standard
 // input ends. Each session first tries streamable HTTP at the same URL, as clients of both wires do.
-// The SDK is that of tests/node/package.json.
 
 import { randomBytes } from "node:crypto";
-import { createRequire } from "node:module";
 import { setTimeout as sleep } from "node:timers/promises";
-import { isDeepStrictEqual, parseArgs } from "node:util";
+import { isDeepStrictEqual } from "node:util";
 
-const require = createRequire(new URL("../node/package.json", import.meta.url));
+import { crowdArguments, now, require, runCrowd, say } from "./sdk_session.mjs";
+
 const { Client } = require("@modelcontextprotocol/sdk/client/index.js");
 const { SSEClientTransport } = require("@modelcontextprotocol/sdk/client/sse.js");
 const { StreamableHTTPClientTransport } = require("@modelcontextprotocol/sdk/client/streamableHttp.js");
@@ -23,10 +22,6 @@ const LABEL = "x-worker";
 const CALL_TIME = 60_000;
 
 class Wrong extends Error {}
-
-let isOver = false;
-const say = (line) => process.stdout.write(JSON.stringify(line) + "\n");
-const now = () => Number(process.hrtime.bigint()) / 1e9; // the clock of Python's time.monotonic
 
 class Session {
   constructor(number, given) {
@@ -78,18 +73,18 @@ class Session {
     await client.close();
   }
 
-  async run() {
+  async live(finish) {
     const about = { name: this.token, version: "1" };
     const client = new Client(about, { capabilities: { sampling: {} } });
     client.setRequestHandler(CreateMessageRequestSchema, this.answer);
     client.setNotificationHandler(ProgressNotificationSchema, this.hear);
     client.onerror = (error) => this.strange.push(String(error));
-    const url = new URL(`http://127.0.0.1:${this.given.port}/sse`);
+    const url = new URL(`http://127.0.0.1:${this.given.ports[0]}/sse`);
     await this.requireFallback(url);
     await client.connect(new SSEClientTransport(url, { fetch: this.fetch }));
     say({ open: this.number, session: this.session });
-    while (!isOver) {
-      await Promise.all(Array.from({ length: this.given.atOnce }, () => this.call(client)));
+    while (!finish.isSet) {
+      await Promise.all(Array.from({ length: this.given["at-once"] }, () => this.call(client)));
       await sleep(Math.random() * this.given.pause * 1000);
     }
     client.onerror = undefined;
@@ -140,17 +135,5 @@ function requireEqual(found, ours) {
   }
 }
 
-const { values } = parseArgs({
-  options: {
-    ports: { type: "string" },
-    clients: { type: "string" },
-    "at-once": { type: "string", default: "2" },
-    pause: { type: "string", default: "0.2" },
-  },
-});
-const [first, end] = values.clients.split("-").map(Number);
-const given = { port: values.ports.split(",")[0], atOnce: Number(values["at-once"]), pause: Number(values.pause) };
-process.stdin.on("end", () => (isOver = true)).resume();
-const numbers = Array.from({ length: end - first }, (_, n) => first + n);
-await Promise.all(numbers.map((number) => new Session(number, given).run()));
-process.exit(0); // connections that are kept alive would hold us for a few seconds
+const given = crowdArguments({ "at-once": 2, pause: 0.2 });
+await runCrowd(given.clients, (number, finish) => new Session(number, given).live(finish));

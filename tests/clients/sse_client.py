@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import secrets
-import sys
-import time
 from typing import Any
 
 import anyio
 import httpx
-from anyio import to_thread
-from mcp import ClientSession, types
+from mcp import ClientSession
 from mcp.client.sse import sse_client
+from sdk_session import (
+    LABEL,
+    Json,
+    TallyClient,
+    call_at_once,
+    command_line,
+    noted,
+    run_crowd,
+    say,
+    session_over,
+)
 
-Json = dict[str, Any]
-
-_STEPS = 3
-_KINDS = ("plain", "progress", "sample")
-_LABEL = "x-worker"
 _CALL_TIME = 60.0
 
 
@@ -59,7 +60,7 @@ class Noted(httpx.AsyncHTTPTransport):
         post = self.posts[number] = Post(message.get("id"))
         try:
             response = await super().handle_async_request(request)
-            post.worker = int(response.headers.get(_LABEL, 0))
+            post.worker = int(response.headers.get(LABEL, 0))
         finally:
             post.done.set()
         return response
@@ -73,39 +74,21 @@ def _number_of(message: Json) -> int:
     return number
 
 
-class Wrong(Exception):
-    """An answer that is not the call's own."""
-
-
-class Client:
+class Client(TallyClient):
     """One session."""
 
     def __init__(self, number: int, given: argparse.Namespace) -> None:
-        self.number = number
-        self.given = given
-        self.token = f"python-{number}-{secrets.token_hex(8)}"
+        super().__init__("python", number, given)
         self.http = Noted()
-        self.calls = 0
-        self.strange: list[str] = []  # what came and belonged to none of our calls
-
-    async def answer(self, context: Any, params: Any) -> types.CreateMessageResult:
-        """What we say to the server's question, which must be for us."""
-        content: Any = params.messages[0].content
-        text = (content[0] if isinstance(content, list) else content).text
-        if text.split()[0] != self.token:
-            self.strange.append(f"question {text}")
-        said = types.TextContent(type="text", text=f"yes {text}")
-        return types.CreateMessageResult(role="assistant", content=said, model="none")
 
     async def hear(self, message: Any) -> None:
         """Notes what the SDK could not make sense of, an answer to no call of ours for one."""
         if isinstance(message, Exception):
             self.strange.append(str(message))
 
-    async def run(self, finish: anyio.Event) -> None:
+    async def live(self, finish: anyio.Event) -> None:
         """The session's whole life."""
         url = f"http://127.0.0.1:{self.given.ports[0]}/sse"
-        about = types.Implementation(name=self.token, version="1")
 
         def client_of(
             headers: dict[str, str] | None = None,
@@ -114,45 +97,28 @@ class Client:
         ) -> httpx.AsyncClient:
             return httpx.AsyncClient(transport=self.http, timeout=timeout)
 
-        async with (
-            sse_client(url, timeout=60, httpx_client_factory=client_of) as (reading, writing),
-            ClientSession(
-                reading,
-                writing,
-                sampling_callback=self.answer,
-                client_info=about,
-                message_handler=self.hear,
-            ) as session,
-        ):
-            initialized = await session.initialize()
-            say(open=self.number, session=self.http.session, revision=initialized.protocolVersion)
+        async with session_over(
+            sse_client(url, timeout=60, httpx_client_factory=client_of),
+            sampling_callback=self.answer,
+            client_info=self.about,
+            message_handler=self.hear,
+        ) as (session, revision):
+            say(open=self.number, session=self.http.session, revision=revision)
             while not finish.is_set():
-                async with anyio.create_task_group() as group:
-                    for _ in range(self.given.at_once):
-                        group.start_soon(self.call, session)
-                await anyio.sleep(random.uniform(0, self.given.pause))
+                await call_at_once(self.given, lambda: self.call(session))
         say(end=self.number, session=self.http.session, strange=self.strange)
 
     async def call(self, session: ClientSession) -> None:
         """One call and its line."""
-        self.calls += 1
-        number = self.number * 1_000_000 + self.calls
-        kind = _KINDS[self.calls % len(_KINDS)]
+        number = self.next_number()
+        kind = self.kinds[self.calls % len(self.kinds)]
         line: Json = {"client": self.number, "call": number, "kind": kind}
-        line["started"] = time.monotonic()
-        try:
-            with anyio.fail_after(_CALL_TIME):
-                line["owner"] = await self.answered(session, kind, number)
-        except Wrong as error:
-            line["wrong"] = str(error)
-        except Exception as error:
-            line["error"] = f"{type(error).__name__}: {error}"
-        line["ended"] = time.monotonic()
+        async with noted(line, _CALL_TIME):
+            line["owner"] = await self.answered(session, kind, number)
         post = self.http.posts.pop(number)
         with anyio.move_on_after(_CALL_TIME):
             await post.done.wait()
-        line |= {"id": post.key, "worker": post.worker}
-        say(**line)
+        say(**line, id=post.key, worker=post.worker)
 
     async def answered(self, session: ClientSession, kind: str, number: int) -> int:
         """Makes the call; raises Wrong if anything that came was another one's."""
@@ -165,47 +131,12 @@ class Client:
         more: Json = {"progress_callback": hear} if kind == "progress" else {}
         result: Any = await session.call_tool(kind, arguments, **more)
         answer = json.loads(result.content[0].text)
-        ours = {"token": self.token, "given": self.token, "number": number, "executions": 1}
-        if kind == "sample":
-            ours["said"] = f"yes {self.token} {number}"
-        if (shown := {key: answer.get(key) for key in ours}) != ours:
-            raise Wrong(f"{shown} came for {ours}")
-        steps = range(1, _STEPS + 1) if kind == "progress" else ()
-        if heard != (own := [f"{self.token} {number} {step}" for step in steps]):
-            raise Wrong(f"{heard} came for {own}")
+        self.require_own_answer(kind, number, answer)
+        self.require_own_progress(kind, number, heard)
         worker: int = answer["worker"]
         return worker
 
 
-def say(**line: Any) -> None:
-    """Writes a line."""
-    print(json.dumps(line), flush=True)
-
-
-async def until_told(finish: anyio.Event) -> None:
-    """Waits for the end of standard input."""
-    await to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
-    finish.set()
-
-
-async def main(given: argparse.Namespace) -> None:
-    """Runs all sessions at once."""
-    finish = anyio.Event()
-    async with anyio.create_task_group() as group:
-        group.start_soon(until_told, finish)
-        for number in given.clients:
-            group.start_soon(Client(number, given).run, finish)
-
-
-def arguments() -> argparse.Namespace:
-    """What the command line says."""
-    parser = argparse.ArgumentParser(description="Many MCP sessions over HTTP+SSE")
-    parser.add_argument("--ports", type=lambda text: [int(port) for port in text.split(",")])
-    parser.add_argument("--clients", type=lambda text: range(*map(int, text.split("-"))))
-    parser.add_argument("--at-once", type=int, default=2, help="calls of a session at a time")
-    parser.add_argument("--pause", type=float, default=0.2, help="seconds between calls, at most")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    anyio.run(main, arguments())
+    given = command_line("Many MCP sessions over HTTP+SSE", at_once=2, pause=0.2)
+    run_crowd(lambda number, given, finish: Client(number, given).live(finish), given)

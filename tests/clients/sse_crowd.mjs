@@ -2,40 +2,18 @@
 //
 //     node sse_crowd.mjs --ports 8001 --clients 0-25 --calls 20 [--tool echo]
 //
-// Works as sse_crowd.py does. The SDK is that of tests/node/package.json.
+// Works as sse_crowd.py does.
 
-import { createRequire } from "node:module";
-import { parseArgs } from "node:util";
+import { crowdArguments, now, require, runCrowd, say } from "./sdk_session.mjs";
 
-const require = createRequire(new URL("../node/package.json", import.meta.url));
 const { Client } = require("@modelcontextprotocol/sdk/client/index.js");
 const { SSEClientTransport } = require("@modelcontextprotocol/sdk/client/sse.js");
 
-const { values: given } = parseArgs({
-  options: {
-    ports: { type: "string" },
-    clients: { type: "string" },
-    calls: { type: "string", default: "20" },
-    pause: { type: "string", default: "0.5" },
-    path: { type: "string", default: "/sse" },
-    tool: { type: "string", default: "prove" },
-  },
-});
-const ports = given.ports.split(",");
-const [first, last] = given.clients.split("-").map(Number);
-const calls = Number(given.calls);
-
-let isFinished = false;
-const finished = new Promise((resolve) => {
-  process.stdin.on("end", () => resolve((isFinished = true)));
-  process.stdin.resume();
-});
-
-const monotonic = () => Number(process.hrtime.bigint()) / 1e9; // the clock of Python's time.monotonic
+const given = crowdArguments({ calls: 20, pause: 0.5, path: "/sse", tool: "prove" });
 
 async function make(client, line) {
   const said = `${line.mine} call ${line.call}`;
-  Object.assign(line, { expected: said, started: monotonic() });
+  Object.assign(line, { expected: said, started: now() });
   const args = given.tool === "echo" ? { message: said } : { marker: line.mine, said };
   try {
     const result = await client.callTool({ name: given.tool, arguments: args });
@@ -44,25 +22,24 @@ async function make(client, line) {
   } catch (error) {
     line.error = String(error);
   }
-  console.log(JSON.stringify({ ...line, ended: monotonic() }));
+  say({ ...line, ended: now() });
 }
 
-async function run(number) {
+async function live(number, finish) {
   const client = new Client({ name: "test", version: "1" });
-  const url = new URL(`http://127.0.0.1:${ports[number % ports.length]}${given.path}`);
+  const url = new URL(`http://127.0.0.1:${given.ports[number % given.ports.length]}${given.path}`);
   await client.connect(new SSEClientTransport(url));
   await client.listTools();
-  for (let call = 1; call <= calls || !isFinished; call += 1) {
+  for (let call = 1; call <= given.calls || !finish.isSet; call += 1) {
     await make(client, { client: number, call, mine: `typescript client ${number}` });
-    if (call >= calls) {
+    if (call >= given.calls) {
       let timer;
-      const pause = new Promise((resolve) => (timer = setTimeout(resolve, 1000 * Number(given.pause))));
-      await Promise.race([finished, pause]);
+      const pause = new Promise((resolve) => (timer = setTimeout(resolve, 1000 * given.pause)));
+      await Promise.race([finish.wait, pause]);
       clearTimeout(timer);
     }
   }
   await client.close();
 }
 
-await Promise.all(Array.from({ length: last - first }, (_, at) => run(first + at)));
-process.exit(0);
+await runCrowd(given.clients, live);

@@ -10,7 +10,6 @@ import functools
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -111,7 +110,7 @@ def test_server_killed_between_two_calls_is_replaced_and_the_session_goes_on(
         assert await talk.say("before") == "before"
         (first,) = proxy.server_pids()
         _kill_server(proxy)
-        await _until(lambda: "ended by itself (signal SIGKILL)" in proxy.log())
+        await _until(lambda: "exited by itself (signal SIGKILL)" in proxy.log())
         assert await talk.say("after") == "after"
         (second,) = proxy.server_pids()
         assert second != first
@@ -147,7 +146,7 @@ def test_server_killed_twice_in_a_row_is_given_time_and_then_replaced(proxy: Pro
 
 
 async def _until_it_is_noticed(talk: Talk) -> None:
-    await _until(lambda: talk.proxy.log().count("ended by itself") == 2)
+    await _until(lambda: talk.proxy.log().count("exited by itself") == 2)
     await talk.say("too early")
 
 
@@ -172,10 +171,8 @@ def _kill_worker(proxy: ProxyProcess) -> None:
     doomed = set(proxy.all_pids()) - {proxy.master_pid}
     assert any(map(is_guardian, doomed))
     os.kill(worker, signal.SIGKILL)
-    killed = time.monotonic()
     left = "of what the killed worker had started something is left"
     eventually(lambda: not any(is_alive(pid) for pid in doomed), _KILLED_WITHIN, left)
-    assert time.monotonic() - killed < _KILLED_WITHIN
 
 
 async def _all_started(proxy: ProxyProcess) -> None:
@@ -345,4 +342,4 @@ def _tell_to_stop(proxy: ProxyProcess) -> None:
 
 def _stopped_in_order(proxy: ProxyProcess) -> None:
     assert proxy.wait(_STOPPED_WITHIN) == 0
-    eventually(lambda: not proxy.all_pids(), 1, "the proxy left something")
+    eventually(lambda: not proxy.all_pids(), message="the proxy left something")

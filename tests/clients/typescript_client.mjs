@@ -5,12 +5,10 @@
 //
 // Talks to the demo server at URL and prints one JSON document of what came back. The last argument
 // is how a 2.x client finds out what the server speaks: by default it initializes, auto probes first.
-// The SDKs are those of tests/node/package.json.
 
 import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
 
-const require = createRequire(new URL("../node/package.json", import.meta.url));
+import { require, say } from "./sdk_session.mjs";
 
 // What the person, or the model, at this end says when it is asked.
 const ANSWER = "forty-two";
@@ -104,4 +102,4 @@ function withSampling(sdk, url) {
 const [url, generation, mode = "default"] = process.argv.slice(2);
 const sdk = generation === "1" ? sdk1() : sdk2(mode);
 const seen = { ...(await withElicitation(sdk, url)), ...(await withSampling(sdk, url)) };
-console.log(JSON.stringify({ sdk: sdk.version, ...seen }));
+say({ sdk: sdk.version, ...seen });

@@ -13,16 +13,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+from tests.clients.programs import HERE, ROOT
+from tests.support.startable import Startable
 from tests.support.waiting import eventually
-
-ROOT = Path(__file__).resolve().parents[2]
 
 Json = dict[str, Any]
 
 _SERVER = ROOT / "tests" / "servers" / "sticky.py"
-_CLIENT = ROOT / "tests" / "proofs" / "sticky_client.py"
+_CLIENT = HERE / "sticky_client.py"
 _LISTENING = re.compile(r"listening on http://[\d.]+:(\d+)")
 _START_TIME = 30.0
 
@@ -50,7 +50,7 @@ class Output:
         return list(self._documents)
 
 
-class StickyServer:
+class StickyServer(Startable):
     """A process of `tests/servers/sticky.py` that keeps its address, and its log, over its lives.
 
     `host` is one of the loopback's addresses; port 0 is chosen at the first start.
@@ -63,11 +63,7 @@ class StickyServer:
         self.output = Output()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._process is not None:
             self.kill()
         self.output.file.close()
@@ -117,7 +113,7 @@ class Call(NamedTuple):
     error: str
 
 
-class Crowd:
+class Crowd(Startable):
     """Client processes that call until they are told to finish.
 
     `interpreters` each run a part of the `clients`; `options` are those of `program`.
@@ -149,10 +145,7 @@ class Crowd:
             for n, interpreter in enumerate(interpreters)
         ]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for process in self._processes:
             process.kill()
             process.wait()

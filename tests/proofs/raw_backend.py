@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+from tests.support.startable import ServerThread
 
 Json = dict[str, Any]
 
@@ -20,38 +22,29 @@ BLOCK = bytes(range(256)) * 256
 _VERSION = "2025-06-18"
 
 
-class RawBackend(ThreadingHTTPServer):
-    """The server, in threads of this process, on a port of its own."""
-
-    daemon_threads = True
+class RawBackend(ServerThread):
+    """The server, in threads of this process."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.is_over = threading.Event()
         self.sessions = 0
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self.serve_forever, name="backend", daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.is_over.set()
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
+        super().close()
 
     @property
     def url(self) -> str:
         """The MCP endpoint."""
-        return f"http://127.0.0.1:{self.server_port}/mcp"
+        return f"http://127.0.0.1:{self.port}/mcp"
 
     def new_session(self) -> str:
         """An id that this server has not issued before."""
         with self._lock:
             self.sessions += 1
-            return f"session-{self.server_port}-{self.sessions}"
+            return f"session-{self.port}-{self.sessions}"
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.clients.programs import python_with_mcp1
+from tests.clients.programs import HERE, python_with_mcp1
 from tests.proofs.crowd import Crowd
 from tests.proofs.sockets import peers_of
 from tests.support.proxy_process import ProxyProcess, children_of, is_alive, is_guardian
@@ -27,7 +27,7 @@ PATIENCE = 120.0
 LOOK = 0.25
 
 _TALLY = Path(__file__).resolve().parents[1] / "servers" / "tally.py"
-_PROGRAM = Path(__file__).with_name("replica_client.py")
+_PROGRAM = HERE / "replica_client.py"
 _WAY = ("-m", "gunicorn", "-c", "python:mcp_proxy.gunicorn_conf", "tests.proofs.labelled:app")
 
 # Each worker must have served at least this part of its fair share of the requests.

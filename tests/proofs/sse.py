@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tests.clients.programs import HERE, node, node_modules, python_with_mcp1
 from tests.proofs.crowd import Crowd, Json
 from tests.proofs.replicas import WORKERS, Scene, replicas
+from tests.support.startable import Startable
 from tests.support.waiting import eventually
 
 SESSIONS = 100
@@ -51,7 +52,7 @@ class Call(NamedTuple):
         return self.owner is not None and self.worker != self.owner
 
 
-class Sessions:
+class Sessions(Startable):
     """Sessions of both SDKs, half of them each, that call until they are told to finish."""
 
     def __init__(self, scene: Scene, count: int) -> None:
@@ -68,10 +69,7 @@ class Sessions:
             for name, (interpreter, program) in programs.items()
         ]
 
-    def __enter__(self) -> Sessions:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._stack.close()
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:

@@ -6,28 +6,20 @@ import contextlib
 import select
 import socket
 import socketserver
-import threading
-from types import TracebackType
 
-_POLL = 0.01
+from tests.support.startable import ServerThread
+
 _CHUNK = 65536
 
 
-class LossyProxy:
+class LossyProxy(ServerThread):
     """Forwards 127.0.0.1:`port` to 127.0.0.1:`target`; `lose_answer_to` arms the next loss."""
 
     def __init__(self, target: int) -> None:
+        super().__init__(_Handler)
         self.target = target
         self.lost = 0
         self._word: bytes | None = None
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.proxy = self
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL,))
-
-    @property
-    def port(self) -> int:
-        """The port that this listens on."""
-        return int(self._server.server_address[1])
 
     def lose_answer_to(self, word: bytes) -> None:
         """The answer to the next request that contains `word` is lost, with its connection."""
@@ -41,32 +33,13 @@ class LossyProxy:
         self.lost += 1
         return True
 
-    def __enter__(self) -> LossyProxy:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    proxy: LossyProxy
-
 
 class _Handler(socketserver.BaseRequestHandler):
-    server: _Server
+    server: LossyProxy
 
     def handle(self) -> None:
         """Carries bytes both ways until either side ends or an answer is lost."""
-        address = ("127.0.0.1", self.server.proxy.target)
+        address = ("127.0.0.1", self.server.target)
         with socket.create_connection(address) as upstream, contextlib.suppress(OSError):
             self._carry(self.request, upstream)
 
@@ -78,7 +51,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 request = client.recv(_CHUNK)
                 if not request:
                     return
-                is_losing = is_losing or self.server.proxy.is_to_be_lost(request)
+                is_losing = is_losing or self.server.is_to_be_lost(request)
                 upstream.sendall(request)
             if upstream in readable:
                 answer = upstream.recv(_CHUNK)

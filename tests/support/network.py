@@ -12,9 +12,10 @@ import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
+
+from tests.support.startable import Startable
 
 _CLONE_NEWNET = 0x40000000
 
@@ -24,7 +25,7 @@ _SENTENCE = (
 )
 
 
-class Network:
+class Network(Startable):
     """A host `server` at 10.99.0.1 and a host `client` at 10.99.0.2, seen by nobody else."""
 
     SERVER = "10.99.0.1"
@@ -34,7 +35,7 @@ class Network:
         name = secrets.token_hex(3)
         self.server, self.client = f"test-s-{name}", f"test-c-{name}"
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         try:
             for space in (self.server, self.client):
                 _ip("netns", "add", space)
@@ -45,13 +46,13 @@ class Network:
                 _ip("-n", space, "address", "add", f"{address}/30", "dev", "eth0")
                 _ip("-n", space, "link", "set", "eth0", "up")
         except (OSError, subprocess.CalledProcessError) as error:
-            self._remove()
             said = getattr(error, "stderr", "") or str(error)
             pytest.fail(f"{_SENTENCE}: {said.strip()}")
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._remove()
+    def close(self) -> None:
+        for space in (self.server, self.client):
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                _ip("netns", "delete", space)
 
     def silence_client(self) -> None:
         """From now on nothing that the client sends arrives, not even an acknowledgement."""
@@ -67,11 +68,6 @@ class Network:
         finally:
             _setns(before)
             os.close(before)
-
-    def _remove(self) -> None:
-        for space in (self.server, self.client):
-            with contextlib.suppress(OSError, subprocess.CalledProcessError):
-                _ip("netns", "delete", space)
 
 
 def _ip(*arguments: str) -> None:

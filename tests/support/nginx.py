@@ -7,11 +7,11 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
-from typing import Self
 
 import pytest
 import requests
 
+from tests.support.startable import Startable
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,21 +60,30 @@ def find_nginx() -> str:
     )
 
 
-class Nginx:
+class Nginx(Startable):
     """An nginx process that passes what is below `prefix` on to `target`, without the prefix."""
 
     def __init__(self, directory: Path, target: str, prefix: str, more: str = "") -> None:
-        program = find_nginx()
+        self._program = find_nginx()
+        self._directory = directory
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
-        self._log = directory / "log"
-        file = directory / "nginx.conf"
+        self._process: subprocess.Popen[bytes] | None = None
         fields = {"directory": directory, "port": self.port, "prefix": prefix, "target": target}
-        file.write_text(_CONFIGURATION.format(more=more, **fields), encoding="utf-8")
-        with self._log.open("wb") as log:
-            command = [program, "-p", str(directory), "-c", str(file), "-e", "stderr"]
-            # The way of an nginx that replaces another one: it is given the sockets by number.
-            listening = self._socket.fileno()
+        text = _CONFIGURATION.format(more=more, **fields)
+        self._file("nginx.conf").write_text(text, encoding="utf-8")
+
+    @property
+    def base(self) -> str:
+        """The address without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        file = str(self._file("nginx.conf"))
+        command = [self._program, "-p", str(self._directory), "-c", file, "-e", "stderr"]
+        # The way of an nginx that replaces another one: it is given the sockets by number.
+        listening = self._socket.fileno()
+        with self._file("log").open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -82,31 +91,22 @@ class Nginx:
                 env={**os.environ, "NGINX": f"{listening};"},
                 pass_fds=[listening],
             )
-        try:
-            eventually(self._is_serving, message="nginx does not serve")
-        except BaseException as error:
-            error.add_note(self._log.read_text(errors="replace"))
-            self.stop()
-            raise
+        eventually(self._is_serving, message="nginx does not serve")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    @property
-    def base(self) -> str:
-        """The address without a path."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self._process.terminate()
-        self._process.wait(_STOP_TIME)
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(_STOP_TIME)
         self._socket.close()
 
+    def log(self) -> str:
+        return self._file("log").read_text(errors="replace")
+
+    def _file(self, name: str) -> Path:
+        return self._directory / name
+
     def _is_serving(self) -> bool:
+        assert self._process is not None
         assert self._process.poll() is None, "nginx ended"
         try:
             return requests.get(self.base, timeout=_STOP_TIME).status_code == 404

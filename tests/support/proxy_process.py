@@ -20,8 +20,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
+from tests.support.startable import Startable
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ _LEFTOVER_TIME = 3.0  # what a guardian and the kernel need to clean up
 _LISTENING = re.compile(r"http://127\.0\.0\.1:(\d+)")
 
 
-class ProxyProcess:
+class ProxyProcess(Startable):
     """A proxy in front of the stdio server `command`, the bundled demo server if there is none.
 
     `way` is one of the three above; `options` are the command line's own, or gunicorn's: then the
@@ -81,12 +81,6 @@ class ProxyProcess:
 
     def __repr__(self) -> str:
         return f"<ProxyProcess pid={self.master_pid} returncode={self._process.returncode}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     # --- where it is, what it said ---------------------------------------------------------------
 
@@ -154,6 +148,8 @@ class ProxyProcess:
             self._kill()
             self._log = self.log()
             self._output.close()
+
+    close = stop
 
     # --- inside ----------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 from tests.clients.programs import everything_server, node, node_modules, python_with_mcp1
+from tests.support.startable import Startable
 from tests.support.waiting import eventually
 
 _SERVERS = Path(__file__).resolve().parents[1] / "servers"
@@ -43,31 +43,27 @@ def everything(name: str) -> list[str]:
     return [node(), "--require", str(_SERVERS / "loopback.cjs"), script, "sse"]
 
 
-class SseServer:
+class SseServer(Startable):
     """A server that runs as long as the context; `command` makes its command line from a name."""
 
     def __init__(self, command: Callable[[str], list[str]], name: str) -> None:
         self.name = name
         self._command = command(name)
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
-        self._output = tempfile.TemporaryFile()  # closed at the end
+    def start(self) -> None:
         self._process = subprocess.Popen(
             self._command, stderr=self._output, stdout=self._output, start_new_session=True
         )
-        try:
-            eventually(self._is_listening, _START_TIME, "a server does not listen")
-        except BaseException as error:
-            error.add_note(self.log())
-            self.__exit__()
-            raise
-        return self
+        eventually(self._is_listening, _START_TIME, "a server does not listen")
 
-    def __exit__(self, *_: object) -> None:
-        # The group: a node that came with pip is the child of a process of Python's.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+    def close(self) -> None:
+        if self._process is not None:
+            # The group: a node that came with pip is the child of a process of Python's.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         self._output.close()
 
     @property
@@ -83,5 +79,6 @@ class SseServer:
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode("utf-8", "replace")
 
     def _is_listening(self) -> bool:
-        assert self._process.poll() is None, self.log()
+        assert self._process is not None
+        assert self._process.poll() is None
         return _LISTENING.search(self.log()) is not None

@@ -9,9 +9,7 @@ import select
 import socket
 import socketserver
 import ssl
-import threading
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import urlencode
 
 from cryptography import x509
@@ -19,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-_POLL = 0.01
+from tests.support.startable import ServerThread
+
 _CHUNK = 65536
 _HANDSHAKE = b"\x16"  # the first byte of a TLS connection
 _PATIENCE = 10.0
@@ -99,50 +98,18 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-class TlsGate:
+class TlsGate(ServerThread):
     """Lets TLS into 127.0.0.1:`target`, and plain TCP too: servers reach each other as ever."""
 
     def __init__(self, target: int, certificates: Certificates) -> None:
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.target = target
-        self._server.context = certificates.for_servers()
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL,))
-
-    @property
-    def port(self) -> int:
-        """The port that this listens on."""
-        return int(self._server.server_address[1])
-
-    @property
-    def encrypted(self) -> int:
-        """How many connections came with TLS."""
-        return self._server.encrypted
-
-    def __enter__(self) -> TlsGate:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = 128
-    target: int
-    context: ssl.SSLContext
-    encrypted = 0
+        super().__init__(_Handler)
+        self.target = target
+        self.context = certificates.for_servers()
+        self.encrypted = 0  # how many connections came with TLS
 
 
 class _Handler(socketserver.BaseRequestHandler):
-    server: _Server
+    server: TlsGate
 
     def handle(self) -> None:
         """Carries bytes both ways until either side ends."""

@@ -17,7 +17,7 @@ import requests
 
 from examples.test_flask_app import test_a_tool_answers_beside_the_page  # noqa: F401  # runs here
 from tests.clients.programs import HERE, run_client
-from tests.clients.python_client import connected, plain
+from tests.clients.sdk_session import connected, plain
 from tests.examples import serving
 from tests.examples.serving import FRAMEWORKS, SERVERS, command_for, served
 from tests.support.front import HttpFront, McpClient

@@ -147,7 +147,9 @@ def test_more_than_one_worker_is_refused_by_our_gunicorn_configuration() -> None
 def test_a_bad_setting_is_one_sentence() -> None:
     refused = run("-m", "mcp_proxy", MCP_PROXY_SESSION_TTL="soon")
     assert refused.returncode == 2
-    assert refused.stderr == "mcp-wsgi-proxy: session_ttl: expected float\n"
+    assert refused.stderr == (
+        "mcp-wsgi-proxy: session_ttl: expected a number above 0 and at most 315360000, got 'soon'\n"
+    )
 
 
 def test_check_prints_a_table(redis_server: RedisServer) -> None:
@@ -170,7 +172,7 @@ def test_check_says_what_is_wrong() -> None:
     assert bad.returncode == 1
     assert re.search(r"ok +workers +3 with 64 threads", bad.stdout)
     assert re.search(r"FAIL +sessions", bad.stdout)
-    assert re.search(r"FAIL +server default +The server ended \(exit code 3\)", bad.stdout)
+    assert re.search(r"FAIL +server default +The server exited \(exit code 3\)", bad.stdout)
     assert "stderr: cannot find my database" in bad.stdout
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,6 @@ from mcp_proxy.transports.streamable import StreamableProxy
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-log = logging.getLogger(__name__)
 
 # By their names in the configuration: the path below a server's mount, and the class.
 _STDIO_TRANSPORTS: dict[str, tuple[str, type[StdioTransport]]] = {
@@ -83,10 +81,11 @@ class Application:
     def close(self) -> None:
         """Ends every child and connection of this process; harmless when repeated."""
         self.edge.is_draining = True
-        for transport in self._transports():
-            transport.shut_down()
-        self.parts.close()
-        self._storage.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
+            stack.callback(self._storage.close)
+            stack.callback(self.parts.close)
+            for transport in self._transports():
+                stack.callback(transport.shut_down)
 
     # --- putting together ------------------------------------------------------------------------
 

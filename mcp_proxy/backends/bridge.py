@@ -123,7 +123,9 @@ class Bridge(Backend):
             self._write(b"\n".join(lines))
         except BackendUnreached as error:
             with self._lock:
-                self._switchboard.pop_exchange(exchange)
+                unanswered = self._switchboard.pop_exchange(exchange)
+            if not unanswered:
+                return  # the exit was noticed meanwhile, and has answered them
             # The exit status is a better reason than the closed input.
             self._has_exited.wait(_NOTICE)
             raise BackendUnreached(self._lost or str(error)) from error
@@ -170,6 +172,7 @@ class Bridge(Backend):
             log.info("[%s] dropped a client's response to no pending request", self.name)
 
     def listen(self, exchange: Exchange, after: str | None = None) -> None:
+        self._require_alive()
         exchange.attach(self, self.log)
         if self.log is not None and not self.log.continue_standing(
             exchange, after, self.has_stream

@@ -5,10 +5,10 @@ attaches a source: whoever has the messages. Whether the server is a child of th
 another replica, or behind HTTP shows nowhere above this line.
 
 An exchange waits for its answer, is a stream, and is over when everything was received; it is
-closed when its client no longer listens.
+left when its client no longer listens, and closed when nobody reads it any more.
 
-Threads: the source offers, one thread receives, anyone may close. Messages and byte counts need no
-lock of their own: each counter has a single writer.
+Threads: the source's threads offer, one thread receives, anyone may close. The byte counts are
+approximate: two threads that offer at the same time may count once.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Exchange:
     """The messages that belong to `requests`, which came in one body, in order.
 
     Without requests it is the session's standing stream. `accepts_stream` says whether anything but
-    responses may be delivered; `timeout` is in how many seconds each request is answered, if need
-    be by a failure.
+    responses may be delivered. A request that is unanswered after `timeout` seconds is answered
+    with a failure.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class Exchange:
         """The next message, None if nothing came for `timeout` seconds or the exchange is over.
 
         A backend that is lost, silent beyond the time limit, or cancelled is no exception here:
-        each request gets a response that says so. Only that no backend got anything of the
-        requests, where this turns out late, raises BackendUnreached, before any message.
+        each request gets a response that says so. Raises BackendUnreached only when it turns out
+        late that no backend got the requests, and what `resend` and `on_response` raise.
         """
         until = time.monotonic() + timeout
         while not self.is_over:

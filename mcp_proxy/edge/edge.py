@@ -55,7 +55,12 @@ class Edge:
             headers = [*reply.headers, ("X-Request-ID", request.id)]
             if "HTTP_ORIGIN" in environ:
                 headers += self._guard.cors_headers(environ)
-            start_response(reply.status_line, headers)
+            try:
+                start_response(reply.status_line, headers)
+            except BaseException:  # the server refuses a header: nobody else closes the body
+                if not isinstance(reply.body, bytes):
+                    reply.body.close()
+                raise
             if not isinstance(reply.body, bytes):
                 return _LoggedBody(request, reply.status, reply.body)
             log_access(request, reply.status)

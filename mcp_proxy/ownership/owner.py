@@ -11,6 +11,7 @@ One thread sweeps: it ends the children of sessions that expired, or went elsewh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -122,10 +123,9 @@ class Owner:
         self._sweeper = Periodic("mcp-sweeper", interval, self._sweep_once, parts.workers)
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
-        self._lock = threading.Lock()  # guards _held, _pending and _returning
+        self._lock = threading.Lock()  # guards _held and _pending
         self._held: dict[str, _Held] = {}
-        self._pending = 0  # children whose sessions are about to begin
-        self._returning = 0  # sessions whose children are being brought back
+        self._pending = 0  # children that are about to be held
         self._is_closing = False
 
     def __repr__(self) -> str:
@@ -139,17 +139,22 @@ class Owner:
         Raises Overloaded when this replica has all the sessions it may have, BackendLost when the
         server cannot be started.
         """
+        self._take_place()
+        try:
+            return self._spawn()
+        except BaseException as error:
+            self._count_pending(-1)
+            if isinstance(error, BackendLost):
+                self.backoff.note_failure(str(error))
+            raise
+
+    def _take_place(self) -> None:
+        """Counts one more child that is about to begin; raises Overloaded."""
         limit = self._options.max_sessions
         with self._lock:
             if len(self._held) + self._pending >= limit:
                 raise Overloaded(f"All {limit} sessions of this worker are taken")
             self._pending += 1
-        try:
-            return self._spawn()
-        except BackendLost as error:
-            self._count_pending(-1)
-            self.backoff.note_failure(str(error))
-            raise
 
     def establish(self, session: Session, bridge: Bridge) -> Session:
         """Records a session whose child is ready for it, and returns the record.
@@ -161,12 +166,17 @@ class Owner:
         try:
             self._open_mailbox()
             self.manager.create(session)
-        except StorageError:
+        except BaseException:
             self.discard(bridge)
             raise
-        self._hold(url, session.id, bridge)
+        try:
+            self._hold(url, session.id, bridge)
+        except BaseException:
+            self._forget(url)
+            self.discard(bridge)
+            self.manager.end(session.id)
+            raise
         self._count_pending(-1)
-        self.backoff.note_success()
         return session
 
     def discard(self, bridge: Bridge, failure: BackendError | None = None) -> None:
@@ -279,41 +289,55 @@ class Owner:
             raise Draining
         self.backoff.require_over(session.id)
         claimed = claims.claim(self.manager, session, self.replica.id, has_ended)
-        if claimed is None:
+        bridge = None if claimed is None else self._recover_claimed(claimed)
+        if bridge is None:  # somebody else was faster, or the session has ended meanwhile
             return self.backend_of(self.manager.load(session.id))
-        self._count_returning(1)
+        return bridge
+
+    def _recover_claimed(self, claimed: Session) -> Bridge | None:
+        """A new child that the record names; None when the record is no longer ours to change.
+
+        The claim is given back on every way out.
+        """
         try:
-            bridge = self._bring_back_or_release(claimed)
-            url = self._url(bridge)
-            self._hold(url, session.id, bridge)
-        finally:
-            self._count_returning(-1)
-        if not claims.settle(self.manager, claimed, **{BACKEND_URL: url}):
+            bridge = self._bring_back_in_place(claimed)
+        except SessionEnded:
+            self.end(claimed)
+            raise
+        except BaseException as error:
+            if isinstance(error, BackendError):
+                self.backoff.note_failure(str(error))
+                self.backoff.note_exit(claimed.id, lifetime=0)
+            self._release_claim(claimed)
+            raise
+        url = self._url(bridge)
+        try:
+            self._hold(url, claimed.id, bridge)
+            is_ours = claims.settle(self.manager, claimed, **{BACKEND_URL: url})
+        except BaseException:
             self._release(url)
-            return self.backend_of(self.manager.load(session.id))
+            bridge.close()
+            self._release_claim(claimed)
+            raise
+        if not is_ours:
+            self._release(url)
+            return None
         self.backoff.note_success()
         log.info("[%s] the server of a session was started again", self.server.name)
         return bridge
 
-    def _count_returning(self, change: int) -> None:
-        with self._lock:
-            self._returning += change
-
-    def _bring_back_or_release(self, claimed: Session) -> Bridge:
+    def _bring_back_in_place(self, claimed: Session) -> Bridge:
+        """As `_bring_back`, within the number of children that this replica may have."""
+        self._take_place()
         try:
             self._open_mailbox()
             return self._bring_back(claimed)
-        except StorageError:
+        finally:
+            self._count_pending(-1)
+
+    def _release_claim(self, claimed: Session) -> None:
+        with contextlib.suppress(StorageError):  # then it ends by its own time
             claims.release(self.manager, claimed)
-            raise
-        except BackendError as error:
-            self.backoff.note_failure(str(error))
-            self.backoff.note_exit(claimed.id, lifetime=0)
-            claims.release(self.manager, claimed)
-            raise
-        except SessionEnded:
-            self.end(claimed)
-            raise
 
     def _bring_back(self, session: Session) -> Bridge:
         """A new child in the state of the lost one, as far as the record tells."""
@@ -350,6 +374,8 @@ class Owner:
         with self._lock:
             self._held[url] = _Held(session_id, bridge, session_log)
         self._sweeper.start()
+        if not bridge.is_alive:  # it exited before anybody could be told
+            self._on_lost(bridge)
 
     def _release(self, url: str) -> None:
         """Ends a child whose session is over, or elsewhere."""
@@ -407,8 +433,7 @@ class Owner:
     @property
     def is_busy(self) -> bool:
         """Whether a client waits for an answer, that to its initialize included."""
-        is_starting = self._pending + self._returning > 0
-        return is_starting or any(held.bridge.is_busy for held in self._held_copy().values())
+        return self._pending > 0 or any(held.bridge.is_busy for held in self._held_copy().values())
 
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
@@ -419,7 +444,6 @@ class Owner:
         """Ends the children for which no client waits, so that other replicas bring them back."""
         for url, held in self._held_copy().items():
             if held.bridge.hand_over():
-                self._forget(url)
                 self._give_up(held.session_id, url)
 
     def _give_up(self, session_id: str, url: str) -> None:

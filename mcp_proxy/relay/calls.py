@@ -368,6 +368,7 @@ class InboundCall(Call):
         self._calls = calls
         self._key = channel.name  # until it is known which child it is about
         self._exchange: Exchange | None = None
+        self._reading = threading.Lock()  # one thread reads; guards _is_done
         self._is_done = False
 
     def __repr__(self) -> str:
@@ -461,7 +462,10 @@ class InboundCall(Call):
         if exchange is None:
             return False
         try:
-            message = exchange.poll()
+            with self._reading:
+                if self._is_done:
+                    return False
+                message = exchange.poll()
         except ProxyError as error:
             log.warning("a stream for another replica ends: %s", error)
             self._finish(Refused(("BackendLost", error.message)))
@@ -485,7 +489,8 @@ class InboundCall(Call):
 
     def leave(self) -> None:
         """Nobody listens any more."""
-        self._is_done = True
+        with self._reading:
+            self._is_done = True
         if self._exchange is not None:
             self._exchange.close()
         self._calls.forget(self)

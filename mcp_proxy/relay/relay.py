@@ -109,7 +109,7 @@ class Relay:
                 raise StorageUnavailable("This replica is shutting down")
             if self._running is None or self._running.pid != os.getpid():
                 if self._failures != failures:
-                    raise StorageUnavailable  # as somebody found out while we waited for our turn
+                    raise StorageUnavailable  # another caller failed while we waited for the lock
                 self._running = self._started()
             return self._running
 
@@ -119,8 +119,9 @@ class Relay:
         )
         try:
             running.begin_all()
-        except StorageUnavailable:
+        except BaseException:
             self._failures += 1
+            running.end()
             raise
         return running
 
@@ -224,7 +225,9 @@ class _Running(Worker):
             message = channel.receive(frame)
         except LookupError as error:
             log.warning("something between two replicas was lost: %s", error)
-            call.on_loss("Something between two replicas was lost; the call may have been run")
+            call.on_loss(
+                "The connection between two workers failed. The call may have been executed"
+            )
             return
         if frame.kind == Kind.PROBE:
             self._send_alone(frame.sender, channel.count(Kind.COUNT))

@@ -27,9 +27,9 @@ _LOST = "The server was lost before it answered"
 class Replay:
     """What came after `event` on its stream: the source of an exchange, read by its receiver.
 
-    `is_lost` says whether the child of the stream is lost; it may raise StorageError. Without an
-    answer the stream ends with an error after `timeout` seconds, and without one when
-    `is_draining`: its client comes back, to another replica.
+    `is_lost` says whether the child of the stream is lost; it may raise StorageError. After
+    `timeout` seconds without an answer the stream ends with an error. While the worker drains it
+    ends without one; the client resumes elsewhere.
     """
 
     def __init__(
@@ -113,8 +113,10 @@ class Replay:
     def _unanswered(self) -> list[RequestId]:
         ids: list[RequestId] = []
         for event in self._whole_stream():
-            if not is_message(event):
-                ids = msgspec.json.decode(event.data or b"[]", type=list[int | str])
+            if event.data.startswith(b"["):  # where the stream begins; an empty one was too large
+                ids = msgspec.json.decode(event.data, type=list[int | str])
+            elif not is_message(event):
+                continue
             elif isinstance(answer := jsonrpc.parse_message(event.data), Response):
                 ids = [known for known in ids if not _are_same(known, answer.id)]
         return ids

@@ -111,7 +111,7 @@ class SessionLog:
         self._is_closed = True
 
     def _new_name(self, is_standing: bool) -> str:
-        """The name of a stream, which tells both its child and itself from any other."""
+        """A stream's name: the child's id, a slash, and a number that is unique for the child."""
         return f"{self._child_id}/{_STANDING if is_standing else ''}{next(self._numbers)}"
 
     def _append(self, stream: str, data: bytes, is_last: bool) -> str | None:
@@ -158,6 +158,7 @@ class ReadOnWorker(QueueWorker[Exchange]):
             self._exchanges.add(exchange)
         self.start()
         exchange.set_on_ready(lambda: self.put(exchange))
+        self.put(exchange)  # also so that its deadline is looked at from now on
 
     def run_once(self) -> None:
         for exchange in self.take(_LOOK if self._exchanges else None):
@@ -178,6 +179,7 @@ class ReadOnWorker(QueueWorker[Exchange]):
                 self.put(exchange)  # after the others
         except Exception:
             log.exception("reading a stream on failed")
+            self.put(exchange)  # what failed was one message
         if exchange.is_over:
             with self._lock:
                 self._exchanges.discard(exchange)

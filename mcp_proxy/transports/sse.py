@@ -75,17 +75,17 @@ class SSEProxy(StdioTransport):
         exchange.on_close = self.edge.streams.release
         try:
             session = self._begin(exchange)
+            request.session = session.id
+            body = EventStream(
+                exchange,
+                ClientConnection(request.environ),
+                self.options.keepalive_interval,
+                first=self._endpoint(request, session),
+            )
+            return stream_reply(body)
         except BaseException:
             exchange.close()
             raise
-        request.session = session.id
-        body = EventStream(
-            exchange,
-            ClientConnection(request.environ),
-            self.options.keepalive_interval,
-            first=self._endpoint(request, session),
-        )
-        return stream_reply(body)
 
     def _begin(self, exchange: Exchange) -> Session:
         """A new session, whose child speaks on `exchange`; it ends when that is closed."""
@@ -153,20 +153,24 @@ class SSEProxy(StdioTransport):
 
 
 class _FirstAnswer:
-    """Has readiness know of a server that exited before it had answered anything."""
+    """Has readiness know whether a server answers, or exits before it has answered anything."""
 
     def __init__(self, backoff: Backoff) -> None:
         self._backoff = backoff
         self._is_over = False
 
     def __call__(self, message: ServerMessage) -> None:
-        if not self._is_over and isinstance(message.failure, BackendLost):
-            self._backoff.note_failure(message.failure.message)
+        if self._is_over:
+            return
         self._is_over = True
+        if isinstance(message.failure, BackendLost):
+            self._backoff.note_failure(message.failure.message)
+        elif message.failure is None:
+            self._backoff.note_success()
 
 
 def _require_acceptable(request: ClientRequest) -> None:
-    """Raises where the client rules event streams out; this revision does not speak of Accept."""
+    """Refuses a client whose Accept excludes event streams. Without Accept it is served."""
     taken = request.accepts_stream or request.accepts("*/*")
     if request.header("Accept") is not None and not taken:
         raise NotAcceptable("Accept must name text/event-stream")

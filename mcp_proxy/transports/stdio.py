@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from typing import Self
@@ -85,7 +86,10 @@ class StdioTransport(Transport):
 
     def not_ready_reason(self) -> str | None:
         server = self.owner.server
-        if shutil.which(server.argv[0], path=server.env.get("PATH")) is None:
+        program = server.argv[0]
+        if os.path.dirname(program) and server.cwd is not None:  # exec comes after chdir
+            program = os.path.join(server.cwd, program)
+        if shutil.which(program, path=server.env.get("PATH")) is None:
             return f"{server.argv[0]} is not an executable file"
         return self.owner.not_ready_reason()
 

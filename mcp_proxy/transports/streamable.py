@@ -94,17 +94,25 @@ class StreamableProxy(StdioTransport):
             return self._initialize(request, message)
         session = self._session(request)
         exchange = Exchange([message], request.accepts_stream, self.options.request_timeout)
-        change = change_of(message) if message.method in CHANGES else None
-        if change is not None:
-            exchange.on_response = partial(self._remember, session.id, change)
+        if message.method in CHANGES:
+            self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
         return self._answer(request, exchange, message.id, session)
 
-    def _remember(self, session_id: str, change: Change, message: ServerMessage) -> None:
-        """Records a change once the server has agreed to it."""
-        answer = jsonrpc.parse_message(message.data)
-        if isinstance(answer, Response) and answer.result is not UNSET:
-            handshake.remember(self.manager, session_id, change)
+    def _remember_changes(self, exchange: Exchange, session: Session) -> None:
+        """Has each change that the requests of an exchange make recorded once the server agrees."""
+        changes: dict[RequestId, Change] = {}
+        for request in exchange.requests:
+            change = change_of(request)
+            if change is not None:
+                changes[request.id] = change
+
+        def remember(message: ServerMessage) -> None:
+            answer = jsonrpc.parse_message(message.data)
+            if isinstance(answer, Response) and answer.id in changes and answer.result is not UNSET:
+                handshake.remember(self.manager, session.id, changes[answer.id])
+
+        exchange.on_response = remember
 
     def _initialize(self, request: ClientRequest, message: Request) -> Reply:
         """Begins a session: one child, asked by the client; recorded once it has accepted."""
@@ -141,6 +149,7 @@ class StreamableProxy(StdioTransport):
         if not calls:
             return empty_reply(202)
         exchange = Exchange(calls, request.accepts_stream, self.options.request_timeout)
+        self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
         return self._answer(request, exchange, None, session)
 
@@ -223,13 +232,12 @@ class StreamableProxy(StdioTransport):
         return stream_reply(body)
 
     def _standing(self, session: Session, after: str | None) -> Exchange:
-        exchange = Exchange()
-
-        def listen(backend: Backend) -> None:
+        def listen(backend: Backend) -> Exchange:
+            exchange = Exchange()
             backend.listen(exchange, after)
+            return exchange
 
-        self.owner.on_backend(session, listen)
-        return exchange
+        return self.owner.on_backend(session, listen)
 
     def _resumed(self, session: Session, after: str) -> Exchange:
         """The stream that an event belongs to, from there on; only events of this session count."""
@@ -283,6 +291,7 @@ class PendingSession:
         if isinstance(answer, Response) and answer.result is not UNSET:
             session = handshake.opened(self.session_id, KIND, self._message, answer)
             self._owner.establish(session, self._bridge)
+            self._owner.backoff.note_success()
         else:
             self.was_refused = True
             self._owner.discard(self._bridge, message.failure)
@@ -301,9 +310,9 @@ def _primes(session: Session | None) -> bool:
 
 
 def _not_spoken(version: str) -> ProxyError:
-    """The answer to a modern request: at once, and not one that only modern servers give.
+    """The error for a request of 2026-07-28.
 
-    A client that probes reads anything but -32020 to -32022 as "legacy" and sends initialize
+    Its code must not be -32020 to -32022, so that a client that probes falls back to initialize
     (MCP 2026-07-28, versioning, "Backward Compatibility").
     """
     spoken = ", ".join(revisions.LEGACY)

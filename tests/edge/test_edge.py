@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
-from mcp_proxy import ProxyConfig
+from mcp_proxy import ProxyConfig, ProxyOptions
 from mcp_proxy.edge import logs
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import Edge, StreamLimit, render
@@ -265,3 +265,15 @@ def test_configure_replaces_what_it_set_before(capsys: pytest.CaptureFixture[str
         assert capsys.readouterr().err.count("once") == 1
     finally:
         logger.handlers, logger.level, logger.propagate = before
+
+
+def test_a_body_is_closed_when_the_server_refuses_the_headers() -> None:
+    body = CountingBody()
+
+    def refuse(*_: object) -> Any:
+        raise ValueError("no such header")
+
+    environ = create_environ("/mcp")
+    with pytest.raises(ValueError, match="no such header"):
+        Edge(ProxyOptions()).serve(environ, refuse, lambda request: stream_reply(body))
+    assert body.closed == 1

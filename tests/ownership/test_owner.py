@@ -12,7 +12,7 @@ import pytest
 from mcp_proxy import LocalStorage, ProxyOptions, StreamableProxy
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.sessions import handshake
-from mcp_proxy.storage.session import CLAIM, INIT_BODY
+from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.waiting import eventually
 
@@ -140,3 +140,46 @@ def test_a_session_of_another_transport_is_not_served() -> None:
 
 def _fields(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__struct_fields__}
+
+
+def test_a_server_that_exits_as_soon_as_it_has_answered_keeps_no_place() -> None:
+    with serving(max_sessions=1) as (app, client):
+        for _ in range(3):
+            client.open()
+            kill_server(app, client)
+            eventually(lambda: "held=0" in repr(app.owner))
+            client.delete()
+
+
+def test_a_child_that_was_lost_before_it_was_held_is_not_held() -> None:
+    with serving() as (app, _):
+        bridge = app.owner.start()
+        bridge.close()
+        app.owner.establish(new_session("early", "streamable"), bridge)
+        assert "held=0" in repr(app.owner)
+        assert not app.owner.is_busy
+
+
+def test_a_place_is_given_back_whatever_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with serving(max_sessions=1) as (app, client):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(app.owner._sweeper), "start", fail)
+            assert client.initialize().status == 500
+        eventually(lambda: children(app) == 0)
+        assert not app.owner.is_busy
+        client.open()
+
+
+def test_a_session_that_is_brought_back_needs_a_place_too() -> None:
+    with serving(max_sessions=1) as (app, client):
+        first = client.open()
+        kill_server(app, first)
+        second = McpClient(client.front).open()
+        answer = first.call("echo")
+        assert answer.status == 503
+        assert "sessions of this worker are taken" in answer.error()["message"]
+        second.delete()
+        assert first.call("echo").status == 200

@@ -381,3 +381,14 @@ def test_a_resumed_stream_ends_when_its_replica_stops() -> None:
     stream = left_stream(60, is_draining=True)
     assert stream.receive(5) is None
     assert stream.is_over
+
+
+def test_a_message_that_was_too_large_to_keep_is_no_beginning() -> None:
+    log = LocalEventLog()
+    event = log.find("s", log.append("s", "child/1", b"[7]", False))
+    assert event is not None
+    log.append("s", "child/1", b"", False)
+    replay = Replay(log, "s", event, lambda: True, 60, lambda: False)
+    message = replay.exchange.receive(5)
+    assert message is not None
+    assert json.loads(message.data)["id"] == 7

@@ -55,3 +55,27 @@ def test_a_stream_that_cannot_be_read_is_not_kept(caplog: pytest.LogCaptureFixtu
         eventually(lambda: "<ReadOnWorker 0>" in repr(worker))
     finally:
         worker.stop(5)
+
+
+def test_a_call_that_nobody_answers_is_given_up_although_others_were_read_before() -> None:
+    worker = ReadOnWorker()
+    try:
+        for _ in range(2):
+            silent = Exchange([Request(1, "silence")], timeout=0.1)
+            silent.attach(Answering())
+            silent.begin_stream()
+            worker.add(silent)
+            eventually(lambda silent=silent: silent.is_over)  # type: ignore[misc]
+    finally:
+        worker.stop(5)
+
+
+class Answering:
+    """A source that says nothing until time is over."""
+
+    def stream_begun(self, exchange: Exchange) -> None: ...
+
+    def leave(self, exchange: Exchange) -> None: ...
+
+    def expire(self, exchange: Exchange, failure: BackendError) -> None:
+        exchange.offer(ServerMessage(b"{}", is_response=True, failure=failure))

@@ -1,18 +1,23 @@
 """gunicorn's thread worker, made faster for small requests on kept-alive connections.
 
-Four things differ from `gunicorn.workers.gthread.ThreadWorker`:
+Five things differ from `gunicorn.workers.gthread.ThreadWorker`:
 
 - A thread that has answered waits at the connection for a moment while enough others are free: the
   next request of a busy client then need not go through the main loop, its queues and its poller.
 - The head of a response and the first piece of its body are sent in one write.
 - A worker without a free thread stops accepting, so that another worker takes the connection,
   however many connections are idle.
+- A connection that is not kept is shut down and then read by the poller until the client has closed
+  it, for two seconds at most; gunicorn's main loop would wait for each such client in turn.
 - Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
   times per request.
 
 It relies on this in gunicorn, 27.0 or later: the main loop calls `enqueue_req`, `finish_request`,
-and `set_accept_enabled` each time around while the worker should accept and does not; `handle`
-returns True for a connection that is to be kept, whose surplus bytes are in `parser.unreader.buf`;
+and `set_accept_enabled` each time around while the worker should accept and does not, and
+`murder_pending` each time around; it hands what happens on a socket to the callback with which that
+is registered in `poller`, and counts connections in `nr_conns`, for which a worker that stops
+waits; `handle` returns False for a connection that is not to be kept and True for one that is,
+whose surplus bytes are in `parser.unreader.buf`;
 `wsgi.create` takes a `response_class`, whose `write` sends head and body by `sock.sendall`; an
 attribute of `cfg` hides the setting of that name. `handle_request` is gunicorn's own with that
 class. gunicorn handles signals, timeouts and bad requests.
@@ -20,18 +25,27 @@ class. gunicorn handles signals, timeouts and bad requests.
 
 from __future__ import annotations
 
+import contextlib
 import select
+import selectors
+import socket
+import ssl
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from datetime import datetime
+from functools import partial
 from typing import Any
 
-from gunicorn import util
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
 #: Seconds for which a thread waits at a connection on which it has answered.
 STAY = 0.05
+
+# Seconds for which a connection that was shut down is read: closed with unread bytes it would be
+# reset, and the client might lose the end of its answer (RFC 9112 section 9.6).
+_CLOSING_TIME = 2.0
 
 # A piece of at least this many bytes is sent on its own, not copied behind the head.
 _LARGE = 64 * 1024
@@ -77,6 +91,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         #: Connections that have a thread or wait for one; counted by the main thread.
         self.busy = 0
+        #: Connections that were shut down and are read until their time is over, oldest first.
+        self.closing: dict[gthread.TConn, None] = {}
 
     # --- in the main thread ----------------------------------------------------------------------
 
@@ -96,11 +112,52 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: gthread.TConn, fs: Future[Any]) -> None:
         """Takes a connection back from a thread."""
         self.busy -= 1
-        super().finish_request(conn, fs)
+        if fs.cancelled() or fs.exception() or not fs.result():
+            self._shut_down(conn)
+        else:
+            super().finish_request(conn, fs)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """Starts or stops accepting; starts only while a thread is free."""
         super().set_accept_enabled(enabled and self.busy < self.cfg.threads)
+
+    def murder_pending(self) -> None:
+        """Closes connections whose time is over."""
+        super().murder_pending()
+        now = time.monotonic()
+        for conn in [conn for conn in self.closing if conn.timeout <= now]:
+            self._drop(conn)
+
+    def _shut_down(self, conn: gthread.TConn) -> None:
+        """Ends our side of a connection; the poller reads the other side to its end."""
+        conn.timeout = time.monotonic() + _CLOSING_TIME
+        self.closing[conn] = None
+        try:
+            conn.sock.setblocking(False)
+            conn.sock.shutdown(socket.SHUT_WR)
+            self.poller.register(
+                conn.sock, selectors.EVENT_READ, partial(self._read_on_and_forget, conn)
+            )
+        except (OSError, ValueError):  # the client has left, or the socket is closed already
+            self._drop(conn)
+
+    def _read_on_and_forget(self, conn: gthread.TConn, _sock: Any) -> None:
+        try:
+            is_over = not conn.sock.recv(_LARGE)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            is_over = False
+        except OSError:
+            is_over = True
+        if is_over:
+            self._drop(conn)
+
+    def _drop(self, conn: gthread.TConn) -> None:
+        """Closes a connection that was shut down."""
+        del self.closing[conn]
+        self.nr_conns -= 1
+        with contextlib.suppress(KeyError, ValueError):
+            self.poller.unregister(conn.sock)
+        conn.close()
 
     # --- in a thread of the pool -----------------------------------------------------------------
 
@@ -147,7 +204,6 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 raise
             # The client would take an error page for the rest of the response that has begun.
             self.log.exception("Error handling request")
-            util.close_graceful(conn.sock)
             raise StopIteration from None
         finally:
             self._tell_hook(req, environ, response)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -18,13 +19,17 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mcp_proxy.config import ProxyConfig
+import msgspec
+
+from mcp_proxy.config import PREFIX, ProxyConfig
 from mcp_proxy.edge.logs import configure
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import Server, StdioServer
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
+
+log = logging.getLogger(__name__)
 
 # Seconds between checks whether the worker stops without a signal.
 _LOOK = 1.0
@@ -36,9 +41,14 @@ LINGER = 2.5
 # Files that a worker may have open, if the system allows it.
 _FILES = 16_384
 
-# Kept-alive connections of a worker beyond its threads; few, since sessions need file descriptors,
-# too.
-_KEPT_ALIVE = 128
+# Files that are neither a connection's nor a session's: code, logs, Redis, HTTP servers.
+_OTHER_FILES = 64
+
+# Files of a stdio session: three pipes, and one for what is being done with it.
+_FILES_OF_A_SESSION = 4
+
+# Connections that a worker may have, if there are files for them.
+_CONNECTIONS = 4_096
 
 _KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
 
@@ -53,7 +63,9 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
         "threads": config.threads,
         "worker_class": _KEEPALIVE_WORKER if is_gthread else config.worker_class,
         "loglevel": config.log_level,
-        "worker_connections": config.threads + _KEPT_ALIVE if is_gthread else 10_000,
+        "worker_connections": connections(config) if is_gthread else 10_000,
+        # What an application that reads its own settings finds in the environment.
+        "raw_env": [f"{PREFIX}MAX_SESSIONS={within_files(config).max_sessions}"],
         # gunicorn would check every header against these; `trusted_proxies` decides instead.
         "forwarded_allow_ips": "*",
         "forwarder_headers": "",
@@ -85,7 +97,7 @@ def serve(config: ProxyConfig) -> None:
         def load(self) -> WSGIApplication:
             from mcp_proxy.app import create_app
 
-            return create_app(config)
+            return create_app(within_files(config))
 
     Server().run()
 
@@ -110,6 +122,12 @@ class Hooks:
         """Exits before anything listens if several workers could not share their sessions."""
         configure(self._config.log_format, self._config.log_level)
         _allow_many_files()
+        lowered = within_files(self._config).max_sessions
+        if lowered != self._config.max_sessions:
+            log.warning(
+                "max_sessions is %d instead of %d: a worker may have %d files open",
+                *(lowered, self._config.max_sessions, files_to_have()),
+            )
         try:
             require_shared_sessions(self._config, server.cfg.workers)
         except ConfigError as error:
@@ -146,12 +164,37 @@ class Hooks:
             drain()
 
 
+# --- the limit of files --------------------------------------------------------------------------
+
+
+def files_to_have() -> int:
+    """The files that a worker may have open, once the limit is raised as far as it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    return wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
+
+
+def connections(config: ProxyConfig) -> int:
+    """The connections of a worker: half of the files, and more than it has threads."""
+    return max(config.threads + 1, min(_CONNECTIONS, (files_to_have() - _OTHER_FILES) // 2))
+
+
+def within_files(config: ProxyConfig) -> ProxyConfig:
+    """The configuration with as many sessions as half of the files are enough for."""
+    fit = max(1, (files_to_have() - _OTHER_FILES) // 2 // _FILES_OF_A_SESSION)
+    if config.target_url or config.max_sessions <= fit:
+        return config
+    return msgspec.structs.replace(config, max_sessions=fit)
+
+
 def _allow_many_files() -> None:
     """Raises the limit of open files: a stdio session takes four, and the usual limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft != resource.RLIM_INFINITY and soft < files_to_have():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files_to_have(), hard))
+
+
+# --- the end of a worker -------------------------------------------------------------------------
 
 
 def _drain_at_the_end(worker: Any, app: Any) -> None:

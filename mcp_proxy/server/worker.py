@@ -1,6 +1,6 @@
 """gunicorn's thread worker, made faster for small requests on kept-alive connections.
 
-Five things differ from `gunicorn.workers.gthread.ThreadWorker`:
+Seven things differ from `gunicorn.workers.gthread.ThreadWorker`:
 
 - A thread that has answered waits at the connection for a moment while enough others are free: the
   next request of a busy client then need not go through the main loop, its queues and its poller.
@@ -9,6 +9,8 @@ Five things differ from `gunicorn.workers.gthread.ThreadWorker`:
   however many connections are idle.
 - A connection that is not kept is shut down and then read by the poller until the client has closed
   it, for two seconds at most; gunicorn's main loop would wait for each such client in turn.
+- All threads are started before the first request, and a worker that gets fewer serves with those.
+- Where the system has no file for another connection, accepting pauses for a moment.
 - Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
   times per request.
 
@@ -26,13 +28,15 @@ class. gunicorn handles signals, timeouts and bad requests.
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import selectors
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -40,12 +44,22 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
+from mcp_proxy.wire import jsonrpc
+
 #: Seconds for which a thread waits at a connection on which it has answered.
 STAY = 0.05
 
 # Seconds for which a connection that was shut down is read: closed with unread bytes it would be
 # reset, and the client might lose the end of its answer (RFC 9112 section 9.6).
 _CLOSING_TIME = 2.0
+
+# Seconds for which a worker does not accept when the system has no file for a connection.
+_PAUSE = 0.5
+
+# JSON-RPC's code for what is no request.
+_INVALID_REQUEST = -32600
+
+_NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 # A piece of at least this many bytes is sent on its own, not copied behind the head.
 _LARGE = 64 * 1024
@@ -86,11 +100,16 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     """The worker class behind the setting `gthread`."""
 
     alive: bool
+    tpool: ThreadPoolExecutor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         #: Connections that have a thread or wait for one; counted by the main thread.
         self.busy = 0
+        #: The threads that there are.
+        self.threads: int = self.cfg.threads
+        # When accepting goes on for which the system had no file, None if it had.
+        self._pauses_until: float | None = None
         #: Connections that were shut down and are read until their time is over, oldest first.
         self.closing: dict[gthread.TConn, None] = {}
 
@@ -100,13 +119,53 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """Runs the main loop until the worker stops."""
         settings = (name for name in self.cfg.settings if not hasattr(type(self.cfg), name))
         self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
+        self._start_threads()
         super().run()
 
+    def _start_threads(self) -> None:
+        """Starts all threads of the pool; a quarter fewer than there can be, if that is too few.
+
+        That quarter is left to the application.
+        """
+        started = _start_all(self.tpool, self.threads)
+        if started == self.threads:
+            return
+        self.tpool.shutdown()
+        wanted, self.threads = self.threads, max(1, started * 3 // 4)
+        self.log.warning(
+            "Only %d of %d threads can be started; %d are used", started, wanted, self.threads
+        )
+        self.tpool = ThreadPoolExecutor(self.threads)
+        _start_all(self.tpool, self.threads)
+
+    def accept(self, listener: Any) -> None:
+        """Accepts a connection; where there is no file for it, accepting pauses."""
+        try:
+            super().accept(listener)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            self._pause(error)
+        else:
+            if self._pauses_until is not None:
+                self.log.info("Accepting goes on")
+            self._pauses_until = None
+
+    def _pause(self, error: OSError) -> None:
+        if self._pauses_until is None:
+            self.log.warning("Accepting pauses: %s", error)
+        self._pauses_until = time.monotonic() + _PAUSE
+        self.set_accept_enabled(False)
+
     def enqueue_req(self, conn: gthread.TConn) -> None:
-        """Hands a connection to a thread."""
+        """Hands a connection to a thread; refuses it if there is none and none can be started."""
         self.busy += 1
-        super().enqueue_req(conn)
-        if self.busy >= self.cfg.threads:
+        try:
+            super().enqueue_req(conn)
+        except RuntimeError as error:
+            self.busy -= 1
+            self._refuse(conn, "503 Service Unavailable", f"No thread for the request: {error}")
+        if self.busy >= self.threads:
             self.set_accept_enabled(False)
 
     def finish_request(self, conn: gthread.TConn, fs: Future[Any]) -> None:
@@ -118,8 +177,10 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             super().finish_request(conn, fs)
 
     def set_accept_enabled(self, enabled: bool) -> None:
-        """Starts or stops accepting; starts only while a thread is free."""
-        super().set_accept_enabled(enabled and self.busy < self.cfg.threads)
+        """Starts or stops accepting; starts only while a thread is free and nothing pauses."""
+        if self._pauses_until is not None and time.monotonic() < self._pauses_until:
+            enabled = False
+        super().set_accept_enabled(enabled and self.busy < self.threads)
 
     def murder_pending(self) -> None:
         """Closes connections whose time is over."""
@@ -127,6 +188,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         now = time.monotonic()
         for conn in [conn for conn in self.closing if conn.timeout <= now]:
             self._drop(conn)
+
+    def _refuse(self, conn: gthread.TConn, status: str, message: str) -> None:
+        """Answers a request in place of a thread, as far as that goes at once, and ends it."""
+        self.log.warning("A request is answered with %s: %s", status, message)
+        with contextlib.suppress(OSError):
+            conn.sock.setblocking(False)
+            conn.sock.send(_refusal(status, message))
+        self._shut_down(conn)
 
     def _shut_down(self, conn: gthread.TConn) -> None:
         """Ends our side of a connection; the poller reads the other side to its end."""
@@ -163,6 +232,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: gthread.TConn) -> Any:
         """Answers requests of a connection for as long as this thread may wait for the next one."""
+        if conn in self.closing:  # it was refused, and stayed in the queue of the pool
+            return False
         outcome = super().handle(conn)
         while outcome is True and self._can_stay(conn) and _becomes_readable(conn.sock):
             outcome = super().handle(conn)
@@ -175,7 +246,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         by TLS: those do not make a socket readable.
         """
         has_surplus = self.cfg.is_ssl or conn.parser.unreader.buf.getvalue()
-        return self.alive and not has_surplus and self.busy <= self.cfg.threads // 2
+        return self.alive and not has_surplus and self.busy <= self.threads // 2
 
     def handle_request(self, req: Any, conn: gthread.TConn) -> bool:
         """Answers one request; whether the connection is to be kept."""
@@ -222,6 +293,30 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self.cfg.post_request(self, req, environ, response)
         except Exception:
             self.log.exception("Exception in post_request hook")
+
+
+def _start_all(pool: ThreadPoolExecutor, count: int) -> int:
+    """Starts the threads of a new pool of that size; how many could be started."""
+    is_over = threading.Event()
+    try:
+        for started in range(count):
+            try:
+                pool.submit(is_over.wait)  # no thread is idle meanwhile, so each starts another
+            except RuntimeError:
+                return started
+        return count
+    finally:
+        is_over.set()
+
+
+def _refusal(status: str, message: str) -> bytes:
+    """A whole response that is a JSON-RPC error without an id."""
+    body = jsonrpc.encode_error(_INVALID_REQUEST, message, None)
+    head = (
+        f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode("ascii") + body
 
 
 def _send(body: Iterable[bytes], response: Any, environ: dict[str, Any]) -> None:

@@ -159,8 +159,8 @@ def worker_between_requests(monkeypatch: pytest.MonkeyPatch, **state: Any) -> tu
 
     monkeypatch.setattr(ThreadWorker, "handle", handle)
     worker = KeepaliveWorker.__new__(KeepaliveWorker)
-    worker.cfg = SimpleNamespace(threads=4, is_ssl=state.pop("is_ssl", False))
-    worker.__dict__.update({"alive": True, "busy": 1, **state})
+    worker.cfg = SimpleNamespace(is_ssl=state.pop("is_ssl", False))
+    worker.__dict__.update({"alive": True, "busy": 1, "threads": 4, "closing": {}, **state})
     return worker, answered
 
 

@@ -1,0 +1,98 @@
+"""What the system does not give: files, and threads. Nobody's worker ends for it."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.server import gunicorn
+from mcp_proxy.server.worker import KeepaliveWorker
+from tests.live.connections import Connection
+from tests.server.test_worker import WORKER, serving
+from tests.support.proxy_process import GUNICORN, ProxyProcess
+from tests.support.waiting import eventually
+
+FEW_THREADS = ("-m", "gunicorn", "-c", "python:tests.live.few_threads", "-k", WORKER)
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def test_a_worker_without_a_file_for_a_connection_waits_for_one(tmp_path: Path) -> None:
+    with serving(tmp_path) as held:
+        (worker,) = held.process.worker_pids()
+        _, hard = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (open_files(worker) + 12, hard))
+        with closing(held.connect()) as first, ExitStack() as stack:
+            assert first.ask("/").status == 200
+            for _ in range(40):
+                stack.enter_context(closing(held.connect()))
+            eventually(lambda: "Accepting pauses" in held.process.log())
+            assert first.ask("/").status == 200
+        with closing(held.connect()) as connection:
+            assert connection.ask("/").status == 200
+        assert held.process.worker_pids() == [worker]
+        assert held.process.log().count("Accepting pauses") < 10
+
+
+def test_a_worker_serves_with_the_threads_that_it_gets(tmp_path: Path) -> None:
+    with ProxyProcess(way=(*FEW_THREADS, "tests.live.held:app")) as process, ExitStack() as stack:
+        (worker,) = process.worker_pids()
+        assert "Only 6 of 16 threads can be started; 4 are used" in process.log()
+        many = [stack.enter_context(closing(Connection(process.port))) for _ in range(30)]
+        for connection in many:
+            connection.send("/")
+        assert {connection.read().status for connection in many} == {200}
+        assert process.worker_pids() == [worker]
+
+
+def test_a_request_for_which_no_thread_can_be_started_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot happen with threads made ahead; if it does, the worker goes on."""
+    refused = []
+
+    class Pool:
+        def submit(self, *_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+    worker = KeepaliveWorker.__new__(KeepaliveWorker)
+    worker.__dict__.update({"busy": 0, "threads": 4, "tpool": Pool()})
+    monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, conn, *_: refused.append(conn))
+    worker.enqueue_req("a connection")
+    assert (worker.busy, refused) == (0, ["a connection"])
+
+
+@pytest.mark.parametrize(
+    ("files", "sessions", "connections"), [(1024, 120, 480), (16_384, 256, 4096), (128, 8, 65)]
+)
+def test_sessions_and_connections_fit_into_the_limit_of_files(
+    monkeypatch: pytest.MonkeyPatch, files: int, sessions: int, connections: int
+) -> None:
+    monkeypatch.setattr(gunicorn, "files_to_have", lambda: files)
+    config = ProxyConfig()
+    assert gunicorn.within_files(config).max_sessions == sessions
+    assert gunicorn.gunicorn_settings(config)["worker_connections"] == connections
+
+
+def test_a_lower_limit_of_sessions_is_told_when_starting() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    way = ("-c", _WITH_FEW_FILES, *GUNICORN[2:])
+    with ProxyProcess(way=way) as process:
+        assert (
+            "max_sessions is 48 instead of 256: a worker may have 448 files open" in process.log()
+        )
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+_WITH_FEW_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (448, 448))
+sys.argv[0] = "gunicorn"
+runpy.run_module("gunicorn", run_name="__main__")
+"""

@@ -25,7 +25,14 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import SKIP_HEADER
 
-from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft, ProxyError
+from mcp_proxy.errors import (
+    BackendLost,
+    BackendTimeout,
+    BackendUnreached,
+    ClientLeft,
+    InvalidRequest,
+    ProxyError,
+)
 from mcp_proxy.wire.headers import Headers, media_type
 from mcp_proxy.wire.urls import Address, parse_target
 
@@ -94,7 +101,8 @@ class HttpClient:
 class HttpCall:
     """One request to one backend, and its response.
 
-    `send` and `pieces` belong to one thread; `abort` and `close` may come from any.
+    `send` and `pieces` belong to one thread; `abort` and `close` may come from any. `target` is
+    path and query; anything else raises InvalidRequest, since it would change the host.
     """
 
     def __init__(
@@ -106,6 +114,8 @@ class HttpCall:
         headers: Mapping[str, str],
         body: bytes,
     ) -> None:
+        if not target.startswith("/"):
+            raise InvalidRequest("The path of a request must begin with /")
         self.address = address
         self.method = method
         self.target = target

@@ -11,7 +11,7 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.edge.logs import current_request, log_access
 from mcp_proxy.edge.reply import Body, Reply, empty_reply, json_reply
-from mcp_proxy.edge.request import ClientRequest, RequestIds
+from mcp_proxy.edge.request import ClientRequest, RequestIds, require_path
 from mcp_proxy.errors import Draining, Overloaded, ProxyError
 from mcp_proxy.wire import jsonrpc
 
@@ -70,6 +70,7 @@ class Edge:
 
     def _answer(self, request: ClientRequest, handle: Handler, is_own: bool) -> Reply:
         try:
+            require_path(request.environ)
             if is_own:
                 return handle(request)
             self._guard.check(request.environ)

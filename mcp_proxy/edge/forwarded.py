@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from mcp_proxy.edge.request import path_as_sent
 from mcp_proxy.wire.headers import HOP_BY_HOP, Headers
 
 if TYPE_CHECKING:
@@ -113,7 +114,5 @@ def mount_of(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> str:
 def raw_path(environ: WSGIEnvironment) -> str:
     """The path below the mount, percent-encoded, and as the client sent it where that is known."""
     path: str = environ.get("PATH_INFO", "")
-    raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
-    if not environ.get("SCRIPT_NAME") and raw.startswith("/"):
-        return str(raw).partition("?")[0]
-    return quote(path.encode("latin-1"), safe=_PATH_SAFE)
+    sent = None if environ.get("SCRIPT_NAME") else path_as_sent(environ)
+    return quote(path.encode("latin-1"), safe=_PATH_SAFE) if sent is None else sent

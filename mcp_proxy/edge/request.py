@@ -23,6 +23,10 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 
 _MAX_REQUEST_ID = 128
 
+# RFC 9112 section 3.2: origin-form begins with `/`, absolute-form with the scheme. What follows the
+# scheme's host is the path, or the query where there is no path.
+_ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+(?=[/?]|\Z)", re.IGNORECASE)
+
 
 class RequestIds:
     """Ids for requests without one: a nonce of this process and a number. Thread-safe.
@@ -129,6 +133,30 @@ class ClientRequest:
         if len(body) > limit:
             raise BodyTooLarge(limit)
         return body
+
+
+def require_path(environ: WSGIEnvironment) -> None:
+    """Raises InvalidRequest unless the request target has a path, or is a URL that has one.
+
+    Anything else, such as `@host:port/x`, would become part of the host where a URL is built of it.
+    Servers differ in what they tell of the target: everything that they tell is looked at.
+    """
+    paths = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
+    targets = environ.get("RAW_URI", ""), environ.get("REQUEST_URI", "")
+    are_paths = all(path.startswith("/") or not path for path in paths)
+    if not are_paths or not all(map(_has_path, filter(None, targets))):
+        raise InvalidRequest("The request target must be a path or an http:// or https:// URL")
+
+
+def _has_path(target: str) -> bool:
+    return target.startswith("/") or _ABSOLUTE_FORM.match(target) is not None
+
+
+def path_as_sent(environ: WSGIEnvironment) -> str | None:
+    """The path in the request target, percent-encoded as the client sent it; None where unknown."""
+    raw: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
+    path = _ABSOLUTE_FORM.sub("", raw, count=1) if not raw.startswith("/") else raw
+    return path.partition("?")[0] if path.startswith("/") else None
 
 
 def _is_request_id(given: str) -> bool:

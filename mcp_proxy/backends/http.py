@@ -127,6 +127,7 @@ class HttpCall:
         self.media_type = ""
         self._client = client
         self._hops = 0
+        self._ahead: list[bytes] = []
         self._response: requests.Response | None = None
         self._lock = threading.Lock()  # guards the fields below
         self._socket: socket.socket | None = None
@@ -181,6 +182,8 @@ class HttpCall:
         """
         assert self._response is not None
         raw = self._response.raw
+        while self._ahead:
+            yield self._ahead.pop(0)
         try:
             self._acknowledge()
             while piece := raw.read1():
@@ -212,12 +215,28 @@ class HttpCall:
 
     def read(self, limit: int) -> bytes:
         """The whole body; raises as `pieces` does, and BackendLost over `limit` bytes."""
-        found = bytearray()
+        found = self.read_ahead(limit)
+        if found is None:
+            raise BackendLost(f"The server answered with more than {limit} bytes")
+        return found
+
+    def read_ahead(self, limit: int) -> bytes | None:
+        """The whole body, None over `limit` bytes; `pieces` still has all of it.
+
+        Raises as `pieces` does.
+        """
+        length = self.header("Content-Length") or ""
+        if length.isdigit() and int(length) > limit:
+            return None
+        read: list[bytes] = []
+        size = 0
         for piece in self.pieces():
-            found += piece
-            if len(found) > limit:
-                raise BackendLost(f"The server answered with more than {limit} bytes")
-        return bytes(found)
+            read.append(piece)
+            size += len(piece)
+            if size > limit:
+                break
+        self._ahead = read
+        return b"".join(read) if size <= limit else None
 
     def redirected(self) -> HttpCall | None:
         """The call that follows this response's redirect; None for no redirect, or a refused one.

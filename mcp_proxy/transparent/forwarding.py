@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from typing import Literal
+
+import msgspec
+from msgspec import Raw
 
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.edge import as_message
@@ -11,11 +15,24 @@ from mcp_proxy.errors import BackendTimeout, ClientLeft, Draining, RequestId
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.jsonrpc import Response
 
-# Bytes; an error about an unknown session is short.
-_EXPLANATION_LIMIT = 64 * 1024
+#: The longest refusal that is read to find out whether it is about a lost session, in bytes.
+MAX_EXPLANATION = 1024 * 1024
+
+# By the status of a refusal: the media types of those that are about a session.
+_EXPLAINED = {404: (headers.JSON,), 400: (headers.JSON, "text/plain", "")}
 
 #: The longest initialize response that is parsed, in bytes; a longer one is only forwarded.
 MAX_INITIALIZE = 4 * 1024 * 1024
+
+
+class _Refusal(msgspec.Struct):
+    """A JSON-RPC error with any id, or none."""
+
+    jsonrpc: Literal["2.0"]
+    error: Raw
+
+
+_refusal = msgspec.json.Decoder(_Refusal)
 
 
 class ForwardedBody:
@@ -116,17 +133,22 @@ def is_open_stream(call: HttpCall) -> bool:
     return call.media_type == headers.EVENT_STREAM and not is_fixed
 
 
-def explanation_of(call: HttpCall) -> bytes | None:
-    """The body of a response that may report a lost session, None for other responses.
+def is_lost_session(call: HttpCall) -> bool:
+    """Whether an answer says that the backend does not know the session. Its body stays unread.
 
-    Such a response is a short JSON document; the body of any other is not read.
+    That is 404 with a JSON-RPC error that mentions a session, or 400 with "No valid session ID", as
+    the TypeScript SDK has it, and the first ones of Python in plain text. A 404 may also be about
+    an unknown path or method. SDKs put the request's id, null or no id into such an error.
     """
-    if call.status not in (400, 404) or call.media_type != headers.JSON:
-        return None
-    length = call.header("Content-Length") or "0"
-    if not length.isdigit() or int(length) > _EXPLANATION_LIMIT:
-        return None
-    try:
-        return call.read(_EXPLANATION_LIMIT)
-    finally:
-        call.close()
+    if call.status not in (400, 404) or call.media_type not in _EXPLAINED[call.status]:
+        return False
+    explanation = call.read_ahead(MAX_EXPLANATION)
+    if explanation is None:
+        return False
+    if call.media_type == headers.JSON:
+        try:
+            explanation = bytes(_refusal.decode(explanation).error)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+    sought = b"session" if call.status == 404 else b"no valid session id"
+    return sought in explanation.lower()

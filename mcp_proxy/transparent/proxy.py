@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Self
 
-from msgspec import UNSET
-
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
@@ -43,12 +41,12 @@ from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
-from mcp_proxy.transparent.forwarding import ForwardedBody, InitializeReader, explanation_of
+from mcp_proxy.transparent.forwarding import ForwardedBody, InitializeReader, is_lost_session
 from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Route, SessionAffinity
 from mcp_proxy.transports.base import Transport, scoped
 from mcp_proxy.wire import headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE
-from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
 from mcp_proxy.wire.urls import Target, parse_target, request_target
 
 KIND = "mcp"
@@ -292,12 +290,10 @@ class TransparentProxy(Transport):
         except BackendTimeout:
             self._cancel(inbound, session)
             raise
-        explanation = explanation_of(call)
-        if explanation is None:
-            return self._reply(inbound, call, session)
-        if _is_lost_session(call.status, explanation):
-            raise SessionEnded
-        return Reply(call.status, self._policy.inbound(call.headers, session.id), explanation)
+        with _closed_on_error(call):
+            if is_lost_session(call):
+                raise SessionEnded
+        return self._reply(inbound, call, session)
 
     def _delete(self, inbound: Inbound, session: Session) -> Reply:
         """Ends the session at its backend; one that cannot be reached has ended it already."""
@@ -306,8 +302,8 @@ class TransparentProxy(Transport):
         except BackendError:
             self._affinity.forget(session.id)
             return empty_reply(204)
-        if call.status < 300 or call.status == 404:
-            with _closed_on_error(call):
+        with _closed_on_error(call):
+            if call.status < 300 or call.status == 404 or is_lost_session(call):
                 self._affinity.forget(session.id)
         return self._reply(inbound, call, session)
 
@@ -448,22 +444,6 @@ def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:
     except ClientError:
         return False
     return isinstance(version, str) and revisions.is_modern(version)
-
-
-def _is_lost_session(status: int, explanation: bytes) -> bool:
-    """Whether an answer says that the backend does not know the session.
-
-    That is 404 with a JSON-RPC error that mentions a session, or the 400 of older SDKs: "No valid
-    session ID provided". A 404 may also be about an unknown path or method.
-    """
-    try:
-        message = jsonrpc.parse_message(explanation)
-    except ClientError:
-        return False
-    if not isinstance(message, Response) or message.error is UNSET:
-        return False
-    error = bytes(message.error).lower()
-    return b"session" in error if status == 404 else b"no valid session id" in error
 
 
 def _cancellation_of(request: Request) -> bytes:

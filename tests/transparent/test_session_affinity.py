@@ -95,6 +95,71 @@ def test_a_lost_session_is_initialized_again(
     assert client.call("tools/call").status == 404
 
 
+def refusal(**fields: Any) -> bytes:
+    error = {"code": -32600, "message": "Session not found"}
+    return json.dumps({"jsonrpc": "2.0", **fields, "error": error}).encode()
+
+
+_JSON = "Content-Type: application/json"
+_TEXT = b"Bad Request: No valid session ID provided"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        reply(404, refusal(id=None), _JSON),
+        reply(404, refusal(), _JSON),
+        reply(404, refusal(id=1.5), _JSON),
+        reply(404, refusal(id=None, padding="x" * 100_000), _JSON),
+        stream(refusal(id=None), status=404, content_type="application/json"),
+        stream(
+            *(
+                refusal(id=None, padding="x" * 100_000)[n : n + 5000]
+                for n in range(0, 110_000, 5000)
+            ),
+            status=404,
+            content_type="application/json",
+        ),
+        stream(refusal(), status=404, content_type="application/json", framing="close"),
+        reply(400, _TEXT),
+        reply(400, _TEXT, "Content-Type: text/plain"),
+    ],
+    ids=["null", "none", "float", "long", "chunked", "long-chunked", "close", "bare", "text"],
+)
+def test_a_lost_session_is_understood_in_every_form(
+    proxy: Transparent, backend: HttpBackend, act: Any
+) -> None:
+    client = proxy.client().open()
+    session = client.session
+    known = set(backend.sessions)
+
+    def lost_once(turn: Turn) -> None:
+        if turn.seen.header("Mcp-Session-Id") in known:
+            act(turn)
+        else:
+            turn.result({"backend": "backend"})
+
+    backend.rpc["tools/call"] = lost_once
+    assert client.result("tools/call")["backend"] == "backend"
+    assert client.session == session
+    assert backend.executed["initialize"] == 2
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_a_refusal_too_long_to_be_read_passes_whole(
+    proxy: Transparent, backend: HttpBackend, framing: str
+) -> None:
+    client = proxy.client().open()
+    body = refusal(id=None, padding="x" * 1_500_000)
+    pieces = [body[n : n + 60_000] for n in range(0, len(body), 60_000)]
+    backend.rpc["x"] = stream(
+        *pieces, status=404, content_type="application/json", framing=framing, length=len(body)
+    )
+    answer = client.call("x")
+    assert (answer.status, answer.body()) == (404, body)
+    assert backend.executed["initialize"] == 1
+
+
 def test_a_refused_connection_is_another_target(way: str, redis_url: str) -> None:
     with (
         HttpBackend(name="one") as one,

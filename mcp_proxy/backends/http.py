@@ -241,11 +241,10 @@ class HttpCall:
     def redirected(self) -> HttpCall | None:
         """The call that follows this response's redirect; None for no redirect, or a refused one.
 
-        Refused are other hosts, and http after https. Method and body are kept, after 307 and 308
-        (RFC 9110 section 15.4) and also after 301 and 302, which servers send for a POST in that
-        sense.
+        Followed are 307 and 308, which keep method and body (RFC 9110 section 15.4), on the same
+        host, from http to https too, but never back.
         """
-        if self.status not in (301, 302, 307, 308) or self._hops >= _MAX_HOPS:
+        if self.status not in (307, 308) or self._hops >= _MAX_HOPS:
             return None
         location = self.header("Location")
         if location is None:

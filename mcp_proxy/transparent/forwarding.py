@@ -13,7 +13,9 @@ from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.edge import as_message
 from mcp_proxy.errors import BackendTimeout, ClientLeft, Draining, RequestId
 from mcp_proxy.wire import headers, jsonrpc, sse
+from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Response
+from mcp_proxy.wire.urls import Address, local_reference
 
 #: The longest refusal that is read to find out whether it is about a lost session, in bytes.
 MAX_EXPLANATION = 1024 * 1024
@@ -152,3 +154,11 @@ def is_lost_session(call: HttpCall) -> bool:
             return False
     sought = b"session" if call.status == 404 else b"no valid session id"
     return sought in explanation.lower()
+
+
+def relocated(given: Headers, address: Address, mount: str) -> Headers:
+    """Headers whose Location leads to the proxy where it named the backend at `address`."""
+    return [
+        (name, local_reference(address, value, mount) if name.lower() == "location" else value)
+        for name, value in given
+    ]

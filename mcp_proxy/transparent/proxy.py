@@ -19,7 +19,7 @@ from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
-from mcp_proxy.edge.forwarded import HeaderPolicy, raw_path
+from mcp_proxy.edge.forwarded import HeaderPolicy, mount_of, raw_path
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -41,13 +41,18 @@ from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
-from mcp_proxy.transparent.forwarding import ForwardedBody, InitializeReader, is_lost_session
+from mcp_proxy.transparent.forwarding import (
+    ForwardedBody,
+    InitializeReader,
+    is_lost_session,
+    relocated,
+)
 from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Route, SessionAffinity
 from mcp_proxy.transports.base import Transport, scoped
 from mcp_proxy.wire import headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
-from mcp_proxy.wire.urls import Target, parse_target, request_target
+from mcp_proxy.wire.urls import Target, is_endpoint, parse_target, request_target
 
 KIND = "mcp"
 
@@ -324,7 +329,7 @@ class TransparentProxy(Transport):
         target: str | None = None,
         limit: float | None = None,
     ) -> HttpCall:
-        """The call, its response received up to the body, redirects followed.
+        """The call, its response received up to the body; redirects of the MCP endpoint followed.
 
         `target` is path and query where they differ from the request's. A call with a `limit`, in
         seconds, goes on when the client has left. Raises BackendError, ClientLeft or Draining.
@@ -336,13 +341,17 @@ class TransparentProxy(Transport):
             outbound[headers.SESSION_ID] = route.session_id
         if request.method == "GET":
             sse_sessions.withhold(request, outbound)
+        is_followed = False
         if target is None:
-            query = request.environ.get("QUERY_STRING", "")
-            target = request_target(self._target, route.backend, raw_path(request.environ), query)
+            path, query = raw_path(request.environ), request.environ.get("QUERY_STRING", "")
+            target = request_target(self._target, route.backend, path, query)
+            is_followed = is_endpoint(self._target, route.backend, path)
         call = HttpCall(self._client, route.address, request.method, target, outbound, inbound.body)
-        return self._sent(request, call, limit)
+        return self._sent(request, call, limit, is_followed)
 
-    def _sent(self, request: ClientRequest, call: HttpCall, limit: float | None) -> HttpCall:
+    def _sent(
+        self, request: ClientRequest, call: HttpCall, limit: float | None, is_followed: bool
+    ) -> HttpCall:
         is_standing = request.method == "GET" and request.accepts_stream
         while True:
             self._track(call, is_standing)
@@ -352,7 +361,7 @@ class TransparentProxy(Transport):
                     connection = ClientConnection(request.environ)
                     call.on_close(self.disconnects.watch(connection, call.abort))
                 call.send(limit or self.options.request_timeout)
-            successor = call.redirected()
+            successor = call.redirected() if is_followed else None
             if successor is None:
                 return call
             call.close()
@@ -380,6 +389,9 @@ class TransparentProxy(Transport):
             reply_headers = self._policy.inbound(
                 call.headers, None if session is None else session.id
             )
+            if call.header("Location") is not None:
+                mount = mount_of(inbound.request.environ, self.options.trusted_proxies)
+                reply_headers = relocated(reply_headers, call.address, mount)
             if is_stream and session is not None:
                 call.on_close(self.refresher.hold(session.id))
             if inbound.request.method == "GET":

@@ -240,6 +240,10 @@ class SessionAffinity:
         target = request_target(self._target, None, "/mcp", "")
         call = HttpCall(self._client, address, method, target, given, body)
         call.send(self._timeout)
+        while (successor := call.redirected()) is not None:
+            call.close()
+            call = successor
+            call.send(self._timeout)
         return call
 
 

@@ -6,11 +6,14 @@ The target's path is the path of the MCP endpoint; requests for other paths keep
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+
+_AUTHORITY = re.compile(r"\A[A-Za-z]+://[^/?#]*")
 
 #: Scheme, host and port.
 Origin = tuple[str, str, int]
@@ -77,6 +80,34 @@ def parse_target(url: str) -> Target | None:
         return None
     port = port if port is not None else _DEFAULT_PORTS[parts.scheme]
     return Target(parts.scheme, parts.hostname, port, parts.path, parts.query)
+
+
+def is_endpoint(static: Target, backend: Target | None, path: str) -> bool:
+    """Whether a request for `path` is for the MCP endpoint; the targets as in `request_target`."""
+    named = static if backend is None else backend
+    has_path = named.path not in ("", "/") or static.path not in ("", "/")
+    return path.rstrip("/") == "/mcp" or (has_path and path in ("", "/"))
+
+
+def local_reference(address: Address, reference: str, mount: str) -> str:
+    """A URI that the server at `address` gave, as the clients of the proxy must have it.
+
+    They see the proxy under `mount`. Relative URIs, and those of other servers, stay as they are.
+    """
+    if reference.startswith("/") and not reference.startswith("//"):
+        return mount + reference
+    absolute = f"{address.scheme}:{reference}" if reference.startswith("//") else reference
+    named = parse_target(absolute)
+    if named is None or named.host not in (address.host, address.name):
+        return reference
+    if named.port != address.port:
+        return reference
+    path = _AUTHORITY.sub("", absolute, count=1)
+    if not path.startswith("/"):
+        path = f"/{path}"
+    if not mount and path.startswith("//"):
+        return f"/.{path}"  # RFC 3986 section 3.3: a leading `//` would name a host
+    return mount + path
 
 
 def request_target(static: Target, backend: Target | None, path: str, query: str) -> str:

@@ -402,7 +402,7 @@ def test_where_a_redirect_leads(
     assert repr(successor) == f"<HttpCall POST {url.format(port=port)}{target} unsent>"
 
 
-@pytest.mark.parametrize("status", [200, 201, 300, 303, 304])
+@pytest.mark.parametrize("status", [200, 201, 300, 301, 302, 303, 304])
 def test_other_statuses_are_no_redirects(calls: Calls, backend: HttpBackend, status: int) -> None:
     backend.on("GET", "/x", reply(status, b"", "Location: /y"))
     assert calls.sent().redirected() is None

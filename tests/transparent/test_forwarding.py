@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from werkzeug.test import create_environ, run_wsgi_app
 
 from mcp_proxy import TransparentProxy
 from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
@@ -332,9 +333,9 @@ def test_bodies_that_are_no_message_pass(
 # --- redirects -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("status", [307, 308])
 @pytest.mark.parametrize("location", ["/mcp/", "{base}/mcp/", "mcp/"])
-def test_redirects_on_the_same_host_keep_method_and_body(
+def test_redirects_of_the_endpoint_keep_method_and_body(
     proxy: Transparent, target: HttpBackend, status: int, location: str
 ) -> None:
     where = location.format(base=target.url)
@@ -350,16 +351,60 @@ def test_redirects_on_the_same_host_keep_method_and_body(
     assert target.executed["tools/call"] == 1
 
 
-@pytest.mark.parametrize("location", ["http://elsewhere.invalid/mcp", "//elsewhere.invalid/x", ""])
-def test_redirects_elsewhere_pass(proxy: Transparent, target: HttpBackend, location: str) -> None:
-    target.on("GET", "/moved", reply(307, b"", f"Location: {location}"))
-    answer = proxy.request("GET", "/moved")
-    assert (answer.status, answer.headers["Location"]) == (307, location) or not location
+def test_a_session_behind_a_redirect_is_initialized_again(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    target.on("POST", "/mcp", reply(307, b"moved", "Location: /mcp/"))
+    client = proxy.client().open()
+    target.sessions.clear()
+    assert client.result("tools/call")["backend"] == "target"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_of_other_paths_pass_with_their_cookies(
+    proxy: Transparent, target: HttpBackend, method: str, status: int
+) -> None:
+    where = f"Location: {target.url}/home?a=1#top"
+    target.on(method, "/login", reply(status, b"moved", where, "Set-Cookie: a=1", "Set-Cookie: b"))
+    answer = proxy.request(method, "/login", b"x" if method == "POST" else None)
+    assert (answer.status, answer.headers["Location"]) == (status, "/home?a=1#top")
+    assert [value for name, value in answer.headers.items() if name == "Set-Cookie"] == ["a=1", "b"]
+    assert answer.body() == b"moved"
+    assert [seen.target for seen in target.seen] == ["/login"]
+
+
+@pytest.mark.parametrize("status", [301, 302])
+def test_redirects_of_the_endpoint_that_may_change_the_method_pass(
+    proxy: Transparent, target: HttpBackend, status: int
+) -> None:
+    target.on("POST", "/mcp", reply(status, b"", f"Location: {target.url}/login"))
+    answer = proxy.request("POST", "/mcp", b"{}", Content_Type=JSON)
+    assert (answer.status, answer.headers["Location"]) == (status, "/login")
+
+
+@pytest.mark.parametrize("location", ["http://elsewhere.invalid/mcp", "//elsewhere.invalid/x"])
+@pytest.mark.parametrize("path", ["/moved", "/mcp"])
+def test_redirects_elsewhere_pass(
+    proxy: Transparent, target: HttpBackend, path: str, location: str
+) -> None:
+    target.on("GET", path, reply(307, b"", f"Location: {location}"))
+    answer = proxy.request("GET", path)
+    assert (answer.status, answer.headers["Location"]) == (307, location)
+
+
+def test_a_redirect_leads_below_the_mount(target: HttpBackend) -> None:
+    target.reset()
+    target.on("GET", "/login", reply(302, b"", "Location: /home"))
+    with TransparentProxy(target.url) as app:
+        environ = create_environ("/login", "http://localhost/servers/x/")
+        _, status, given = run_wsgi_app(app, environ, buffered=True)
+    assert (status[:3], given["Location"]) == ("302", "/servers/x/home")
 
 
 def test_redirects_in_a_circle_end(proxy: Transparent, target: HttpBackend) -> None:
-    target.on("GET", "/round", reply(307, b"", "Location: /round"))
-    assert proxy.request("GET", "/round").status == 307
+    target.on("GET", "/mcp", reply(307, b"", "Location: /mcp"))
+    assert proxy.request("GET", "/mcp").status == 307
     assert len(target.seen) == 6
 
 

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_proxy.wire.urls import Address, Target, parse_target, request_target
+from mcp_proxy.wire.urls import (
+    Address,
+    Target,
+    is_endpoint,
+    local_reference,
+    parse_target,
+    request_target,
+)
 
 
 @pytest.mark.parametrize(
@@ -113,3 +120,52 @@ def test_where_a_request_goes(
     assert target is not None
     other = parse_target(backend) if backend is not None else None
     assert request_target(target, other, path, query) == expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("/x?y#z", "/m/x?y#z"),
+        ("x", "x"),
+        ("", ""),
+        ("?a", "?a"),
+        ("http://10.0.0.1:81/x?y#z", "/m/x?y#z"),
+        ("http://Name:81", "/m/"),
+        ("http://name:81?q", "/m/?q"),
+        ("https://name:81/x", "/m/x"),
+        ("//name:81//x", "/m//x"),
+        ("http://name/x", "http://name/x"),
+        ("https://name/x", "https://name/x"),
+        ("http://other:81/x", "http://other:81/x"),
+        ("//other/x", "//other/x"),
+        ("mailto:name", "mailto:name"),
+        ("http://[", "http://["),
+    ],
+)
+def test_what_a_server_names_is_named_by_the_proxy(reference: str, expected: str) -> None:
+    assert local_reference(Address("http", "10.0.0.1", 81, "name"), reference, "/m") == expected
+
+
+def test_a_path_at_the_root_never_names_a_host() -> None:
+    assert local_reference(Address("http", "a", 81), "http://a:81//b/c", "") == "/.//b/c"
+
+
+@pytest.mark.parametrize(
+    ("static", "backend", "path", "expected"),
+    [
+        ("http://h", None, "/mcp", True),
+        ("http://h", None, "/mcp/", True),
+        ("http://h", None, "/", False),
+        ("http://h/v2", None, "/", True),
+        ("http://h", "http://k/z", "", True),
+        ("http://h/v2", None, "/v2", False),
+        ("http://h/v2", None, "/login", False),
+    ],
+)
+def test_which_path_is_the_endpoint(
+    static: str, backend: str | None, path: str, expected: bool
+) -> None:
+    named = None if backend is None else parse_target(backend)
+    there = parse_target(static)
+    assert there is not None
+    assert is_endpoint(there, named, path) is expected

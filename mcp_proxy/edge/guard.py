@@ -9,6 +9,7 @@ does not come from a browser.
 from __future__ import annotations
 
 import ipaddress
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 _ANY = "*"
-_CORS_METHODS = "GET, POST, DELETE, OPTIONS"
+_CORS_METHODS = ("GET", "POST", "DELETE", "OPTIONS")
 _CORS_HEADERS = (
     "Content-Type, Accept, Authorization, Mcp-Session-Id, MCP-Protocol-Version, Last-Event-ID, "
     "Mcp-Method, Mcp-Name, X-Request-ID"
 )
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CORS_EXPOSED = "Mcp-Session-Id, X-Request-ID, WWW-Authenticate"
 
 
@@ -52,29 +54,53 @@ class Guard:
             )
 
     def cors_headers(self, environ: WSGIEnvironment) -> Headers:
-        """The headers by which the page at an allowed Origin may read the response."""
+        """The headers by which the page at an allowed Origin may read the response.
+
+        On a preflight also those that grant what it asks for: it is a page that we serve.
+        """
         origin = environ.get("HTTP_ORIGIN")
         if origin is None or not self._allows_origin(origin):
             return []
+        granted = _granted(environ) if environ.get("REQUEST_METHOD") == "OPTIONS" else []
         return [
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Expose-Headers", _CORS_EXPOSED),
             ("Vary", "Origin"),
+            *granted,
         ]
 
     def preflight_headers(self) -> Headers:
-        """The headers that name the methods and headers of an allowed Origin's requests."""
-        return [
-            ("Access-Control-Allow-Methods", _CORS_METHODS),
-            ("Access-Control-Allow-Headers", _CORS_HEADERS),
-            ("Access-Control-Max-Age", "600"),
-        ]
+        """What a preflight's answer has besides `cors_headers`."""
+        return [("Access-Control-Max-Age", "600")]
 
     def _allows_origin(self, origin: str) -> bool:
         if self._origins is not None:
             return _ANY in self._origins or origin in self._origins
         name = url_host(origin)
         return is_loopback(name) or name in (self._hosts or ())
+
+
+def _granted(environ: WSGIEnvironment) -> Headers:
+    """The methods and headers that a preflight asks for (WHATWG Fetch, section 4.9).
+
+    What is no token (RFC 9110 section 5.6.2) is left out: it cannot be the name of either.
+    """
+    method = environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD", "")
+    methods = [*_CORS_METHODS, *_tokens(method)]
+    asked = _tokens(environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", ""))
+    return [
+        ("Access-Control-Allow-Methods", ", ".join(dict.fromkeys(methods))),
+        ("Access-Control-Allow-Headers", ", ".join(asked) or _CORS_HEADERS),
+    ]
+
+
+def _tokens(listed: str) -> list[str]:
+    return [name for part in listed.split(",") if _TOKEN.fullmatch(name := part.strip())]
+
+
+def without_cors(headers: Headers) -> Headers:
+    """A server's headers without its own word on CORS: two of them and a browser refuses both."""
+    return [(n, value) for n, value in headers if not n.lower().startswith("access-control-")]
 
 
 @lru_cache(maxsize=256)

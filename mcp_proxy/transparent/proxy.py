@@ -20,6 +20,7 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import HeaderPolicy, mount_of, raw_path
+from mcp_proxy.edge.guard import without_cors
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -389,6 +390,8 @@ class TransparentProxy(Transport):
             reply_headers = self._policy.inbound(
                 call.headers, None if session is None else session.id
             )
+            if "HTTP_ORIGIN" in inbound.request.environ:
+                reply_headers = without_cors(reply_headers)  # the edge speaks for us
             if call.header("Location") is not None:
                 mount = mount_of(inbound.request.environ, self.options.trusted_proxies)
                 reply_headers = relocated(reply_headers, call.address, mount)

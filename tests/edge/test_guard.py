@@ -95,6 +95,42 @@ def test_cors_names_the_origin_and_only_an_allowed_one() -> None:
     assert Guard().cors_headers(environ(None)) == []
 
 
+def preflight(**more: str) -> dict[str, str]:
+    """The answer to a preflight of an allowed page."""
+    asked = {f"HTTP_ACCESS_CONTROL_REQUEST_{name}": value for name, value in more.items()}
+    origin = {"HTTP_ORIGIN": "http://localhost:1", "REQUEST_METHOD": "OPTIONS"}
+    given = Guard().cors_headers(environ(None, **origin, **asked))
+    assert len(dict(given)) == len(given)
+    return dict(given)
+
+
+def test_a_preflight_is_granted_what_it_asks_for() -> None:
+    found = preflight(METHOD="PATCH", HEADERS="x-api-key, traceparent,Mcp-Param-City")
+    assert found["Access-Control-Allow-Headers"] == "x-api-key, traceparent, Mcp-Param-City"
+    assert found["Access-Control-Allow-Methods"] == "GET, POST, DELETE, OPTIONS, PATCH"
+    assert found["Access-Control-Allow-Origin"] == "http://localhost:1"
+
+
+def test_a_preflight_that_asks_for_nothing_is_told_what_clients_use() -> None:
+    found = preflight(METHOD="POST")
+    assert found["Access-Control-Allow-Methods"] == "GET, POST, DELETE, OPTIONS"
+    assert "Mcp-Session-Id" in found["Access-Control-Allow-Headers"]
+
+
+@pytest.mark.parametrize("name", ["a b", "x\r\nSet-Cookie: a", "\u00e4", "a:b", "", "(", "a;b"])
+def test_only_names_are_granted(name: str) -> None:
+    found = preflight(METHOD=name, HEADERS=f"x-one,{name}, x-two")
+    assert found["Access-Control-Allow-Headers"] == "x-one, x-two"
+    assert found["Access-Control-Allow-Methods"] == "GET, POST, DELETE, OPTIONS"
+
+
+def test_other_requests_and_other_pages_are_granted_nothing() -> None:
+    asked = {"HTTP_ACCESS_CONTROL_REQUEST_HEADERS": "x-a", "HTTP_ORIGIN": "http://localhost:1"}
+    assert "Access-Control-Allow-Headers" not in dict(Guard().cors_headers(environ(None, **asked)))
+    asked |= {"HTTP_ORIGIN": "http://evil.example", "REQUEST_METHOD": "OPTIONS"}
+    assert Guard().cors_headers(environ(None, **asked)) == []
+
+
 @pytest.mark.parametrize(("name", "expected"), [("::1", True), ("0.0.0.0", False), ("x y", False)])
 def test_loopback_addresses(name: str, expected: bool) -> None:
     assert is_loopback(name) is expected

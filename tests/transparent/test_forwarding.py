@@ -408,6 +408,47 @@ def test_redirects_in_a_circle_end(proxy: Transparent, target: HttpBackend) -> N
     assert len(target.seen) == 6
 
 
+# --- pages in browsers ---------------------------------------------------------------------------
+
+
+def cors_of(answer: Answer) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in answer.headers.items():
+        if name.lower().startswith("access-control-"):
+            found.setdefault(name.lower(), []).append(value)
+    return found
+
+
+def test_a_page_hears_one_voice(proxy: Transparent, target: HttpBackend) -> None:
+    theirs = ("Access-Control-Allow-Origin: *", "access-control-expose-headers: X-Own", "A: b")
+    target.on("POST", "/mcp", reply(200, b"{}", *theirs, "Access-Control-Allow-Credentials: true"))
+    page = "http://localhost:5173"
+    answer = proxy.request("POST", "/mcp", b"{}", Origin=page, Content_Type=JSON)
+    found = cors_of(answer)
+    assert found["access-control-allow-origin"] == [page]
+    assert len(found["access-control-expose-headers"]) == 1
+    assert "access-control-allow-credentials" not in found
+    assert answer.headers["A"] == "b"
+
+
+def test_without_a_page_the_servers_word_stays(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/x", reply(200, b"", "Access-Control-Allow-Origin: *"))
+    assert cors_of(proxy.request("GET", "/x")) == {"access-control-allow-origin": ["*"]}
+
+
+def test_a_preflight_is_answered_by_the_proxy(proxy: Transparent, target: HttpBackend) -> None:
+    answer = proxy.request(
+        "OPTIONS",
+        "/mcp",
+        Origin="http://localhost:5173",
+        Access_Control_Request_Method="POST",
+        Access_Control_Request_Headers="x-api-key,traceparent",
+    )
+    assert answer.status == 204
+    assert answer.headers["Access-Control-Allow-Headers"] == "x-api-key, traceparent"
+    assert target.seen == []
+
+
 # --- connections ---------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import re
 import time
 
 import msgspec
+from msgspec import Raw
 
 from mcp_proxy.errors import StorageError
 
@@ -22,7 +23,11 @@ RESUME = "resume"
 CLAIM = "claim"
 
 
-class Session(msgspec.Struct, frozen=True, kw_only=True):
+#: The member that a shared store adds to a record: a nonce of the write.
+SIGNED = "signed"
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown_fields=True):
     """The immutable record of a session, with metadata of strings.
 
     `type` is `streamable`, `sse` or `mcp`; times are seconds since the epoch. A change is a new
@@ -40,11 +45,25 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
         """The backend of the session's requests, None where none is recorded."""
         return self.metadata.get(BACKEND_URL)
 
+    @property
+    def stored(self) -> bytes | None:
+        """The bytes that a shared store has for this record; None where they were not read."""
+        return self.__dict__.get("stored")
+
+    @property
+    def others(self) -> dict[str, Raw]:
+        """Members that a newer version has added; `with_metadata` and `encode` keep them."""
+        others: dict[str, Raw] = self.__dict__.get("others", {})
+        return others
+
     def with_metadata(self, **changes: str | None) -> Session:
         """A copy with these keys changed; None removes a key."""
         merged = {**self.metadata, **changes}
         metadata = {key: value for key, value in merged.items() if value is not None}
-        return msgspec.structs.replace(self, metadata=metadata, updated_at=time.time())
+        changed = msgspec.structs.replace(self, metadata=metadata, updated_at=time.time())
+        if self.others:
+            changed.__dict__["others"] = self.others
+        return changed
 
 
 _MINTED = re.compile(r"mcp-([0-9a-f]{8})-[0-9a-f]{32}")
@@ -64,23 +83,46 @@ def new_session(session_id: str, kind: str, **metadata: str) -> Session:
 
 _encoder = msgspec.json.Encoder(order="deterministic")
 _decoder = msgspec.json.Decoder(Session)
+_members = msgspec.json.Decoder(dict[str, Raw])
 
 
 def encode(session: Session) -> bytes:
     """The record as JSON; equal records give equal bytes. Raises StorageError over 128 KiB."""
+    others = session.others
     times = (session.created_at, session.updated_at)
     if any(isinstance(moment, int) for moment in times):
         created, updated = map(float, times)  # 1 and 1.0 are equal but not the same bytes
         session = msgspec.structs.replace(session, created_at=created, updated_at=updated)
     data = _encoder.encode(session)
+    if others:
+        data = data.removesuffix(b"}") + b"," + _encoder.encode(others).removeprefix(b"{")
     if len(data) > MAX_RECORD:
         raise StorageError(f"The session record is larger than {MAX_RECORD} bytes")
     return data
 
 
-def decode(data: bytes) -> Session:
-    """The record in `data`; raises StorageError where there is none."""
+def decode(data: bytes, stored: bytes | None = None) -> Session:
+    """The record in `data`, of this version or a newer one. Raises StorageError if it is none.
+
+    `stored` are the bytes that the store has for it, which `Storage.swap` compares.
+    """
     try:
-        return _decoder.decode(data)
+        session = _decoded(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StorageError(f"The session record cannot be read: {error}") from error
+    if stored is not None:
+        session.__dict__["stored"] = stored
+    return session
+
+
+def _decoded(data: bytes) -> Session:
+    try:
+        return _decoder.decode(data)
+    except msgspec.ValidationError:
+        members = _members.decode(data)  # of a newer version, or signed by another store
+    known = {name: members.pop(name) for name in Session.__struct_fields__ if name in members}
+    session = _decoder.decode(_encoder.encode(known))
+    members.pop(SIGNED, None)
+    if members:
+        session.__dict__["others"] = {name: Raw(bytes(value)) for name, value in members.items()}
+    return session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -162,6 +163,40 @@ def test_swap_teaches_a_server_that_forgot_its_scripts(
     with own_server.client() as admin:
         admin.script_flush()
     assert storage.swap(record("s", a="1"), record("s", a="2"))
+
+
+FOREIGN = {
+    "another order": b'{"metadata":{"z":"1","a":"2"},"updated_at":2.5,"type":"mcp","id":"s",'
+    b'"created_at":1.5}',
+    "blanks": b'{ "id": "s", "type": "mcp", "created_at": 1.5, "updated_at": 2.5,\n'
+    b' "metadata": {"z": "1", "a": "2"} }',
+    "a newer version": b'{"id":"s","type":"mcp","created_at":1.5,"updated_at":2.5,'
+    b'"metadata":{"z":"1","a":"2"},"colour":{"r":[1,2]},"signed":"0","also":null}',
+    "the nonce inside": b'{"id":"s","type":"mcp","created_at":1.5,"updated_at":2.5,"signed":"00",'
+    b'"metadata":{"z":"1","a":"\\u0032"}}',
+}
+
+
+@pytest.mark.parametrize("stored", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("read", ["load", "peek"])
+def test_a_record_that_somebody_else_wrote_can_be_swapped(
+    own_server: RedisServer, storage: RedisStorage, stored: bytes, read: str
+) -> None:
+    with own_server.client() as admin:
+        admin.set("p:session:s", stored)
+        found = getattr(storage, read)("s")
+        assert found.metadata == {"z": "1", "a": "2"}
+        first = found.with_metadata(claim="c")
+        assert storage.swap(found, first)
+        assert not storage.swap(found, found.with_metadata(claim="other"))
+        assert storage.swap(first, first.with_metadata(claim=None, backend_url="new"))
+        after = json.loads(admin.get("p:session:s"))
+    assert after.pop("metadata") == {"z": "1", "a": "2", "backend_url": "new"}
+    before = json.loads(stored)
+    own = ("id", "type", "created_at", "updated_at", "metadata", "signed")
+    assert {n: v for n, v in after.items() if n not in own} == {
+        n: v for n, v in before.items() if n not in own
+    }
 
 
 def test_no_key_is_ever_without_a_time_to_live(

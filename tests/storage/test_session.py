@@ -128,3 +128,35 @@ def test_any_bytes_are_a_record_or_a_storage_error(data: bytes) -> None:
 def test_fields_of_a_later_version_are_left_alone() -> None:
     data = session.encode(record(a="1"))[:-1] + b',"later":[1]}'
     assert session.decode(data) == record(a="1")
+
+
+def test_what_a_newer_version_added_is_kept_when_the_record_changes() -> None:
+    data = json.dumps({**json.loads(session.encode(record(a="1"))), "z": {"n": [1]}, "b": None})
+    read = session.decode(data.encode())
+    assert read == record(a="1")
+    changed = read.with_metadata(a="2").with_metadata(c="3")
+    again = json.loads(session.encode(changed))
+    assert (again["z"], again["b"]) == ({"n": [1]}, None)
+    assert again["metadata"] == {"a": "2", "c": "3"}
+    assert session.decode(session.encode(changed)).others.keys() == {"b", "z"}
+
+
+_NAMES = st.text(max_size=8).filter(lambda name: name not in {*Session.__struct_fields__, "signed"})
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@given(others=st.dictionaries(_NAMES, _VALUES, max_size=4), seed=st.integers(0, 99))
+def test_any_record_that_reads_well_keeps_its_members_in_any_order(
+    others: dict[str, object], seed: int
+) -> None:
+    members = list({**json.loads(session.encode(record(a="1"))), **others}.items())
+    Random(seed).shuffle(members)
+    read = session.decode(json.dumps(dict(members)).encode())
+    assert read == record(a="1")
+    encoded = session.encode(read)
+    assert json.loads(encoded) == dict(members)
+    assert session.encode(session.decode(encoded)) == encoded

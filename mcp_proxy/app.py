@@ -108,6 +108,7 @@ class Application:
             self.config,
             allowed_backends=self.config.allowed_backends,
             workers=self.parts.workers,
+            replica=self.parts.replica,
         )
         return {"": proxy}
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 
 from mcp_proxy.backends.exchange import Backend, Exchange
-from mcp_proxy.errors import BackendLost, SessionEnded
+from mcp_proxy.errors import BackendLost, ClientError, SessionEnded
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED, decode_resume
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
@@ -38,21 +39,36 @@ def ask(backend: Backend, request: Request, timeout: float) -> Response:
     return response
 
 
-def replay(backend: Backend, body: str, version: str, resume: str | None, timeout: float) -> None:
-    """Tells a new server what the lost one knew: initialize at `version`, log level, subscriptions.
+def recorded(body: str, version: str, resume: str | None) -> list[Request]:
+    """The requests that tell a new server what the lost one knew; the first is initialize.
+
+    Raises SessionEnded where what was recorded makes no handshake.
+    """
+    try:
+        request = jsonrpc.parse_message(body.encode())
+        params = request.params if isinstance(request, Request) else None
+        if params is None:
+            raise SessionEnded
+        params = jsonrpc.replace_field(params, ("protocolVersion",), version)
+        state = decode_resume(resume).requests()
+    except (ClientError, UnicodeEncodeError, msgspec.DecodeError) as error:
+        raise SessionEnded from error
+    return [Request("mcp-proxy-initialize", INITIALIZE, params), *state]
+
+
+def replay(backend: Backend, requests: Sequence[Request], version: str, timeout: float) -> None:
+    """Tells a new server what `recorded` has found; it has to answer at `version`.
 
     Raises BackendLost or BackendTimeout when it has not answered all of it in `timeout` seconds,
     SessionEnded when it does not speak `version` any more.
     """
     until = time.monotonic() + timeout
-    request = jsonrpc.parse_message(body.encode())
-    assert isinstance(request, Request)
-    params = jsonrpc.replace_field(request.params, ("protocolVersion",), version)
-    response = ask(backend, Request("mcp-proxy-initialize", INITIALIZE, params), timeout)
+    initialize, *others = requests
+    response = ask(backend, initialize, timeout)
     if jsonrpc.protocol_version_of(response.result) != version:
         raise SessionEnded
     backend.notify(Notification(INITIALIZED))
-    for request in decode_resume(resume).requests():
+    for request in others:
         ask(backend, request, max(0.1, until - time.monotonic()))
 
 

@@ -11,7 +11,6 @@ One thread sweeps: it ends the children of sessions that expired, or went elsewh
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -56,6 +55,10 @@ from mcp_proxy.wire.urls import WorkerUrl, parse_worker_url
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Rounds of looking for a session's child while others change the record: each of them ends with a
+# child that was found, or with somebody else's success that was gone again at once.
+_ROUNDS = 5
 
 # Seconds for a new child to answer the replay: well within a claim.
 _REPLAY_TIME = claims.CLAIM_TIME / 3
@@ -225,6 +228,15 @@ class Owner:
         `lost` is a `backend_url` that turned out to lead nowhere. Raises BackendError when the
         child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
         """
+        for _ in range(_ROUNDS):
+            backend = self._backend_now(session, lost)
+            if backend is not None:
+                return backend
+            session, lost = self.manager.load(session.id), None
+        raise BackendLost("The session's server was not found: others keep changing its record")
+
+    def _backend_now(self, session: Session, lost: str | None) -> Backend | None:
+        """The session's child as the record has it; None where the record has changed meanwhile."""
         url = session.metadata.get(BACKEND_URL, "")
         held = self._held.get(url)
         if held is not None and held.bridge.is_alive:
@@ -284,60 +296,46 @@ class Owner:
 
     # --- recovery --------------------------------------------------------------------------------
 
-    def _recover(self, session: Session) -> Backend:
+    def _recover(self, session: Session) -> Backend | None:
+        """The session's child, brought back; None where somebody else was faster."""
         if self._is_closing:
             raise Draining
         self.backoff.require_over(session.id)
         claimed = claims.claim(self.manager, session, self.replica.id, has_ended)
-        bridge = None if claimed is None else self._recover_claimed(claimed)
-        if bridge is None:  # somebody else was faster, or the session has ended meanwhile
-            return self.backend_of(self.manager.load(session.id))
-        return bridge
-
-    def _recover_claimed(self, claimed: Session) -> Bridge | None:
-        """A new child that the record names; None when the record is no longer ours to change.
-
-        The claim is given back on every way out.
-        """
+        if claimed is None:
+            return None
         try:
-            bridge = self._bring_back_in_place(claimed)
+            with claims.released_on_failure(self.manager, claimed):
+                bridge = self._settled(claimed)
+        except BackendError as error:
+            self.backoff.note_failure(str(error))
+            self.backoff.note_exit(claimed.id, lifetime=0)
+            raise
         except SessionEnded:
             self.end(claimed)
             raise
-        except BaseException as error:
-            if isinstance(error, BackendError):
-                self.backoff.note_failure(str(error))
-                self.backoff.note_exit(claimed.id, lifetime=0)
-            self._release_claim(claimed)
-            raise
-        url = self._url(bridge)
-        try:
-            self._hold(url, claimed.id, bridge)
-            is_ours = claims.settle(self.manager, claimed, **{BACKEND_URL: url})
-        except BaseException:
-            self._release(url)
-            bridge.close()
-            self._release_claim(claimed)
-            raise
-        if not is_ours:
-            self._release(url)
-            return None
-        self.backoff.note_success()
-        log.info("[%s] the server of a session was started again", self.server.name)
+        if bridge is not None:
+            self.backoff.note_success()
+            log.info("[%s] the server of a session was started again", self.server.name)
         return bridge
 
-    def _bring_back_in_place(self, claimed: Session) -> Bridge:
-        """As `_bring_back`, within the number of children that this replica may have."""
+    def _settled(self, claimed: Session) -> Bridge | None:
+        """A new child in the place of the claim; None, and no child, where that has gone."""
         self._take_place()
         try:
-            self._open_mailbox()
-            return self._bring_back(claimed)
+            bridge = self._bring_back(claimed)
+            url = self._url(bridge)
+            is_settled = False
+            try:
+                self._hold(url, claimed.id, bridge)
+                is_settled = claims.settle(self.manager, claimed, **{BACKEND_URL: url})
+            finally:
+                if not is_settled:
+                    self._release(url)
+                    bridge.close()
+            return bridge if is_settled else None
         finally:
             self._count_pending(-1)
-
-    def _release_claim(self, claimed: Session) -> None:
-        with contextlib.suppress(StorageError):  # then it ends by its own time
-            claims.release(self.manager, claimed)
 
     def _bring_back(self, session: Session) -> Bridge:
         """A new child in the state of the lost one, as far as the record tells."""
@@ -345,9 +343,11 @@ class Owner:
         version = session.metadata.get(PROTOCOL_VERSION)
         if body is None or version is None:
             raise SessionEnded
+        requests = handshake.recorded(body, version, session.metadata.get(RESUME))
+        self._open_mailbox()
         bridge = self._spawn()
         try:
-            handshake.replay(bridge, body, version, session.metadata.get(RESUME), _REPLAY_TIME)
+            handshake.replay(bridge, requests, version, _REPLAY_TIME)
         except BaseException:
             bridge.close()
             raise

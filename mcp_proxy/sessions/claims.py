@@ -1,44 +1,54 @@
 """Claims, by which exactly one of several callers restores a session's lost backend.
 
-A caller swaps a claim with a deadline into the record, does the work, and swaps in the result. A
+A caller swaps a claim with its name into the record, does the work, and swaps in the result. A
 caller that loses the first swap waits for the winner. A session that is ended meanwhile stays
 ended: the last swap finds no record, and the new backend has to be stopped.
+
+A claim ends when its claimant is gone, and otherwise by the clock of whoever waits: once it has
+been seen for CLAIM_TIME. Clocks of machines differ, so what a claim says of the time counts only
+where it is long over.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from mcp_proxy.errors import BackendTimeout, StorageError
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.session import CLAIM, Session
+
+log = logging.getLogger(__name__)
 
 #: Seconds for which a claim holds; after that, or when the claimant is gone, others may claim.
 CLAIM_TIME = 60.0
 
+# Seconds by which the clocks of two machines may differ.
+_SKEW = 600.0
+
 _POLL = 0.05
-
-
-def nobody_is_gone(claimant: str) -> bool:
-    """Never true: for claims that end at their deadline only."""
-    return False
 
 
 def claim(
     manager: SessionManager,
     session: Session,
-    claimant: str = "",
-    is_gone: Callable[[str], bool] = nobody_is_gone,
+    claimant: str,
+    is_gone: Callable[[str], bool],
 ) -> Session | None:
     """The record with a claim of `claimant`; None if another claimant was faster and has finished.
 
-    Waits while another claim holds: until its deadline, or until `is_gone` says that its claimant
-    is gone. Raises SessionEnded when the session ends meanwhile, StorageUnavailable.
+    Waits while another claim holds, until `is_gone` says that its claimant is gone and for
+    CLAIM_TIME at most. Raises SessionEnded when the session ends meanwhile, BackendTimeout when
+    others claim it again and again, StorageUnavailable.
     """
-    if CLAIM in session.metadata and not _is_stale(session, is_gone):
-        unclaimed(manager, session, is_gone)
-        return None
+    if CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
+        current = unclaimed(manager, session, is_gone)
+        if CLAIM not in current.metadata:
+            return None
+        session = current
     mark = f"{time.time() + CLAIM_TIME:.3f} {secrets.token_hex(8)} {claimant}"
     claimed = session.with_metadata(**{CLAIM: mark})
     if manager.swap(session, claimed):
@@ -57,22 +67,44 @@ def release(manager: SessionManager, claimed: Session) -> None:
     manager.swap(claimed, claimed.with_metadata(**{CLAIM: None}))
 
 
-def unclaimed(
-    manager: SessionManager,
-    session: Session,
-    is_gone: Callable[[str], bool] = nobody_is_gone,
-) -> Session:
+@contextmanager
+def released_on_failure(manager: SessionManager, claimed: Session) -> Iterator[None]:
+    """Gives the claim back if the work raises, whatever that is."""
+    try:
+        yield
+    except BaseException:
+        try:
+            release(manager, claimed)
+        except StorageError as error:
+            log.warning("a claim could not be given back: %s", error)
+        raise
+
+
+def unclaimed(manager: SessionManager, session: Session, is_gone: Callable[[str], bool]) -> Session:
     """Waits until no claim holds, and returns the record; raises as `claim` does.
 
     Only its claimant may change a claimed record: another change would make the last swap fail.
     """
-    while CLAIM in session.metadata and not _is_stale(session, is_gone):
+    until = time.monotonic() + CLAIM_TIME
+    while CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
+        if time.monotonic() > until:
+            raise BackendTimeout("The session's server is being brought back, again and again")
         time.sleep(_POLL)
         session = manager.load(session.id)
     return session
 
 
-def _is_stale(session: Session, is_gone: Callable[[str], bool]) -> bool:
-    deadline, _, rest = session.metadata[CLAIM].partition(" ")
+def _is_stale(manager: SessionManager, session: Session, is_gone: Callable[[str], bool]) -> bool:
+    mark = session.metadata[CLAIM]
+    if time.monotonic() - manager.first_seen(mark) >= CLAIM_TIME:
+        return True
+    deadline, _, rest = mark.partition(" ")
     claimant = rest.partition(" ")[2]
-    return float(deadline) < time.time() or (claimant != "" and is_gone(claimant))
+    return _is_long_over(deadline) or (claimant != "" and is_gone(claimant))
+
+
+def _is_long_over(deadline: str) -> bool:
+    try:
+        return float(deadline) + _SKEW < time.time()
+    except ValueError:
+        return False

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
+import msgspec
+
 from mcp_proxy.errors import SessionNotFound
 from mcp_proxy.replica import has_ended
 from mcp_proxy.sessions import claims
@@ -16,6 +20,11 @@ from mcp_proxy.storage.session import (
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.handshake import Change, decode_resume
 from mcp_proxy.wire.jsonrpc import Request, Response
+
+log = logging.getLogger(__name__)
+
+# Tries to record a change while others change the record too, each time one of them with success.
+_ROUNDS = 100
 
 #: The longest initialize request that is recorded, in bytes; a longer one cannot be replayed.
 MAX_INIT_BODY = 64 * 1024
@@ -37,11 +46,16 @@ def remember(manager: SessionManager, session_id: str, change: Change) -> None:
 
     Waits while the record is claimed. Raises StorageUnavailable; an ended session is no error.
     """
-    while True:
+    for _ in range(_ROUNDS):
         try:
             session = claims.unclaimed(manager, manager.load(session_id), has_ended)
         except SessionNotFound:
             return
-        resume = decode_resume(session.metadata.get(RESUME)).after(change)
+        try:
+            resume = decode_resume(session.metadata.get(RESUME)).after(change)
+        except msgspec.DecodeError:
+            log.warning("what a session's record keeps of its state cannot be read")
+            return
         if manager.swap(session, session.with_metadata(**{RESUME: resume.encode()})):
             return
+    log.warning("a log level or subscription was not recorded: others keep changing the record")

@@ -6,6 +6,8 @@ import logging
 import os
 import secrets
 import threading
+import time
+from collections import OrderedDict
 from typing import TYPE_CHECKING, NoReturn
 
 from mcp_proxy.errors import InvalidRequest, SessionEnded, SessionNotFound, SessionUnknown
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from mcp_proxy.redis.client import Client
 
 log = logging.getLogger(__name__)
+
+# Claims of others that are remembered, the oldest forgotten first; each holds for a minute.
+_MAX_CLAIMS_SEEN = 10_000
 
 
 class SessionManager:
@@ -32,8 +37,9 @@ class SessionManager:
     ) -> None:
         self.storage = storage if storage is not None else LocalStorage(ttl)
         self._unknown_status = unknown_status
-        self._lock = threading.Lock()  # guards _boot
+        self._lock = threading.Lock()  # guards _boot and _claims_seen
         self._boot: tuple[int, str] | None = None
+        self._claims_seen: OrderedDict[str, float] = OrderedDict()
 
     @classmethod
     def with_redis(
@@ -89,6 +95,14 @@ class SessionManager:
     def peek(self, session_id: str) -> Session | None:
         """The session, None where it has ended; does not restart its time to live."""
         return self.storage.peek(session_id)
+
+    def first_seen(self, claim: str) -> float:
+        """When this process first saw a claim, by its monotonic clock."""
+        with self._lock:
+            seen = self._claims_seen.setdefault(claim, time.monotonic())
+            if len(self._claims_seen) > _MAX_CLAIMS_SEEN:
+                self._claims_seen.popitem(last=False)
+            return seen
 
     def end(self, session_id: str) -> None:
         """Ends the session for every replica; harmless when it has ended already."""

@@ -35,6 +35,7 @@ from mcp_proxy.errors import (
     RequestId,
     SessionEnded,
 )
+from mcp_proxy.replica import Replica
 from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
@@ -107,7 +108,15 @@ class TransparentProxy(Transport):
             unknown_status=options.unknown_session_status,
         )
         self._set_up(
-            targets, manager, Edge(options), options, allowed_backends, verify, resolver, Workers()
+            targets,
+            manager,
+            Edge(options),
+            options,
+            allowed_backends,
+            verify,
+            resolver,
+            Workers(),
+            Replica(),
         )
 
     @classmethod
@@ -119,11 +128,14 @@ class TransparentProxy(Transport):
         options: ProxyOptions,
         allowed_backends: Sequence[str],
         workers: Workers,
+        replica: Replica,
     ) -> Self:
-        """A transport of an application, with the edge and the threads of the application."""
+        """A transport of an application, with the edge, threads and replica of the application."""
         transport = cls.__new__(cls)
         targets = as_targets(target_url)
-        transport._set_up(targets, manager, edge, options, allowed_backends, True, None, workers)
+        transport._set_up(
+            targets, manager, edge, options, allowed_backends, True, None, workers, replica
+        )
         return transport
 
     def _set_up(
@@ -136,6 +148,7 @@ class TransparentProxy(Transport):
         verify: bool | str,
         resolver: Resolver | None,
         workers: Workers,
+        replica: Replica,
     ) -> None:
         self.options = options
         self.manager = manager
@@ -153,6 +166,7 @@ class TransparentProxy(Transport):
             manager,
             allowed_backends,
             min(options.request_timeout, HANDSHAKE_TIME),
+            replica,
         )
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies

@@ -16,7 +16,8 @@ import msgspec
 from msgspec import UNSET
 
 from mcp_proxy.backends.http import HttpCall, HttpClient
-from mcp_proxy.errors import BackendError, BackendLost, SessionEnded, SessionExists
+from mcp_proxy.errors import BackendError, BackendLost, ClientError, SessionEnded, SessionExists
+from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.session import (
@@ -30,8 +31,8 @@ from mcp_proxy.storage.session import (
 from mcp_proxy.transparent.balancing import Balancer
 from mcp_proxy.transparent.forwarding import InitializeReader
 from mcp_proxy.wire import headers, jsonrpc
-from mcp_proxy.wire.handshake import INITIALIZED
-from mcp_proxy.wire.jsonrpc import Notification, Response
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from mcp_proxy.wire.urls import Address, Target, parse_target, request_target
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class SessionAffinity:
     """The backends of a transport's sessions. Thread-safe; raises StorageError.
 
     `allowed` are the URLs that a record may name besides the targets, `*` all; `timeout`, in
-    seconds, is for each step of a handshake.
+    seconds, is for each step of a handshake. `replica` is who claims a session here.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class SessionAffinity:
         manager: SessionManager,
         allowed: Sequence[str],
         timeout: float,
+        replica: Replica,
     ) -> None:
+        self._replica = replica
         self._target = target
         self._balancer = balancer
         self._client = client
@@ -173,22 +176,20 @@ class SessionAffinity:
         Raises SessionEnded when the session has ended or cannot be initialized again, BackendError
         when no backend could be initialized now.
         """
-        claimed = claims.claim(self._manager, session)
+        claimed = claims.claim(self._manager, session, self._replica.id, has_ended)
         if claimed is None:
             return self._manager.load(session.id)
-        body = claimed.metadata.get(INIT_BODY)
-        if body is None:
-            self._manager.end(session.id)
+        with claims.released_on_failure(self._manager, claimed):
+            return self._replace(claimed, request_headers)
+
+    def _replace(self, claimed: Session, request_headers: Mapping[str, str]) -> Session:
+        body = claimed.metadata.get(INIT_BODY, "").encode("utf-8", "replace")
+        if not _is_initialize(body):
+            self._manager.end(claimed.id)
             raise SessionEnded
         kept = {n: v for n, v in request_headers.items() if n.title() not in _NOT_TAKEN_ALONG}
         given = {**kept, **_OURS}
-        try:
-            new = self._balancer.first_reached(
-                lambda address: self._initialize(address, body.encode(), given)
-            )
-        except BackendError:
-            claims.release(self._manager, claimed)
-            raise
+        new = self._balancer.first_reached(lambda address: self._initialize(address, body, given))
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
             self._manager.end(claimed.id)
@@ -205,7 +206,7 @@ class SessionAffinity:
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
             self._discard(new, given)
-            return claims.unclaimed(self._manager, self._manager.load(claimed.id))
+            return claims.unclaimed(self._manager, self._manager.load(claimed.id), has_ended)
         self._balancer.add(claimed.id, new.address)
         log.info("a session was initialized again at %s", new.address.url)
         return self._manager.load(claimed.id)
@@ -245,6 +246,15 @@ class SessionAffinity:
             call = successor
             call.send(self._timeout)
         return call
+
+
+def _is_initialize(body: bytes) -> bool:
+    """Whether this is a request that a backend can be sent."""
+    try:
+        message = jsonrpc.parse_message(body)
+    except ClientError:
+        return False
+    return isinstance(message, Request) and message.method == INITIALIZE
 
 
 def _answer_of(call: HttpCall) -> Response | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from mcp_proxy import LocalStorage, ProxyOptions, StreamableProxy
+from mcp_proxy import LocalStorage, ProxyOptions, Session, StreamableProxy
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.sessions import handshake
+from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.waiting import eventually
@@ -78,6 +79,92 @@ def test_a_server_that_cannot_come_back_gives_its_claim_up() -> None:
         assert client.call("count").status == 502
         assert client.session is not None
         assert CLAIM not in app.manager.load(client.session).metadata
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_body": "no JSON"},
+        {"init_body": "[]"},
+        {"init_body": '{"jsonrpc":"2.0","method":"notifications/initialized"}'},
+        {"init_body": '{"jsonrpc":"2.0","id":1,"method":"initialize","params":[]}'},
+        {"init_body": None},
+        {"protocol_version": None},
+        {"resume": "no JSON"},
+        {"resume": '{"subscriptions":[1]}'},
+    ],
+    ids=str,
+)
+def test_a_record_from_which_no_server_can_be_brought_back_is_over(
+    change: dict[str, str | None],
+) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        assert client.session is not None
+        record = app.manager.load(client.session)
+        assert app.manager.swap(record, record.with_metadata(**change))
+        for _ in range(2):
+            began = time.monotonic()
+            assert client.call("count").status == 404
+            assert time.monotonic() - began < 5
+        assert not app.manager.exists(client.session)
+        assert children(app) == 0
+
+
+def test_a_claim_is_given_back_when_something_unforeseen_happens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("unforeseen")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mcp_proxy.backends.handshake.replay", fail)
+            assert client.call("count").status == 500
+        assert client.session is not None
+        assert CLAIM not in app.manager.load(client.session).metadata
+        eventually(lambda: children(app) == 0)
+        assert client.result("count")["calls"] == 1
+
+
+def test_a_store_that_fails_when_the_child_is_back_leaves_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+
+        def away(*_: object, **__: object) -> bool:
+            raise StorageUnavailable
+
+        with monkeypatch.context() as patch:
+            patch.setattr(claims, "settle", away)
+            assert client.call("count").status == 503
+        eventually(lambda: children(app) == 0)
+        assert client.result("count")["calls"] == 1
+
+
+def test_a_record_that_never_stays_ends_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        tried = []
+
+        def never(old: Session, new: Session) -> bool:
+            tried.append(old)
+            return False
+
+        monkeypatch.setattr(app.manager, "swap", never)
+        answer = client.call("count")
+        assert answer.status == 502
+        assert "keep changing" in answer.error()["message"]
+        assert len(tried) < 20
 
 
 def test_another_replica_takes_a_session_over_and_sees_its_state() -> None:

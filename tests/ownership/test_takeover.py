@@ -103,7 +103,7 @@ def test_what_is_taken_over_already_is_not_handed_over(three: Replicas) -> None:
     owner, _, _ = three.opened()
     manager, held = three[0].app.manager, three[0].app.owner
     assert owner.session is not None
-    claimed = claims.claim(manager, manager.load(owner.session))
+    claimed = claims.claim(manager, manager.load(owner.session), "other", lambda who: False)
     assert claimed is not None
     held.hand_over()
     eventually(lambda: three[0].children == 0)

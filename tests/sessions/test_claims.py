@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mcp_proxy import LocalStorage, Session, SessionManager
-from mcp_proxy.errors import SessionEnded
+from mcp_proxy.errors import BackendTimeout, SessionEnded, StorageUnavailable
 from mcp_proxy.sessions import claims
 from mcp_proxy.storage.session import CLAIM, new_session
 from tests.support.waiting import eventually
@@ -27,8 +27,13 @@ def session(manager: SessionManager) -> Session:
     return session
 
 
+def living(claimant: str) -> bool:
+    """For claims that nothing but time ends."""
+    return False
+
+
 def won(manager: SessionManager, session: Session) -> Session:
-    claimed = claims.claim(manager, session)
+    claimed = claims.claim(manager, session, "me", living)
     assert claimed is not None
     return claimed
 
@@ -40,7 +45,7 @@ def test_one_of_many_wins_and_the_others_see_its_result(
 
     def compete(number: int) -> bool:
         barrier.wait()
-        claimed = claims.claim(manager, session)
+        claimed = claims.claim(manager, session, "me", living)
         if claimed is None:
             return False
         return claims.settle(manager, claimed, backend_url=f"new-{number}")
@@ -55,7 +60,7 @@ def test_one_of_many_wins_and_the_others_see_its_result(
 def test_who_comes_later_waits_for_the_claimant(manager: SessionManager, session: Session) -> None:
     claimed = won(manager, session)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(claims.claim, manager, manager.load(session.id))
+        waiting = pool.submit(claims.claim, manager, manager.load(session.id), "me", living)
         eventually(waiting.running)
         assert not waiting.done()
         assert claims.settle(manager, claimed, backend_url="new")
@@ -69,21 +74,88 @@ def test_a_claim_that_is_given_back_leaves_the_record_as_it_was(
     assert manager.load(session.id).metadata == session.metadata
 
 
-def test_a_claim_whose_time_is_over_is_taken_over(
-    manager: SessionManager, session: Session, monkeypatch: pytest.MonkeyPatch
+def mark(manager: SessionManager, session: Session, deadline: object) -> Session:
+    """The session with the claim of somebody whose clock we do not know."""
+    marked = session.with_metadata(**{CLAIM: f"{deadline} 0123456789abcdef other"})
+    assert manager.swap(session, marked)
+    return marked
+
+
+@pytest.mark.parametrize("deadline", ["4000000000.000", "now", "nan", "", "1e999"])
+def test_a_claim_that_was_seen_for_its_time_is_taken_over_whatever_it_says(
+    manager: SessionManager, session: Session, monkeypatch: pytest.MonkeyPatch, deadline: str
 ) -> None:
-    monkeypatch.setattr(claims, "CLAIM_TIME", 0.1)
-    first = won(manager, session)
-    eventually(lambda: time.time() > float(first.metadata[CLAIM].split()[0]))
-    second = won(manager, manager.load(session.id))
+    monkeypatch.setattr(claims, "CLAIM_TIME", 0.2)
+    first = mark(manager, session, time.time() if deadline == "now" else deadline)
+    began = time.monotonic()
+    second = won(manager, first)
+    assert 0.1 < time.monotonic() - began < 2
     assert not claims.settle(manager, first, backend_url="late")
     assert claims.settle(manager, second, backend_url="new")
+
+
+def test_who_has_seen_a_claim_before_does_not_wait_for_it_anew(
+    manager: SessionManager, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "CLAIM_TIME", 0.3)
+    marked = mark(manager, session, 4e9)
+    manager.first_seen(marked.metadata[CLAIM])
+    time.sleep(0.3)
+    began = time.monotonic()
+    won(manager, marked)
+    assert time.monotonic() - began < 0.2
+
+
+def test_a_claim_that_is_long_over_is_taken_over_at_once(
+    manager: SessionManager, session: Session
+) -> None:
+    began = time.monotonic()
+    won(manager, mark(manager, session, time.time() - 86_400))
+    assert time.monotonic() - began < 1
+
+
+def test_nobody_waits_for_ever_for_claims_that_follow_each_other(
+    manager: SessionManager, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "CLAIM_TIME", 0.3)
+    current = mark(manager, session, 4e9)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(claims.unclaimed, manager, current, living)
+        while not waiting.done():
+            following = current.with_metadata(**{CLAIM: f"4e9 {time.monotonic()} other"})
+            assert manager.swap(current, following)
+            current = following
+            time.sleep(0.1)
+        with pytest.raises(BackendTimeout):
+            waiting.result()
+
+
+@pytest.mark.parametrize("failure", [ValueError, BackendTimeout, KeyboardInterrupt])
+def test_a_claim_is_given_back_whatever_goes_wrong(
+    manager: SessionManager, session: Session, failure: type[BaseException]
+) -> None:
+    claimed = won(manager, session)
+    with pytest.raises(failure), claims.released_on_failure(manager, claimed):
+        raise failure
+    assert manager.load(session.id).metadata == session.metadata
+
+
+def test_the_failure_is_what_is_told_even_if_the_store_is_away_too(
+    manager: SessionManager, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(old: Session, new: Session) -> bool:
+        raise StorageUnavailable
+
+    claimed = won(manager, session)
+    monkeypatch.setattr(manager, "swap", away)
+    with pytest.raises(ValueError, match="mine"), claims.released_on_failure(manager, claimed):
+        raise ValueError("mine")
 
 
 def test_the_claim_of_somebody_who_has_gone_is_taken_over(
     manager: SessionManager, session: Session
 ) -> None:
-    first = claims.claim(manager, session, "one")
+    first = claims.claim(manager, session, "one", living)
     assert first is not None
     with ThreadPoolExecutor(1) as pool:
         gone = threading.Event()
@@ -112,7 +184,7 @@ def test_who_waits_learns_that_the_session_was_ended(
 ) -> None:
     won(manager, session)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(claims.claim, manager, manager.load(session.id))
+        waiting = pool.submit(claims.claim, manager, manager.load(session.id), "me", living)
         eventually(waiting.running)
         manager.end(session.id)
         with pytest.raises(SessionEnded):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,10 @@ import pytest
 
 from mcp_proxy import LocalStorage, RedisStorage, TransparentProxy
 from mcp_proxy.errors import BackendLost
+from mcp_proxy.replica import Replica
 from mcp_proxy.storage.records import Storage
+from mcp_proxy.storage.session import CLAIM
+from mcp_proxy.transparent.balancing import Balancer
 from tests.servers.http_backend import LOST_400, LOST_404, HttpBackend, Turn, reply, reset, stream
 from tests.support.front import McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
@@ -456,3 +461,58 @@ def test_who_was_thought_dead_finds_the_session_of_the_successor(
         assert call.result(10) == "backend"
     assert len(backend.sessions) == 1  # what the slow one had made was ended
     assert backend.executed["tools/call"] == 2
+
+
+def test_nobody_waits_for_a_claimant_whose_process_has_ended(
+    fronts: list[LocalFront], backend: HttpBackend, storage: Storage
+) -> None:
+    client = McpClient(fronts[0]).open()
+    assert client.session is not None
+    scoped = fronts[0].app.manager.storage
+    record = scoped.load(client.session)
+    own = Replica().id.split("-")
+    ended = "-".join([*own[:-2], "1", own[-1]])  # this process, but of another start
+    mark = f"4000000000.000 0123456789abcdef {ended}"
+    assert scoped.swap(record, record.with_metadata(**{CLAIM: mark}))
+    lose_session_404(backend)
+    began = time.monotonic()
+    assert client.result("tools/call")["backend"] == "backend"
+    assert time.monotonic() - began < 5
+    assert CLAIM not in scoped.load(client.session).metadata
+
+
+@pytest.mark.parametrize("body", ["no JSON", "[]", '{"jsonrpc":"2.0","method":"initialize"}', None])
+def test_a_session_whose_initialize_cannot_be_read_is_over(
+    fronts: list[LocalFront], backend: HttpBackend, body: str | None
+) -> None:
+    client = McpClient(fronts[0]).open()
+    assert client.session is not None
+    scoped = fronts[0].app.manager.storage
+    record = scoped.load(client.session)
+    assert scoped.swap(record, record.with_metadata(init_body=body))
+    lose_session_404(backend)
+    assert client.call("tools/call").status == 404
+    assert not scoped.exists(client.session)
+
+
+def test_a_claim_names_its_claimant_and_is_given_back_after_any_failure(
+    fronts: list[LocalFront], backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = McpClient(fronts[0]).open()
+    assert client.session is not None
+    scoped = fronts[0].app.manager.storage
+    seen = []
+
+    def fail(self: Balancer, reach: object) -> None:
+        assert client.session is not None
+        seen.append(scoped.load(client.session).metadata[CLAIM].split()[2])
+        raise RuntimeError("unforeseen")
+
+    lose_session_404(backend)
+    with monkeypatch.context() as patch:
+        patch.setattr(Balancer, "first_reached", fail)
+        assert client.call("tools/call").status == 500
+    assert len(seen) == 1
+    assert str(os.getpid()) in seen[0].split("-")
+    assert CLAIM not in scoped.load(client.session).metadata
+    assert client.result("tools/call")["backend"] == "backend"

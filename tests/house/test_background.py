@@ -599,17 +599,10 @@ def test_a_reader_that_fails_says_so_and_is_not_survived(
 
 @threads_end
 def test_a_reader_whose_thread_is_ended_has_failed() -> None:
-    inside, free, failed = threading.Event(), threading.Event(), threading.Event()
-
-    def read() -> None:
-        inside.set()
-        free.wait(PATIENCE)
-
-    reader = Reader("reader", read, failed.set)
+    failed = threading.Event()
+    reader = Reader("reader", end_thread, failed.set)
     reader.start()
-    assert inside.wait(PATIENCE)
-    end_thread(reader._thread, free.set)
-    assert failed.is_set()
+    assert failed.wait(PATIENCE)
 
 
 def test_a_reader_that_finds_no_thread_can_be_started_later(
@@ -780,19 +773,27 @@ def test_what_waits_when_an_executor_is_closed_is_not_begun() -> None:
 
 
 class _Holding:
-    """An act that lasts until its thread is ended, or it is released."""
+    """An act that lasts until it is released, or has to end its thread."""
 
     def __init__(self) -> None:
-        self.free = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self.began, self.free = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._ends_its_thread = False
 
     def __call__(self) -> None:
-        self._threads.append(threading.current_thread())
+        self._thread = threading.current_thread()
+        self.began.set()
         self.free.wait(PATIENCE)
+        if self._ends_its_thread:
+            end_thread()
 
     def end(self) -> None:
-        (thread,) = eventually(lambda: list(self._threads))
-        end_thread(thread, self.free.set)
+        assert self.began.wait(PATIENCE)
+        assert self._thread is not None
+        self._ends_its_thread = True
+        self.free.set()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
 
 
 @threads_end
@@ -826,18 +827,14 @@ def test_keys_that_wait_for_a_thread_that_was_ended_get_another() -> None:
 
 @threads_end
 def test_an_idle_thread_that_was_ended_is_not_counted_on() -> None:
-    executor = KeyedExecutor("test", 2)
-    threads: list[threading.Thread] = []
-    done = threading.Event()
-
-    def wake() -> None:
-        with executor._changed:
-            executor._changed.notify_all()
-
-    executor.submit("a", lambda: threads.append(threading.current_thread()))
-    eventually(lambda: threads and executor._busy == 0)
-    end_thread(threads[0], wake)
-    assert (executor._busy, executor._threads) == (0, 0)
+    executor, holding, done = KeyedExecutor("test", 2), _Holding(), threading.Event()
+    executor.submit("a", holding)
+    assert holding.began.wait(PATIENCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor._changed, "wait", end_thread)  # when it has nothing to do
+        holding.free.set()
+        eventually(lambda: executor._threads == 0)
+    assert executor._busy == 0
     executor.submit("a", done.set)
     assert done.wait(PATIENCE)
     executor.close()

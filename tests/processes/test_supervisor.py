@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from mcp_proxy.errors import BackendLost, BackendTimeout
-from mcp_proxy.processes import supervisor as supervising
 from mcp_proxy.processes.child import Child, describe_exit, shown
 from mcp_proxy.processes.guardian import REPLICA_VARIABLE, Guardian, processes_of
 from mcp_proxy.processes.supervisor import Supervisor
@@ -60,8 +59,7 @@ class Spawned:
 
 
 @pytest.fixture
-def supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
-    monkeypatch.setattr(supervising, "GRACE", 0.3)
+def supervisor() -> Iterator[Supervisor]:
     replica = Replica()
     supervisor = Supervisor(replica)
     yield supervisor
@@ -192,6 +190,7 @@ def test_one_child_s_trouble_is_not_the_others(
     child = supervisor.spawn(server, 1 << 20, explode)
     supervisor.read(child, lambda line: None)
     other = Spawned(supervisor)
+    other.ask("echo")
     supervisor.stop_child(child)
     supervisor.stop_child(other.child)
     assert other.end() == "exit code 0"

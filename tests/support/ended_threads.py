@@ -1,10 +1,6 @@
-"""Threads that end as no code of ours ends them: by an exception that comes from outside."""
+"""Threads that end as no code of ours ends them: by an exception that no loop survives."""
 
 from __future__ import annotations
-
-import ctypes
-import threading
-from collections.abc import Callable
 
 import pytest
 
@@ -16,20 +12,20 @@ _PATIENCE = 10.0
 threads_end = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-def end_thread(thread: threading.Thread, wake: Callable[[], object]) -> None:
-    """Raises SystemExit in a thread, wherever it is, and waits for its end.
-
-    `wake` has it look up from a wait, which no exception interrupts.
-    """
-    assert thread.ident is not None
-    ident, kind = ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
-    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, kind) == 1
-    wake()
-    thread.join(_PATIENCE)
-    assert not thread.is_alive()
+def end_thread(*_: object) -> None:
+    """Ends the thread that calls this."""
+    raise SystemExit
 
 
 def end_worker(worker: Worker) -> None:
-    """The same for the thread of a worker of ours."""
-    assert worker._thread is not None
-    end_thread(worker._thread, worker.wake)
+    """Ends the thread of a worker in its next round, and waits for that.
+
+    The worker can be started again.
+    """
+    thread = worker._thread
+    assert thread is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "run_once", end_thread)
+        worker.wake()
+        thread.join(_PATIENCE)
+    assert not thread.is_alive()

@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from msgspec import UNSET
+
 from mcp_proxy.backends.exchange import (
     Backend,
     Exchange,
@@ -45,6 +47,10 @@ log = logging.getLogger(__name__)
 #: Seconds that a server has to read a message, and that a cancelled call has to end by itself.
 WRITE_TIMEOUT = 30.0
 CANCEL_GRACE = 2.0
+
+#: How many lines that are no messages are shown, and the seconds between two counts of the others.
+NOISE_SHOWN = 5
+NOISE_INTERVAL = 60.0
 
 # Seconds to wait for the exit of a child that has closed its input.
 _NOTICE = 2.0
@@ -79,6 +85,7 @@ class Bridge(Backend):
         self.is_alive = True
         self._is_closed = False
         self._has_exited = threading.Event()
+        self._noise = NoiseLog(server.name)
         #: The log of the session's streams, once there is a session; None: none can be resumed.
         self.log: StreamLog | None = None
         #: Called once, by `close`.
@@ -117,8 +124,10 @@ class Bridge(Backend):
         with self._lock:
             if not self.is_alive:
                 raise BackendUnreached(self._lost)
+            # Of several calls each can be cancelled, so each has the deadline for itself.
+            deadline = exchange.deadline if len(exchange.requests) > 1 else None
             for request in exchange.requests:
-                lines.append(self._switchboard.enter(request, exchange))
+                lines.append(self._switchboard.enter(request, exchange, deadline))
         try:
             self._write(b"\n".join(lines))
         except BackendUnreached as error:
@@ -157,11 +166,15 @@ class Bridge(Backend):
             return  # answered already, or never to be cancelled (MCP 2025-11-25, cancellation)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
         self._write(jsonrpc.encode(Notification(_CANCELLED, params)))
-        if call.deadline is None:
-            call.exchange.set_deadline(time.monotonic() + CANCEL_GRACE, Cancelled)
+        if not call.exchange.requests:
+            with self._lock:  # over HTTP+SSE a cancelled call needs no answer
+                self._switchboard.pop(call.wire_id)
             return
-        with self._lock:  # over HTTP+SSE a cancelled call needs no answer
-            self._switchboard.pop(call.wire_id)
+        until = time.monotonic() + CANCEL_GRACE
+        if call.deadline is not None:
+            with self._lock:
+                self._switchboard.set_deadline(call, min(until, call.deadline))
+        call.exchange.set_deadline(until, Cancelled)
 
     def respond(self, response: Response) -> None:
         with self._lock:
@@ -253,15 +266,37 @@ class Bridge(Backend):
     def _parse(self, line: bytes) -> Sequence[Message]:
         """The messages in a line of output: none if it is invalid, several if it is a batch."""
         try:
-            parsed = jsonrpc.parse(line)
+            parsed = jsonrpc.parse(line, keeps_halves=False)
         except ClientError:
+            mended = jsonrpc.mended(line)
             try:
-                parsed = jsonrpc.parse(jsonrpc.repair(line))
+                parsed = jsonrpc.parse(mended)
             except ClientError as error:
-                if line.strip():
-                    log.warning("[%s] bad line on stdout (%s): %s", self.name, error, shown(line))
+                if line.strip() and not self._take_misanswer(mended, error):
+                    self._noise.note(line, error)
                 return ()
         return parsed if isinstance(parsed, list) else (parsed,)
+
+    def _take_misanswer(self, line: bytes, reason: ClientError) -> bool:
+        """Ends the call that an unreadable line is about; False where it is about none."""
+        found = jsonrpc.misanswer_of(line)
+        if found is None:
+            return False
+        with self._lock:
+            if found.id is None:
+                call = self._switchboard.pop_only()
+            else:
+                call = self._switchboard.pop(found.id)
+            if call is None:
+                return False
+            if found.error is not UNSET:
+                data = jsonrpc.encode(Response(call.id, error=found.error))
+                call.exchange.offer(ServerMessage(data, is_response=True))
+                return True
+        why = _of_a_line(reason)
+        log.warning("[%s] an answer cannot be read (%s): %s", self.name, why, shown(line))
+        _fail(call, BackendError(f"The server's answer cannot be read: {why}"))
+        return True
 
     def _take(self, message: Message) -> Exchange | None:
         """Delivers one message of the child and returns its exchange, None if it went to none."""
@@ -301,6 +336,7 @@ class Bridge(Backend):
                 self._write(jsonrpc.encode(answer))
 
     def _on_exit(self, how: str) -> None:
+        self._noise.flush()
         self._fail_all(f"The server exited ({how})")
         self._has_exited.set()
         if not self._is_closed:
@@ -325,7 +361,8 @@ class Bridge(Backend):
             overdue = self._switchboard.pop_overdue(exchange, time.monotonic())
             due = self._switchboard.next_deadline(exchange)
         if due is not None:
-            exchange.set_deadline(due, lambda: failure)
+            was_cancelled, timeout = isinstance(failure, Cancelled), exchange.timeout or 0.0
+            exchange.set_deadline(due, lambda: no_answer(timeout) if was_cancelled else failure)
         for call in overdue:
             _fail(call, failure)
             if call.method != INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:
@@ -355,6 +392,47 @@ class Bridge(Backend):
             left = self._switchboard.left_exchanges()
         for exchange in left:
             exchange.expire_if_due()
+
+
+class NoiseLog:
+    """Lines of a server that are no messages: the first are logged, then one count a minute.
+
+    Used by the thread that reads the server's output, and by the supervisor's after that.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._clock = clock
+        self._shown = 0
+        self._left_out = 0
+        self._next_count = 0.0
+
+    def note(self, line: bytes, reason: ClientError) -> None:
+        """Logs a line, or counts it."""
+        if self._shown < NOISE_SHOWN:
+            self._shown += 1
+            self._next_count = self._clock() + NOISE_INTERVAL
+            why = _of_a_line(reason)
+            log.warning(
+                "[%s] a line on stdout is no message (%s): %s", self._name, why, shown(line)
+            )
+            return
+        self._left_out += 1
+        if self._clock() >= self._next_count:
+            self.flush()
+
+    def flush(self) -> None:
+        """Logs how many lines were counted since the last time, if there were any."""
+        if self._left_out:
+            count = self._left_out
+            log.warning("[%s] %d more lines on stdout were no messages", self._name, count)
+        self._left_out = 0
+        self._next_count = self._clock() + NOISE_INTERVAL
+
+
+def _of_a_line(reason: ClientError) -> str:
+    """The sentence about a client's body, said of a line."""
+    return reason.message.replace("The body", "the line")
 
 
 def _is_ping(message: Message) -> bool:

@@ -14,6 +14,7 @@ they wait for a standing stream, bounded in number and bytes, the oldest dropped
 from __future__ import annotations
 
 import itertools
+import re
 from collections import deque
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 #: The most messages, and the most bytes of them, that wait for a standing stream.
 MAX_WAITING = 256
 MAX_WAITING_BYTES = 1024 * 1024
+
+#: The most requests of the child that clients have not answered; the oldest are refused.
+MAX_ASKED = 1000
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 _PROGRESS = "notifications/progress"
 _CANCELLED = "notifications/cancelled"
@@ -44,6 +50,13 @@ class PendingCall(NamedTuple):
     deadline: float | None = None  # monotonic; None: its exchange has one for all its calls
 
 
+class _Asked(NamedTuple):
+    """A request of the child that no client has answered yet."""
+
+    method: str
+    exchange: Exchange | None
+
+
 class Switchboard:
     """The tables of one child."""
 
@@ -52,7 +65,7 @@ class Switchboard:
         self._calls: dict[int, PendingCall] = {}  # by wire id, oldest first
         self._tokens: dict[RequestId, PendingCall] = {}  # by wire token
         self._posts: dict[Exchange, int] = {}  # numbers of unanswered calls, oldest first
-        self._asked: dict[RequestId, Exchange | None] = {}  # unanswered requests of the child
+        self._asked: dict[RequestId, _Asked] = {}  # by the child's id, oldest first
         self._waiting: deque[ServerMessage] = deque()
         self._waiting_bytes = 0
         self._stream: Exchange | None = None
@@ -100,7 +113,12 @@ class Switchboard:
         return jsonrpc.encode(request, wire_id)
 
     def pop(self, wire_id: RequestId) -> PendingCall | None:
-        """Removes a call that is answered and returns it, None where there is none."""
+        """Removes a call that is answered and returns it, None where there is none.
+
+        Some servers make a text of the number that they got.
+        """
+        if isinstance(wire_id, str) and _NUMBER.fullmatch(wire_id):
+            wire_id = int(wire_id)
         call = self._calls.pop(wire_id, None) if isinstance(wire_id, int) else None
         if call is None:
             return None
@@ -112,6 +130,15 @@ class Switchboard:
         else:
             self._posts.pop(call.exchange, None)
         return call
+
+    def pop_only(self) -> PendingCall | None:
+        """Removes the only call in flight and returns it, None where there are none or several."""
+        return self.pop(next(iter(self._calls))) if len(self._calls) == 1 else None
+
+    def set_deadline(self, call: PendingCall, deadline: float) -> None:
+        """Gives a call that is still in flight an earlier deadline of its own."""
+        if call.wire_id in self._calls:
+            self._calls[call.wire_id] = call._replace(deadline=deadline)
 
     def newest(self, request_id: RequestId | None) -> PendingCall | None:
         """The newest call that the client knows by this id: 1 and "1" differ."""
@@ -153,7 +180,8 @@ class Switchboard:
         else:
             exchange = self._route(message)
         if isinstance(message, Request):
-            self._asked[message.id] = exchange
+            self._asked.pop(message.id, None)
+            self._asked[message.id] = _Asked(message.method, exchange)
         line = ServerMessage(jsonrpc.encode(message), is_response=False)
         if exchange is not None:
             exchange.offer(line)
@@ -166,7 +194,9 @@ class Switchboard:
         return self._stream is not None or self._newest_streaming() is not None
 
     def overflow(self) -> list[Request | Notification]:
-        """Removes the waiting messages that exceed the bounds, and returns them, oldest first."""
+        """Removes what exceeds the bounds and returns it, oldest first: messages that wait, and
+        requests of the child that clients do not answer.
+        """
         dropped: list[Request | Notification] = []
         while len(self._waiting) > MAX_WAITING or self._waiting_bytes > MAX_WAITING_BYTES:
             data = self._waiting.popleft().data
@@ -176,6 +206,9 @@ class Switchboard:
                 self._asked.pop(message.id, None)
             if not isinstance(message, Response):
                 dropped.append(message)
+        while len(self._asked) > MAX_ASKED:
+            oldest = next(iter(self._asked))
+            dropped.append(Request(oldest, self._asked.pop(oldest).method))
         return dropped
 
     def _park(self, message: ServerMessage) -> None:
@@ -200,8 +233,9 @@ class Switchboard:
         if isinstance(message, Notification) and message.method == _CANCELLED:
             named = jsonrpc.cancelled_id_of(message)
             asked = None if named is None else self._asked.pop(named, None)
-            if asked is not None and (asked in self._posts or asked is self._stream):
-                return asked
+            exchange = None if asked is None else asked.exchange
+            if exchange is not None and (exchange in self._posts or exchange is self._stream):
+                return exchange
         newest = self._newest_streaming()
         if newest is not None and len(self._posts) == 1:
             return newest

@@ -3,25 +3,38 @@
 Checked are: one object (or one array) per body, UTF-8, ids that are strings or integers (MCP
 2025-11-25, basic, "Messages": never null), params that are an object or an array. Not checked is
 the content of params, results and errors, except for the few fields that routing needs.
+
+Liberal is what is taken: members that are null count as absent where null means nothing, a byte
+order mark is skipped, half a character in an escape passes as it came. What servers do beyond that
+is mended by `mended`, and `misanswer_of` tells which call something unreadable belongs to.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
-from functools import cached_property
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from mcp_proxy.errors import InvalidRequest, ParseError, RequestId
+from mcp_proxy.errors import (
+    PROXY_ERROR,
+    InvalidRequest,
+    ParseError,
+    RequestId,
+    UnsupportedMediaType,
+)
 
 #: The most messages in a batch; MCP 2025-03-26 sets no limit.
 MAX_BATCH = 256
 
 _PIECE = 1024 * 1024
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
 
 T = TypeVar("T")
 
@@ -59,6 +72,16 @@ class Response(msgspec.Struct, frozen=True):
     error: Raw | UnsetType = UNSET
 
 
+class Misanswer(NamedTuple):
+    """What a server wrote that is no message but is about a call: `id`, None if it names none.
+
+    `error` is a JSON-RPC error object, UNSET where the server told none.
+    """
+
+    id: RequestId | None
+    error: Raw | UnsetType
+
+
 Message = Request | Notification | Response
 Batch = list[Message]
 
@@ -75,7 +98,7 @@ class Meta(msgspec.Struct, frozen=True):
 class _Envelope(msgspec.Struct):
     jsonrpc: str
     id: RequestId | UnsetType = UNSET
-    method: str | UnsetType = UNSET
+    method: str | UnsetType | None = UNSET
     params: Raw | UnsetType = UNSET
     result: Raw | UnsetType = UNSET
     error: Raw | UnsetType = UNSET
@@ -117,16 +140,30 @@ _NO_META = Meta()
 # --- reading -------------------------------------------------------------------------------------
 
 
-def parse(body: bytes) -> Message | Batch:
+def parse(body: bytes, keeps_halves: bool = True) -> Message | Batch:
     """The message in `body`, or the list of messages where `body` is an array (2025-03-26 batches).
 
+    Without `keeps_halves` an escape of half a character is refused, as strict readers do.
     Raises ParseError (not JSON, not UTF-8) or InvalidRequest (JSON, but not a JSON-RPC message).
     """
     if not body.isascii():
+        if body.startswith(_GZIP):
+            raise UnsupportedMediaType("The body is compressed; it must come without gzip")
         _require_utf8(body)
+        body = body.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        return _parsed(body)
+    except ParseError:
+        if not keeps_halves or _HALF.search(body) is None:
+            raise
+        return _with_halves(body)
+
+
+def _parsed(body: bytes) -> Message | Batch:
     if body.lstrip(b" \t\r\n")[:1] == b"[":
         return _parse_batch(body)
-    return _message(_decode(_envelope, body))
+    message = _message(_decode(_envelope, body))
+    return _without_nulls(message) if _may_have_nulls(body) else message
 
 
 def parse_message(body: bytes) -> Message:
@@ -143,7 +180,8 @@ def _parse_batch(body: bytes) -> Batch:
         raise InvalidRequest("A JSON-RPC batch must not be empty")
     if len(elements) > MAX_BATCH:
         raise InvalidRequest(f"A JSON-RPC batch may hold at most {MAX_BATCH} messages")
-    return [_message(_decode(_envelope, element)) for element in elements]
+    messages = [_message(_decode(_envelope, element)) for element in elements]
+    return [_without_nulls(message) for message in messages] if _may_have_nulls(body) else messages
 
 
 def _require_utf8(body: bytes) -> None:
@@ -171,20 +209,65 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes | Raw) -> T:
 def _message(envelope: _Envelope) -> Message:
     if envelope.jsonrpc != "2.0":
         raise InvalidRequest('Not a JSON-RPC 2.0 message: "jsonrpc" must be "2.0"')
-    has_result, has_error = envelope.result is not UNSET, envelope.error is not UNSET
-    if envelope.method is UNSET:
-        if has_result == has_error:
+    method, params = envelope.method, _present(envelope.params)
+    result, error = envelope.result, _present(envelope.error)
+    if method is UNSET or method is None:
+        if error is not UNSET:
+            result = _present(result)
+        if (result is UNSET) == (error is UNSET):
             raise InvalidRequest('A JSON-RPC message needs a "method", a "result" or an "error"')
         if envelope.id is UNSET:
             raise InvalidRequest('A JSON-RPC response needs the "id" of its request')
-        return Response(envelope.id, envelope.result, envelope.error)
-    if has_result or has_error:
+        return Response(envelope.id, result, error)
+    if _present(result) is not UNSET or error is not UNSET:
         raise InvalidRequest("A JSON-RPC message has either a method or a result, not both")
-    if envelope.params is not UNSET and bytes(memoryview(envelope.params)[:1]) not in (b"{", b"["):
+    if params is not UNSET and bytes(memoryview(params)[:1]) not in (b"{", b"["):
         raise InvalidRequest('"params" must be an object')
     if envelope.id is UNSET:
-        return Notification(envelope.method, envelope.params)
-    return Request(envelope.id, envelope.method, envelope.params)
+        return Notification(method, params)
+    return Request(envelope.id, method, params)
+
+
+def _present(payload: Raw | UnsetType) -> Raw | UnsetType:
+    """The payload; null is none."""
+    if payload is UNSET or (len(memoryview(payload)) == 4 and bytes(payload) == b"null"):
+        return UNSET
+    return payload
+
+
+def _may_have_nulls(body: bytes) -> bool:
+    return b"null" in body and b'"_meta"' in body
+
+
+def _without_nulls(message: Message) -> Message:
+    """`message` without a `_meta`, or a `progressToken` in it, that is null."""
+    if isinstance(message, Response) or message.params is UNSET:
+        return message
+    params = _without_null(message.params, ("_meta",))
+    if params is message.params:
+        params = _without_null(params, ("_meta", "progressToken"))
+    return message if params is message.params else msgspec.structs.replace(message, params=params)
+
+
+def _without_null(payload: Raw, path: Sequence[str]) -> Raw:
+    """`payload` without the field at `path` if that is null, else `payload` itself."""
+    head, *rest = path
+    if bytes(memoryview(payload)[:1]) != b"{":
+        return payload
+    fields = _decode(_fields, payload)
+    found = fields.get(head)
+    if found is None:
+        return payload
+    if rest:
+        inner = _without_null(found, rest)
+        if inner is found:
+            return payload
+        fields[head] = inner
+    elif _present(found) is UNSET:
+        del fields[head]
+    else:
+        return payload
+    return as_payload(fields)
 
 
 # --- the few fields that routing needs -----------------------------------------------------------
@@ -193,7 +276,10 @@ def _message(envelope: _Envelope) -> Message:
 def _meta_in(params: Raw | UnsetType) -> Meta:
     if params is UNSET or bytes(memoryview(params)[:1]) != b"{":
         return _NO_META
-    meta = _decode(_meta, params).meta
+    try:
+        meta = _decode(_meta, params).meta
+    except ParseError:
+        meta = _decode(_meta, repair(bytes(params))).meta
     return _NO_META if meta is UNSET else meta
 
 
@@ -218,7 +304,11 @@ def _field(decoder: msgspec.json.Decoder[T], payload: Raw | UnsetType, name: str
     try:
         value = getattr(decoder.decode(payload), name)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+        whole = bytes(payload)
+        if _HALF.search(whole) is None or (repaired := _repaired(whole)) == whole:
+            return None
+        found = _field(decoder, Raw(repaired), name)
+        return None if isinstance(found, str) and "\ufffd" in found else found
     return None if value is UNSET else value
 
 
@@ -266,9 +356,20 @@ def replace_field(payload: Raw | UnsetType, path: Sequence[str], value: RequestI
 
     Raises ParseError where the nesting is as deep as `parse` allows.
     """
-    fields = _decode(_fields, b"{}" if payload is UNSET else payload)
+    given = Raw(b"{}") if payload is UNSET else payload
+    try:
+        return _replaced(given, path, value)
+    except ParseError:
+        masked = _masked(bytes(given))
+        if masked is None:
+            raise
+        return masked.original(_replaced(Raw(masked.text), path, value))
+
+
+def _replaced(payload: Raw, path: Sequence[str], value: RequestId) -> Raw:
+    fields = _decode(_fields, payload)
     head, *rest = path
-    fields[head] = replace_field(fields[head], rest, value) if rest else as_payload(value)
+    fields[head] = _replaced(fields[head], rest, value) if rest else as_payload(value)
     return as_payload(fields)
 
 
@@ -277,18 +378,195 @@ def one_line(encoded: bytes) -> bytes:
     return encoded.replace(b"\n", b" ").replace(b"\r", b" ")
 
 
+# --- half a character ----------------------------------------------------------------------------
+
+# An escape of half a UTF-16 pair, whether the other half is beside it or not. JavaScript writes it
+# alone where it has cut an emoji in two, and strict readers refuse that.
+_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+_FIRST_HALF = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
+
+# Escaped backslashes, since what follows them is no escape; pairs; halves.
 _ESCAPES = re.compile(
-    rb"\\(?:(?P<pair>u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-    rb"|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
-    re.DOTALL,
+    rb"(?:\\\\)+"
+    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
+
+# A pair cut in two has at most so many bytes before the cut.
+_LONGEST_ESCAPE = 12
+
+
+def _replace_lone(text: bytes, replace: Callable[[bytes], bytes]) -> bytes:
+    """`text` with each lone half replaced by what `replace` makes of it, piece by piece."""
+
+    def one(match: re.Match[bytes]) -> bytes:
+        return replace(match[0]) if match["lone"] else match[0]
+
+    if len(text) <= _PIECE:
+        return _ESCAPES.sub(one, text)
+    result, rest = bytearray(), b""
+    for start in range(0, len(text), _PIECE):
+        piece = rest + text[start : start + _PIECE]
+        cut = _cut(piece) if start + _PIECE < len(text) else len(piece)
+        result += _ESCAPES.sub(one, piece[:cut])
+        rest = piece[cut:]
+    return bytes(result)
+
+
+def _cut(piece: bytes) -> int:
+    """A place near the end of `piece` that lies in no escape and between no two halves."""
+    first = piece.find(b"\\", len(piece) - _LONGEST_ESCAPE)
+    if first < 0:
+        return len(piece)
+    cut = len(piece[:first].rstrip(b"\\"))
+    if _FIRST_HALF.fullmatch(piece[max(0, cut - 6) : cut]):
+        cut = len(piece[: cut - 6].rstrip(b"\\"))
+    return cut
+
+
+class _Masked(NamedTuple):
+    """JSON whose lone halves are written as `mark` and four digits, which strict readers take."""
+
+    text: bytes
+    mark: bytes
+
+    def original(self, payload: Raw | UnsetType) -> Raw:
+        """A part of the JSON as it came."""
+        return Raw(bytes(payload or b"").replace(self.mark, b"\\u"))
+
+
+def _masked(text: bytes) -> _Masked | None:
+    """None where there is no half, or every mark that could be used is in the text."""
+    if _HALF.search(text) is None:
+        return None
+    for number in range(0xFDD0, 0xFDF0):  # characters that mean nothing in any text
+        if (mark := b"\\u%x" % number) not in text:
+            return _Masked(_replace_lone(text, partial(_under_mark, mark)), mark)
+    return None
+
+
+def _under_mark(mark: bytes, half: bytes) -> bytes:
+    return mark + half[2:]
+
+
+def _with_halves(body: bytes) -> Message | Batch:
+    """The messages of a body with lone halves; their payloads have them as they came."""
+    masked = _masked(body)
+    if masked is None:
+        raise ParseError("The body is not JSON: it has half of a character in an escape")
+    parsed = _parsed(masked.text)
+    if isinstance(parsed, list):
+        return [_unmasked(message, masked) for message in parsed]
+    return _unmasked(parsed, masked)
+
+
+def _unmasked(message: Message, masked: _Masked) -> Message:
+    """Raises ParseError where the id or the method has half a character."""
+    mark = chr(int(masked.mark[2:], 16))
+    names = (getattr(message, "id", ""), getattr(message, "method", ""))
+    if any(isinstance(name, str) and mark in name for name in names):
+        raise ParseError("An id or a method must not have half of a character")
+    payloads = {
+        name: masked.original(payload)
+        for name in ("params", "result", "error")
+        if isinstance(payload := getattr(message, name, UNSET), Raw)
+    }
+    return msgspec.structs.replace(message, **payloads)
+
+
+# --- what servers write --------------------------------------------------------------------------
 
 
 def repair(line: bytes) -> bytes:
-    """`line` with invalid UTF-8 and lone surrogate escapes replaced by U+FFFD.
+    """`line` with invalid UTF-8 and lone halves replaced by U+FFFD."""
+    text = _as_utf8(line)
+    return text if _HALF.search(text) is None else _repaired(text)
 
-    JavaScript servers write half an emoji as a lone surrogate escape, which strict decoders refuse.
-    Without the repair the whole message would be lost.
+
+def _repaired(text: bytes) -> bytes:
+    return _replace_lone(text, lambda half: rb"\ufffd")
+
+
+def mended(line: bytes) -> bytes:
+    """`line` as strict readers take it: repaired, and null for NaN and the infinities."""
+    text = repair(line)
+    return _without_nan(text) if b"NaN" in text or b"Infinity" in text else text
+
+
+def _as_utf8(line: bytes) -> bytes:
+    if line.isascii():
+        return line
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = bytearray()
+    for start in range(0, len(line), _PIECE):
+        text += decoder.decode(line[start : start + _PIECE]).encode()
+    text += decoder.decode(b"", final=True).encode()
+    return bytes(text)
+
+
+_STRING_OR_NAN = re.compile(rb'"|NaN|-?Infinity')
+
+
+def _without_nan(text: bytes) -> bytes:
+    result, done, start = bytearray(), 0, 0
+    while (match := _STRING_OR_NAN.search(text, start)) is not None:
+        start = match.end()
+        if match[0] == b'"':
+            start = _end_of_string(text, start)
+        else:
+            result += text[done : match.start()] + b"null"
+            done = start
+    return bytes(result + text[done:])
+
+
+def _end_of_string(text: bytes, start: int) -> int:
+    """The place after the quote that ends a string whose first character is at `start`."""
+    while (end := text.find(b'"', start)) >= 0:
+        backslashes = end
+        while text[backslashes - 1] == 0x5C:
+            backslashes -= 1
+        if (end - backslashes) % 2 == 0:
+            return end + 1
+        start = end + 1
+    return len(text)
+
+
+_ID = re.compile(rb'"id"\s*:\s*("(?:[^"\\]{0,64})"|-?[0-9]{1,18}(?:\.0+)?(?![0-9.eE]))')
+_ENDS = 4096  # where a cut or broken line is searched for its id
+
+
+def misanswer_of(line: bytes) -> Misanswer | None:
+    """What a line that `parse` refuses says of a call; None where it is about none.
+
+    That is a line that looks like a response: an object with `jsonrpc`, a result or an error, and
+    without a method. Whether there is such a call the caller has to see.
     """
-    text = line.decode("utf-8", "replace").encode("utf-8")
-    return _ESCAPES.sub(lambda m: rb"\ufffd" if m.group("lone") else m.group(0), text)
+    try:
+        fields = _fields.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _misanswer_in_broken(line)
+    is_answer = fields.keys() & {"jsonrpc", "result", "error"} and "method" not in fields
+    if not is_answer:
+        return None
+    error = _present(fields.get("error", UNSET))
+    if error is not UNSET and bytes(memoryview(error)[:1]) != b"{":
+        error = error_payload(PROXY_ERROR, bytes(error)[:_ENDS].decode("utf-8", "replace"))
+    match = _ID.fullmatch(b'"id":' + bytes(fields.get("id", b"null")))
+    found = None if match is None else _id_of(match)
+    return None if found is None and error is UNSET else Misanswer(found, error)
+
+
+def _misanswer_in_broken(line: bytes) -> Misanswer | None:
+    if not line.lstrip().startswith(b"{"):
+        return None
+    looked_at = line if len(line) <= 2 * _ENDS else line[:_ENDS] + b" " + line[-_ENDS:]
+    if b'"jsonrpc"' not in looked_at or b'"method"' in looked_at:
+        return None
+    match = _ID.search(looked_at)
+    return None if match is None else Misanswer(_id_of(match), UNSET)
+
+
+def _id_of(match: re.Match[bytes]) -> RequestId:
+    text = match[1]
+    return text[1:-1].decode("utf-8", "replace") if text[:1] == b'"' else int(text.split(b".")[0])

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from msgspec import Raw
 
 from mcp_proxy.backends import bridge as bridging
 from mcp_proxy.backends import exchange as exchanging
 from mcp_proxy.backends import switchboard as switching
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
+from mcp_proxy.errors import (
+    BackendError,
+    BackendLost,
+    BackendTimeout,
+    BackendUnreached,
+    Cancelled,
+)
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer
@@ -316,3 +325,115 @@ def test_write_failures_of_a_cancellation_are_survived(
     assert delivery is not None
     assert delivery.failure is not None
     assert "does not read its input" in caplog.text
+
+
+def raw(bridge: Bridge, line: bytes) -> None:
+    """Has the server write a line."""
+    ask(bridge, "raw", bytes=base64.b64encode(line + b"\n").decode())
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        (b'{"jsonrpc":"2.0","id":"ID","result":{"a":1}}', Response("i", Raw(b'{"a":1}'))),
+        (b'{"jsonrpc":"2.0","id":ID,"result":{},"error":null}', Response("i", Raw(b"{}"))),
+        (b'{"jsonrpc":"2.0","id":ID,"result":null,"error":{}}', Response("i", error=Raw(b"{}"))),
+        (b'{"jsonrpc":"2.0","id":ID,"result":{"a":NaN}}', Response("i", Raw(b'{"a":null}'))),
+        (b'{"jsonrpc":"2.0","id":ID,"result":"\xff"}', Response("i", Raw(b'"\xef\xbf\xbd"'))),
+        (b'\xef\xbb\xbf{"jsonrpc":"2.0","id":ID,"result":1}', Response("i", Raw(b"1"))),
+        (b'{"jsonrpc":"2.0","id":ID,"error":"no"}', Response("i", error=Raw(b'"no"'))),
+    ],
+)
+def test_what_a_server_writes_a_little_wrong_is_understood(
+    bridge: Bridge, line: bytes, answer: Response
+) -> None:
+    waiting = sent(bridge, [request("silence", "i")], False, 30)
+    raw(bridge, line.replace(b"ID", b"1"))
+    (found,) = received(waiting)
+    assert found == answer
+
+
+@pytest.mark.parametrize("key", [b'"id":null,', b""])
+def test_an_error_without_an_id_is_the_answer_to_the_only_call(
+    bridge: Bridge, key: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = b'{"jsonrpc":"2.0",%s"error":{"code":-32700,"message":"no"}}' % key
+    waiting = sent(bridge, [request("silence", "i")], False, 30)
+    raw(bridge, line)  # this call is in flight, too: the error could be either's
+    assert waiting.receive(0.2) is None
+    ask(bridge, "later", message={"id": None, "error": {"code": -32700, "message": "no"}})
+    assert received(waiting) == [Response("i", error=Raw(b'{"code": -32700, "message": "no"}'))]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"jsonrpc":"2.0","id":1,"result":{"a":',
+        b'{"jsonrpc":"2.0","id":1}',
+        b'{"jsonrpc":"2.0","id":1,"result":{"a":undefined}}',
+        b'{"jsonrpc":"1.0","id":1,"result":{}}',
+    ],
+)
+def test_an_answer_that_cannot_be_read_fails_its_call_at_once(bridge: Bridge, line: bytes) -> None:
+    waiting = sent(bridge, [request("silence", "i")], False, 30)
+    raw(bridge, line)
+    message = waiting.receive(5)
+    assert message is not None
+    assert message.failure is not None
+    assert "cannot be read" in message.failure.message
+    assert "body" not in message.failure.message
+    assert ask(bridge, "echo", a=1).result == Raw(b'{"a": 1}')
+
+
+def test_a_server_that_prints_is_quoted_a_few_times_and_then_counted(
+    bridge: Bridge, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw(bridge, b"\n".join(b"hello %d" % number for number in range(1000)))
+    shown = [record.getMessage() for record in caplog.records]
+    assert len(shown) == bridging.NOISE_SHOWN
+    assert "hello 0" in shown[0]
+    assert "the line is not JSON" in shown[0]
+    monkeypatch.setattr(bridge._noise, "_clock", lambda: time.monotonic() + 61)
+    raw(bridge, b"once more")
+    assert caplog.records[-1].getMessage() == "[test] 996 more lines on stdout were no messages"
+    raw(bridge, b"and again")
+    assert len(caplog.records) == bridging.NOISE_SHOWN + 1
+
+
+def test_requests_that_clients_ignore_are_refused_in_the_end(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(switching, "MAX_ASKED", 3)
+    stream = listening(bridge)
+    for number in range(5):
+        ask(bridge, "later", message={"id": f"q{number}", "method": "roots/list"}, seconds=0)
+        assert stream.receive(10) is not None
+    eventually(lambda: caplog.text.count("refused a roots/list") == 2)
+    seen = json.loads(bytes(ask(bridge, "seen").result))["messages"]
+    refused = [message["id"] for message in seen if "error" in message]
+    assert refused == ["q0", "q1"]
+    bridge.respond(Response("q4", Raw(b"{}")))
+    seen = json.loads(bytes(ask(bridge, "seen").result))["messages"]
+    assert any(message.get("id") == "q4" for message in seen)
+
+
+def test_cancelling_one_call_of_a_batch_cancels_that_one(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridging, "CANCEL_GRACE", 0.2)
+    calls = [request("silence", "a"), request("sleep", "b", seconds=1), request("silence", "c")]
+    batch = sent(bridge, calls, False, 2)
+    cancel = jsonrpc.as_payload({"requestId": "a"})
+    bridge.notify(Notification("notifications/cancelled", cancel))
+    first, second, third = (batch.receive(10) for _ in calls)
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert isinstance(first.failure, Cancelled)
+    assert jsonrpc.parse_message(first.data).id == "a"  # type: ignore[union-attr]
+    assert second.failure is None
+    assert jsonrpc.parse_message(second.data).id == "b"  # type: ignore[union-attr]
+    assert isinstance(third.failure, BackendTimeout)
+    seen = json.loads(bytes(ask(bridge, "seen").result))["messages"]
+    told = [m["params"]["requestId"] for m in seen if m["method"] == "notifications/cancelled"]
+    assert told == [1, 3]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import math
 import re
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +16,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec import UNSET, Raw
 
-from mcp_proxy.errors import INVALID_REQUEST, PARSE_ERROR, InvalidRequest, ParseError, RequestId
+from mcp_proxy.errors import (
+    INVALID_REQUEST,
+    PARSE_ERROR,
+    InvalidRequest,
+    ParseError,
+    RequestId,
+    UnsupportedMediaType,
+)
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Message, Meta, Notification, Request, Response
 from tests.support import json_values
@@ -111,6 +121,107 @@ def test_an_id_of_more_digits_than_python_converts_is_refused() -> None:
         jsonrpc.parse(request_body("9" * 5000))
 
 
+# --- what is taken all the same ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [PING, b"[" + PING + b"]"])
+def test_a_byte_order_mark_is_skipped(body: bytes) -> None:
+    assert jsonrpc.parse(b"\xef\xbb\xbf" + body) == jsonrpc.parse(body)
+
+
+def test_a_compressed_body_is_told_so() -> None:
+    with pytest.raises(UnsupportedMediaType) as caught:
+        jsonrpc.parse(gzip.compress(PING))
+    assert caught.value.status == 415
+
+
+NULLS = {
+    '"id":1,"method":"m","params":null': '"id":1,"method":"m"',
+    '"method":"m","params":null': '"method":"m"',
+    '"id":1,"method":"m","result":null,"error":null': '"id":1,"method":"m"',
+    '"id":1,"method":"m","params":{"_meta":null}': '"id":1,"method":"m","params":{}',
+    '"id":1,"method":"m","params":{"a": 1.0,"_meta":null,"b":[ ]}': (
+        '"id":1,"method":"m","params":{"a":1.0,"b":[ ]}'
+    ),
+    '"method":"m","params":{"_meta":{"progressToken":null,"x":null}}': (
+        '"method":"m","params":{"_meta":{"x":null}}'
+    ),
+    '"id":1,"result":{"a":null},"error":null': '"id":1,"result":{"a":null}',
+    '"id":1,"result":null,"error":{}': '"id":1,"error":{}',
+    '"id":1,"result":null,"error":null': '"id":1,"result":null',
+    '"id":1,"method":null,"params":null,"result":{},"error":null': '"id":1,"result":{}',
+    '"id":1,"result":{"_meta":null}': '"id":1,"result":{"_meta":null}',
+    '"id":1,"method":"m","params":{"arguments":{"_meta":null}}': (
+        '"id":1,"method":"m","params":{"arguments":{"_meta":null}}'
+    ),
+    '"id":1,"method":"m","params":[{"_meta":null}]': (
+        '"id":1,"method":"m","params":[{"_meta":null}]'
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "kept"), NULLS.items())
+def test_nulls_that_mean_nothing_are_taken_out(given: str, kept: str) -> None:
+    body = f'{{"jsonrpc":"2.0",{given}}}'.encode()
+    expected = f'{{"jsonrpc":"2.0",{kept}}}'.encode()
+    assert jsonrpc.encode(jsonrpc.parse_message(body)) == expected
+    (one,) = jsonrpc.parse(b"[" + body + b"]")  # type: ignore[misc]
+    assert jsonrpc.encode(one) == expected
+
+
+def test_nulls_that_mean_something_stay() -> None:
+    with pytest.raises(InvalidRequest):
+        jsonrpc.parse(b'{"jsonrpc":"2.0","id":null,"method":"m"}')
+    with pytest.raises(InvalidRequest):
+        jsonrpc.parse(b'{"jsonrpc":"2.0","id":1,"error":null}')
+
+
+HALVES = [
+    r'{"a":"\ud83d"}',
+    r'{"a":"\uDE00 \ud83d\ude00","n":1.0e2,"_meta":{"progressToken":7,"x":"\uDBFF"}}',
+    r'{"\udead":["\\\ud800","\\ud800","\ufdd0d83d"]}',
+]
+
+
+@pytest.mark.parametrize("params", HALVES)
+@pytest.mark.parametrize("form", ['"id":1,"method":"m","params":{}', '"id":1,"result":{}'])
+def test_half_a_character_in_an_escape_passes_as_it_came(params: str, form: str) -> None:
+    body = f'{{"jsonrpc":"2.0",{form.replace("{}", params)}}}'.encode()
+    message = jsonrpc.parse_message(body)
+    assert jsonrpc.encode(message) == body
+    (one,) = jsonrpc.parse(b"[" + body + b"]")  # type: ignore[misc]
+    assert one == message
+    with pytest.raises(ParseError):
+        jsonrpc.parse(body, keeps_halves=False)
+
+
+def test_fields_beside_half_a_character_are_found_and_replaced() -> None:
+    asked = request(HALVES[1])
+    assert asked.meta.progress_token == 7
+    replaced = bytes(jsonrpc.replace_field(asked.params, ("_meta", "progressToken"), "new"))
+    assert replaced == HALVES[1].replace("7", '"new"').encode()
+    cancel = notification(r'{"reason":"\ud83d","requestId":3}')
+    assert jsonrpc.cancelled_id_of(cancel) == 3
+
+
+@pytest.mark.parametrize("field", [r'"id":"\ud83d","method":"m"', r'"id":1,"method":"\ude00"'])
+def test_names_must_be_whole(field: str) -> None:
+    with pytest.raises(ParseError):
+        jsonrpc.parse(f'{{"jsonrpc":"2.0",{field}}}'.encode())
+
+
+def test_half_a_character_does_not_excuse_what_else_is_wrong() -> None:
+    for params in (r'{"a":"\ud83d",}', r'{"a":"\ud83d\q"}', r'{"a":"\ud83d"'):
+        with pytest.raises(ParseError):
+            jsonrpc.parse(request_body("1", params))
+
+
+def test_a_body_with_every_mark_is_refused() -> None:
+    marks = "".join(rf"\u{number:x}" for number in range(0xFDD0, 0xFDF0))
+    with pytest.raises(ParseError):
+        jsonrpc.parse(request_body("1", rf'{{"a":"\ud83d{marks}"}}'))
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 NOT_JSON = {
@@ -124,8 +235,7 @@ NOT_JSON = {
     "two objects on two lines": PING + b"\n" + PING,
     "an object and rubbish": PING + b"x",
     "a zero byte at the end": PING + b"\0",
-    "a byte order mark": b"\xef\xbb\xbf" + PING,
-    "a byte order mark before a batch": b"\xef\xbb\xbf[" + PING + b"]",
+    "two byte order marks": b"\xef\xbb\xbf\xef\xbb\xbf" + PING,
     "a vertical tab before a batch": b"\x0b[" + PING + b"]",
     "UTF-16": PING.decode().encode("utf-16"),
     "invalid UTF-8": b'{"jsonrpc":"2.0","method":"\xff"}',
@@ -149,7 +259,7 @@ def test_what_is_not_json_is_a_parse_error(body: bytes) -> None:
     "value",
     [
         *("01", "1.", ".5", "+1", "-", "1e", "NaN", "Infinity", "nul", "truex", "undefined"),
-        *('"a\nb"', '"a\tb"', r'"\q"', r'"\ud800"', r'"\u12G4"', "[1,]", '{"b" 1}', "{'b':1}"),
+        *('"a\nb"', '"a\tb"', r'"\q"', r'"\u12G4"', "[1,]", '{"b" 1}', "{'b':1}"),
     ],
 )
 def test_payloads_that_are_not_json_are_parse_errors_too(value: str) -> None:
@@ -220,7 +330,7 @@ def test_json_that_is_no_message_is_an_invalid_request(body: bytes) -> None:
     assert (caught.value.status, caught.value.code) == (400, INVALID_REQUEST)
 
 
-@pytest.mark.parametrize("params", ["null", "0", "1.5", "true", '"x"'])
+@pytest.mark.parametrize("params", ["0", "1.5", "true", '"x"'])
 @pytest.mark.parametrize("head", ['"id":1,', ""], ids=["request", "notification"])
 def test_params_are_an_object_or_an_array(params: str, head: str) -> None:
     with pytest.raises(InvalidRequest, match="params"):
@@ -310,11 +420,9 @@ def test_a_request_may_go_without_meta(params: str) -> None:
 @pytest.mark.parametrize(
     "meta",
     [
-        "null",
         "[]",
         '"x"',
         '{"progressToken":1.5}',
-        '{"progressToken":null}',
         '{"progressToken":{}}',
         '{"io.modelcontextprotocol/protocolVersion":20260728}',
     ],
@@ -523,6 +631,107 @@ def test_a_repaired_line_parses() -> None:
     assert json.loads(bytes(answer.result)) == {"text": "half \N{REPLACEMENT CHARACTER} and \ufffd"}
 
 
+MENDED = {
+    b'{"a":NaN}': b'{"a":null}',
+    b'[NaN,-Infinity, Infinity ,"NaN"]': b'[null,null, null ,"NaN"]',
+    b'{"NaN":"\\"Infinity","b":-Infinity}': b'{"NaN":"\\"Infinity","b":null}',
+    b'"\\\\",NaN,"\\\\\\"NaN"': b'"\\\\",null,"\\\\\\"NaN"',
+    b'"NaN': b'"NaN',
+    b'NaN"\xff': b'null"\xef\xbf\xbd',
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), MENDED.items())
+def test_what_is_no_number_becomes_null(line: bytes, expected: bytes) -> None:
+    assert jsonrpc.mended(line) == expected
+
+
+@given(st.recursive(st.floats() | st.text(), lambda inner: st.lists(inner), max_leaves=8))
+def test_what_python_writes_of_any_floats_is_mended(value: Any) -> None:
+    def finite(part: Any) -> Any:
+        if isinstance(part, list):
+            return [finite(one) for one in part]
+        return part if isinstance(part, str) or math.isfinite(part) else None
+
+    assert json.loads(jsonrpc.mended(json.dumps(value).encode())) == finite(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "request_id", "error"),
+    [
+        (b'{"jsonrpc":"2.0","id":null,"error":{"code":1}}', None, b'{"code":1}'),
+        (b'{"jsonrpc":"2.0","error":{"code":1}}', None, b'{"code":1}'),
+        (b'{"id":3,"error":{"code":1}}', 3, b'{"code":1}'),
+        (b'{"jsonrpc":"2.0","id":3,"error":"no"}', 3, b'{"code":-32000,"message":"\\"no\\""}'),
+        (b'{"jsonrpc":"2.0","id":3}', 3, None),
+        (b'{"jsonrpc":"2.0","id":"3","result":{},"error":{"code":1}}', "3", b'{"code":1}'),
+        (b'{"jsonrpc":"1.0","id":3.0,"result":{}}', 3, None),
+        (b'{"jsonrpc":"2.0","id":3,"error":null}', 3, None),
+        (b'{"jsonrpc":"2.0","id":3,"result":{"a":"b', 3, None),
+        (b'{"result":{"a":,}, "jsonrpc":"2.0", "id" : 3 }', 3, None),
+    ],
+)
+def test_what_cannot_be_read_still_names_its_call(
+    line: bytes, request_id: RequestId | None, error: bytes | None
+) -> None:
+    found = jsonrpc.misanswer_of(line)
+    assert found is not None
+    assert found.id == request_id
+    assert (None if found.error is UNSET else bytes(found.error)) == error
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"hello",
+        b'{"level":"info","id":3}',
+        b'{"jsonrpc":"2.0","id":3,"method":7}',
+        b'{"jsonrpc":"2.0","id":3,"method":"m","params":{',
+        b'{"jsonrpc":"2.0","result":{}}',
+        b'{"jsonrpc":"2.0","id":[3],"result":{}}',
+        b'{"id":3,"result":',
+        b'[{"jsonrpc":"2.0","id":3}]',
+        b'"id":3,"jsonrpc"',
+        b"",
+    ],
+)
+def test_what_is_about_no_call_fails_none(line: bytes) -> None:
+    assert jsonrpc.misanswer_of(line) is None
+
+
+@given(st.binary() | st.lists(st.sampled_from([b"{", b"}", b'"id":1', b'"jsonrpc":', b",", b"1"])))
+def test_any_line_is_about_a_call_or_not(line: bytes | list[bytes]) -> None:
+    jsonrpc.misanswer_of(line if isinstance(line, bytes) else b"".join(line))
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [b"\\ud83d", b"\\ude00", b"\\", b"\\\\", b"u", b"d83d", b"x" * 5, b"\xff", "é".encode()]
+        ),
+        max_size=60,
+    ).map(b"".join),
+    st.integers(13, 40),
+)
+def test_a_line_is_repaired_the_same_in_pieces_of_any_size(line: bytes, size: int) -> None:
+    whole = jsonrpc.repair(line)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonrpc, "_PIECE", size)
+        assert jsonrpc.repair(line) == whole
+
+
+@pytest.mark.parametrize("content", [rb"\n\ud83d", b"\xffabc", rb"\\", rb"\ud83d", b"NaN,"])
+def test_the_repair_of_a_long_line_takes_a_small_multiple_of_it(content: bytes) -> None:
+    line = b'{"a":"' + content * (8 * MEBIBYTE // len(content)) + b'\xff"}'
+    tracemalloc.start()
+    try:
+        jsonrpc.mended(line)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * len(line) + 16 * MEBIBYTE
+
+
 # --- properties ----------------------------------------------------------------------------------
 
 
@@ -530,7 +739,7 @@ def _parse_or_none(body: bytes) -> list[Message] | None:
     """What `parse` returns, None where it raises one of the two errors that it may raise."""
     try:
         parsed = jsonrpc.parse(body)
-    except (ParseError, InvalidRequest):
+    except (ParseError, InvalidRequest, UnsupportedMediaType):
         return None
     return parsed if isinstance(parsed, list) else [parsed]
 
@@ -580,7 +789,16 @@ def test_anything_like_a_message_is_one_or_one_of_the_two_errors(data: st.DataOb
 
 
 def _known_fields(envelope: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in envelope.items() if name != "other"}
+    """What is left of a message: a null where it means nothing counts as absent."""
+    kept = {name: value for name, value in envelope.items() if name != "other"}
+    for name in ("method", "params", "error"):
+        if kept.get(name, "") is None:
+            del kept[name]
+    if ("method" in kept or "error" in kept) and kept.get("result", "") is None:
+        del kept["result"]
+    if "method" not in kept:
+        kept.pop("params", None)
+    return kept
 
 
 _calls = st.fixed_dictionaries(
@@ -589,7 +807,11 @@ _calls = st.fixed_dictionaries(
 )
 _answers = st.sampled_from(["result", "error"]).flatmap(
     lambda field: st.fixed_dictionaries(
-        {"jsonrpc": st.just("2.0"), "id": json_values.ids, field: json_values.values}
+        {
+            "jsonrpc": st.just("2.0"),
+            "id": json_values.ids,
+            field: json_values.values.filter(lambda value: field == "result" or value is not None),
+        }
     )
 )
 

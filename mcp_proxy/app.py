@@ -147,7 +147,10 @@ class Application:
         def handle(request: ClientRequest) -> Reply:
             if request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowed("GET, HEAD")
-            return answer()
+            reply = answer()
+            if reply.status >= 400:
+                request.reason = "not ready"
+            return reply
 
         return self.edge.serve(environ, start_response, handle, is_own=True)
 

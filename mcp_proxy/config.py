@@ -78,6 +78,13 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     unknown_session_status: Annotated[
         Literal[400, 404], Meta(description="HTTP status for an id that was never issued here")
     ] = 400
+    failure_status: Annotated[
+        Literal["json-rpc", "http"],
+        Meta(
+            description="what a failure that is not the client's fault makes of a call: 200 with a "
+            "JSON-RPC error, or 502, 503 and 504"
+        ),
+    ] = "json-rpc"
     request_timeout: Annotated[
         Seconds, Meta(description="how long a call may take before it fails")
     ] = 600

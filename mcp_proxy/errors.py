@@ -3,6 +3,10 @@
 One place, `mcp_proxy.edge.edge`, turns them into responses. JSON-RPC codes: -32700 to -32603 are
 JSON-RPC 2.0 section 5.1; -32000 and -32001 are the codes that MCP clients know from legacy servers.
 Codes -32020 and below mark a modern (2026-07-28) server and are never used here.
+
+An error that is not the client's fault has a kind, which the header `X-MCP-Proxy-Error` names. A
+POST that carries a request is then answered 200, unless the setting `failure_status` is `http`:
+the status of such an error is that on GET and DELETE.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ SESSION_NOT_FOUND = -32001
 class ProxyError(Exception):
     """The base class: HTTP status, JSON-RPC code, and a message for the client.
 
-    `request_id` is the id of the JSON-RPC request that is answered by this error, None where there
-    is none; `headers` are added to the HTTP response.
+    `kind` is empty where the client is at fault, or has left, or nothing failed. `request_id` is
+    the id of the JSON-RPC request that is answered by this error, None where there is none;
+    `headers` are added to the HTTP response.
     """
 
     status = 500
     code = INTERNAL_ERROR
+    kind = "internal-error"
     sentence = "Internal error"
 
     def __init__(self, message: str | None = None) -> None:
@@ -47,6 +53,7 @@ class ClientError(ProxyError):
 
     status = 400
     code = INVALID_REQUEST
+    kind = ""
 
 
 class ParseError(ClientError):
@@ -88,6 +95,21 @@ class MethodNotAllowed(ClientError):
         self.headers = [("Allow", allowed)]
 
 
+class StreamWithoutSession(ClientError):
+    """A GET that names no session: only a session has a stream.
+
+    405 says so to clients that try one wire after the other (MCP 2025-11-25, transports,
+    "Listening for Messages from the Server").
+    """
+
+    status = 405
+    sentence = "A stream belongs to a session: POST an initialize first, then send Mcp-Session-Id"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headers = [("Allow", "POST, DELETE")]
+
+
 class NotAcceptable(ClientError):
     """The Accept header names no media type of the endpoint."""
 
@@ -112,7 +134,11 @@ class UnsupportedMediaType(ClientError):
 
 
 class SessionNotFound(ClientError):
-    """There is no record with this session id."""
+    """There is no record with this session id.
+
+    With status 404 the answer has no `id`: the official Go SDK takes an error with one for the
+    answer to its call, and never notices that the session is over.
+    """
 
     status = 404
     code = SESSION_NOT_FOUND
@@ -136,6 +162,7 @@ class StorageError(ProxyError):
     """The session store failed."""
 
     code = PROXY_ERROR
+    kind = "store-unavailable"
 
 
 class StorageUnavailable(StorageError):
@@ -158,20 +185,44 @@ class BackendError(ProxyError):
 
     status = 502
     code = PROXY_ERROR
+    kind = "bad-answer"
 
 
 class BackendLost(BackendError):
     """The backend was lost or cannot be started; it may have executed the request."""
 
+    kind = "server-exited"
+
+
+class BackendNotStarted(BackendLost):
+    """The server cannot be started, or not yet again."""
+
+    kind = "server-start-failed"
+
+
+class BadAnswer(BackendLost):
+    """The backend answered something that cannot be used."""
+
+    kind = "bad-answer"
+
 
 class BackendUnreached(BackendLost):
     """The backend got nothing of the request, which may be sent again, there or elsewhere."""
+
+    kind = "server-unreachable"
+
+
+class BackendExited(BackendUnreached):
+    """The backend is a process that had exited before it got anything of the request."""
+
+    kind = "server-exited"
 
 
 class BackendUnavailable(BackendError):
     """The backend got nothing of the request and may still run: try again there shortly."""
 
     status = 503
+    kind = "server-unreachable"
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message)
@@ -182,6 +233,7 @@ class BackendTimeout(BackendError):
     """The backend did not answer in time."""
 
     status = 504
+    kind = "server-timeout"
 
 
 class ClientLeft(ProxyError):
@@ -189,6 +241,7 @@ class ClientLeft(ProxyError):
 
     status = 499
     code = PROXY_ERROR
+    kind = ""
     sentence = "The client closed the connection"
 
 
@@ -196,6 +249,7 @@ class Cancelled(BackendError):
     """The client cancelled the call and the server sent no answer of its own."""
 
     status = 200
+    kind = ""
     sentence = "The call was cancelled by the client"
 
 
@@ -204,6 +258,7 @@ class Overloaded(ProxyError):
 
     status = 503
     code = PROXY_ERROR
+    kind = "overloaded"
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -212,6 +267,8 @@ class Overloaded(ProxyError):
 
 class Draining(Overloaded):
     """This replica is stopping."""
+
+    kind = "draining"
 
     def __init__(self) -> None:
         super().__init__("This replica is shutting down")

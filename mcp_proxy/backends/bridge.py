@@ -29,6 +29,7 @@ from mcp_proxy.backends.switchboard import PendingCall, Switchboard
 from mcp_proxy.errors import (
     PROXY_ERROR,
     BackendError,
+    BackendExited,
     BackendLost,
     BackendTimeout,
     BackendUnreached,
@@ -123,7 +124,7 @@ class Bridge(Backend):
         lines: list[bytes] = []
         with self._lock:
             if not self.is_alive:
-                raise BackendUnreached(self._lost)
+                raise BackendExited(self._lost)
             # Of several calls each can be cancelled, so each has the deadline for itself.
             deadline = exchange.deadline if len(exchange.requests) > 1 else None
             for request in exchange.requests:
@@ -137,7 +138,7 @@ class Bridge(Backend):
                 return  # the exit was noticed meanwhile, and has answered them
             # The exit status is a better reason than the closed input.
             self._has_exited.wait(_NOTICE)
-            raise BackendUnreached(self._lost or str(error)) from error
+            raise BackendExited(self._lost or str(error)) from error
 
     def submit(self, request: Request, timeout: float) -> None:
         with self._lock:
@@ -234,7 +235,7 @@ class Bridge(Backend):
 
     def _require_alive(self) -> None:
         if self._lost is not None:
-            raise BackendUnreached(self._lost)
+            raise BackendExited(self._lost)
 
     def _write(self, line: bytes) -> None:
         """Writes to the child, and stops it if that fails."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from mcp_proxy.backends.exchange import Backend, Exchange
-from mcp_proxy.errors import BackendLost, ClientError, SessionEnded
+from mcp_proxy.errors import BackendNotStarted, BadAnswer, ClientError, SessionEnded
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED, decode_resume
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
@@ -31,7 +31,7 @@ def ask(backend: Backend, request: Request, timeout: float) -> Response:
     answer = exchange.receive(timeout + 1)
     exchange.close()
     if answer is None:
-        raise BackendLost("The server did not answer when it was started again")
+        raise BackendNotStarted("The server did not answer when it was started again")
     if answer.failure is not None:
         raise answer.failure
     response = jsonrpc.parse_message(answer.data)
@@ -59,7 +59,7 @@ def recorded(body: str, version: str, resume: str | None) -> list[Request]:
 def replay(backend: Backend, requests: Sequence[Request], version: str, timeout: float) -> None:
     """Tells a new server what `recorded` has found; it has to answer at `version`.
 
-    Raises BackendLost or BackendTimeout when it has not answered all of it in `timeout` seconds,
+    Raises BackendError when it has not answered all of it in `timeout` seconds,
     SessionEnded when it does not speak `version` any more.
     """
     until = time.monotonic() + timeout
@@ -73,11 +73,11 @@ def replay(backend: Backend, requests: Sequence[Request], version: str, timeout:
 
 
 def describe(response: Response) -> str:
-    """What an InitializeResult says of the server, in words; raises BackendLost for an error."""
+    """What an InitializeResult says of the server, in words; raises BadAnswer for an error."""
     try:
         result = msgspec.json.decode(response.result or b"", type=_InitializeResult)
     except msgspec.DecodeError as error:
         said = bytes(response.error or b"no InitializeResult").decode("utf-8", "replace")
-        raise BackendLost(f"The server refused initialize: {said}") from error
+        raise BadAnswer(f"The server refused initialize: {said}") from error
     info = result.server_info
     return f"{info.name} {info.version}, revision {result.protocol_version}"

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.edge.logs import current_request, log_access
-from mcp_proxy.edge.reply import Body, Reply, empty_reply, json_reply
+from mcp_proxy.edge.reply import Body, Reply, empty_reply, event_reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, RequestIds, require_path
-from mcp_proxy.errors import Draining, Overloaded, ProxyError
+from mcp_proxy.errors import Draining, Overloaded, ProxyError, SessionNotFound
 from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire.headers import FAILURE
+from mcp_proxy.wire.jsonrpc import Batch, Message, Request
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -29,6 +31,7 @@ class Edge:
     def __init__(self, options: ProxyOptions) -> None:
         self.streams = StreamLimit(options.stream_limit)
         self.is_draining = False
+        self._failure_status = options.failure_status
         self._ids = RequestIds()
         self._guard = Guard(options.allowed_origins, options.allowed_hosts)
 
@@ -79,10 +82,10 @@ class Edge:
             return handle(request)
         except ProxyError as error:
             log.debug("%s: %s", type(error).__name__, error)
-            return render(error)
+            return render(error, request, self._failure_status)
         except Exception:
             log.exception("a request failed unexpectedly")
-            return render(ProxyError())
+            return render(ProxyError(), request, self._failure_status)
 
 
 class _LoggedBody:
@@ -112,9 +115,42 @@ class _LoggedBody:
 # --- the one place where errors become HTTP -------------------------------------------------------
 
 
-def render(error: ProxyError) -> Reply:
-    """The response to an error before the response began: its status and a JSON-RPC error."""
-    return json_reply(as_message(error), error.status, error.headers)
+def render(error: ProxyError, request: ClientRequest, failure_status: str) -> Reply:
+    """The response to an error before the response began, by whose fault it is.
+
+    The client's: the error's status. Otherwise the message that the request carried decides: a
+    request gets a JSON-RPC error, with the status that `failure_status` says; what wants no answer
+    counts as accepted, since clients end the session when a notification fails.
+    """
+    request.note(error)
+    message = request.message
+    if not error.kind:
+        request_id = message.id if isinstance(message, Request) else error.request_id
+        if isinstance(error, SessionNotFound) and error.status == 404:
+            request_id = None
+        body = jsonrpc.encode_error(error.code, error.message, request_id)
+        return json_reply(body, error.status, error.headers)
+    extra = [*error.headers, (FAILURE, error.kind)]
+    if message is None:
+        return json_reply(as_message(error), error.status, extra)
+    answers = _answers(error, message)
+    if answers is None:
+        log.warning("a message was not delivered (%s): %s", error.kind, error)
+        return empty_reply(202, extra)
+    if failure_status == "http":
+        return json_reply(answers, error.status, extra)
+    return json_reply(answers, 200, extra) if request.accepts_json else event_reply(answers, extra)
+
+
+def _answers(error: ProxyError, message: Message | Batch) -> bytes | None:
+    """`error` under the id of a request, or of each in a batch; None where nothing is asked."""
+    if isinstance(message, Request):
+        return jsonrpc.encode_error(error.code, error.message, message.id)
+    if not isinstance(message, list):
+        return None
+    ids = [part.id for part in message if isinstance(part, Request)]
+    answers = [jsonrpc.encode_error(error.code, error.message, each) for each in ids]
+    return jsonrpc.encode_batch(answers) if answers else None
 
 
 def as_message(error: ProxyError) -> bytes:

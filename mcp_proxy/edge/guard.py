@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from mcp_proxy.errors import Forbidden
-from mcp_proxy.wire.headers import Headers
+from mcp_proxy.wire.headers import FAILURE, SESSION_ID, Headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -27,7 +27,7 @@ _CORS_HEADERS = (
     "Mcp-Method, Mcp-Name, X-Request-ID"
 )
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CORS_EXPOSED = "Mcp-Session-Id, X-Request-ID, WWW-Authenticate"
+_CORS_EXPOSED = f"{SESSION_ID}, X-Request-ID, WWW-Authenticate, {FAILURE}"
 
 
 class Guard:

@@ -42,12 +42,15 @@ def log_access(request: ClientRequest, status: int) -> None:
         "client": request.environ.get("REMOTE_ADDR", ""),
         "session": (request.session or "")[-8:],
         "rpc": request.rpc or "",
+        "reason": request.reason,
     }
-    access.info(_ACCESS_LINE, fields, extra={"fields": fields})
+    # A sentence may quote the client: as a JSON string it stays on one line.
+    reason = f" reason={json.dumps(request.reason, ensure_ascii=False)}" if request.reason else ""
+    access.info(_ACCESS_LINE, {**fields, "why": reason}, extra={"fields": fields})
 
 
 _ACCESS_LINE = (
-    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s"
+    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s%(why)s"
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import NamedTuple, Protocol
 
+from mcp_proxy.wire import sse
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON, Headers
 
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
@@ -47,6 +48,13 @@ def json_reply(data: bytes, status: int = 200, extra: Headers | None = None) -> 
     return Reply(
         status, [("Content-Type", JSON), ("Content-Length", str(len(data))), *(extra or ())], data
     )
+
+
+def event_reply(data: bytes, extra: Headers | None = None) -> Reply:
+    """A complete event stream of one message."""
+    event = sse.encode_message(data)
+    length = ("Content-Length", str(len(event)))
+    return Reply(200, [*_STREAM_HEADERS, length, *(extra or ())], event)
 
 
 def empty_reply(status: int, extra: Headers | None = None) -> Reply:

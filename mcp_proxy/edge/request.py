@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.wsgi import get_input_stream
 
-from mcp_proxy.errors import BodyTooLarge, InvalidRequest
+from mcp_proxy.errors import BodyTooLarge, InvalidRequest, ProxyError
 from mcp_proxy.wire import headers
+from mcp_proxy.wire.jsonrpc import Batch, Message
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -53,9 +54,12 @@ class ClientRequest:
     """One HTTP request. Used by one thread at a time.
 
     `session_id`, `protocol_version` and `content_type` are the headers of that name, None where
-    they are absent; a client without Accept accepts JSON only. Three are for the log: `id` is the
-    client's X-Request-ID if it is valid, else one of `ids`; `rpc` is the JSON-RPC method, and
-    `session` the session that was named or opened, each once it is known.
+    they are absent; a client without Accept accepts JSON only. `message` is what a POST carried,
+    once it was read, if the answer to it leaves on this response: failures then do as well.
+
+    Four are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
+    is the JSON-RPC method, `session` the session that was named or opened, and `reason` says why
+    the request was refused or failed, each once it is known.
     """
 
     __slots__ = (
@@ -64,9 +68,11 @@ class ClientRequest:
         "content_type",
         "environ",
         "id",
+        "message",
         "method",
         "path",
         "protocol_version",
+        "reason",
         "rpc",
         "session",
         "session_id",
@@ -86,8 +92,15 @@ class ClientRequest:
         given: str | None = environ.get("HTTP_X_REQUEST_ID")
         self.id = given if given and _is_request_id(given) else ids.new()
         self.started = time.monotonic()
+        self.message: Message | Batch | None = None
+        self.reason = ""
         self.rpc: str | None = None
         self.session = self.session_id
+
+    def note(self, error: ProxyError) -> None:
+        """Has the access line say what went wrong."""
+        if error.kind or error.status >= 400:
+            self.reason = f"{error.kind}: {error}" if error.kind else str(error)
 
     def header(self, name: str) -> str | None:
         """The value of a request header, None where it is absent."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mcp_proxy.errors import BackendLost
+from mcp_proxy.errors import BackendNotStarted
 
 #: A server that ran this long (seconds) before it exited does not count as one that keeps ending.
 SETTLED = 10.0
@@ -45,13 +45,13 @@ class Backoff:
             }
 
     def require_over(self, session_id: str) -> None:
-        """Raises BackendLost while the session's server is not to be started again."""
+        """Raises BackendNotStarted while the session's server is not to be started again."""
         with self._lock:
             exits = self._exits.get(session_id)
         left = exits.until - self._clock() if exits is not None else 0.0
         if exits is not None and left > 0:
             seconds = math.ceil(left)
-            error = BackendLost(
+            error = BackendNotStarted(
                 f"The server keeps ending ({exits.times} times); it is started again in {seconds} s"
             )
             error.headers = [("Retry-After", str(seconds))]

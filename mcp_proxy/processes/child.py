@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import IO
 
-from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached
+from mcp_proxy.errors import BackendExited, BackendLost, BackendNotStarted, BackendTimeout
 from mcp_proxy.processes.guardian import REPLICA_VARIABLE
 from mcp_proxy.servers import StdioServer
 
@@ -38,7 +38,7 @@ _LINE_SHOWN = 2000  # characters of a line of noise or stderr that the log gets
 class Child:
     """A running server process.
 
-    The constructor starts the process and raises BackendLost if that fails.
+    The constructor starts the process and raises BackendNotStarted if that fails.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Child:
             except BlockingIOError:
                 self._wait_writable(deadline)
             except (OSError, ValueError) as error:
-                kind = BackendUnreached if len(data) == size else BackendLost
+                kind = BackendExited if len(data) == size else BackendLost
                 raise kind("The server has closed its input") from error
 
     def _wait_writable(self, deadline: float) -> None:
@@ -216,7 +216,7 @@ def _start(
             )
     except (OSError, ValueError) as error:
         log.error("[%s] cannot start %s: %s", server.name, server, error)
-        raise BackendLost(f"The server cannot be started: {_reason(error)}") from error
+        raise BackendNotStarted(f"The server cannot be started: {_reason(error)}") from error
 
 
 def _pipes(

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mcp_proxy.background import Reader, SelectorWorker, Workers
-from mcp_proxy.errors import BackendLost
+from mcp_proxy.errors import BackendLost, BackendNotStarted
 from mcp_proxy.processes.child import Child
 from mcp_proxy.processes.guardian import Guardian
 from mcp_proxy.replica import Replica
@@ -96,7 +96,7 @@ class Supervisor(SelectorWorker):
         try:
             self.start()
         except (OSError, RuntimeError) as error:
-            raise BackendLost(f"The server cannot be started: {error}") from error
+            raise BackendNotStarted(f"The server cannot be started: {error}") from error
         child = Child(server, self._replica.id, max_message, self.cpu_affinity)
         self._guardian.watch(child.pid)
         with self._all_exited:
@@ -120,7 +120,7 @@ class Supervisor(SelectorWorker):
             reader.start()
         except RuntimeError as error:
             self.stop_child(child)
-            raise BackendLost(f"The server cannot be started: {error}") from error
+            raise BackendNotStarted(f"The server cannot be started: {error}") from error
 
     def stop_child(self, child: Child) -> None:
         """Begins to stop a child and returns at once; harmless if it is stopping or has exited."""

@@ -18,10 +18,13 @@ import msgspec
 
 from mcp_proxy.errors import (
     BackendError,
+    BackendExited,
     BackendLost,
+    BackendNotStarted,
     BackendTimeout,
     BackendUnavailable,
     BackendUnreached,
+    BadAnswer,
     Cancelled,
 )
 
@@ -288,7 +291,10 @@ _from_owner: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOw
 
 _FAILURES: dict[str, type[BackendError]] = {
     kind.__name__: kind
-    for kind in (BackendLost, BackendTimeout, BackendUnavailable, BackendUnreached, Cancelled)
+    for kind in (
+        *(BackendLost, BackendNotStarted, BadAnswer, BackendUnreached, BackendExited),
+        *(BackendTimeout, BackendUnavailable, Cancelled),
+    )
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Self
 
+from mcp_proxy.backends.exchange import no_answer
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
@@ -24,6 +25,7 @@ from mcp_proxy.edge.guard import without_cors
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
+    INTERNAL_ERROR,
     BackendError,
     BackendLost,
     BackendTimeout,
@@ -60,6 +62,9 @@ KIND = "mcp"
 
 # The most attempts for a request while backends lose its session.
 _ATTEMPTS = 3
+
+# A client that is answered 200 here takes the server for one of the legacy era, for good.
+_DISCOVER = "server/discover"
 
 # Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
@@ -224,10 +229,14 @@ class TransparentProxy(Transport):
         inbound = Inbound(request, body, _message_in(request, body))
         if isinstance(inbound.message, (Request, Notification)):
             request.rpc = inbound.message.method
+        is_discover = inbound.message is not None and request.rpc == _DISCOVER
+        request.message = None if is_discover else inbound.message
         try:
             return self._dispatch(inbound)
         except ProxyError as error:
             error.request_id = inbound.id
+            if is_discover:
+                error.code = INTERNAL_ERROR
             raise
 
     def _dispatch(self, inbound: Inbound) -> Reply:
@@ -237,9 +246,13 @@ class TransparentProxy(Transport):
         if _is_modern(request, message):
             return self._without_session(inbound)
         if request.method == "POST" and request.environ.get("QUERY_STRING"):
+            carried = request.message
+            if isinstance(message, Request):
+                request.message = None  # the answer would leave on the session's stream instead
             session = self._sse.session_of(request)
             if session is not None:
                 return self._in_sse_session(inbound, session)
+            request.message = carried
         if isinstance(message, Request) and message.method == INITIALIZE:
             self.edge.require_open()
             return self._initialize(inbound, message)
@@ -419,7 +432,14 @@ class TransparentProxy(Transport):
                 if rewriter is not None:
                     transform = rewriter.feed
                     reply_headers = sse_sessions.unbuffered(reply_headers)
-        body = ForwardedBody(call, inbound.id, lambda: self._cancel(inbound, session), transform)
+        if call.status >= 400:
+            inbound.request.reason = "the server's own answer"
+
+        def on_timeout() -> None:
+            inbound.request.note(no_answer(self.options.request_timeout))
+            self._cancel(inbound, session)
+
+        body = ForwardedBody(call, inbound.id, on_timeout, transform)
         return Reply(call.status, reply_headers, body)
 
     def _admit_stream(self, request: ClientRequest, call: HttpCall) -> None:

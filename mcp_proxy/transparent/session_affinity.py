@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET
 
 from mcp_proxy.backends.http import HttpCall, HttpClient
-from mcp_proxy.errors import BackendError, BackendLost, ClientError, SessionEnded, SessionExists
+from mcp_proxy.errors import BackendError, BadAnswer, ClientError, SessionEnded, SessionExists
 from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
@@ -218,7 +218,7 @@ class SessionAffinity:
         finally:
             call.close()
         if call.status >= 300 or answer is None or answer.result is UNSET:
-            raise BackendLost(f"The server refused to be initialized again (status {call.status})")
+            raise BadAnswer(f"The server refused to be initialized again (status {call.status})")
         version = jsonrpc.protocol_version_of(answer.result)
         session_id = call.header(headers.SESSION_ID)
         named = {headers.SESSION_ID: session_id, headers.PROTOCOL_VERSION: version}

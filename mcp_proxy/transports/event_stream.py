@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection
@@ -31,7 +31,7 @@ class EventStream:
     leave at once. `primes` says whether the client understands an event without data, by which a
     stream that can be resumed begins (MCP 2025-11-25, "Sending Messages to the Server"). The
     client's leaving is noticed at the next keepalive, at the latest; then the thread is free.
-    `close` closes the exchange.
+    `close` closes the exchange. `on_failure` is told of each failure that the stream carries.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class EventStream:
         request_id: RequestId | None = None,
         primes: bool = False,
         first: bytes = sse.KEEPALIVE,
+        on_failure: Callable[[ProxyError], object] | None = None,
     ) -> None:
         self._exchange = exchange
         self._connection = connection
@@ -51,6 +52,7 @@ class EventStream:
         self._request_id = request_id
         self._primes = primes
         self._first = first
+        self._on_failure = on_failure
 
     def __iter__(self) -> Iterator[bytes]:
         self._connection.give_up_after(2 * self._keepalive)
@@ -61,6 +63,7 @@ class EventStream:
         try:
             yield from self._rest()
         except ProxyError as error:
+            self._note(error)
             error.request_id = self._request_id
             yield sse.encode_message(as_message(error))
 
@@ -81,7 +84,13 @@ class EventStream:
     def close(self) -> None:
         self._exchange.close()
 
+    def _note(self, failure: ProxyError) -> None:
+        if self._on_failure is not None:
+            self._on_failure(failure)
+
     def _event(self, message: ServerMessage) -> Iterator[bytes]:
+        if message.failure is not None:
+            self._note(message.failure)
         if not message.data:
             yield _priming_event(message) if self._primes else sse.KEEPALIVE
         elif len(message.data) <= _LARGE:

@@ -81,6 +81,7 @@ class SSEProxy(StdioTransport):
                 ClientConnection(request.environ),
                 self.options.keepalive_interval,
                 first=self._endpoint(request, session),
+                on_failure=request.note,
             )
             return stream_reply(body)
         except BaseException:
@@ -118,6 +119,8 @@ class SSEProxy(StdioTransport):
         if request.content_type is not None and not headers.is_json(request.content_type):
             raise UnsupportedMediaType
         message = jsonrpc.parse_message(request.read_body(self.options.max_body_bytes))
+        if not isinstance(message, Request):
+            request.message = message  # a request's answer leaves on the session's stream instead
         try:
             self._pass_on(request, message)
         except ProxyError as error:

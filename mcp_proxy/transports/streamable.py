@@ -27,6 +27,7 @@ from mcp_proxy.errors import (
     NotFound,
     ProxyError,
     RequestId,
+    StreamWithoutSession,
     UnsupportedMediaType,
 )
 from mcp_proxy.ownership.owner import Owner
@@ -71,12 +72,9 @@ class StreamableProxy(StdioTransport):
         if not request.accepts_json and not request.accepts_stream:
             raise NotAcceptable
         message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
+        request.message = message
         if isinstance(message, Request):
-            try:
-                return self._request(request, message)
-            except ProxyError as error:
-                error.request_id = message.id
-                raise
+            return self._request(request, message)
         session = self._session(request)
         if isinstance(message, list):
             return self._batch(request, session, message)
@@ -165,13 +163,15 @@ class StreamableProxy(StdioTransport):
         """JSON if nothing but the answer comes, and soon; an event stream otherwise.
 
         `request_id` is None for a batch, whose answer is an array; `session` is None before there
-        is one.
+        is one. The head of the answer to an initialize says whether there is one now: even a client
+        that takes streams alone waits for it, as long as others do.
         """
         try:
-            early = self._received_early(request, exchange)
-            if request.accepts_json and exchange.is_over:
+            waits = request.accepts_json or session is None
+            early = self._received_early(request, exchange) if waits else []
+            if exchange.is_over and (request.accepts_json or early[0].failure is not None):
                 exchange.close()
-                return _as_json(early, is_batch=request_id is None)
+                return _as_json(request, early, is_batch=request_id is None)
             exchange.begin_stream()
             body = EventStream(
                 exchange,
@@ -180,6 +180,7 @@ class StreamableProxy(StdioTransport):
                 early=early,
                 request_id=request_id,
                 primes=_primes(session),
+                on_failure=request.note,
             )
             return stream_reply(body)
         except BaseException:
@@ -196,7 +197,7 @@ class StreamableProxy(StdioTransport):
         received: list[ServerMessage] = []
         waits = self.options.sse_after if request.accepts_stream else threading.TIMEOUT_MAX
         until = time.monotonic() + waits
-        while request.accepts_json and not exchange.is_over:
+        while not exchange.is_over:
             message = exchange.receive(until - time.monotonic())
             if message is None:
                 break
@@ -211,6 +212,8 @@ class StreamableProxy(StdioTransport):
         """The session's standing stream, "Listening for Messages from the Server", or another one
         that broke off, "Resumability and Redelivery".
         """
+        if request.session_id is None:
+            raise StreamWithoutSession
         if not request.accepts_stream:
             raise NotAcceptable("Accept must name text/event-stream")
         self.edge.require_open()
@@ -228,6 +231,7 @@ class StreamableProxy(StdioTransport):
             ClientConnection(request.environ),
             self.options.keepalive_interval,
             primes=_primes(session),
+            on_failure=request.note,
         )
         return stream_reply(body)
 
@@ -319,10 +323,14 @@ def _not_spoken(version: str) -> ProxyError:
     return InvalidRequest(f"Revision {version} is not served here; initialize at one of {spoken}")
 
 
-def _as_json(answers: Sequence[ServerMessage], is_batch: bool) -> Reply:
-    """One answer as an object, several as an array; a failure of the backend as its HTTP status."""
+def _as_json(request: ClientRequest, answers: Sequence[ServerMessage], is_batch: bool) -> Reply:
+    """One answer as an object, several as an array; raises the failure of a single request."""
     if is_batch:
-        return json_reply(jsonrpc.encode_batch([answer.data for answer in answers]))
+        failures = [answer.failure for answer in answers if answer.failure is not None]
+        extra = [(headers.FAILURE, failure.kind) for failure in failures if failure.kind]
+        for failure in failures:
+            request.note(failure)
+        return json_reply(jsonrpc.encode_batch([answer.data for answer in answers]), 200, extra[:1])
     (answer,) = answers
     if answer.failure is not None:
         raise answer.failure

@@ -9,6 +9,9 @@ SESSION_ID = "Mcp-Session-Id"
 PROTOCOL_VERSION = "MCP-Protocol-Version"
 LAST_EVENT_ID = "Last-Event-ID"
 
+#: Ours: names the kind of a failure that is not the client's fault.
+FAILURE = "X-MCP-Proxy-Error"
+
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
 

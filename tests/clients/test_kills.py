@@ -329,7 +329,8 @@ def test_proxy_told_to_stop_says_so_to_whoever_comes_while_a_call_still_runs() -
                 ready = await http.get(f"{talk.proxy.base}/readyz")
                 assert (ready.status_code, "shutting down" in ready.text) == (503, True)
                 opened = await http.post(talk.proxy.url, headers=_ACCEPT, json=_INITIALIZE)
-                assert (opened.status_code, opened.headers["Retry-After"]) == (503, "5")
+                assert (opened.status_code, opened.headers["Retry-After"]) == (200, "5")
+                assert opened.headers["X-MCP-Proxy-Error"] == "draining"
         await anyio.to_thread.run_sync(_stopped_in_order, talk.proxy)
 
     with ProxyProcess() as proxy:

@@ -32,6 +32,7 @@ SAMPLES: dict[str, Sample] = {
     "redis_prefix": _one("mine:", "mine:"),
     "session_ttl": _one("0.5", 0.5),
     "unknown_session_status": _one("404", 404),
+    "failure_status": _one("http", "http"),
     "request_timeout": _one("30", 30.0),
     "connect_timeout": _one("1.25", 1.25),
     "keepalive_interval": _one("2", 2.0),

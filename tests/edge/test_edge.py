@@ -113,9 +113,10 @@ def test_without_accept_only_json_is_taken() -> None:
 def test_an_error_is_rendered_with_its_status_code_and_headers() -> None:
     error = StorageUnavailable()
     error.request_id = ""
-    reply = render(error)
+    reply = render(error, request_with(), "json-rpc")
     assert reply.status == 503
     assert ("Retry-After", "1") in reply.headers
+    assert ("X-MCP-Proxy-Error", "store-unavailable") in reply.headers
     assert isinstance(reply.body, bytes)
     assert json.loads(reply.body)["id"] == ""
 

@@ -133,9 +133,9 @@ def test_the_end_of_the_block_ends_everything(running: Running) -> None:
     front = running.front
     running.close()
     assert list(stream.events()) == []
-    assert client.call("ping").status == 503
+    assert client.call("ping").failure == "draining"
     for path in ("/mcp", "/http"):
-        assert McpClient(front, path).initialize().status == 503
+        assert McpClient(front, path).initialize().failure == "draining"
     assert SseClient(front, path="/old/sse").connect().status == 503
     running.storage.check()
 

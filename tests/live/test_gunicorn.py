@@ -86,7 +86,7 @@ def test_gevent_works(redis_server: RedisServer, redis_prefix: str) -> None:
         client.result("later", {"message": {"method": "notifications/message", "params": {}}})
         assert next(stream.stream())["method"] == "notifications/message"
         stream.close()
-        assert client.call("die", {"code": 3}).status == 502
+        assert client.call("die", {"code": 3}).failure == "server-exited"
         assert client.result("count")["calls"] == 1
 
 

@@ -76,7 +76,7 @@ def test_a_server_that_cannot_come_back_gives_its_claim_up() -> None:
         client.open()
         kill_server(app, client)
         app.owner.server = type(app.owner.server)("default", ("/no/such/server",))
-        assert client.call("count").status == 502
+        assert client.call("count").failure == "server-start-failed"
         assert client.session is not None
         assert CLAIM not in app.manager.load(client.session).metadata
 

@@ -73,6 +73,7 @@ class Wire:
         """A call; its status."""
         answer = self.request("POST", _message("tools/call", params))
         answer.read()
+        assert answer.headers["X-MCP-Proxy-Error"] is None
         return answer.status
 
     def call_modern(self) -> int:
@@ -81,6 +82,7 @@ class Wire:
         headers = {"Mcp_Method": "tools/call", "Mcp_Name": "any"}
         answer = self.request("POST", message, MCP_Protocol_Version="2026-07-28", **headers)
         answer.read()
+        assert answer.headers["X-MCP-Proxy-Error"] is None
         return answer.status
 
 

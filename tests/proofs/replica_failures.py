@@ -153,12 +153,12 @@ class Probe(NamedTuple):
 
     healthy: int
     ready: int
-    call: int
+    call: tuple[int, str | None]
     retry_after: str | None
 
 
 def outage() -> None:
-    """Redis is away for twenty seconds: 503 meanwhile, and then everything is as it was."""
+    """Redis is away for twenty seconds: calls fail meanwhile, then everything is as it was."""
     with replicas() as scene, Callers(scene, CLIENTS, *_SLOW) as crowd:
         session = raw_session(scene.proxy.port)
         started = crowd.wait_for_answers(0.0, 3, "not everybody has begun")
@@ -185,7 +185,7 @@ def outage() -> None:
         assert same
         assert {probe.healthy for probe in probes} == {200}
         assert {probe.ready for probe in probes} == {503}
-        assert {probe.call for probe in probes} == {503}
+        assert {probe.call for probe in probes} == {(200, "store-unavailable")}
         assert all(probe.retry_after for probe in probes)
 
 
@@ -231,7 +231,8 @@ def probe(scene: Scene, session: str) -> Probe:
     ready, _ = ask(port, "GET", "/readyz")
     ping = {"jsonrpc": "2.0", "id": 2, "method": "ping"}
     call, _ = ask(port, "POST", "/mcp", ping, session)
-    return Probe(healthy.status, ready.status, call.status, call.headers["Retry-After"])
+    said = (call.status, call.headers["X-MCP-Proxy-Error"])
+    return Probe(healthy.status, ready.status, said, call.headers["Retry-After"])
 
 
 def ask(

@@ -42,6 +42,16 @@ class Answer:
         """Whether this is an event stream."""
         return self.headers.get("Content-Type", "").startswith("text/event-stream")
 
+    @property
+    def failure(self) -> str | None:
+        """The kind of what failed without being the client's fault, None where nothing did."""
+        return self.headers.get("X-MCP-Proxy-Error")
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether a request was served; a failure may be answered 200, too."""
+        return self.status == 200 and self.failure is None
+
     def body(self) -> bytes:
         """Everything that is left to read."""
         try:

@@ -432,11 +432,13 @@ def test_a_store_that_is_away_is_503(
 
             monkeypatch.setattr(proxy.manager.storage, "load", away)
         answer = client.call("tools/call")
-        assert answer.status == 503
+        assert (answer.status, answer.failure) == (200, "store-unavailable")
         assert answer.headers["Retry-After"]
         assert answer.error()["code"] == -32000
         if way == "gunicorn":
-            assert client.initialize().status == 503  # the backend's session is given up
+            assert (
+                client.initialize().failure == "store-unavailable"
+            )  # the backend's session is given up
             assert proxy.request("GET", "/healthz").status == 200
             assert proxy.request("GET", "/readyz").status == 503
             server.start()
@@ -458,7 +460,9 @@ def test_a_store_that_is_away_leaves_no_call_behind(
         for name, ask in asks.items():
             front.close()
             monkeypatch.setattr(proxy.manager.storage, name, away)
-            assert ask().status == 503
+            answer = ask()
+            assert answer.status == (503 if name == "delete" else 200)
+            assert answer.failure == "store-unavailable"
             assert not proxy.is_busy
             monkeypatch.undo()
 
@@ -501,6 +505,33 @@ def test_modern_requests_pass_without_a_look_up(proxy: Transparent, target: Http
     assert "mcp-session-id" not in target.last.names
     assert target.last.header("Mcp-Method") == "tools/call"
     assert target.last.json == modern()
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "code"), [("server/discover", 502, -32603), ("tools/call", 200, -32000)]
+)
+def test_a_failed_discover_makes_no_client_a_legacy_one(
+    method: str, status: int, code: int
+) -> None:
+    gone = HttpBackend()
+    gone.stop()
+    with TransparentProxy(gone.url) as proxy:
+        client = McpClient(LocalFront(proxy))
+        answer = client.post(modern(method), Mcp_Protocol_Version=MODERN)
+        assert (answer.status, answer.failure) == (status, "server-unreachable")
+        message = answer.message()
+        assert (message["id"], message["error"]["code"]) == (modern()["id"], code)
+
+
+def test_what_cannot_be_delivered_counts_as_accepted() -> None:
+    target = HttpBackend()
+    with TransparentProxy(target.url) as proxy:
+        client = McpClient(LocalFront(proxy))
+        target.stop()
+        told = client.notify("notifications/x")
+        assert (told.status, told.failure, told.body()) == (202, "server-unreachable", b"")
+        client.session = "never-issued"
+        assert client.notify("notifications/x").status == 400
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
@@ -572,12 +603,12 @@ def test_a_target_that_refuses_is_passed_over(
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_no_target_is_502_and_not_ready(way: str, redis_url: str) -> None:
+def test_no_target_is_an_error_and_not_ready(way: str, redis_url: str) -> None:
     gone = HttpBackend()
     gone.stop()
     with transparent(way, gone.url, redis_url) as proxy:
         answer = proxy.client().initialize()
-        assert answer.status == 502
+        assert (answer.status, answer.failure) == (200, "server-unreachable")
         assert answer.message() == {
             "jsonrpc": "2.0",
             "id": 0,
@@ -588,7 +619,7 @@ def test_no_target_is_502_and_not_ready(way: str, redis_url: str) -> None:
         }
         assert proxy.request("GET", "/readyz").status == 503
         gone.start()
-        assert proxy.client().initialize().status == 200
+        assert proxy.client().initialize().has_succeeded
         assert proxy.request("GET", "/readyz").status == 200
         gone.stop()
 
@@ -596,12 +627,12 @@ def test_no_target_is_502_and_not_ready(way: str, redis_url: str) -> None:
 # --- time limits ---------------------------------------------------------------------------------
 
 
-def test_a_silent_backend_is_504_and_told(proxy: Transparent, target: HttpBackend) -> None:
+def test_a_silent_backend_is_an_error_and_told(proxy: Transparent, target: HttpBackend) -> None:
     client = proxy.client().open()
     target.rpc["hang"] = silent
     begun = time.monotonic()
     answer = client.call("hang", key="k")
-    assert answer.status == 504
+    assert (answer.status, answer.failure) == (200, "server-timeout")
     message = answer.message()
     assert message["id"] == "k"
     assert message["error"]["code"] == -32000
@@ -619,11 +650,11 @@ def test_a_backend_that_is_silent_altogether_costs_one_limit(
     target.rpc["hang"] = silent
     target.rpc["notifications/cancelled"] = silent
     begun = time.monotonic()
-    assert client.call("hang").status == 504
+    assert client.call("hang").failure == "server-timeout"
     assert time.monotonic() - begun < 2.7
 
 
-def test_a_silent_initialize_is_504(proxy: Transparent, target: HttpBackend) -> None:
+def test_a_silent_initialize_is_an_error(proxy: Transparent, target: HttpBackend) -> None:
     target.rpc["initialize"] = silent
     answer = proxy.client().initialize()
-    assert (answer.status, answer.error()["code"]) == (504, -32000)
+    assert (answer.failure, answer.error()["code"]) == ("server-timeout", -32000)

@@ -121,7 +121,7 @@ def is_404(client: SseClient) -> bool:
     message = answer.message()
     assert answer.status == 404, message
     error = {"code": -32001, "message": "Session not found"}
-    return bool(message == {"jsonrpc": "2.0", "id": 2**60, "error": error})
+    return bool(message == {"jsonrpc": "2.0", "error": error})
 
 
 # --- the endpoint --------------------------------------------------------------------------------
@@ -437,7 +437,10 @@ def test_a_store_that_is_away_ends_the_stream(
     client = one.client()
     client.connect()
     monkeypatch.setattr(one.app.manager.storage, "load", away)
-    assert client.post({"jsonrpc": "2.0", "method": "n"}).status == 503
+    told = client.post({"jsonrpc": "2.0", "method": "n"})
+    assert (told.status, told.failure) == (202, "store-unavailable")
+    asked = client.post({"jsonrpc": "2.0", "id": 1, "method": "n"})  # nobody reads this answer
+    assert (asked.status, asked.failure) == (503, "store-unavailable")
     monkeypatch.undo()
     assert echo(client)["server"] == "A"
 

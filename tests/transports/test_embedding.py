@@ -170,7 +170,7 @@ def test_a_closed_proxy_refuses_sessions_and_starts_no_process(was_used: bool) -
         assert set(children_of(os.getpid())) > before
     proxy.close()
     eventually(lambda: set(children_of(os.getpid())) <= before)
-    assert client_of(proxy).initialize().status == 503
+    assert client_of(proxy).initialize().failure == "draining"
     assert SseClient(WsgiFront(proxy)).connect().status == 404
     assert set(children_of(os.getpid())) <= before
 
@@ -179,8 +179,9 @@ def test_a_closed_proxy_serves_no_session_either(shared: RedisStorage, make: Mak
     proxy = make(SCRIPTED, shared)
     client = client_of(proxy).open()
     proxy.close()
-    for answer in (client.call("count"), client.notify("notifications/x"), client.listen()):
-        assert answer.status == 503
+    answers = (client.call("count"), client.notify("notifications/x"), client.listen())
+    assert [answer.status for answer in answers] == [200, 202, 503]
+    assert {answer.failure for answer in answers} == {"draining"}
     assert proxy.owner.supervisor.children == 0
 
 
@@ -200,7 +201,8 @@ def test_the_end_of_the_block_closes(kind: type[StdioTransport]) -> None:
             client_of(proxy).open()
         assert proxy.owner.supervisor.children == 1
     assert proxy.owner.supervisor.children == 0
-    assert client_of(proxy).initialize().status in (404, 503)
+    answer = client_of(proxy).initialize()
+    assert answer.status == 404 or answer.failure == "draining"
 
 
 # --- a store of the user's own -------------------------------------------------------------------

@@ -32,10 +32,14 @@ def outage(redis: RedisServer, several: Replicas, clients: list[McpClient]) -> N
     redis.stop()
     for client in clients:
         began = time.monotonic()
-        for answer in (client.call("count", key=7), client.listen(), client.delete()):
-            assert answer.status == 503
+        answers = (client.call("count", key=7), client.listen(), client.delete())
+        assert [answer.status for answer in answers] == [200, 503, 503]
+        for answer in answers:
+            assert answer.failure == "store-unavailable"
             assert answer.headers["Retry-After"] == "1"
             assert answer.error()["code"] == -32000
+        told = client.notify("notifications/x")
+        assert (told.status, told.failure) == (202, "store-unavailable")
         assert time.monotonic() - began < 5
     if several[0].line.lease < 2:
         eventually(lambda: not any(lease.is_held for lease in leases))

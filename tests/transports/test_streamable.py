@@ -97,13 +97,14 @@ def test_a_refused_initialize_opens_no_session(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_server_that_dies_at_once_is_a_502_that_says_so(way: str) -> None:
+def test_a_server_that_dies_at_once_is_an_error_that_says_so(way: str) -> None:
     from tests.support.front import SCRIPTED
 
     with running(way, [*SCRIPTED, "--die-on-initialize"]) as proxy:
         client = proxy.client()
         answer = client.initialize()
-        assert answer.status == 502
+        assert (answer.status, answer.failure) == (200, "server-exited")
+        assert "Mcp-Session-Id" not in answer.headers
         error = answer.error()
         assert error["code"] == -32000
         assert "exit code 3" in error["message"]
@@ -114,10 +115,12 @@ def test_a_server_that_dies_at_once_is_a_502_that_says_so(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_command_that_does_not_exist_is_a_502_and_not_ready(way: str) -> None:
+def test_a_command_that_does_not_exist_is_an_error_and_not_ready(way: str) -> None:
     with running(way, ["/no/such/server"]) as proxy:
         client = proxy.client()
-        assert client.initialize().error()["code"] == -32000
+        answer = client.initialize()
+        assert (answer.status, answer.failure) == (200, "server-start-failed")
+        assert answer.error()["code"] == -32000
         ready = client.front.request("GET", "/readyz", {}, None)
         assert ready.status == 503
         assert "/no/such/server" in ready.body().decode()
@@ -331,11 +334,11 @@ def test_other_notifications_reach_the_server(client: McpClient) -> None:
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_call_without_an_answer_in_time_is_a_504_and_cancelled(way: str) -> None:
+def test_a_call_without_an_answer_in_time_fails_and_is_cancelled(way: str) -> None:
     with running(way, request_timeout=0.5, sse_after=5) as proxy:
         client = proxy.client().open()
         answer = client.call("silence", key="late")
-        assert answer.status == 504
+        assert (answer.status, answer.failure) == (200, "server-timeout")
         message = answer.message()
         assert message["id"] == "late"
         assert message["error"]["code"] == -32000
@@ -380,19 +383,33 @@ def test_an_ended_session_is_a_404(proxy: Proxy) -> None:
     assert client.delete().status == 204
     for answer in (client.call("echo"), client.notify("x"), client.listen(), client.delete()):
         assert answer.status == 404
-        assert answer.error()["code"] == -32001
+        expected = {"code": -32001, "message": "Session not found"}
+        assert answer.message() == {"jsonrpc": "2.0", "error": expected}  # no id, by which Go knows
 
 
 def test_an_id_of_our_form_that_is_gone_is_a_404(proxy: Proxy) -> None:
     client = proxy.client()
     client.session = f"mcp-{'0' * 8}-{'0' * 32}"
-    assert client.call("echo").status == 404
+    answer = client.call("echo", key="k")
+    assert answer.status == 404
+    assert "id" not in answer.message()
 
 
 def test_a_missing_session_is_a_400(proxy: Proxy) -> None:
-    for answer in (proxy.client().call("echo"), proxy.client().notify("x")):
+    for answer in (
+        proxy.client().call("echo"),
+        proxy.client().notify("x"),
+        proxy.client().delete(),
+    ):
         assert answer.status == 400
         assert answer.error()["code"] == -32600
+
+
+@pytest.mark.parametrize("headers", [{}, {"Accept": "text/event-stream"}, {"Accept": "text/html"}])
+def test_a_get_without_a_session_is_a_405(proxy: Proxy, headers: dict[str, str]) -> None:
+    answer = proxy.client().listen(**headers)
+    assert (answer.status, answer.headers["Allow"]) == (405, "POST, DELETE")
+    assert answer.error()["code"] == -32600
 
 
 @pytest.mark.parametrize("session", ["a b", "a" * 1025, "\u00fc"])
@@ -441,14 +458,16 @@ def test_an_open_stream_keeps_its_session_alive() -> None:
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_too_many_sessions_are_a_503_with_retry_after(way: str) -> None:
+def test_too_many_sessions_are_an_error_with_retry_after(way: str) -> None:
     with running(way, max_sessions=1) as proxy:
         first = proxy.client().open()
         answer = proxy.client().initialize()
-        assert answer.status == 503
+        assert (answer.status, answer.failure) == (200, "overloaded")
+        assert answer.error()["code"] == -32000
         assert int(answer.headers["Retry-After"]) > 0
+        assert "Mcp-Session-Id" not in answer.headers
         first.delete().body()
-        eventually(lambda: proxy.client().initialize().status == 200)
+        eventually(lambda: proxy.client().initialize().has_succeeded)
 
 
 def test_too_many_streams_are_a_503_and_calls_are_still_served() -> None:
@@ -457,7 +476,7 @@ def test_too_many_streams_are_a_503_and_calls_are_still_served() -> None:
         other = proxy.client().open()
         stream = client.listen()
         answer = other.listen()
-        assert answer.status == 503
+        assert (answer.status, answer.failure) == (503, "overloaded")
         assert "Retry-After" in answer.headers
         assert other.result("count")["calls"] == 1
         stream.close()
@@ -638,7 +657,7 @@ def test_a_batch_has_to_be_of_this_session(proxy: Proxy) -> None:
 
 def test_a_call_in_flight_learns_how_the_server_ended(client: McpClient) -> None:
     answer = client.call("die", {"code": 7}, Accept="application/json")
-    assert answer.status == 502
+    assert (answer.status, answer.failure) == (200, "server-exited")
     assert answer.error() == {
         "code": -32000,
         "message": "The server exited (exit code 7) before it answered",
@@ -691,7 +710,8 @@ def test_many_requests_that_notice_the_loss_start_one_server(client: McpClient) 
 def test_a_server_that_keeps_ending_is_given_time(client: McpClient) -> None:
     def refused() -> Answer | None:  # each replica counts for itself
         answer = client.call("die", Accept="application/json")
-        assert answer.status == 502
+        assert answer.status == 200
+        assert answer.failure in ("server-exited", "server-start-failed")
         return answer if "Retry-After" in answer.headers else None
 
     answer = eventually(refused)
@@ -719,7 +739,7 @@ def test_a_flood_on_stderr_hurts_nobody(client: McpClient) -> None:
 def test_a_line_over_the_limit_is_dropped_and_the_session_lives() -> None:
     with running("wsgi", max_message_bytes=10_000, request_timeout=2) as proxy:
         client = proxy.client().open()
-        assert client.call("big", {"size": 50_000}).status == 504
+        assert client.call("big", {"size": 50_000}).failure == "server-timeout"
         assert client.result("echo", {"a": 1}) == {"a": 1}
 
 
@@ -731,5 +751,63 @@ def test_a_server_that_stops_reading_is_replaced(monkeypatch: pytest.MonkeyPatch
         client = proxy.client().open()
         client.result("stop_reading")
         answer = client.call("echo", {"text": "x" * 2_000_000})
-        assert answer.status in (502, 504)
-        eventually(lambda: client.call("count").status == 200)
+        assert answer.failure in ("server-exited", "server-timeout")
+        eventually(lambda: client.call("count").has_succeeded)
+
+
+# --- failures that are not the client's fault ----------------------------------------------------
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_a_client_of_streams_gets_a_failed_initialize_as_one_event(way: str) -> None:
+    from tests.support.front import SCRIPTED
+
+    with running(way, [*SCRIPTED, "--die-on-initialize"]) as proxy:
+        answer = proxy.client().initialize(Accept="text/event-stream")
+        assert (answer.status, answer.failure, answer.is_stream) == (200, "server-exited", True)
+        assert "Mcp-Session-Id" not in answer.headers
+        (message,) = answer.messages()
+        assert (message["id"], "exit code 3" in message["error"]["message"]) == (0, True)
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_a_client_of_streams_learns_of_its_session_at_once(way: str) -> None:
+    with running(way) as proxy:
+        client = proxy.client()
+        answer = client.initialize(Accept="text/event-stream")
+        assert (answer.is_stream, answer.failure) == (True, None)
+        assert "result" in answer.message()
+        assert client.result("count")["calls"] == 1
+
+
+def test_the_setting_http_gives_a_lost_server_its_status() -> None:
+    with running("wsgi", failure_status="http", request_timeout=0.5) as proxy:
+        client = proxy.client().open()
+        lost = client.call("die", {"code": 7}, key="k")
+        assert (lost.status, lost.failure) == (502, "server-exited")
+        assert (lost.message()["id"], lost.status) == ("k", 502)
+        slow = client.call("silence")
+        assert (slow.status, slow.failure) == (504, "server-timeout")
+
+
+def test_each_call_of_a_batch_learns_how_the_server_ended(proxy: Proxy) -> None:
+    client = proxy.client().open("2025-03-26")
+    calls = [{**request_of(number), "method": "silence"} for number in (1, 2)]
+    die = {**request_of(3), "method": "die", "params": {"code": 7}}
+    answer = client.post([*calls, die], Accept="application/json")
+    assert (answer.status, answer.failure) == (200, "server-exited")
+    messages = answer.messages()
+    assert sorted(message["id"] for message in messages) == [1, 2, 3]
+    assert all("exit code 7" in message["error"]["message"] for message in messages)
+
+
+def test_a_failure_inside_a_stream_is_in_the_access_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "mcp_proxy.access")
+    with running("wsgi") as proxy:
+        client = proxy.client().open()
+        client.call("die", {"code": 7}, Accept="text/event-stream").body()
+    lines = [each.getMessage() for each in caplog.records if each.name == "mcp_proxy.access"]
+    expected = 'reason="server-exited: The server exited (exit code 7) before it answered"'
+    assert [expected in line for line in lines if " die " in line] == [True]

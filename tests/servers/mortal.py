@@ -1,0 +1,50 @@
+"""A stdio MCP server that a tool kills: `ok` says how many calls it has had, `die` ends it.
+
+`die` takes a `code` to exit with, or a `signal`. Standard library alone; run by its path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+Json = dict[str, Any]
+
+TOOLS = ("ok", "die")
+
+
+def main() -> None:
+    """Serves until the input ends, or a tool ends it."""
+    calls = 0
+    for line in sys.stdin:
+        message = json.loads(line)
+        if message.get("method") == "tools/call":
+            calls += 1
+        if "id" in message and "method" in message:
+            answer = {"jsonrpc": "2.0", "id": message["id"], "result": _result(message, calls)}
+            print(json.dumps(answer), flush=True)
+
+
+def _result(message: Json, calls: int) -> Json:
+    params = message.get("params") or {}
+    if message["method"] == "initialize":
+        about = {"name": "mortal", "version": "1"}
+        version = params["protocolVersion"]
+        return {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": about}
+    if message["method"] == "tools/list":
+        return {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in TOOLS]}
+    if message["method"] == "tools/call" and params["name"] == "die":
+        _die(params.get("arguments") or {})
+    return {"content": [{"type": "text", "text": f"call {calls}"}]}
+
+
+def _die(arguments: Json) -> None:
+    if "signal" in arguments:
+        os.kill(os.getpid(), arguments["signal"])
+    os._exit(arguments["code"])
+
+
+if __name__ == "__main__":
+    main()

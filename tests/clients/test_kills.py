@@ -187,7 +187,7 @@ def test_worker_killed_takes_even_stubborn_servers_with_it_and_ends_sessions_kep
         assert await talk.say("before") == "before"
         await _all_started(talk.proxy)
         await anyio.to_thread.run_sync(_kill_worker, talk.proxy)
-        with pytest.raises(MCPError, match="Session not found"):
+        with pytest.raises(MCPError, match="Session terminated"):  # its own words for 404
             await talk.say("after")
 
     with ProxyProcess(_STUBBORN_COMMAND) as proxy:

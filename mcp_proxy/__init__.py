@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from mcp_proxy.config import ProxyConfig, ProxyOptions
     from mcp_proxy.errors import (
         BackendError,
+        BackendExited,
         BackendLost,
+        BackendNotStarted,
         BackendTimeout,
         BackendUnavailable,
         BackendUnreached,
+        BadAnswer,
         ClientError,
         ConfigError,
         Draining,
@@ -41,10 +44,13 @@ __version__ = "0.1.0"
 
 _ERRORS = (
     "BackendError",
+    "BackendExited",
     "BackendLost",
+    "BackendNotStarted",
     "BackendTimeout",
     "BackendUnavailable",
     "BackendUnreached",
+    "BadAnswer",
     "ClientError",
     "ConfigError",
     "Draining",
@@ -84,10 +90,13 @@ _HOMES = {
 __all__ = [
     "Application",
     "BackendError",
+    "BackendExited",
     "BackendLost",
+    "BackendNotStarted",
     "BackendTimeout",
     "BackendUnavailable",
     "BackendUnreached",
+    "BadAnswer",
     "ClientError",
     "ConfigError",
     "Draining",

@@ -511,7 +511,7 @@ def test_a_claim_names_its_claimant_and_is_given_back_after_any_failure(
     lose_session_404(backend)
     with monkeypatch.context() as patch:
         patch.setattr(Balancer, "first_reached", fail)
-        assert client.call("tools/call").status == 500
+        assert client.call("tools/call").header("X-MCP-Proxy-Error") == "internal-error"
     assert len(seen) == 1
     assert str(os.getpid()) in seen[0].split("-")
     assert CLAIM not in scoped.load(client.session).metadata

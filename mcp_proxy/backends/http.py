@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
+import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -128,6 +130,7 @@ class HttpCall:
         self._client = client
         self._hops = 0
         self._ahead: list[bytes] = []
+        self._read_timeout: float | None = None
         self._response: requests.Response | None = None
         self._lock = threading.Lock()  # guards the fields below
         self._socket: socket.socket | None = None
@@ -146,6 +149,7 @@ class HttpCall:
         backend got nothing of the request, BackendTimeout when no answer begins within `timeout`
         seconds, BackendLost otherwise.
         """
+        self._read_timeout = timeout
         try:
             self._response = self._client.send(self, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -168,15 +172,24 @@ class HttpCall:
 
         TCP keepalive breaks the stream within a minute if the backend's host no longer responds.
         """
+        self._read_timeout = None
         with self._lock, contextlib.suppress(OSError):
             if self._socket is not None:
                 self._socket.settimeout(None)
                 for level, option, value in _KEEPALIVE:
                     self._socket.setsockopt(level, option, value)
 
-    def pieces(self) -> Iterator[bytes]:
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether the end of the body is that of the connection, so that a break looks like one."""
+        assert self._response is not None
+        raw = self._response.raw
+        return raw.length_remaining is None and not raw.chunked
+
+    def pieces(self, pulse: float | None = None) -> Iterator[bytes]:
         """The body, each piece as soon as it arrives, its content encoding unchanged.
 
+        An empty piece says that nothing came for another `pulse` seconds, where that is given.
         Raises BackendLost when it ends before it is complete, BackendTimeout when it stalls, and
         the reason given to `abort` when the call was aborted.
         """
@@ -185,10 +198,14 @@ class HttpCall:
         while self._ahead:
             yield self._ahead.pop(0)
         try:
-            self._acknowledge()
-            while piece := raw.read1():
-                yield piece
+            while True:
                 self._acknowledge()
+                if pulse is not None:
+                    yield from self._silence(raw, pulse)
+                piece = raw.read1()
+                if not piece:
+                    break
+                yield piece
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
             if self._abort_reason is not None:
                 raise self._abort_reason from error
@@ -201,6 +218,35 @@ class HttpCall:
             raise self._abort_reason or BackendLost(f"The server closed {missing} bytes too early")
         if missing is None and not raw.chunked and self._abort_reason is not None:
             raise self._abort_reason
+
+    def _silence(self, raw: Any, pulse: float) -> Iterator[bytes]:
+        """An empty piece each `pulse` seconds until something can be read.
+
+        Raises BackendTimeout after the read timeout: each of these waits is shorter than that.
+        """
+        limit, waited = self._read_timeout, 0.0
+        while not self._is_readable(raw, pulse if limit is None else min(pulse, limit - waited)):
+            waited += pulse
+            if limit is not None and waited >= limit:
+                raise BackendTimeout("The server stopped in the middle of its answer")
+            yield b""
+
+    def _is_readable(self, raw: Any, seconds: float) -> bool:
+        """Whether there is something to read within that many seconds, or the connection broke."""
+        sock, reader = self._socket, getattr(raw._fp, "fp", None)
+        if sock is None or reader is None:
+            return True
+        try:
+            poll = select.poll()
+            poll.register(sock, select.POLLIN)
+            return bool(
+                poll.poll(0)
+                or (isinstance(sock, ssl.SSLSocket) and sock.pending())
+                or len(_buffered(sock, reader)) > (len(b"\r\n") if raw.chunked else 0)
+                or poll.poll(seconds * 1000)
+            )
+        except (OSError, ValueError):
+            return True  # reading will say what is wrong
 
     def _acknowledge(self) -> None:
         """Has the kernel acknowledge the received bytes at once.
@@ -314,6 +360,19 @@ class HttpCall:
         if self._response is not None:
             is_read = self._response.raw.isclosed()
             self._response.close() if is_read else self._response.raw.close()
+
+
+def _buffered(sock: socket.socket, reader: Any) -> bytes:
+    """What was received and not read yet, a chunk's own line end included; never waits."""
+    timeout = sock.gettimeout()
+    sock.settimeout(0)
+    try:
+        found: bytes = reader.peek(1)
+        return found
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return b""
+    finally:
+        sock.settimeout(timeout)
 
 
 class _Prepared(requests.PreparedRequest):

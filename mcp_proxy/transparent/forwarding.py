@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.edge import as_message
-from mcp_proxy.errors import BackendTimeout, ClientLeft, Draining, RequestId
+from mcp_proxy.errors import BackendLost, BackendTimeout, ClientLeft, Draining, RequestId
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Response
@@ -34,15 +35,32 @@ class _Refusal(msgspec.Struct):
     error: Raw
 
 
+class _Outcome(msgspec.Struct):
+    """What tells a response from other messages."""
+
+    method: Raw | UnsetType = UNSET
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+
+
 _refusal = msgspec.json.Decoder(_Refusal)
+_outcome = msgspec.json.Decoder(_Outcome)
+
+# Two line ends, and the nothing before the first event. A comment may stand there, and only there.
+_BETWEEN_EVENTS = re.compile(rb"(\A|(\r\n|\n|\r(?!\n))(\r\n|\n|\r))\Z")
+_TAIL = 4
+_BUFFERING = ("X-Accel-Buffering", "no")
 
 
 class ForwardedBody:
     """The body of a call, each piece as soon as it arrives.
 
     When the backend breaks off, the iterator raises, so that the WSGI server aborts the connection
-    and the client does not take the part for the whole. A drain ends an event stream in order. On
-    an event stream that answers `request_id` a timeout becomes a JSON-RPC error event.
+    and the client does not take the part for the whole. A drain ends an event stream in order, and
+    so does a break after the response to `request_id`; before it, the stream ends with a JSON-RPC
+    error event, unless the client can resume it: its events have ids, and `is_reachable` says that
+    the backend is there. A timeout always becomes an error event. A silent event stream gets a
+    comment every `keepalive` seconds.
 
     Hooks: `on_timeout` is called when the backend was silent for too long; `transform` gets each
     piece, b"" at the end, and returns the bytes for the client.
@@ -54,27 +72,29 @@ class ForwardedBody:
         request_id: RequestId | None = None,
         on_timeout: Callable[[], object] | None = None,
         transform: Callable[[bytes], bytes] | None = None,
+        keepalive: float | None = None,
+        is_reachable: Callable[[], bool] = bool,
     ) -> None:
+        is_open = is_open_stream(call)
         self._call = call
         self._request_id = request_id
         self._on_timeout = on_timeout
         self._transform = transform
+        self._keepalive = keepalive if is_open else None
+        self._is_reachable = is_reachable
+        self._passed = PassedEvents() if is_open and request_id is not None else None
 
     def __iter__(self) -> Iterator[bytes]:
         yield b""  # sends the headers at once, however long the first piece takes
         transform = self._transform
         try:
-            for piece in self._call.pieces():
-                sent = piece if transform is None else transform(piece)
-                if sent:
-                    yield sent
-        except BackendTimeout as error:
-            if self._on_timeout is not None:
+            yield from self._pieces()
+        except (BackendLost, BackendTimeout) as error:
+            if isinstance(error, BackendTimeout) and self._on_timeout is not None:
                 self._on_timeout()
-            if self._request_id is None or not is_open_stream(self._call):
+            if not self._can_be_ended(error):
                 raise
-            error.request_id = self._request_id
-            yield b"\n\n" + sse.encode_message(as_message(error))
+            yield self._ending(error)
         except ClientLeft as error:
             # Not a failure: WSGI servers do not log this error.
             raise ConnectionResetError(errno.ECONNRESET, "The client has left") from error
@@ -86,6 +106,79 @@ class ForwardedBody:
 
     def close(self) -> None:
         self._call.close()
+
+    def _pieces(self) -> Iterator[bytes]:
+        tail = b""
+        for piece in self._call.pieces(self._keepalive):
+            if not piece:
+                if _BETWEEN_EVENTS.search(tail):
+                    yield sse.KEEPALIVE
+                continue
+            if self._passed is not None:
+                self._passed.feed(piece)
+            sent = piece if self._transform is None else self._transform(piece)
+            if sent:
+                tail = (tail + sent)[-_TAIL:]
+                yield sent
+        passed = self._passed
+        if passed is not None and passed.is_missed and self._call.ends_with_connection:
+            raise BackendLost("The server broke off in the middle of its answer")
+
+    def _can_be_ended(self, error: BackendLost | BackendTimeout) -> bool:
+        """Whether the stream has a proper end although the backend broke off."""
+        passed = self._passed
+        if passed is None or passed.is_unknown:
+            return False
+        if passed.is_answered or isinstance(error, BackendTimeout):
+            return True
+        return not (passed.has_ids and self._is_reachable())
+
+    def _ending(self, error: BackendLost | BackendTimeout) -> bytes:
+        assert self._passed is not None
+        if self._passed.is_answered:
+            return b""
+        error.request_id = self._request_id
+        return b"\n\n" + sse.encode_message(as_message(error))
+
+
+class PassedEvents:
+    """What has passed of an event stream that answers one request. `feed` gets each piece."""
+
+    def __init__(self) -> None:
+        #: Whether an event had an id, so that the stream can be resumed.
+        self.has_ids = False
+        #: Whether the response was among the events.
+        self.is_answered = False
+        #: Whether an event was too long to be looked at.
+        self.is_unknown = False
+        self._decoder = sse.Decoder()
+        self._pending = 0
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the response has not come and cannot be had by resuming."""
+        return not (self.is_answered or self.is_unknown or self.has_ids)
+
+    def feed(self, piece: bytes) -> None:
+        """Looks at the events that `piece` completes."""
+        if self.is_answered or self.is_unknown:
+            return
+        events = self._decoder.feed(piece)
+        self._pending = 0 if events else self._pending + len(piece)
+        self.is_unknown = self._pending > MAX_INITIALIZE
+        for event in events:
+            self.has_ids = self.has_ids or bool(event.id)
+            self.is_answered = self.is_answered or _is_response(event.data or b"")
+
+
+def _is_response(data: bytes) -> bool:
+    if b'"result"' not in data and b'"error"' not in data:
+        return False
+    try:
+        message = _outcome.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return message.method is UNSET and not (message.result is UNSET and message.error is UNSET)
 
 
 class InitializeReader:
@@ -162,3 +255,10 @@ def relocated(given: Headers, address: Address, mount: str) -> Headers:
         (name, local_reference(address, value, mount) if name.lower() == "location" else value)
         for name, value in given
     ]
+
+
+def unbuffered(given: Headers) -> Headers:
+    """An event stream's headers, with the one that keeps nginx from buffering its events."""
+    if any(name.lower() == _BUFFERING[0].lower() for name, _ in given):
+        return given
+    return [*given, _BUFFERING]

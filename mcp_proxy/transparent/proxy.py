@@ -50,6 +50,7 @@ from mcp_proxy.transparent.forwarding import (
     InitializeReader,
     is_lost_session,
     relocated,
+    unbuffered,
 )
 from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Route, SessionAffinity
 from mcp_proxy.transports.base import Transport, scoped
@@ -422,6 +423,8 @@ class TransparentProxy(Transport):
             if call.header("Location") is not None:
                 mount = mount_of(inbound.request.environ, self.options.trusted_proxies)
                 reply_headers = relocated(reply_headers, call.address, mount)
+            if is_stream:
+                reply_headers = unbuffered(reply_headers)
             if is_stream and session is not None:
                 call.on_close(self.refresher.hold(session.id))
             if inbound.request.method == "GET":
@@ -431,7 +434,6 @@ class TransparentProxy(Transport):
                 rewriter = self._sse.rewriter(inbound.request, call)
                 if rewriter is not None:
                     transform = rewriter.feed
-                    reply_headers = sse_sessions.unbuffered(reply_headers)
         if call.status >= 400:
             inbound.request.reason = "the server's own answer"
 
@@ -439,7 +441,14 @@ class TransparentProxy(Transport):
             inbound.request.note(no_answer(self.options.request_timeout))
             self._cancel(inbound, session)
 
-        body = ForwardedBody(call, inbound.id, on_timeout, transform)
+        body = ForwardedBody(
+            call,
+            inbound.id,
+            on_timeout,
+            transform,
+            self.options.keepalive_interval,
+            lambda: self._client.probe(call.address) is None,
+        )
         return Reply(call.status, reply_headers, body)
 
     def _admit_stream(self, request: ClientRequest, call: HttpCall) -> None:

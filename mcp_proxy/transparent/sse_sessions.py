@@ -28,7 +28,7 @@ from mcp_proxy.wire.endpoint_event import (
     named_session,
     with_session,
 )
-from mcp_proxy.wire.headers import Headers, is_session_id
+from mcp_proxy.wire.headers import is_session_id
 from mcp_proxy.wire.urls import parse_target
 
 log = logging.getLogger(__name__)
@@ -39,21 +39,12 @@ KIND = "sse"
 # into the URI itself.
 _WITHHELD = ("Accept-Encoding", "X-Forwarded-Prefix")
 
-_BUFFERING = ("X-Accel-Buffering", "no")
-
 
 def withhold(request: ClientRequest, outbound: dict[str, str]) -> None:
     """Removes the headers that a backend must not get with a request for such a stream."""
     if _may_begin(request) and request.accepts_stream:
         for name in _WITHHELD:
             outbound.pop(name, None)
-
-
-def unbuffered(inbound: Headers) -> Headers:
-    """The headers of such a stream, with the one that keeps nginx from buffering its events."""
-    if any(name.lower() == _BUFFERING[0].lower() for name, _ in inbound):
-        return inbound
-    return [*inbound, _BUFFERING]
 
 
 def _may_begin(request: ClientRequest) -> bool:

@@ -503,6 +503,29 @@ def test_a_certificate_is_checked_against_the_name(authority: Authority, secure:
     assert secure.backend.last.header("Host") == f"{NAME}:{secure.backend.port}"
 
 
+def test_silence_under_tls_is_noticed_and_loses_nothing(
+    authority: Authority, secure: Secure
+) -> None:
+    client = HttpClient(1, 2, verify=str(authority.file))
+    feed, big = Feed(), b"x" * 60_000
+    secure.backend.on("GET", "/x", stream(b"one", feed))
+    call = HttpCall(client, secure.address(), "GET", "/x", {}, b"")
+    call.send(1)
+    found = call.pieces(0.2)
+    assert next(found) == b"one"
+    assert [next(found) for _ in range(3)] == [b""] * 3
+    feed.put(big)
+    feed.put(b"two")
+    received = b""
+    while len(received) < len(big) + 3:
+        received += next(found)
+    assert received == big + b"two"
+    with pytest.raises(BackendTimeout):
+        list(found)
+    call.close()
+    client.close()
+
+
 @pytest.mark.parametrize("name", ["other.example", None])
 def test_a_certificate_for_another_name_is_refused(
     authority: Authority, secure: Secure, name: str | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.client
+import json
 import os
 import signal
 import socket
@@ -78,7 +79,11 @@ def test_an_event_passes_before_the_next_is_there(
         feed.put(b"data:%d\n\n" % number)  # 8 bytes
         assert next(events) == b"data:%d\n\n" % number
     feed.put(None)
-    assert list(events) == []
+    rest = b"".join(events)
+    if (method, framing) == ("POST", "close"):  # whose end is also that of a server that dies
+        assert b'"error"' in rest
+    else:
+        assert rest == b""
 
 
 @pytest.mark.parametrize("framing", ["chunked", "close"])
@@ -105,6 +110,133 @@ def test_a_stalled_answer_on_a_stream_ends_with_an_error(
     assert (messages[1]["id"], messages[1]["error"]["code"]) == ("k", -32000)
     cancelled = eventually(lambda: target.calls("notifications/cancelled"))
     assert cancelled[0].json["params"]["requestId"] == "k"
+
+
+NOTE = b'data: {"jsonrpc":"2.0","method":"n"}\n\n'
+RESPONSE = b'data: {"jsonrpc":"2.0","id":"k","result":{}}\n\n'
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+@pytest.mark.parametrize("begun", [b"", NOTE, NOTE + b"data: {", b": comment\n\n"])
+def test_a_stream_that_breaks_off_before_the_response_ends_with_an_error(
+    proxy: Transparent, target: HttpBackend, framing: str, begun: bytes
+) -> None:
+    feed = Feed()
+    target.rpc["break"] = stream(begun or b": x\n\n", feed, framing=framing)
+    answer = proxy.client().open().call("break", key="k")
+    feed.put(Feed.BREAK)
+    *_, last = answer.events()  # a proper end
+    message = json.loads(last.data or b"")
+    assert (message["id"], message["error"]["code"]) == ("k", -32000)
+
+
+def test_a_stream_that_can_be_resumed_breaks_off(proxy: Transparent, target: HttpBackend) -> None:
+    feed = Feed()
+    target.rpc["break"] = stream(b"id: 1\ndata: \n\n", feed)
+    answer = proxy.client().open().call("break", key="k")
+    feed.put(Feed.BREAK)
+    with pytest.raises(BROKEN):
+        answer.body()
+
+
+def test_a_stream_whose_backend_is_gone_cannot_be_resumed(redis_url: str) -> None:
+    with HttpBackend() as backend, transparent("wsgi", backend.url, redis_url) as proxy:
+        feed = Feed()
+        backend.rpc["break"] = stream(b"id: 1\ndata: \n\n", feed)
+        found = proxy.client().open().call("break", key="k").events()
+        assert next(found).id == b"1"
+        backend.stop()
+        (last,) = found
+        assert json.loads(last.data or b"")["id"] == "k"
+
+
+@pytest.mark.parametrize("more", [b"", NOTE, b"data: half"])
+def test_a_break_after_the_response_is_an_end(
+    proxy: Transparent, target: HttpBackend, more: bytes
+) -> None:
+    feed = Feed()
+    target.rpc["break"] = stream(NOTE, RESPONSE + more, feed)
+    answer = proxy.client().open().call("break", key="k")
+    feed.put(Feed.BREAK)
+    assert answer.body() == NOTE + RESPONSE + more
+
+
+@pytest.mark.parametrize("headers", [("Content-Encoding: gzip",), ()])
+def test_a_stream_that_cannot_be_changed_breaks_off(
+    proxy: Transparent, target: HttpBackend, headers: tuple[str, ...]
+) -> None:
+    feed = Feed()
+    framing = "chunked" if headers else "length"
+    target.rpc["break"] = stream(NOTE, feed, framing=framing, headers=headers, length=1000)
+    answer = proxy.client().open().call("break", key="k")
+    feed.put(Feed.BREAK)
+    with pytest.raises(BROKEN):
+        answer.body()
+
+
+# --- silence -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def lively(
+    request: pytest.FixtureRequest, target: HttpBackend, redis_server: Any
+) -> Iterator[Transparent]:
+    settings = {"keepalive_interval": 0.3, "request_timeout": 1}
+    with transparent(request.param, target.url, redis_server.url, **settings) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_a_silent_stream_gets_comments_between_its_events(
+    lively: Transparent, target: HttpBackend, framing: str
+) -> None:
+    target.reset()
+    feed = Feed()
+    target.on("GET", "/mcp", stream(b"data: 1\n\n", feed, framing=framing))
+    answer = lively.request("GET", "/mcp", Accept="text/event-stream")
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    events = pieces(answer)
+    assert next(events) == b"data: 1\n\n"
+    begun = time.monotonic()
+    assert [next(events) for _ in range(4)] == [b": keepalive\n\n"] * 4
+    assert 0.9 < time.monotonic() - begun < 3
+    feed.put(b"data: 2\n")  # an event that is not complete
+    assert next(events) == b"data: 2\n"
+    time.sleep(0.7)
+    feed.put(b"\ndata: 3\r\n\r\n")
+    assert next(events) == b"\ndata: 3\r\n\r\n"
+    assert next(events) == b": keepalive\n\n"
+    feed.put(b"data: 4\n\n")
+    assert b"data: 4\n\n" in (next(events), next(events))
+    lively.leave()
+
+
+def test_a_silent_answer_has_comments_and_still_its_time_limit(
+    lively: Transparent, target: HttpBackend
+) -> None:
+    target.reset()
+    target.rpc["stall"] = stream(NOTE, Feed())
+    begun = time.monotonic()
+    body = lively.client().open().call("stall", key="k").body()
+    assert 0.9 < time.monotonic() - begun < 3
+    assert body.startswith(NOTE + b": keepalive\n\n" * 3 + b"\n\nevent: message\ndata: {")
+    lively.leave()
+
+
+def test_several_events_in_one_packet_are_no_silence(
+    lively: Transparent, target: HttpBackend
+) -> None:
+    target.reset()
+    events = [b"data: %d\n\n" % number for number in range(50)]
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events)
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    target.on("GET", "/mcp", raw(head + chunks + b"0\r\n\r\n"))
+    begun = time.monotonic()
+    answer = lively.request("GET", "/mcp", Accept="text/event-stream")
+    assert answer.body() == b"".join(events)
+    assert time.monotonic() - begun < 0.3
 
 
 def test_a_stalled_json_answer_breaks_off(proxy: Transparent, target: HttpBackend) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
+from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.wire.urls import Address, Origin, Target
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class Balancer:
 
     A host name is resolved at each choice. If it has several addresses, each is a backend; if it
     has one, the name is used, so that the address may change. `ttl` is the sessions', in seconds.
+    Those that `reachability` leaves out come last.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Balancer:
         ttl: float,
         resolver: Resolver = resolve,
         clock: Callable[[], float] = time.monotonic,
+        reachability: Reachability | None = None,
     ) -> None:
+        self._reachability = reachability
         self._targets = targets
         self._ttl = ttl
         self._resolver = resolver
@@ -60,7 +64,7 @@ class Balancer:
             self._turn += 1
             first = self._turn % len(addresses)
             turned = addresses[first:] + addresses[:first]
-            return sorted(turned, key=lambda address: self._load[address])
+            return sorted(turned, key=lambda a: (self._is_left_out(a), self._load[a]))
 
     def first_reached(self, act: Callable[[Address], T]) -> T:
         """The result of `act` for the first backend that can be reached.
@@ -73,13 +77,26 @@ class Balancer:
             with self._lock:
                 self._count(address, 1)
             try:
-                return act(address)
+                result = act(address)
             except BackendUnreached as error:
                 failure = error
+                self.note_failure(address, error)
+            else:
+                if self._reachability is not None:
+                    self._reachability.reached(address)
+                return result
             finally:
                 with self._lock:
                     self._count(address, -1)
         raise failure
+
+    def note_failure(self, address: Address, error: BackendUnreached) -> None:
+        """Has a backend left out that could not be reached."""
+        if self._reachability is not None:
+            self._reachability.failed(address, f"{address.url}: {error}")
+
+    def _is_left_out(self, address: Address) -> bool:
+        return self._reachability is not None and self._reachability.is_left_out(address)
 
     def add(self, session_id: str, address: Address) -> None:
         """Counts a new session at `address`."""

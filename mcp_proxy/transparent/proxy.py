@@ -52,6 +52,7 @@ from mcp_proxy.transparent.forwarding import (
     relocated,
     unbuffered,
 )
+from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Route, SessionAffinity
 from mcp_proxy.transports.base import Transport, scoped
 from mcp_proxy.wire import headers, jsonrpc, revisions
@@ -160,11 +161,14 @@ class TransparentProxy(Transport):
         self.manager = manager
         self.edge = edge
         self._workers = workers
-        self.balancer = Balancer(targets, manager.storage.ttl, resolver or resolve)
+        self._client = HttpClient(options.connect_timeout, options.threads, verify)
+        self.reachability = Reachability(self._client.probe, workers)
+        self.balancer = Balancer(
+            targets, manager.storage.ttl, resolver or resolve, reachability=self.reachability
+        )
         self.disconnects = DisconnectWatcher(workers)
         self.refresher = SessionRefresher(manager, manager.storage.ttl, workers)
         self._target = targets[0]
-        self._client = HttpClient(options.connect_timeout, options.threads, verify)
         self._affinity = SessionAffinity(
             targets[0],
             self.balancer,
@@ -205,23 +209,18 @@ class TransparentProxy(Transport):
         for call in calls:
             call.abort(Draining())
         self.disconnects.stop()
+        self.reachability.stop()
         self._client.close()
 
     def not_ready_reason(self) -> str | None:
         """Why a thread or every backend fails, None if requests can be served.
 
-        Backends are asked for a connection only.
+        Backends are asked for a connection only, by another thread.
         """
         ended = self._workers.not_ready_reason()
         if ended is not None:
             return ended
-        failures = []
-        for address in self.balancer.candidates():
-            failure = self._client.probe(address)
-            if failure is None:
-                return None
-            failures.append(failure)
-        return "; ".join(failures)
+        return self.reachability.not_ready_reason(self.balancer.candidates())
 
     # --- where a request goes --------------------------------------------------------------------
 
@@ -320,9 +319,13 @@ class TransparentProxy(Transport):
     def _attempt(self, inbound: Inbound, session: Session) -> Reply:
         """The backend's answer; raises SessionEnded where the backend does not know the session."""
         try:
-            call = self._call(inbound, self._affinity.route(session))
+            route = self._affinity.route(session)
+            call = self._call(inbound, route)
         except BackendTimeout:
             self._cancel(inbound, session)
+            raise
+        except BackendUnreached as error:
+            self.balancer.note_failure(route.address, error)
             raise
         with _closed_on_error(call):
             if is_lost_session(call):

@@ -1,0 +1,151 @@
+"""Backends that cannot be reached: asked last, and tried again by a thread of ours."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mcp_proxy import TransparentProxy
+from mcp_proxy.config import ProxyOptions
+from mcp_proxy.transparent.balancing import Balancer
+from mcp_proxy.transparent.reachability import Reachability
+from mcp_proxy.wire.urls import Address, parse_target
+from tests.servers.http_backend import HttpBackend
+from tests.support.front import McpClient
+from tests.support.transparent import LocalFront
+from tests.support.waiting import eventually
+
+A, B = Address("http", "10.0.0.1", 1), Address("http", "10.0.0.2", 1)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Hosts:
+    """What a connect leads to: a reason, or None."""
+
+    def __init__(self) -> None:
+        self.down: dict[Address, str] = {}
+        self.tried: list[Address] = []
+        self.hang = threading.Event()
+        self.silent: set[Address] = set()
+
+    def __call__(self, address: Address) -> str | None:
+        self.tried.append(address)
+        if address in self.silent:
+            self.hang.wait(10)
+        return self.down.get(address)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    hosts = Hosts()
+    yield hosts
+    hosts.hang.set()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def reachability(hosts: Hosts, clock: Clock) -> Iterator[Reachability]:
+    made = Reachability(hosts, clock=clock)
+    yield made
+    made.stop()
+
+
+def test_the_pause_doubles_up_to_a_minute_and_ends_with_a_connect(
+    reachability: Reachability, hosts: Hosts, clock: Clock
+) -> None:
+    hosts.down[A] = "gone"
+    reachability.failed(A, "refused")
+    for pause in (10, 20, 40, 60, 60):
+        tries = len(hosts.tried)
+        clock.now += pause - 0.5
+        reachability.look()
+        time.sleep(0.05)
+        assert len(hosts.tried) == tries
+        clock.now += 0.5
+        reachability.look()
+        eventually(lambda tries=tries: len(hosts.tried) == tries + 1)
+        time.sleep(0.05)
+        assert reachability.is_left_out(A)
+    hosts.down.clear()
+    clock.now += 60
+    reachability.look()
+    eventually(lambda: not reachability.is_left_out(A))
+
+
+def test_what_is_left_out_comes_last(reachability: Reachability) -> None:
+    targets = [found for url in ("http://a:1", "http://b:1") if (found := parse_target(url))]
+    balancer = Balancer(targets, 100, lambda host, port: [host], reachability=reachability)
+    a, b = (target.address for target in targets)
+    balancer.add("s", b)
+    reachability.failed(a, "silent")
+    assert [balancer.candidates() for _ in range(3)] == [[b, a]] * 3
+    reachability.reached(a)
+    assert balancer.candidates() == [a, b]
+
+
+def test_readiness_knows_of_one_that_can_be_reached(
+    reachability: Reachability, hosts: Hosts
+) -> None:
+    hosts.silent = {A}
+    begun = time.monotonic()
+    assert reachability.not_ready_reason([A, B]) is None
+    assert time.monotonic() - begun < 0.4
+    hosts.tried.clear()
+    assert reachability.not_ready_reason([A, B]) is None
+    assert hosts.tried == []  # known
+
+
+def test_readiness_waits_for_nobody_who_hangs(reachability: Reachability, hosts: Hosts) -> None:
+    hosts.silent, hosts.down = {A}, {B: "http://10.0.0.2:1: refused"}
+    for _ in range(2):
+        begun = time.monotonic()
+        reason = reachability.not_ready_reason([A, B])
+        assert reason == "http://10.0.0.1:1: no answer yet; http://10.0.0.2:1: refused"
+        assert time.monotonic() - begun < 0.5
+
+
+@pytest.fixture
+def swallowing() -> Iterator[str]:
+    """A port whose queue is full: a connect to it is not answered."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        yield f"http://127.0.0.1:{port}"
+        for filler in fillers:
+            filler.close()
+
+
+def test_a_silent_target_costs_one_client_its_time_and_no_other(swallowing: str) -> None:
+    options = ProxyOptions(connect_timeout=1)
+    with (
+        HttpBackend() as backend,
+        TransparentProxy([swallowing, backend.url], options=options) as proxy,
+    ):
+        front = LocalFront(proxy)
+        begun = time.monotonic()
+        for _ in range(6):
+            assert McpClient(front).open().result("tools/call")["backend"] == "backend"
+        assert time.monotonic() - begun < 2
+        begun = time.monotonic()
+        assert proxy.not_ready_reason() is None
+        assert time.monotonic() - begun < 0.5
+        front.close()

@@ -7,13 +7,29 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from mcp_proxy.background import KeyedExecutor
 from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
 from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.wire.urls import Address, Origin, Target
 
 T = TypeVar("T")
+
+#: Seconds for which the addresses of a name are believed.
+LOOK_UP = 2.0
+
+#: Seconds that a request waits for them.
+NAME_WAIT = 0.4
+
+_KEPT = 300.0  # seconds for which addresses serve while the resolver fails
+
+
+class _Found(NamedTuple):
+    hosts: tuple[str, ...]
+    looked_up: float
+    was_good: float
+
 
 #: The addresses of a host name, as strings; raises OSError.
 Resolver = Callable[[str, int], Sequence[str]]
@@ -25,10 +41,65 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
+class Names:
+    """The addresses of host names, looked up by one thread, at most once in `LOOK_UP` seconds.
+
+    Thread-safe. Old addresses serve while the resolver is silent, and for five minutes of errors.
+    """
+
+    def __init__(self, resolver: Resolver, clock: Callable[[], float] = time.monotonic) -> None:
+        self._resolver = resolver
+        self._clock = clock
+        self._thread = KeyedExecutor("mcp-resolver", 1)
+        self._changed = threading.Condition()  # guards and announces what follows
+        self._found: dict[tuple[str, int], _Found] = {}
+        self._asked: set[tuple[str, int]] = set()
+
+    def addresses(self, host: str, port: int, wait: float) -> Sequence[str]:
+        """The addresses, empty where none are known within `wait` seconds."""
+        key = (host, port)
+        with self._changed:
+            known = self._found.get(key)
+            if known is not None and known.looked_up + LOOK_UP > self._clock():
+                return known.hosts
+            is_first = key not in self._asked
+            self._asked.add(key)
+        if is_first:
+            self._thread.submit("names", lambda: self._look_up(key))
+        with self._changed:
+            if is_first or known is None:
+                self._changed.wait_for(lambda: self._found.get(key) is not known, wait)
+            found = self._found.get(key)
+            return () if found is None else found.hosts
+
+    def stop(self) -> None:
+        """Ends the thread; harmless when repeated."""
+        self._thread.close()
+
+    def _look_up(self, key: tuple[str, int]) -> None:
+        hosts: Sequence[str] | None = None
+        try:
+            hosts = self._resolver(*key)
+        except OSError:
+            pass  # connecting will fail with a better message
+        finally:
+            now = self._clock()
+            with self._changed:
+                old = self._found.get(key)
+                if hosts is not None:
+                    self._found[key] = _Found(tuple(hosts), now, now)
+                elif old is not None and old.was_good + _KEPT > now:
+                    self._found[key] = old._replace(looked_up=now)
+                else:
+                    self._found[key] = _Found((), now, now)
+                self._asked.discard(key)
+                self._changed.notify_all()
+
+
 class Balancer:
     """Orders backends by their sessions of this replica, fewest first, ties in turn. Thread-safe.
 
-    A host name is resolved at each choice. If it has several addresses, each is a backend; if it
+    A host name is resolved by `Names`. If it has several addresses, each is a backend; if it
     has one, the name is used, so that the address may change. `ttl` is the sessions', in seconds.
     Those that `reachability` leaves out come last.
     """
@@ -44,7 +115,7 @@ class Balancer:
         self._reachability = reachability
         self._targets = targets
         self._ttl = ttl
-        self._resolver = resolver
+        self._names = Names(resolver, clock)
         self._clock = clock
         self._lock = threading.Lock()  # guards the fields below
         self._turn = 0
@@ -56,9 +127,12 @@ class Balancer:
     def __repr__(self) -> str:
         return f"<Balancer {dict(self._load)}>"
 
-    def candidates(self) -> list[Address]:
-        """Every backend, in the order in which they are to be tried."""
-        addresses = [address for target in self._targets for address in self._addresses(target)]
+    def candidates(self, wait: float = NAME_WAIT) -> list[Address]:
+        """Every backend, in the order in which they are to be tried.
+
+        Waits `wait` seconds for names that were not looked up yet.
+        """
+        addresses = [a for target in self._targets for a in self._addresses(target, wait)]
         with self._lock:
             self._remove_expired()
             self._turn += 1
@@ -123,18 +197,19 @@ class Balancer:
         if self._is_known(target.origin):
             return True
         for each in self._targets:
-            self._addresses(each)
+            self._addresses(each, NAME_WAIT)
         return self._is_known(target.origin)
 
     def _is_known(self, origin: Origin) -> bool:
         with self._lock:
             return self._known.get(origin, 0.0) > self._clock()
 
-    def _addresses(self, target: Target) -> list[Address]:
-        try:
-            hosts = self._resolver(target.host, target.port)
-        except OSError:
-            hosts = ()  # connecting will fail with a better message
+    def stop(self) -> None:
+        """Ends the thread that looks names up; harmless when repeated."""
+        self._names.stop()
+
+    def _addresses(self, target: Target, wait: float) -> list[Address]:
+        hosts = self._names.addresses(target.host, target.port, wait)
         self._remember(target, hosts)
         if len(hosts) < 2:
             return [target.address]

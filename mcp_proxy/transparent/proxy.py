@@ -210,6 +210,7 @@ class TransparentProxy(Transport):
             call.abort(Draining())
         self.disconnects.stop()
         self.reachability.stop()
+        self.balancer.stop()
         self._client.close()
 
     def not_ready_reason(self) -> str | None:
@@ -220,7 +221,7 @@ class TransparentProxy(Transport):
         ended = self._workers.not_ready_reason()
         if ended is not None:
             return ended
-        return self.reachability.not_ready_reason(self.balancer.candidates())
+        return self.reachability.not_ready_reason(self.balancer.candidates(wait=0))
 
     # --- where a request goes --------------------------------------------------------------------
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from mcp_proxy.errors import BackendLost, BackendUnreached
-from mcp_proxy.transparent.balancing import Balancer, resolve
+from mcp_proxy.transparent.balancing import LOOK_UP, Balancer, resolve
 from mcp_proxy.wire.urls import Address, Target, parse_target
+from tests.support.waiting import eventually
 
 
 class Names:
@@ -18,9 +21,12 @@ class Names:
     def __init__(self, **known: Sequence[str]) -> None:
         self.known = dict(known)
         self.asked: list[tuple[str, int]] = []
+        self.hang = threading.Event()
+        self.hang.set()
 
     def __call__(self, host: str, port: int) -> Sequence[str]:
         self.asked.append((host, port))
+        self.hang.wait(10)
         if host not in self.known:
             raise OSError("no such name")
         return self.known[host]
@@ -53,11 +59,17 @@ Make = Callable[..., Balancer]
 
 
 @pytest.fixture
-def balancer(names: Names, clock: Clock) -> Make:
-    def make(*urls: str) -> Balancer:
-        return Balancer([target(url) for url in urls], 100, names, clock)
+def balancer(names: Names, clock: Clock) -> Iterator[Make]:
+    balancers: list[Balancer] = []
 
-    return make
+    def make(*urls: str) -> Balancer:
+        balancers.append(Balancer([target(url) for url in urls], 100, names, clock))
+        return balancers[-1]
+
+    yield make
+    names.hang.set()
+    for made in balancers:
+        made.stop()
 
 
 def test_a_name_with_one_address_stays_a_name(balancer: Make) -> None:
@@ -77,11 +89,44 @@ def test_a_name_that_is_not_known_is_tried_all_the_same(balancer: Make) -> None:
     assert balancer("http://lost:5").candidates() == [Address("http", "lost", 5)]
 
 
-def test_a_name_is_resolved_again(balancer: Make, names: Names) -> None:
+def test_a_name_is_resolved_again_but_not_at_once(
+    balancer: Make, names: Names, clock: Clock
+) -> None:
     made = balancer("http://many:1")
     made.candidates()
     names.known["many"] = ["10.0.0.8", "10.0.0.9"]
+    made.candidates()
+    assert len(names.asked) == 1
+    clock.now += LOOK_UP
     assert {address.host for address in made.candidates()} == {"10.0.0.8", "10.0.0.9"}
+
+
+def test_old_addresses_serve_while_the_resolver_is_silent_or_fails(
+    balancer: Make, names: Names, clock: Clock
+) -> None:
+    made = balancer("http://many:1")
+    before = set(made.candidates())
+    names.hang.clear()
+    clock.now += LOOK_UP
+    begun = time.monotonic()
+    assert all(set(made.candidates()) == before for _ in range(5))
+    assert time.monotonic() - begun < 1  # only the first one waits, and not for long
+    del names.known["many"]
+    names.hang.set()
+    eventually(lambda: not made._names._asked)
+    clock.now += LOOK_UP
+    assert set(made.candidates()) == before
+    assert len(names.asked) == 3
+    clock.now += 400
+    assert made.candidates() == [Address("http", "many", 1)]
+
+
+def test_readiness_waits_for_no_resolver(balancer: Make, names: Names) -> None:
+    names.hang.clear()
+    begun = time.monotonic()
+    assert balancer("http://many:1").candidates(wait=0) == [Address("http", "many", 1)]
+    assert time.monotonic() - begun < 0.2
+    names.hang.set()
 
 
 def test_ties_in_turn(balancer: Make) -> None:
@@ -193,10 +238,13 @@ def test_targets_and_their_addresses_are_known(balancer: Make) -> None:
         assert not made.knows(target(url)), url
 
 
-def test_a_new_address_is_looked_up_before_it_is_refused(balancer: Make, names: Names) -> None:
+def test_a_new_address_is_looked_up_before_it_is_refused(
+    balancer: Make, names: Names, clock: Clock
+) -> None:
     made = balancer("http://many:5")
     made.candidates()
     names.known["many"] = ["10.0.0.7"]
+    clock.now += LOOK_UP
     assert made.knows(target("http://10.0.0.7:5"))
 
 

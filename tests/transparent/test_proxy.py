@@ -581,6 +581,7 @@ def test_a_call_in_a_session_is_one_getex(target: HttpBackend, redis_server: Red
 def test_sessions_are_spread_and_stay(
     way: str, target: HttpBackend, other: HttpBackend, redis_url: str
 ) -> None:
+    target.reset()
     with transparent(way, [target.url, other.url], redis_url) as proxy:
         clients = [proxy.client().open() for _ in range(6)]
         homes = [client.result("tools/call")["backend"] for client in clients]
@@ -594,6 +595,7 @@ def test_sessions_are_spread_and_stay(
 def test_a_target_that_refuses_is_passed_over(
     way: str, target: HttpBackend, redis_url: str
 ) -> None:
+    target.reset()
     gone = HttpBackend()
     gone.stop()
     with transparent(way, [gone.url, target.url], redis_url) as proxy:

@@ -95,6 +95,7 @@ def test_what_is_left_out_comes_last(reachability: Reachability) -> None:
     assert [balancer.candidates() for _ in range(3)] == [[b, a]] * 3
     reachability.reached(a)
     assert balancer.candidates() == [a, b]
+    balancer.stop()
 
 
 def test_readiness_knows_of_one_that_can_be_reached(

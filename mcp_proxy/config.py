@@ -8,6 +8,7 @@ contradictions raise ConfigError.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -53,7 +54,13 @@ Pair = Annotated[str, _only("NAME=VALUE pairs", r"[^=\0]+=[^\0]*")]
 Change = Annotated[
     str, _only("changes (Name: value sets, Name: removes)", r"\s*[^\s:]+\s*:[^\r\n\0]*")
 ]
-Peer = Annotated[str, _only("single addresses (10.0.0.1, ::1) or * for all", r"\*|[^\s*/]+")]
+Peer = Annotated[
+    str,
+    _only(
+        "addresses and networks (10.0.0.1, 10.0.0.0/8, ::1) or * for all",
+        rf"\*|[0-9]+(\.[0-9]+){{3}}(/[0-9]+)?|{_IPV6}(/[0-9]+)?",
+    ),
+]
 Origin = Annotated[
     str, _only("exact origins (https://a.example:8443, null) or * for all", rf"\*|null|{_ORIGIN}")
 ]
@@ -126,7 +133,9 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     trusted_proxies: Annotated[
         tuple[Peer, ...],
-        Meta(description="addresses whose X-Forwarded-* headers are believed, * for all"),
+        Meta(
+            description="addresses and networks whose X-Forwarded-* headers are believed, * for all"
+        ),
     ] = ()
     forward_headers: Annotated[
         tuple[Change, ...],
@@ -141,6 +150,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, setting.name)
             if value is not setting.default:
                 msgspec.structs.force_setattr(self, setting.name, _checked(setting, value))
+        for peer in self.trusted_proxies:
+            _require_network(peer)
 
     def __repr__(self) -> str:
         shown = (
@@ -394,6 +405,15 @@ def _wanted(takes: msgspec.inspect.Type) -> str:
         case FloatType():
             return f"a number above {takes.gt} and at most {takes.le}"
     return "a text"
+
+
+def _require_network(peer: str) -> None:
+    """Raises ConfigError unless this is an address, a network or `*`."""
+    try:
+        if peer != "*":
+            ipaddress.ip_network(peer, strict=False)
+    except ValueError as error:
+        raise ConfigError(f"trusted_proxies: {error}") from None
 
 
 def _require_targets(name: str, urls: Iterable[str]) -> None:

@@ -6,7 +6,9 @@ written anew, or continued where the peer is one of `trusted_proxies`.
 
 from __future__ import annotations
 
+import ipaddress
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -95,7 +97,24 @@ class HeaderPolicy:
 
 def is_trusted_peer(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> bool:
     """Whether the peer's headers about the client and the request's way are believed."""
-    return environ.get("REMOTE_ADDR") in trusted or "*" in trusted
+    return bool(trusted) and _is_among(environ.get("REMOTE_ADDR", ""), trusted)
+
+
+@lru_cache(maxsize=1024)
+def _is_among(peer: str, trusted: tuple[str, ...]) -> bool:
+    """Whether an address is one of `trusted`, or in one of its networks.
+
+    A socket for IPv6 that takes IPv4 too shows those peers as `::ffff:10.0.0.1`.
+    """
+    if "*" in trusted or peer in trusted:
+        return True
+    try:
+        address = ipaddress.ip_address(peer)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    networks = [ipaddress.ip_network(each, strict=False) for each in trusted]
+    return any((mapped or address) in network or address in network for network in networks)
 
 
 def mount_of(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> str:

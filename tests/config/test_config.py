@@ -488,13 +488,19 @@ def test_a_name_with_anything_else_in_it_is_refused(name: str, other: str, is_be
     assert refusal(allowed_origins=(f"http://{entry}",)).startswith("allowed_origins: only exact")
 
 
-@pytest.mark.parametrize("address", ["10.0.0.0/8", "10.0.0.*", " ::1", ""])
-def test_a_proxy_is_trusted_by_one_address(address: str) -> None:
-    assert ProxyOptions(trusted_proxies=("::1", "*", "10.0.0.1")).trusted_proxies[0] == "::1"
+@pytest.mark.parametrize("address", ["10.0.0.*", " ::1", "", "localhost", "10.0.0.0/x", "a/8"])
+def test_a_proxy_is_trusted_by_its_address_or_network(address: str) -> None:
+    given = ("::1", "*", "10.0.0.1", "10.0.0.0/8", "fd00::/8")
+    assert ProxyOptions(trusted_proxies=given).trusted_proxies == given
     assert refusal(trusted_proxies=(address,)) == (
-        f"trusted_proxies: only single addresses (10.0.0.1, ::1) or * for all are taken, "
-        f"not {address!r}"
+        f"trusted_proxies: only addresses and networks (10.0.0.1, 10.0.0.0/8, ::1) or * for all "
+        f"are taken, not {address!r}"
     )
+
+
+@pytest.mark.parametrize("address", ["10.0.0.256", "10.0.0.0/33", "::/129", "1::2::3"])
+def test_a_network_that_is_none_is_refused_by_a_sentence(address: str) -> None:
+    assert refusal(trusted_proxies=(address,)).startswith(f"trusted_proxies: {address!r} does not")
 
 
 @pytest.mark.parametrize("url", ["/mcp", "a:80", "ftp://a", "http://", "http://a:99999", "**", ""])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.edge.forwarded import HeaderPolicy, raw_path
+from mcp_proxy.edge.forwarded import HeaderPolicy, is_trusted_peer, raw_path
 from mcp_proxy.wire.headers import HOP_BY_HOP
 
 
@@ -150,3 +150,25 @@ def test_a_length_beside_a_transfer_encoding_is_dropped() -> None:
 )
 def test_the_path_as_the_client_wrote_it(fields: dict[str, str], expected: str) -> None:
     assert raw_path(environ(**fields)) == expected
+
+
+@pytest.mark.parametrize(
+    ("peer", "trusted", "expected"),
+    [
+        ("10.1.2.3", ("10.0.0.0/8",), True),
+        ("10.1.2.3", ("10.9.9.9/8",), True),
+        ("11.1.2.3", ("10.0.0.0/8", "::1"), False),
+        ("::ffff:10.1.2.3", ("10.0.0.0/8",), True),
+        ("::ffff:10.1.2.3", ("10.1.2.3",), True),
+        ("10.1.2.3", ("::ffff:10.1.2.3",), False),
+        ("0:0:0:0:0:0:0:1", ("::1",), True),
+        ("fd00::7", ("fd00::/8",), True),
+        ("", ("10.0.0.0/8",), False),
+        ("", ("*",), True),
+        ("anything", ("*",), True),
+        ("a name", ("10.0.0.0/8",), False),
+        ("10.1.2.3", (), False),
+    ],
+)
+def test_who_is_believed(peer: str, trusted: tuple[str, ...], expected: bool) -> None:
+    assert is_trusted_peer({"REMOTE_ADDR": peer}, trusted) is expected

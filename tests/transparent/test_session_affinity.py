@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from mcp_proxy import LocalStorage, RedisStorage, TransparentProxy
-from mcp_proxy.errors import BackendLost
 from mcp_proxy.replica import Replica
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from contextvars import ContextVar
@@ -35,23 +36,39 @@ def log_access(request: ClientRequest, status: int) -> None:
     if not access.isEnabledFor(logging.INFO):
         return
     fields = {
-        "method": request.method,
-        "path": request.environ.get("SCRIPT_NAME", "") + request.path,
+        "method": escaped(request.method),
+        "path": escaped(request.environ.get("SCRIPT_NAME", "") + request.path),
         "status": status,
         "ms": round((time.monotonic() - request.started) * 1000, 1),
         "client": request.environ.get("REMOTE_ADDR", ""),
-        "session": (request.session or "")[-8:],
-        "rpc": request.rpc or "",
-        "reason": request.reason,
+        "session": escaped((request.session or "")[-8:]),
+        "rpc": escaped(request.rpc or ""),
+        "reason": escaped(request.reason),
     }
     # A sentence may quote the client: as a JSON string it stays on one line.
     reason = f" reason={json.dumps(request.reason, ensure_ascii=False)}" if request.reason else ""
     access.info(_ACCESS_LINE, {**fields, "why": reason}, extra={"fields": fields})
 
 
+# Characters of what a client said that a log line has at most.
+_MAX_SHOWN = 200
+
+
+def escaped(text: str) -> str:
+    """A client's words for a log line: in one line, visible, and not too many."""
+    shown = text[:_MAX_SHOWN]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return shown if len(text) <= _MAX_SHOWN else shown + "[...]"
+
+
 _ACCESS_LINE = (
     "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s%(why)s"
 )
+
+
+# What a terminal or a reader of lines would act on.
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class TextFormatter(logging.Formatter):
@@ -64,6 +81,10 @@ class TextFormatter(logging.Formatter):
         request = current_request.get()
         record.request = f" [{request}]" if request else ""
         return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line; what others said cannot begin a second one. A traceback follows as it is."""
+        return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -18,6 +19,8 @@ from mcp_proxy.wire.jsonrpc import Batch, Message
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
 
 # RFC 9110 section 8.6; a length with more digits is too large anyway.
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -114,7 +117,8 @@ class ClientRequest:
     def read_body(self, limit: int) -> bytes:
         """The whole body, also a chunked one.
 
-        Raises BodyTooLarge over `limit` bytes, InvalidRequest when the body ended early.
+        Raises BodyTooLarge over `limit` bytes, InvalidRequest when the body ended early or is not
+        framed as HTTP wants it: each server has errors of its own for that.
         """
         size: str = self.environ.get("CONTENT_LENGTH") or ""
         is_plain = "HTTP_TRANSFER_ENCODING" not in self.environ and _LENGTH.fullmatch(size)
@@ -127,6 +131,11 @@ class ClientRequest:
             return data if len(data) == int(size) else self._read_rest(data, int(size))
         except (ClientDisconnected, OSError) as error:
             raise InvalidRequest("The request body ended early") from error
+        except ProxyError:
+            raise
+        except Exception as error:
+            log.info("a request body cannot be read: %s: %s", type(error).__name__, error)
+            raise InvalidRequest("The request body cannot be read: its framing is wrong") from error
 
     def _read_rest(self, data: bytes, size: int) -> bytes:
         """The whole body: a stream may give fewer bytes than it is asked for."""

@@ -21,6 +21,11 @@ MAX_EVENTS = 1000
 MAX_BYTES = 4 * 1024 * 1024
 KEPT = 600.0
 
+#: The limit of a log in memory for all sessions together, in bytes with what each event costs
+#: besides its data; the sessions that were silent the longest lose their events first.
+MAX_LOCAL_BYTES = 64 * 1024 * 1024
+_EVENT_COST = 256
+
 
 class LoggedEvent(NamedTuple):
     """A logged event; `is_last` says that no event follows on its stream."""
@@ -65,11 +70,19 @@ class _Log:
         self.size = 0
         self.expires = 0.0
 
+    @property
+    def cost(self) -> int:
+        """Bytes of memory, more or less."""
+        return self.size + len(self.events) * _EVENT_COST
+
     def append(self, event: LoggedEvent) -> None:
         self.events.append(event)
         self.size += len(event.data)
         while len(self.events) > MAX_EVENTS or (self.size > MAX_BYTES and len(self.events) > 1):
-            self.size -= len(self.events.popleft().data)
+            self.drop_oldest()
+
+    def drop_oldest(self) -> None:
+        self.size -= len(self.events.popleft().data)
 
 
 class LocalEventLog(EventLog):
@@ -79,7 +92,8 @@ class LocalEventLog(EventLog):
         self._kept = kept
         self._clock = clock
         self._ids = itertools.count(1)
-        self._appended = threading.Condition()  # guards and announces _logs
+        self._appended = threading.Condition()  # guards and announces _logs; guards _cost
+        self._cost = 0
         # Every append moves its log to the end, so the next to expire is the first.
         self._logs: OrderedDict[str, _Log] = OrderedDict()
 
@@ -90,10 +104,13 @@ class LocalEventLog(EventLog):
         with self._appended:
             self._sweep()
             log = self._logs.setdefault(session_id, _Log())
+            before = log.cost
             event = LoggedEvent(str(next(self._ids)), stream, data, is_last)
             log.append(event)
             log.expires = self._clock() + self._kept
             self._logs.move_to_end(session_id)
+            self._cost += log.cost - before
+            self._make_room()
             self._appended.notify_all()
             return event.id
 
@@ -108,7 +125,20 @@ class LocalEventLog(EventLog):
 
     def forget(self, session_id: str) -> None:
         with self._appended:
-            self._logs.pop(session_id, None)
+            log = self._logs.pop(session_id, None)
+            self._cost -= 0 if log is None else log.cost
+
+    def _make_room(self) -> None:
+        """Drops what is oldest, but not the last event of all; the lock is held."""
+        while self._cost > MAX_LOCAL_BYTES:
+            session_id, log = next(iter(self._logs.items()))
+            if len(log.events) == 1 and len(self._logs) == 1:
+                return
+            before = log.cost
+            log.drop_oldest()
+            self._cost -= before - log.cost
+            if not log.events:
+                del self._logs[session_id]
 
     def _later(self, session_id: str, after: str | None) -> list[LoggedEvent]:
         number = 0 if after is None else int(after)
@@ -123,4 +153,5 @@ class LocalEventLog(EventLog):
     def _sweep(self) -> None:
         now = self._clock()
         while self._logs and next(iter(self._logs.values())).expires <= now:
-            self._logs.popitem(last=False)
+            _, log = self._logs.popitem(last=False)
+            self._cost -= log.cost

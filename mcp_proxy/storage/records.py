@@ -104,23 +104,34 @@ class Storage(ABC):
 MAX_ISSUED = 100_000
 
 
+#: The most bytes of records, with what each costs besides; the least recently used end first.
+MAX_RECORDS_BYTES = 64 * 1024 * 1024
+_RECORD_COST = 1024
+
+
 class _Entry(NamedTuple):
     session: Session
     expires: float
+    size: int
 
 
 class LocalStorage(Storage):
-    """Records of this process only. `ttl` in seconds; `clock` is for tests."""
+    """Records of this process only. `ttl` in seconds; `clock` is for tests.
+
+    Their memory is bounded: when it is used up, the sessions that were not used for the longest
+    time end.
+    """
 
     is_shared = False
 
     def __init__(self, ttl: float = 7200, clock: Callable[[], float] = time.monotonic) -> None:
         self.ttl = ttl
         self._clock = clock
-        self._lock = threading.Lock()  # guards _scopes, _entries and _issued
+        self._lock = threading.Lock()  # guards _scopes, _entries, _size and _issued
         self._scopes: dict[str, LocalStorage] = {}
         # Every write and load moves its record to the end, so the next to expire is the first.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._size = 0  # of all entries
         self._issued: OrderedDict[str, float] = OrderedDict()
         self._events = LocalEventLog(min(ttl, KEPT), clock)
 
@@ -128,12 +139,12 @@ class LocalStorage(Storage):
         return f"<LocalStorage sessions={len(self._entries)} issued={len(self._issued)}>"
 
     def create(self, session: Session) -> None:
-        encode(session)  # raises StorageError for a record that is too large
+        size = len(encode(session))  # raises StorageError for a record that is too large
         with self._lock:
             now = self._sweep()
             if session.id in self._entries:
                 raise SessionExists(f"Session {session.id} exists already")
-            self._entries[session.id] = _Entry(session, now + self.ttl)
+            self._put(session, now, size)
             if minted_by(session.id) is None:
                 self._remember(session.id, now)
 
@@ -143,7 +154,7 @@ class LocalStorage(Storage):
             entry = self._entries.get(session_id)
             if entry is None:
                 raise SessionNotFound
-            self._entries[session_id] = _Entry(entry.session, now + self.ttl)
+            self._entries[session_id] = entry._replace(expires=now + self.ttl)
             self._entries.move_to_end(session_id)
             return entry.session
 
@@ -159,19 +170,18 @@ class LocalStorage(Storage):
             return None if entry is None else entry.session
 
     def swap(self, old: Session, new: Session) -> bool:
-        encode(new)
+        size = len(encode(new))
         with self._lock:
             now = self._sweep()
             entry = self._entries.get(old.id)
             if entry is None or entry.session != old:
                 return False
-            self._entries[old.id] = _Entry(new, now + self.ttl)
-            self._entries.move_to_end(old.id)
+            self._put(new, now, size)
             return True
 
     def delete(self, session_id: str) -> None:
         with self._lock:
-            self._entries.pop(session_id, None)
+            self._drop(session_id)
 
     def issued(self, session_id: str) -> bool:
         with self._lock:
@@ -194,8 +204,20 @@ class LocalStorage(Storage):
         """Drops expired records and returns the time; the lock is held."""
         now = self._clock()
         while self._entries and next(iter(self._entries.values())).expires <= now:
-            self._entries.popitem(last=False)
+            self._drop(next(iter(self._entries)))
         return now
+
+    def _put(self, session: Session, now: float, size: int) -> None:
+        """Stores a record; those that were not used for the longest time make room for it."""
+        self._drop(session.id)
+        self._entries[session.id] = _Entry(session, now + self.ttl, size + _RECORD_COST)
+        self._size += size + _RECORD_COST
+        while self._size > MAX_RECORDS_BYTES and len(self._entries) > 1:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, session_id: str) -> None:
+        entry = self._entries.pop(session_id, None)
+        self._size -= 0 if entry is None else entry.size
 
     def _remember(self, session_id: str, now: float) -> None:
         self._issued[session_id] = now + ISSUED_TTL

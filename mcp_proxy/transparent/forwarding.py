@@ -189,7 +189,8 @@ class InitializeReader:
     """
 
     def __init__(self, media_type: str, on_answer: Callable[[Response | None], object]) -> None:
-        self._decoder = sse.Decoder() if media_type == headers.EVENT_STREAM else None
+        is_stream = media_type == headers.EVENT_STREAM
+        self._decoder = sse.Decoder(MAX_INITIALIZE) if is_stream else None
         self._on_answer = on_answer
         self._document = bytearray()
         self._is_done = False

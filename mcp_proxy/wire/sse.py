@@ -5,6 +5,7 @@ Everything is bytes: event data is passed on as it came, never decoded.
 
 from __future__ import annotations
 
+import math
 import re
 
 import msgspec
@@ -56,10 +57,14 @@ class Decoder:
     """Splits a stream into events, for any split into pieces and any line endings.
 
     Not thread-safe. A block without a known field (a comment, say) is no event. An event that the
-    stream's end cuts off is dropped, as the standard requires.
+    stream's end cuts off is dropped, as the standard requires, and so is one that takes more than
+    `limit` bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = math.inf) -> None:
+        self._limit = limit
+        self._held = 0  # bytes of the block so far
+        self._is_dropped = False  # that block
         self._pieces: list[bytes] = []
         self._swallow_newline = False
         self._at_start = True
@@ -87,6 +92,9 @@ class Decoder:
         *complete, rest = _LINE_END.split(piece)
         if not complete:
             self._pieces.append(rest)
+            self._hold(len(rest))
+            if self._is_dropped:
+                self._pieces = [b":"]  # the rest of the line is a comment
             return []
         complete[0] = b"".join([*self._pieces, complete[0]])
         self._pieces = [rest] if rest else []
@@ -95,13 +103,23 @@ class Decoder:
             complete[0] = complete[0].removeprefix(b"\xef\xbb\xbf")
         return complete
 
+    def _hold(self, size: int) -> None:
+        """Counts bytes of the block; gives the block up where they are too many."""
+        self._held += size
+        if self._held > self._limit:
+            self._is_dropped = True
+            self._fields, self._data = {}, []
+
     def _take(self, line: bytes) -> None:
+        if self._is_dropped:
+            return
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
             self._data.append(value)
         elif name == b"event" or self._is_sound(name, value):
             self._fields[name] = value
+        self._hold(len(line))
 
     def _is_sound(self, name: bytes, value: bytes) -> bool:
         """Whether this is an `id` without NUL, or a `retry` with a number of bounded length."""
@@ -111,6 +129,7 @@ class Decoder:
 
     def _dispatch(self) -> Event | None:
         fields, data = self._fields, self._data
+        self._held, self._is_dropped = 0, False
         if not fields and not data:
             return None
         self._fields, self._data = {}, []

@@ -278,3 +278,37 @@ def test_a_body_is_closed_when_the_server_refuses_the_headers() -> None:
     with pytest.raises(ValueError, match="no such header"):
         Edge(ProxyOptions()).serve(environ, refuse, lambda request: stream_reply(body))
     assert body.closed == 1
+
+
+@pytest.mark.parametrize("failure", [ValueError("bad"), Exception("a server's own error")])
+def test_a_body_that_the_server_cannot_read_is_the_clients_fault(failure: Exception) -> None:
+    class Broken:
+        def read(self, size: int = -1) -> bytes:
+            raise failure
+
+    environ = create_environ("/mcp", method="POST")
+    environ.pop("CONTENT_LENGTH", None)
+    environ |= {"wsgi.input": Broken(), "wsgi.input_terminated": True}
+    with pytest.raises(InvalidRequest, match="framing|ended early"):
+        ClientRequest(environ, RequestIds()).read_body(99)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("/mcp", "/mcp"),
+        ("/é", "/é"),
+        ("/a\nb\r\x1b[31m", "/a\\nb\\r\\x1b[31m"),
+        ("/\u2028\x85", "/\\u2028\\x85"),
+        ("/" + "x" * 10_000, "/" + "x" * 199 + "[...]"),
+    ],
+)
+def test_what_a_client_says_stays_on_its_log_line(said: str, shown: str) -> None:
+    assert logs.escaped(said) == shown
+
+
+def test_no_message_begins_a_second_line_of_the_text_log() -> None:
+    made = logging.LogRecord("mcp_proxy", logging.INFO, "", 0, "a\nb \x1b[2J %s", ("c\r\td",), None)
+    line = logs.TextFormatter().format(made)
+    assert line.endswith(": a\\nb \\x1b[2J c\\r\td")
+    assert "\n" not in line

@@ -359,3 +359,21 @@ def test_without_a_clock_of_its_own_time_passes_by_itself() -> None:
         pass
     assert everything(log) == []
     assert "sessions=0" in repr(log)
+
+
+def test_the_memory_of_all_logs_is_bounded_and_silent_sessions_lose_their_events_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_events, "MAX_LOCAL_BYTES", 20_000)
+    log = LocalEventLog()
+    first = [log.append("a", "s", b"x" * 1000, False) for _ in range(10)]
+    for _ in range(20):
+        last = log.append("b", "s", b"x" * 700, False)
+    assert log.find("a", first[-1]) is None
+    assert log.find("b", last) is not None
+    assert log._cost <= 20_000
+    huge = log.append("c", "s", b"x" * 50_000, False)
+    assert log.find("c", huge) is not None
+    assert log.find("b", last) is None
+    log.forget("c")
+    assert log._cost == 0

@@ -182,3 +182,21 @@ def test_without_a_clock_of_its_own_time_passes_by_itself() -> None:
 
 def test_the_time_to_live_is_two_hours_unless_given() -> None:
     assert LocalStorage().ttl == 7200
+
+
+def test_the_memory_of_records_is_bounded_and_the_least_recently_used_end_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit = 10 * (10_000 + local._RECORD_COST) + 5_000
+    monkeypatch.setattr(local, "MAX_RECORDS_BYTES", limit)
+    storage = LocalStorage()
+    for number in range(10):
+        storage.create(record(f"s{number}", init_body="x" * 10_000))
+    storage.load("s0")
+    old = storage.load("s2")
+    assert storage.swap(old, old.with_metadata(init_body="x" * 30_000))
+    held = [number for number in range(10) if storage.exists(f"s{number}")]
+    assert held == [0, 2, 4, 5, 6, 7, 8, 9]
+    for number in range(10):
+        storage.delete(f"s{number}")
+    assert storage._size == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import example, given
@@ -271,3 +272,37 @@ def _with_plain_line_ends(event: Event) -> Event:
         return event
     data = re.sub(rb"\r\n|\r", b"\n", event.data)
     return Event(data, event.event, event.id, event.retry)
+
+
+# --- the bound -----------------------------------------------------------------------------------
+
+LARGE = [b"data: " + b"x" * 100, b"id: 1\ndata: " + b"x" * 100 + b"\ndata: y", b"data\n" * 30]
+
+
+@pytest.mark.parametrize("block", LARGE)
+@pytest.mark.parametrize("size", [1, 7, 64, 128, 135, 1000])
+def test_an_event_over_the_limit_is_dropped_and_the_next_is_not(block: bytes, size: int) -> None:
+    stream = b"data: a\n\n" + block + b"\n\ndata: b\n\n"
+    decoder = Decoder(limit=60)
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    found = [event.data for piece in pieces for event in decoder.feed(piece)]
+    assert found == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("unit", [b"x", b"data: x\n", b"data: x", b":\n", b"id: 1\n"])
+def test_a_stream_without_a_blank_line_is_held_to_the_limit_only(unit: bytes) -> None:
+    decoder = Decoder(limit=1000)
+    tracemalloc.start()
+    try:
+        for _ in range(2000):
+            assert decoder.feed(unit * 100) == []
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 20_000
+    assert [event.data for event in decoder.feed(b"\n\ndata: b\n\n")] == [b"b"]
+
+
+@given(st.lists(st.sampled_from([b"data: x", b"id: 7", b"\n", b"\r", b":"]), max_size=30))
+def test_a_limit_that_is_not_reached_changes_nothing(pieces: list[bytes]) -> None:
+    assert decode(*pieces) == [e for d in [Decoder(10_000)] for p in pieces for e in d.feed(p)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,12 @@ import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.connection import parse_url
-from redis.exceptions import NoScriptError, RedisClusterException
+from redis.exceptions import (
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+)
 from redis.retry import Retry
 from redis.sentinel import (
     Sentinel,
@@ -25,6 +31,8 @@ from redis.sentinel import (
 )
 
 from mcp_proxy.errors import StorageError, StorageUnavailable
+
+log = logging.getLogger(__name__)
 
 # Unlimited in practice: each thread uses one connection at a time.
 _CONNECTIONS = 1 << 20
@@ -46,7 +54,17 @@ FORMS = (
 
 # Redis's errors for a missing permission; the second is that of scripts in Redis 6.2.
 _DENIAL = re.compile(r"no permissions|can't run this command", re.IGNORECASE)
+_UNUSABLE_CODE = re.compile(r"(?:^|[ -])(READONLY|OOM|MISCONF) ")
+_UNKNOWN_COMMAND = re.compile(r"unknown command .?([A-Za-z]+)", re.IGNORECASE)
 _DENIED_COMMAND = re.compile(r"the '([^' ]+)' command")
+
+
+# Why a server that answers takes no writes, by the first word of its error and redis-py's class.
+_UNUSABLE: dict[str, tuple[type[redis.ResponseError] | None, str]] = {
+    "READONLY": (ReadOnlyError, "it is a replica, or was a primary until now"),
+    "OOM": (OutOfMemoryError, "its memory is used up"),
+    "MISCONF": (None, "it cannot write its own snapshots to disk"),
+}
 
 
 class Connection:
@@ -57,8 +75,11 @@ class Connection:
     """
 
     def __init__(self, client: Client | str, timeout: float = 5) -> None:
-        self._lock = threading.Lock()  # guards _client and _failures
+        self._lock = threading.Lock()  # guards _client, _failures and _reason
         self._failures = 0
+        self._reason: str | None = None  # why the server was not usable, when last looked at
+        #: Whether the server was seen to know GETEX.
+        self.has_getex = False
         self._owns_client = isinstance(client, str)
         self._client: Any = None if isinstance(client, str) else client
         self._make = _maker(client, timeout) if isinstance(client, str) else None
@@ -109,6 +130,15 @@ class Connection:
             return [client.info("server")]
         answer: dict[str, Any] = client.info("server", target_nodes=RedisCluster.PRIMARIES)
         return [answer] if "redis_version" in answer else list(answer.values())
+
+    def note(self, reason: str | None) -> None:
+        """Logs that the server is not usable, and that it is again: one line for each change."""
+        with self._lock:
+            before, self._reason = self._reason, reason
+        if reason is not None and reason != before:
+            log.warning("%s", reason)
+        elif reason is None and before is not None:
+            log.info("The session store is usable again")
 
     @property
     def block_time(self) -> float:
@@ -331,12 +361,27 @@ def _refusal(error: BaseException | None) -> str | None:
     if isinstance(error, redis.AuthenticationError):
         return "The session store refuses the user name or password of this proxy"
     text = str(error)
+    if isinstance(error, redis.ResponseError) and (refused := _unusable(error, text)):
+        return refused
     if isinstance(error, redis.ResponseError) and _DENIAL.search(text):
         command = _DENIED_COMMAND.search(text)
         keys = "the keys with its prefix" if "key" in text else "a command that it needs"
         what = f"the command {command[1].upper()}" if command else keys
         return f"The session store denies the user of this proxy {what}"
     return _refusal(error.__cause__ or error.__context__)
+
+
+def _unusable(error: redis.ResponseError, text: str) -> str | None:
+    """The message for a server that takes no writes, or is too old; None for other errors."""
+    code_of_script = _UNUSABLE_CODE.search(text)
+    for code, (kind, why) in _UNUSABLE.items():
+        is_named = code_of_script is not None and code_of_script[1] == code
+        if is_named or (kind is not None and isinstance(error, kind)):
+            return f"The session store refuses writes ({code}): {why}"
+    unknown = _UNKNOWN_COMMAND.search(text)
+    if unknown is None:
+        return None
+    return f"The session store does not know {unknown[1].upper()}: Redis 6.2 or later is needed"
 
 
 def as_bytes(value: bytes | str) -> bytes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import secrets
 
-from mcp_proxy.errors import SessionExists, SessionNotFound
+from mcp_proxy.errors import SessionExists, SessionNotFound, StorageUnavailable
 from mcp_proxy.redis.client import Client, Connection, as_bytes, mapped_errors
 from mcp_proxy.redis.event_log import RedisEventLog
 from mcp_proxy.redis.mailboxes import RedisMailboxes
@@ -25,6 +25,9 @@ from mcp_proxy.storage.session import SIGNED, Session, decode, encode, minted_by
 
 _SIGNED = f',"{SIGNED}":"'.encode()
 _SIGNATURE_BYTES = len(_SIGNED) + 32 + len(b'"}')
+
+# The time to live of the key that `check` writes.
+_CHECK_MS = 60_000
 
 # One key. ARGV: the old record, the new one signed, the time to live in milliseconds, the number of
 # bytes at the end that are not compared. A repeated swap that finds its own value has succeeded.
@@ -39,7 +42,8 @@ return 1
 
 
 class RedisStorage(Storage):
-    """Records at `<prefix>session:<id>`, markers of issued ids at `<prefix>issued:<id>`.
+    """Records at `<prefix>session:<id>`, markers of issued ids at `<prefix>issued:<id>`; `check`
+    writes `<prefix>check`.
 
     `client` is a redis-py client, a URL, or a Connection to share; `close` leaves a client that was
     passed in open. `ttl` and `timeout` in seconds. The mailboxes are at `<prefix>mailbox:<replica>`
@@ -65,6 +69,9 @@ class RedisStorage(Storage):
         data = _signed(session)
         key = self._session_key(session.id)
         with mapped_errors():
+            if not self.connection.has_getex:
+                # Else sessions would begin, children and all, that nobody can load.
+                self._require_getex(key)
             if minted_by(session.id) is None:
                 self.connection.client.set(self._issued_key(session.id), b"1", ex=ISSUED_TTL)
             if self.connection.client.set(key, data, nx=True, px=self._ttl_ms):
@@ -106,8 +113,20 @@ class RedisStorage(Storage):
             return bool(self.connection.client.exists(self._issued_key(session_id)))
 
     def check(self) -> None:
-        with mapped_errors():
-            self.connection.client.ping()
+        key = f"{self.prefix}check"
+        try:
+            with mapped_errors():
+                self.connection.ping()
+                self.connection.client.set(key, b"1", px=_CHECK_MS)
+                self._require_getex(key)
+        except StorageUnavailable as error:
+            self.connection.note(str(error))
+            raise
+        self.connection.note(None)
+
+    def _require_getex(self, key: str) -> None:
+        self.connection.client.getex(key, px=_CHECK_MS)
+        self.connection.has_getex = True
 
     def version(self) -> tuple[int, ...]:
         """The server's version; GETEX needs (6, 2). Raises StorageUnavailable."""

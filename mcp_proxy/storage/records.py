@@ -91,7 +91,7 @@ class Storage(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Returns if the store answers, raises StorageUnavailable otherwise."""
+        """Returns if the store can be written to; raises StorageUnavailable, which says why not."""
 
     @abstractmethod
     def close(self) -> None:

@@ -289,7 +289,7 @@ def test_a_body_that_the_server_cannot_read_is_the_clients_fault(failure: Except
     environ = create_environ("/mcp", method="POST")
     environ.pop("CONTENT_LENGTH", None)
     environ |= {"wsgi.input": Broken(), "wsgi.input_terminated": True}
-    with pytest.raises(InvalidRequest, match="framing|ended early"):
+    with pytest.raises(InvalidRequest, match=r"framing|ended early"):
         ClientRequest(environ, RequestIds()).read_body(99)
 
 

@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
-from mcp_proxy.redis.client import Connection
+from mcp_proxy.redis.client import Connection, mapped_errors
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import ISSUED_TTL
@@ -137,7 +137,6 @@ def test_create_of_an_id_of_our_own_form_is_one_command(
         ("peek", ["GET", "p:session:s"]),
         ("issued", ["EXISTS", "p:issued:s"]),
         ("delete", ["DEL", "p:session:s"]),
-        ("check", ["PING"]),
     ],
 )
 def test_the_other_calls_are_one_command_each(
@@ -146,6 +145,78 @@ def test_the_other_calls_are_one_command_each(
     with recorded_commands(own_server) as commands:
         CALLS[call](storage)
     assert commands == [expected]
+
+
+def test_check_writes_and_reads_as_sessions_do(
+    own_server: RedisServer, storage: RedisStorage
+) -> None:
+    with recorded_commands(own_server) as commands:
+        storage.check()
+    assert commands == [
+        ["PING"],
+        ["SET", "p:check", "1", "PX", "60000"],
+        ["GETEX", "p:check", "PX", "60000"],
+    ]
+
+
+def _read_only(admin: redis.Redis) -> None:
+    admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+
+
+def _full(admin: redis.Redis) -> None:
+    admin.config_set("maxmemory", "1")
+
+
+@pytest.mark.parametrize(("spoil", "named"), [(_read_only, "READONLY"), (_full, "OOM")])
+def test_a_store_that_refuses_writes_is_not_ready_and_says_why(
+    own_redis: OwnRedis,
+    make_storage: MakeStorage,
+    spoil: Callable[[redis.Redis], None],
+    named: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = own_redis()
+    storage = make_storage(server.url)
+    storage.create(record("s"))
+    with server.client() as admin:
+        spoil(admin)
+        for _ in range(3):
+            with pytest.raises(StorageUnavailable, match=rf"refuses writes \({named}\)"):
+                storage.check()
+        changing = [
+            lambda: storage.create(record("t")),
+            lambda: storage.swap(record("s"), record("s", a="1")),
+        ]
+        for change in changing:
+            with pytest.raises(StorageUnavailable, match=named):
+                change()
+        assert [named in line.getMessage() for line in caplog.records] == [True]
+        admin.execute_command("REPLICAOF", "NO", "ONE")
+        admin.config_set("maxmemory", "0")
+    storage.check()
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        ("MISCONF Redis is configured to save RDB snapshots, but it's failing", "MISCONF"),
+        ("unknown command 'GETEX', with args beginning with: 'k'", "GETEX: Redis 6.2"),
+        ("unknown command `GETEX`, with args beginning with: `k`, `PX`", "GETEX: Redis 6.2"),
+    ],
+)
+def test_the_sentence_names_what_is_wrong(error: str, named: str) -> None:
+    with pytest.raises(StorageUnavailable, match=named), mapped_errors():
+        raise redis.ResponseError(error)
+
+
+def test_without_getex_no_session_begins(own_redis: OwnRedis, make_storage: MakeStorage) -> None:
+    server = own_redis(settings=['rename-command GETEX ""'])
+    storage = make_storage(server.url)
+    for attempt in (storage.check, lambda: storage.create(record("s"))):
+        with pytest.raises(StorageUnavailable, match=r"does not know GETEX: Redis 6\.2"):
+            attempt()
+    assert not storage.exists("s")
+    assert not storage.issued("s")
 
 
 def test_swap_is_one_script_with_one_key(own_server: RedisServer, storage: RedisStorage) -> None:

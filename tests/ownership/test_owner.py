@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from mcp_proxy import LocalStorage, ProxyOptions, Session, StreamableProxy
+from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, Session, StreamableProxy
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.sessions import claims, handshake
+from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
+from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
 
 
 @contextlib.contextmanager
 def serving(
-    *options: str, storage: LocalStorage | None = None, **settings: Any
+    *options: str, storage: Storage | None = None, **settings: Any
 ) -> Iterator[tuple[StreamableProxy, McpClient]]:
     app = StreamableProxy([*SCRIPTED, *options], storage, options=ProxyOptions(**settings))
     try:
@@ -110,6 +112,18 @@ def test_a_record_from_which_no_server_can_be_brought_back_is_over(
             assert time.monotonic() - began < 5
         assert not app.manager.exists(client.session)
         assert children(app) == 0
+
+
+def test_a_redis_without_getex_leaves_no_child(own_redis: Callable[..., RedisServer]) -> None:
+    server = own_redis(settings=['rename-command GETEX ""'])
+    with (
+        contextlib.closing(RedisStorage(server.url)) as storage,
+        serving(storage=storage) as (app, client),
+    ):
+        answer = client.call("initialize", {"protocolVersion": "2025-06-18"})
+        assert answer.status == 503
+        assert "GETEX" in answer.error()["message"]
+        eventually(lambda: children(app) == 0)
 
 
 def test_a_claim_is_given_back_when_something_unforeseen_happens(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import threading
 import uuid
@@ -729,6 +730,26 @@ def test_invalid_unicode_costs_a_character_not_the_answer(client: McpClient) -> 
     result = b'{"text": "a\xffb \\ud83d c"}'
     params = {"bytes": base64.b64encode(result).decode()}
     assert client.result("raw_answer", params)["text"] == "a\ufffdb \ufffd c"
+
+
+def test_what_clients_write_a_little_wrong_reaches_the_server_right(client: McpClient) -> None:
+    for params in ("null", '{"_meta":null}', '{"_meta":{"progressToken":null}}'):
+        body = f'{{"jsonrpc":"2.0","id":"n","method":"echo","params":{params}}}'.encode()
+        assert client.post(b"\xef\xbb\xbf" + body).status == 200
+    params = r'{"_meta":{"progressToken":1},"a":"\ud83d"}'
+    half = f'{{"jsonrpc":"2.0","id":"n","method":"echo","params":{params}}}'.encode()
+    for _ in range(2):
+        assert client.post(half).status == 200
+    asked = [m for m in client.result("seen")["messages"] if m.get("method") == "echo"]
+    told = [m.get("params") for m in asked]
+    with_half = {"_meta": {"progressToken": 1}, "a": "\ufffd"}  # repaired on the way back only
+    assert told == [None, {}, {"_meta": {}}, with_half, with_half]
+
+
+def test_a_compressed_body_is_an_unsupported_media_type(client: McpClient) -> None:
+    answer = client.post(gzip.compress(b"{}"))
+    assert answer.status == 415
+    assert "gzip" in answer.error()["message"]
 
 
 def test_a_flood_on_stderr_hurts_nobody(client: McpClient) -> None:

@@ -307,3 +307,34 @@ def test_a_killed_worker_leaves_nothing_within_two_seconds() -> None:
         (server,), (worker,) = process.server_pids(), process.worker_pids()
         os.kill(worker, signal.SIGKILL)
         eventually(lambda: not is_alive(server) and not is_alive(grandchild), timeout=2)
+
+
+# --- what is not HTTP ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"zz\r\nhello\r\n0\r\n\r\n",
+        b"5 ;a=b\r\nhello\r\n0\r\n\r\n",
+        b"5\r\nhello\r\n0\r\nContent-Length: 7\r\nbad name: 1\r\n\r\n",
+        b"5\r\nhelloXX0\r\n\r\n",
+    ],
+)
+def test_a_badly_framed_body_is_a_400_and_a_path_forges_no_log_line(body: bytes) -> None:
+    head = b"POST /mcp/x%0aFORGED%1b[31m HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    chunked = (
+        b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n"
+    )
+    with ProxyProcess(SCRIPTED) as process:
+        for request, status in ((head, b"404"), (chunked + body, b"400")):
+            with socket.create_connection(("127.0.0.1", process.port), timeout=20) as connection:
+                connection.sendall(request)
+                assert connection.recv(4096).split()[1] == status
+        eventually(lambda: "FORGED" in process.log())
+        log = process.log()
+    assert not any(line.startswith("FORGED") for line in log.splitlines())
+    assert r"/mcp/x\nFORGED\x1b[31m" in log
+    assert "not foreseen" not in log
+    assert "failed unexpectedly" not in log

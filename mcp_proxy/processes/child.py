@@ -68,7 +68,8 @@ class Child:
     def read_lines(self, on_line: Callable[[bytes], None]) -> None:
         """Reads until the server closes its output; the body of the reader thread.
 
-        `on_line` gets every line without its line break and may block to slow the server down.
+        `on_line` gets every line without its line break, of one that is too long the start, and may
+        block to slow the server down.
         """
         try:
             while (line := self._next_line()) is not None:
@@ -78,14 +79,15 @@ class Child:
             self.at_eof.set()
 
     def _next_line(self) -> bytes | None:
-        """The next line that is not too long; None at the end of the output."""
+        """The next line, of one that is too long the start; None at the end of the output."""
         try:
-            while line := self._stdout.readline(self._max_message + 1):
+            if line := self._stdout.readline(self._max_message + 1):
                 if line.endswith(b"\n"):
                     return line.rstrip(b"\r\n")
                 if len(line) <= self._max_message:
                     return line
                 self._skip_rest(line)
+                return line[:_LINE_SHOWN]  # it may name the call that it was to answer
         except (OSError, ValueError):
             log.debug("[%s] reading ended", self.name, exc_info=True)
         return None

@@ -211,6 +211,17 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
     worker_class: Annotated[
         Literal["gthread", "gevent"], Meta(description="gunicorn's kind of worker")
     ] = "gthread"
+    client_timeout: Annotated[
+        Seconds,
+        Meta(description="how long a client may send and read nothing, and take for its headers"),
+    ] = 30
+    max_header_bytes: Annotated[Count, Meta(description="the largest headers of a request")] = (
+        32 * 1024
+    )
+    http_keepalive: Annotated[
+        Seconds,
+        Meta(description="how long an idle connection is kept; longer than a balancer does"),
+    ] = 75
     cpu_affinity: Annotated[
         str, Meta(description="one CPU for each gthread worker: auto, off, or a list such as 0,2")
     ] = "auto"

@@ -47,6 +47,9 @@ _OTHER_FILES = 64
 # Files of a stdio session: three pipes, and one for what is being done with it.
 _FILES_OF_A_SESSION = 4
 
+# The longest request line that gunicorn can be set to.
+_LONGEST_LINE = 8_190
+
 # Connections that a worker may have, if there are files for them.
 _CONNECTIONS = 4_096
 
@@ -73,7 +76,9 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
         # A limit for the main loop's heartbeat, not for requests.
         "timeout": 60,
         "graceful_timeout": 20,
-        "keepalive": 30,
+        "keepalive": max(1, round(config.http_keepalive)),
+        "limit_request_line": min(_LONGEST_LINE, config.max_header_bytes),
+        "limit_request_field_size": config.max_header_bytes,
         # Two instances on one machine would claim the same path.
         "control_socket_disable": True,
         "on_starting": hooks.on_starting,
@@ -145,8 +150,10 @@ class Hooks:
         worker.cpu = least_used(cpus, taken, self._offset) if cpus else None
 
     def post_worker_init(self, worker: Any) -> None:
-        """Pins the worker to its CPU and has SIGTERM drain its application."""
+        """Sets up the worker, pins it to its CPU, and has SIGTERM drain its application."""
         app = worker.wsgi
+        worker.client_timeout = self._config.client_timeout
+        worker.max_header_bytes = self._config.max_header_bytes
         if worker.cpu is not None and hasattr(app, "parts"):
             app.parts.supervisor.cpu_affinity = frozenset(os.sched_getaffinity(0))
             pin(worker.cpu)

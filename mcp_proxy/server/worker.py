@@ -1,28 +1,37 @@
-"""gunicorn's thread worker, made faster for small requests on kept-alive connections.
+"""gunicorn's thread worker, made faster for small requests, and patient with slow clients.
 
-Seven things differ from `gunicorn.workers.gthread.ThreadWorker`:
+What differs from `gunicorn.workers.gthread.ThreadWorker`:
 
-- A thread that has answered waits at the connection for a moment while enough others are free: the
-  next request of a busy client then need not go through the main loop, its queues and its poller.
-- The head of a response and the first piece of its body are sent in one write.
-- A worker without a free thread stops accepting, so that another worker takes the connection,
-  however many connections are idle.
+- A thread is given to a request that has arrived. Until head and body are whole, the poller waits
+  for the rest, with a deadline (`arriving`, `connection`). What has a shape that is not followed
+  gets a thread at once, which reads with the same deadline; at most a quarter of the threads do.
 - A connection that is not kept is shut down and then read by the poller until the client has closed
   it, for two seconds at most; gunicorn's main loop would wait for each such client in turn.
+- An answer is written in pieces, each of which the client has to take in time. The head and the
+  first piece are sent in one write.
+- A thread that has answered waits at the connection for a moment while enough others are free: the
+  next request of a busy client then need not go through the main loop, its queues and its poller.
+- A worker without a free thread stops accepting, so that another worker takes the connection,
+  however many connections are idle.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
+- What is refused before the application sees it is a JSON-RPC error.
 - Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
   times per request.
 
-It relies on this in gunicorn, 27.0 or later: the main loop calls `enqueue_req`, `finish_request`,
-and `set_accept_enabled` each time around while the worker should accept and does not, and
-`murder_pending` each time around; it hands what happens on a socket to the callback with which that
-is registered in `poller`, and counts connections in `nr_conns`, for which a worker that stops
-waits; `handle` returns False for a connection that is not to be kept and True for one that is,
-whose surplus bytes are in `parser.unreader.buf`;
-`wsgi.create` takes a `response_class`, whose `write` sends head and body by `sock.sendall`; an
-attribute of `cfg` hides the setting of that name. `handle_request` is gunicorn's own with that
-class. gunicorn handles signals, timeouts and bad requests.
+A connection is *arriving*, *served* (a thread has it, or it waits for one), *kept* or *closing*.
+The main thread moves it from one to the next, and counts it in `nr_conns` until it is closed.
+
+It relies on this in gunicorn, 27.0 or later. The main loop calls `accept`, `enqueue_req`,
+`finish_request`, each time around `murder_pending`, and `set_accept_enabled` while the worker
+should accept and does not; it hands what happens on a socket to the callback with which that is
+registered in `poller`; a worker that stops waits for `nr_conns`. `keepalived_conns` are closed when
+their `timeout` is over. `handle` makes the socket blocking and calls `TConn.init`, then reads from
+`parser.unreader`, whose `take_buffered` gives what was read too far; it returns True for a
+connection that is to be kept, as `_keepalive_after` says, False for another. `handle_error` writes
+to the socket that it is given. `wsgi.create` takes a `response_class`, whose `write` sends head and
+body by `sock.sendall`; an attribute of `cfg` hides the setting of that name. `handle_request` is
+gunicorn's own with that class. gunicorn handles signals, timeouts and bad requests.
 """
 
 from __future__ import annotations
@@ -35,7 +44,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -44,7 +53,9 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
-from mcp_proxy.wire import jsonrpc
+from mcp_proxy.server.answers import Gathering, JoinedResponse, refusal, send
+from mcp_proxy.server.arriving import Shape
+from mcp_proxy.server.connection import PIECE, Connection
 
 #: Seconds for which a thread waits at a connection on which it has answered.
 STAY = 0.05
@@ -56,51 +67,32 @@ _CLOSING_TIME = 2.0
 # Seconds for which a worker does not accept when the system has no file for a connection.
 _PAUSE = 0.5
 
-# JSON-RPC's code for what is no request.
-_INVALID_REQUEST = -32600
+# Seconds between two looks at which connections' time is over.
+_SWEEP = 0.25
+
+# Bytes of all requests that are arriving at a worker.
+_ARRIVING_BYTES = 64 * 1024 * 1024
+
+# Seconds for which a connection may be sure not to be closed in favour of another.
+_SURE = 1.0
+
+# Seconds for which a thread reads what the application has left of a body.
+_BODY_TIME = 0.05
 
 _NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-# A piece of at least this many bytes is sent on its own, not copied behind the head.
-_LARGE = 64 * 1024
-
-
-class _Gathering:
-    """Replaces a socket and collects the bytes to send."""
-
-    def __init__(self) -> None:
-        self.data = b""
-
-    def sendall(self, data: bytes) -> None:
-        self.data += data
-
-
-class JoinedResponse(wsgi.Response):  # type: ignore[misc]
-    """A response whose head is sent together with the first piece of the body.
-
-    An empty piece sends the head at once. Used by one thread.
-    """
-
-    sock: Any
-
-    def write(self, arg: bytes) -> None:
-        """Sends a piece of the body; gunicorn names the parameter."""
-        if self.headers_sent or not 0 < len(arg) < _LARGE:
-            super().write(arg)
-            return
-        sock, self.sock = self.sock, _Gathering()
-        try:
-            super().write(arg)
-        finally:
-            gathered, self.sock = self.sock.data, sock
-        sock.sendall(gathered)
 
 
 class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     """The worker class behind the setting `gthread`."""
 
     alive: bool
+    max_requests: int
     tpool: ThreadPoolExecutor
+
+    #: Seconds within which a client sends its head, and makes progress with the rest.
+    client_timeout = 30.0
+    #: The largest head of a request.
+    max_header_bytes = 32 * 1024
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,8 +102,16 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.threads: int = self.cfg.threads
         # When accepting goes on for which the system had no file, None if it had.
         self._pauses_until: float | None = None
+        #: Connections on which a request is arriving.
+        self.arriving: dict[Connection, None] = {}
+        # Those of them that wait for a place among the threads for slow requests, and the places
+        # that are taken.
+        self._waiting: dict[Connection, None] = {}
+        self._places = 0
+        self._arriving_bytes = 0
+        self._next_sweep = 0.0
         #: Connections that were shut down and are read until their time is over, oldest first.
-        self.closing: dict[gthread.TConn, None] = {}
+        self.closing: dict[Connection, None] = {}
 
     # --- in the main thread ----------------------------------------------------------------------
 
@@ -141,15 +141,23 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     def accept(self, listener: Any) -> None:
         """Accepts a connection; where there is no file for it, accepting pauses."""
         try:
-            super().accept(listener)
+            sock, address = listener.accept()
         except OSError as error:
-            if error.errno not in _NO_FILE:
+            if error.errno in _NO_FILE:
+                self._pause(error)
+            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 raise
-            self._pause(error)
-        else:
-            if self._pauses_until is not None:
-                self.log.info("Accepting goes on")
+            return
+        if self._pauses_until is not None:
+            self.log.info("Accepting goes on")
             self._pauses_until = None
+        self.nr_conns += 1
+        limits = (self.client_timeout, self.max_header_bytes)
+        conn = Connection(limits, self.cfg, sock, address, listener.getsockname())
+        if conn.is_plain:
+            self._receive(conn)
+        else:
+            self._wait_for_more(conn)
 
     def _pause(self, error: OSError) -> None:
         if self._pauses_until is None:
@@ -157,7 +165,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._pauses_until = time.monotonic() + _PAUSE
         self.set_accept_enabled(False)
 
-    def enqueue_req(self, conn: gthread.TConn) -> None:
+    def enqueue_req(self, conn: Connection) -> None:
         """Hands a connection to a thread; refuses it if there is none and none can be started."""
         self.busy += 1
         try:
@@ -168,13 +176,33 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if self.busy >= self.threads:
             self.set_accept_enabled(False)
 
-    def finish_request(self, conn: gthread.TConn, fs: Future[Any]) -> None:
+    def finish_request(self, conn: Connection, fs: Future[Any]) -> None:
         """Takes a connection back from a thread."""
         self.busy -= 1
+        self._give_place_back(conn)
         if fs.cancelled() or fs.exception() or not fs.result():
             self._shut_down(conn)
+            return
+        conn.sock.setblocking(False)
+        if conn.has_unread_bytes:
+            self._go_on(conn)
         else:
-            super().finish_request(conn, fs)
+            self._keep(conn)
+
+    def _keep(self, conn: Connection) -> None:
+        """Waits for the next request of a connection."""
+        conn.set_timeout()
+        if not self.alive:
+            conn.timeout = min(conn.timeout, time.monotonic() + gthread.STOP_KEEPALIVE_LINGER)
+        self.keepalived_conns.append(conn)
+        self._watch(conn, self.on_client_socket_readable)
+
+    def on_client_socket_readable(self, conn: Connection, client: Any) -> None:
+        """The next request of a kept connection begins."""
+        self.poller.unregister(client)
+        self.keepalived_conns.remove(conn)
+        conn.begin()
+        self._receive(conn)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """Starts or stops accepting; starts only while a thread is free and nothing pauses."""
@@ -182,37 +210,140 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             enabled = False
         super().set_accept_enabled(enabled and self.busy < self.threads)
 
+    # --- requests that are arriving --------------------------------------------------------------
+
+    def _receive(self, conn: Connection, _client: Any = None) -> None:
+        """Takes what a client has sent."""
+        before = len(conn.request.data)
+        has_left = conn.is_plain and not conn.receive()
+        if conn in self.arriving:
+            self._arriving_bytes += len(conn.request.data) - before
+        if has_left:
+            self._forget(conn)
+            self._close(conn)
+        else:
+            self._go_on(conn)
+
+    def _go_on(self, conn: Connection) -> None:
+        """Gives a request that can be read to a thread, and waits for more of any other."""
+        if conn.is_slow and self._places >= max(1, self.threads // 4):
+            self._wait_for_more(conn)
+            self._unwatch(conn)
+            self._waiting[conn] = None
+        elif conn.is_for_a_thread:
+            self._forget(conn)
+            conn.has_place = conn.is_slow
+            self._places += conn.has_place
+            self.enqueue_req(conn)
+        elif conn.request.shape is Shape.TOO_LONG:
+            self._forget(conn)
+            self._refuse(conn, "431 Request Header Fields Too Large", "The head is too long")
+        else:
+            self._wait_for_more(conn)
+
+    def _wait_for_more(self, conn: Connection) -> None:
+        if conn not in self.arriving:
+            self.arriving[conn] = None
+            self._arriving_bytes += len(conn.request.data)
+            self._watch(conn, self._receive)
+        if conn.expects_continue:
+            conn.is_continued = True
+            with contextlib.suppress(OSError):
+                conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._arriving_bytes > _ARRIVING_BYTES:
+            self._give_up(min(self.arriving, key=lambda one: one.progress))
+
+    def _give_place_back(self, conn: Connection) -> None:
+        """A request is no longer slow: its body has come, or it is over."""
+        if not conn.has_place:
+            return
+        conn.has_place = False
+        self._places -= 1
+        if self._waiting:
+            self._go_on(next(iter(self._waiting)))
+
+    def _forget(self, conn: Connection) -> None:
+        """A connection is arriving no longer."""
+        if conn in self.arriving:
+            del self.arriving[conn]
+            self._waiting.pop(conn, None)
+            self._arriving_bytes -= len(conn.request.data)
+            self._unwatch(conn)
+
+    def _give_up(self, conn: Connection) -> None:
+        """Ends a connection on which a request did not arrive in time."""
+        self._forget(conn)
+        if conn.request.data:
+            self._refuse(conn, "408 Request Timeout", "The request did not arrive in time")
+        else:
+            self._close(conn)
+
+    # --- connections whose time is over ----------------------------------------------------------
+
     def murder_pending(self) -> None:
-        """Closes connections whose time is over."""
-        super().murder_pending()
+        """Closes connections whose time is over, and the most idle one if there are too many."""
         now = time.monotonic()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + _SWEEP
+        for conn in [conn for conn in self.arriving if self._is_over(conn, now)]:
+            self._give_up(conn)
         for conn in [conn for conn in self.closing if conn.timeout <= now]:
             self._drop(conn)
+        if self.nr_conns >= self.worker_connections:
+            self._make_room(now - _SURE)
 
-    def _refuse(self, conn: gthread.TConn, status: str, message: str) -> None:
+    def _is_over(self, conn: Connection, now: float) -> bool:
+        """Whether a request has had its time; a worker that stops does not wait for its rest."""
+        if self.alive:
+            return conn.deadline <= now
+        return bool(conn.progress + gthread.STOP_KEEPALIVE_LINGER <= now)
+
+    def _make_room(self, before: float) -> None:
+        """Closes the connection for longest without progress, unless that has come since."""
+        conn = min(self.arriving, key=lambda one: one.progress, default=None)
+        if conn is not None and conn.progress < before:
+            self._give_up(conn)
+        elif self.keepalived_conns:
+            kept = self.keepalived_conns[0]
+            if kept.timeout - self.cfg.keepalive < before:
+                self.keepalived_conns.popleft()
+                self._unwatch(kept)
+                self._close(kept)
+
+    def _watch(self, conn: Connection, callback: Callable[[Connection, Any], None]) -> None:
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(callback, conn))
+
+    def _unwatch(self, conn: Connection) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self.poller.unregister(conn.sock)
+
+    def _close(self, conn: Connection) -> None:
+        self.nr_conns -= 1
+        conn.close()
+
+    def _refuse(self, conn: Connection, status: str, message: str) -> None:
         """Answers a request in place of a thread, as far as that goes at once, and ends it."""
         self.log.warning("A request is answered with %s: %s", status, message)
         with contextlib.suppress(OSError):
             conn.sock.setblocking(False)
-            conn.sock.send(_refusal(status, message))
+            conn.sock.send(refusal(status, message))
         self._shut_down(conn)
 
-    def _shut_down(self, conn: gthread.TConn) -> None:
+    def _shut_down(self, conn: Connection) -> None:
         """Ends our side of a connection; the poller reads the other side to its end."""
         conn.timeout = time.monotonic() + _CLOSING_TIME
         self.closing[conn] = None
         try:
             conn.sock.setblocking(False)
             conn.sock.shutdown(socket.SHUT_WR)
-            self.poller.register(
-                conn.sock, selectors.EVENT_READ, partial(self._read_on_and_forget, conn)
-            )
+            self._watch(conn, self._read_on_and_forget)
         except (OSError, ValueError):  # the client has left, or the socket is closed already
             self._drop(conn)
 
-    def _read_on_and_forget(self, conn: gthread.TConn, _sock: Any) -> None:
+    def _read_on_and_forget(self, conn: Connection, _client: Any) -> None:
         try:
-            is_over = not conn.sock.recv(_LARGE)
+            is_over = not conn.sock.recv(PIECE)
         except (BlockingIOError, ssl.SSLWantReadError):
             is_over = False
         except OSError:
@@ -220,39 +351,66 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if is_over:
             self._drop(conn)
 
-    def _drop(self, conn: gthread.TConn) -> None:
+    def _drop(self, conn: Connection) -> None:
         """Closes a connection that was shut down."""
         del self.closing[conn]
-        self.nr_conns -= 1
-        with contextlib.suppress(KeyError, ValueError):
-            self.poller.unregister(conn.sock)
-        conn.close()
+        self._unwatch(conn)
+        self._close(conn)
 
     # --- in a thread of the pool -----------------------------------------------------------------
 
-    def handle(self, conn: gthread.TConn) -> Any:
+    def handle(self, conn: Connection) -> Any:
         """Answers requests of a connection for as long as this thread may wait for the next one."""
         if conn in self.closing:  # it was refused, and stayed in the queue of the pool
             return False
-        outcome = super().handle(conn)
-        while outcome is True and self._can_stay(conn) and _becomes_readable(conn.sock):
-            outcome = super().handle(conn)
-        return outcome
+        while self._answer(conn):
+            if not self._can_stay(conn) or not _becomes_readable(conn.sock):
+                return True
+            if not conn.receive():
+                return False
+            if conn.request.shape is not Shape.WHOLE:
+                return True
+        return False
 
-    def _can_stay(self, conn: gthread.TConn) -> bool:
+    def _answer(self, conn: Connection) -> bool:
+        """Answers a request; whether the connection is to be kept for the next one."""
+        is_kept: bool = super().handle(conn)
+        if is_kept:
+            conn.finish()
+        elif conn.is_late and conn.has_begun:
+            with contextlib.suppress(OSError):
+                conn.sock.sendall(refusal("408 Request Timeout", "The head did not arrive in time"))
+        return is_kept
+
+    def _can_stay(self, conn: Connection) -> bool:
         """Whether this thread may wait for the connection's next request.
 
-        Enough other threads must be free, and no bytes may have been read already, by the parser or
-        by TLS: those do not make a socket readable.
+        Enough other threads must be free, and no bytes may have been read already: those do not
+        make a socket readable.
         """
-        has_surplus = self.cfg.is_ssl or conn.parser.unreader.buf.getvalue()
-        return self.alive and not has_surplus and self.busy <= self.threads // 2
+        is_quiet = conn.is_plain and not conn.has_unread_bytes
+        return self.alive and is_quiet and self.busy <= self.threads // 2
 
-    def handle_request(self, req: Any, conn: gthread.TConn) -> bool:
+    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
+        """Whether a connection can be kept: nobody waits for a body that was not asked for."""
+        deadline = time.monotonic() + _BODY_TIME
+        return bool(keepalive and conn.parser.finish_body(deadline=deadline))
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
+        """Answers a request that gunicorn refuses, or that has failed, with a JSON-RPC error."""
+        written = Gathering()
+        super().handle_error(req, written, addr, exc)
+        is_refused = written.status.startswith("4")
+        with contextlib.suppress(OSError):
+            client.sendall(refusal(written.status, str(exc) if is_refused else "Internal error"))
+
+    def handle_request(self, req: Any, conn: Connection) -> bool:
         """Answers one request; whether the connection is to be kept."""
         environ: dict[str, Any] = {}
         response: Any = None
         try:
+            conn.begin_body()
+            req._expected_100_continue &= not conn.is_continued
             self.cfg.pre_request(self, req)
             begin = datetime.now()
             response, environ = wsgi.create(
@@ -260,14 +418,22 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             )
             environ["wsgi.multithread"] = True
             self._decide_on_keeping(response)
+            if conn.has_place:
+                req.body.reader = _Noticed(req.body.reader, partial(self._body_has_come, conn))
             body = self.wsgi(environ, response.start_response)
+            self._body_has_come(conn)
             try:
-                _send(body, response, environ)
+                send(body, response, environ)
             finally:
                 self.log.access(response, req, environ, datetime.now() - begin)
                 if hasattr(body, "close"):
                     body.close()
             return not response.should_close()
+        except TimeoutError:
+            if response is None or not response.headers_sent:
+                late = refusal("408 Request Timeout", "The body did not arrive in time")
+                conn.sock.sendall(late)
+            raise StopIteration from None
         except OSError:
             raise
         except (Exception, SystemExit):
@@ -278,6 +444,10 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             raise StopIteration from None
         finally:
             self._tell_hook(req, environ, response)
+
+    def _body_has_come(self, conn: Connection) -> None:
+        if conn.has_place:
+            self.method_queue.defer(self._give_place_back, conn)
 
     def _decide_on_keeping(self, response: Any) -> None:
         self.nr += 1
@@ -295,6 +465,21 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self.log.exception("Exception in post_request hook")
 
 
+class _Noticed:
+    """The source of a body, which tells when it is at its end."""
+
+    def __init__(self, reader: Any, tell: Callable[[], None]) -> None:
+        self._reader = reader
+        self._tell = tell
+
+    def read(self, size: int) -> bytes:
+        """What gunicorn's own reader gives."""
+        data: bytes = self._reader.read(size)
+        if not data or getattr(self._reader, "length", None) == 0:
+            self._tell()
+        return data
+
+
 def _start_all(pool: ThreadPoolExecutor, count: int) -> int:
     """Starts the threads of a new pool of that size; how many could be started."""
     is_over = threading.Event()
@@ -307,25 +492,6 @@ def _start_all(pool: ThreadPoolExecutor, count: int) -> int:
         return count
     finally:
         is_over.set()
-
-
-def _refusal(status: str, message: str) -> bytes:
-    """A whole response that is a JSON-RPC error without an id."""
-    body = jsonrpc.encode_error(_INVALID_REQUEST, message, None)
-    head = (
-        f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode("ascii") + body
-
-
-def _send(body: Iterable[bytes], response: Any, environ: dict[str, Any]) -> None:
-    if isinstance(body, environ["wsgi.file_wrapper"]):
-        response.write_file(body)
-    else:
-        for piece in body:
-            response.write(piece)
-    response.close()
 
 
 def _becomes_readable(sock: Any) -> bool:

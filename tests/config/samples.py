@@ -51,6 +51,9 @@ SAMPLES: dict[str, Sample] = {
     "bind": _one("unix:/run/x.sock", "unix:/run/x.sock"),
     "workers": _one("2", 2),
     "worker_class": _one("gevent", "gevent"),
+    "client_timeout": _one("2.5", 2.5),
+    "max_header_bytes": _one("1000", 1000),
+    "http_keepalive": _one("100", 100.0),
     "cpu_affinity": _one("0,2", "0,2"),
 }
 

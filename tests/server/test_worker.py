@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import socket
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +18,11 @@ from gunicorn.http.wsgi import create
 from gunicorn.workers.gthread import ThreadWorker
 
 from mcp_proxy.config import ProxyConfig
+from mcp_proxy.server.answers import JoinedResponse
+from mcp_proxy.server.connection import PIECE, Connection
 from mcp_proxy.server.gunicorn import gunicorn_settings
-from mcp_proxy.server.worker import STAY, JoinedResponse, KeepaliveWorker
-from tests.live.connections import Connection
+from mcp_proxy.server.worker import STAY, KeepaliveWorker
+from tests.live import connections
 from tests.support.proxy_process import ProxyProcess
 from tests.support.waiting import eventually
 
@@ -37,8 +37,8 @@ class Held:
         self.process = process
         self._file = file
 
-    def connect(self) -> Connection:
-        return Connection(self.process.port)
+    def connect(self) -> connections.Connection:
+        return connections.Connection(self.process.port)
 
     def release(self) -> None:
         self._file.touch()
@@ -149,55 +149,67 @@ def test_more_busy_connections_than_threads_are_all_served(tmp_path: Path) -> No
             assert {connection.read().status for connection in connections} == {200}
 
 
-def worker_between_requests(monkeypatch: pytest.MonkeyPatch, **state: Any) -> tuple[Any, list[Any]]:
-    """A worker of four threads that was never started, and what it has answered."""
-    answered: list[Any] = []
+class Between(Connection):
+    """A connection whose first request has been answered."""
+
+    def __init__(self, surplus: bytes, is_plain: bool) -> None:
+        ours, self.peer = socket.socketpair()
+        super().__init__((1.0, 1000), Config(), ours, None, None)
+        self.is_plain = is_plain
+        self.begin(surplus)
+
+    def finish(self) -> None:
+        """Nothing has been read too far."""
+
+
+ASKED = b"GET / HTTP/1.1\r\n\r\n"
+
+
+def answers_of_a_thread(
+    monkeypatch: pytest.MonkeyPatch, conn: Between, **state: Any
+) -> tuple[int, Any]:
+    """How often a thread of four answers on a connection, and what it says of it at the end."""
+    answered: list[bytes] = []
 
     def handle(self: Any, conn: Any) -> bool:
-        answered.append(conn.sock.recv(1))
+        answered.append(bytes(conn.request.data))
+        if len(answered) > 1:
+            conn.begin()
+        if len(answered) < 4:
+            conn.peer.sendall(ASKED)
         return True
 
     monkeypatch.setattr(ThreadWorker, "handle", handle)
     worker = KeepaliveWorker.__new__(KeepaliveWorker)
-    worker.cfg = SimpleNamespace(is_ssl=state.pop("is_ssl", False))
     worker.__dict__.update({"alive": True, "busy": 1, "threads": 4, "closing": {}, **state})
-    return worker, answered
-
-
-def connection_with(pending: bytes, surplus: bytes = b"") -> tuple[Any, socket.socket]:
-    ours, theirs = socket.socketpair()
-    theirs.sendall(pending)
-    unreader = SimpleNamespace(buf=io.BytesIO(surplus))
-    return SimpleNamespace(sock=ours, parser=SimpleNamespace(unreader=unreader)), theirs
+    with conn.sock, conn.peer:
+        is_kept = worker.handle(conn)
+    return len(answered), is_kept
 
 
 def test_a_thread_serves_what_comes_at_once_and_leaves_a_silent_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    worker, answered = worker_between_requests(monkeypatch)
-    conn, client = connection_with(b"abc")
-    with conn.sock, client:
-        assert worker.handle(conn) is True
-    assert answered == [b"a", b"b", b"c"]
+    assert answers_of_a_thread(monkeypatch, Between(b"", is_plain=True)) == (4, True)
 
 
-@pytest.mark.parametrize("state", [{"busy": 3}, {"alive": False}, {"is_ssl": True}])
+@pytest.mark.parametrize("state", [{"busy": 3}, {"alive": False}])
 def test_a_thread_does_not_stay_where_it_could_do_harm(
     monkeypatch: pytest.MonkeyPatch, state: dict[str, Any]
 ) -> None:
-    worker, answered = worker_between_requests(monkeypatch, **state)
-    conn, client = connection_with(b"abc")
-    with conn.sock, client:
-        assert worker.handle(conn) is True
-    assert answered == [b"a"]
+    assert answers_of_a_thread(monkeypatch, Between(b"", is_plain=True), **state) == (1, True)
 
 
-def test_what_was_read_too_far_is_left_to_gunicorn(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, answered = worker_between_requests(monkeypatch)
-    conn, client = connection_with(b"abc", surplus=b"GET")
-    with conn.sock, client:
-        assert worker.handle(conn) is True
-    assert answered == [b"a"]
+def test_a_thread_does_not_stay_where_bytes_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answers_of_a_thread(monkeypatch, Between(b"", is_plain=False)) == (1, True)
+    assert answers_of_a_thread(monkeypatch, Between(b"GET", is_plain=True)) == (1, True)
+
+
+def test_a_thread_leaves_a_request_that_is_not_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.server.test_worker.ASKED", ASKED[:-1])
+    conn = Between(b"", is_plain=True)
+    assert answers_of_a_thread(monkeypatch, conn) == (1, True)
+    assert bytes(conn.request.data) == ASKED
 
 
 # --- the end of a worker -------------------------------------------------------------------------
@@ -280,11 +292,12 @@ def test_a_chunk_is_joined_as_a_chunk() -> None:
     assert last == b"0\r\n\r\n"
 
 
-def test_a_large_piece_is_not_copied() -> None:
+def test_a_large_piece_is_sent_in_parts() -> None:
     wire = Wire()
     large = b"x" * 1_000_000
     response_to(wire, ("Content-Length", str(len(large)))).write(large)
-    assert wire.sent[1] is large
+    assert b"".join(wire.sent[1:]) == large
+    assert max(len(part) for part in wire.sent) == PIECE
 
 
 def test_a_piece_that_cannot_be_sent_leaves_the_socket_where_it_was() -> None:

@@ -1,0 +1,81 @@
+"""What our worker class writes: an application's response, and answers in place of one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from gunicorn.http import wsgi
+
+from mcp_proxy.server.connection import PIECE
+from mcp_proxy.wire import jsonrpc
+
+# JSON-RPC's code for what is no request.
+_INVALID_REQUEST = -32600
+
+_STATUS = re.compile(rb"HTTP/1\.1 (\d{3} [^\r\n]*)")
+
+
+class Gathering:
+    """Replaces a socket and collects the bytes to send."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def sendall(self, data: bytes) -> None:
+        """Takes the bytes."""
+        self.data += data
+
+    def gettimeout(self) -> float:
+        """As of a socket on which nothing blocks."""
+        return 0.0
+
+    @property
+    def status(self) -> str:
+        """The status of the response that was written."""
+        found = _STATUS.match(self.data)
+        return found[1].decode("latin-1") if found else "500 Internal Server Error"
+
+
+class JoinedResponse(wsgi.Response):  # type: ignore[misc]
+    """A response whose head is sent together with the first piece of the body.
+
+    An empty piece sends the head at once; a large one is sent in parts, each of which has the
+    time limit of the socket. Used by one thread.
+    """
+
+    sock: Any
+
+    def write(self, arg: bytes) -> None:
+        """Sends a piece of the body; gunicorn names the parameter."""
+        if self.headers_sent or not 0 < len(arg) < PIECE:
+            for at in range(0, len(arg) or 1, PIECE):
+                super().write(arg[at : at + PIECE])
+            return
+        sock, self.sock = self.sock, Gathering()
+        try:
+            super().write(arg)
+        finally:
+            gathered, self.sock = self.sock.data, sock
+        sock.sendall(gathered)
+
+
+def send(body: Iterable[bytes], response: Any, environ: dict[str, Any]) -> None:
+    """Sends what an application has returned, to its end."""
+    if isinstance(body, environ["wsgi.file_wrapper"]):
+        response.write_file(body)
+    else:
+        for piece in body:
+            response.write(piece)
+    response.close()
+
+
+def refusal(status: str, message: str) -> bytes:
+    """A whole response that is a JSON-RPC error without an id."""
+    body = jsonrpc.encode_error(_INVALID_REQUEST, message, None)
+    head = (
+        f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode("latin-1") + body

@@ -3,6 +3,7 @@
 `gunicorn tests.live.held:app`; HELD_UNTIL names the file. Of the path the last part counts:
 
 - `held` answers when the file is there; `open` sends its head at once, its body when it is there;
+- `large` is answered with 8 MiB;
 - `broken` fails in the middle of its body; anything else answers at once, with the worker's pid.
 """
 
@@ -23,7 +24,7 @@ def _body(way: str) -> Iterator[bytes]:
         yield b""
     if way in ("open", "held"):
         _hold()
-    yield b"%d\n" % os.getpid()
+    yield bytes(8 * 1024 * 1024) if way == "large" else b"%d\n" % os.getpid()
     if way == "broken":
         raise RuntimeError("broken on purpose")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -148,3 +149,22 @@ def test_what_is_refused_is_a_json_rpc_error(tmp_path: Path, data: bytes, status
         assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json")
         assert json.loads(answer.read())["error"]["code"] == -32600
         assert connection.is_closed_by_server()
+
+
+def memory_of(pid: int) -> int:
+    """The bytes that a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_clients_that_do_not_read_hold_threads_for_the_time_of_one_piece(tmp_path: Path) -> None:
+    with impatient(tmp_path, "--threads", "64") as held, ExitStack() as stack:
+        (worker,) = held.process.worker_pids()
+        for _ in range(64):
+            stack.enter_context(closing(held.connect())).send("/large")
+        before = time.monotonic()
+        with closing(held.connect()) as other:
+            assert other.ask("/").status == 200
+        assert time.monotonic() - before < 4
+        assert memory_of(worker) < 64 * 8 * 1024 * 1024 + 100 * 1024 * 1024
+        assert held.process.worker_pids() == [worker]
+        assert "Traceback" not in held.process.log()

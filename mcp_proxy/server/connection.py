@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import struct
 import time
 from typing import Any
 
+from gunicorn.http.errors import NoMoreData
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers import gthread
 
@@ -106,8 +106,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     def init(self) -> None:
         """Gives gunicorn's parser what has come; from now on every wait has an end."""
         if not self.initialized:
-            self._limit_handshake()
-            super().init()
+            self._init_in_time()
             if not self.is_http2:
                 self.parser.unreader = PatientUnreader(self)
         self.sock.settimeout(self.client_timeout)
@@ -117,11 +116,14 @@ class Connection(gthread.TConn):  # type: ignore[misc]
             self._got = self.request.body_bytes
             self.request = ArrivingRequest(self.max_header_bytes)
 
-    def _limit_handshake(self) -> None:
-        """gunicorn shakes hands on a blocking socket: the kernel ends what takes too long."""
+    def _init_in_time(self) -> None:
+        """gunicorn shakes hands on a socket that it has made blocking: here that has its limit."""
         if self.cfg.is_ssl:
-            seconds = struct.pack("ll", int(self.client_timeout), 0)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            self.sock = _PatientSocket(self.client_timeout, self.sock.detach())
+        try:
+            super().init()
+        except TimeoutError as error:
+            raise NoMoreData from error
 
     def begin_body(self) -> None:
         """The head is read; what comes next is the body."""
@@ -165,6 +167,18 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         """Whether there are bytes of the next request that do not make the socket readable."""
         is_tls = isinstance(self.sock, ssl.SSLSocket)
         return bool(self.request.data) or (is_tls and self.sock.pending() > 0)
+
+
+class _PatientSocket(socket.socket):
+    """A socket that, made blocking, waits for some seconds only."""
+
+    def __init__(self, seconds: float, fileno: int) -> None:
+        super().__init__(fileno=fileno)
+        self._seconds = seconds
+
+    def setblocking(self, flag: bool) -> None:
+        """Makes it wait, or not."""
+        self.settimeout(self._seconds if flag else 0.0)
 
 
 class PatientUnreader(SocketUnreader):  # type: ignore[misc]

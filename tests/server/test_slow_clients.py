@@ -59,6 +59,14 @@ def test_halves_of_requests_cost_the_others_nothing(tmp_path: Path) -> None:
         assert slowest_answer(held, 3) < 0.5
 
 
+def test_idle_connections_cost_the_others_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, "--threads", "8") as held, ExitStack() as stack:
+        idle = [stack.enter_context(closing(held.connect())) for _ in range(200)]
+        assert {connection.ask("/").status for connection in idle} == {200}
+        assert slowest_answer(held, 1) < 0.5
+        assert {connection.ask("/").status for connection in idle} == {200}
+
+
 def test_halves_behind_whole_requests_cost_the_others_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, "--threads", "4") as held, ExitStack() as stack:
         for half in (_HALF_HEAD, _HALF_BODY) * 4:

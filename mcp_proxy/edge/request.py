@@ -31,6 +31,9 @@ _MAX_REQUEST_ID = 128
 # scheme's host is the path, or the query where there is no path.
 _ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+(?=[/?]|\Z)", re.IGNORECASE)
 
+# Where servers tell the whole target: gunicorn and werkzeug, and uWSGI and mod_wsgi.
+_WHOLE_TARGETS = ("RAW_URI", "REQUEST_URI")
+
 
 class RequestIds:
     """Ids for requests without one: a nonce of this process and a number. Thread-safe.
@@ -163,15 +166,11 @@ def require_path(environ: WSGIEnvironment) -> None:
     Anything else, such as `@host:port/x`, would become part of the host where a URL is built of it.
     Servers differ in what they tell of the target: everything that they tell is looked at.
     """
-    paths = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
-    targets = environ.get("RAW_URI", ""), environ.get("REQUEST_URI", "")
-    are_paths = all(path.startswith("/") or not path for path in paths)
-    if not are_paths or not all(map(_has_path, filter(None, targets))):
+    for name in ("SCRIPT_NAME", "PATH_INFO", "RAW_URI", "REQUEST_URI"):
+        told: str = environ.get(name) or "/"
+        if told.startswith("/") or (name in _WHOLE_TARGETS and _ABSOLUTE_FORM.match(told)):
+            continue
         raise InvalidRequest("The request target must be a path or an http:// or https:// URL")
-
-
-def _has_path(target: str) -> bool:
-    return target.startswith("/") or _ABSOLUTE_FORM.match(target) is not None
 
 
 def path_as_sent(environ: WSGIEnvironment) -> str | None:

@@ -152,18 +152,13 @@ def parse(body: bytes, keeps_halves: bool = True) -> Message | Batch:
         _require_utf8(body)
         body = body.removeprefix(_BYTE_ORDER_MARK)
     try:
-        return _parsed(body)
+        if body.lstrip(b" \t\r\n")[:1] == b"[":
+            return _parse_batch(body)
+        return _message(body, b"null" in body)
     except ParseError:
         if not keeps_halves or _HALF.search(body) is None:
             raise
         return _with_halves(body)
-
-
-def _parsed(body: bytes) -> Message | Batch:
-    if body.lstrip(b" \t\r\n")[:1] == b"[":
-        return _parse_batch(body)
-    message = _message(_decode(_envelope, body))
-    return _without_nulls(message) if _may_have_nulls(body) else message
 
 
 def parse_message(body: bytes) -> Message:
@@ -180,8 +175,8 @@ def _parse_batch(body: bytes) -> Batch:
         raise InvalidRequest("A JSON-RPC batch must not be empty")
     if len(elements) > MAX_BATCH:
         raise InvalidRequest(f"A JSON-RPC batch may hold at most {MAX_BATCH} messages")
-    messages = [_message(_decode(_envelope, element)) for element in elements]
-    return [_without_nulls(message) for message in messages] if _may_have_nulls(body) else messages
+    may_have_nulls = b"null" in body
+    return [_message(element, may_have_nulls) for element in elements]
 
 
 def _require_utf8(body: bytes) -> None:
@@ -206,26 +201,36 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes | Raw) -> T:
         raise ParseError("The JSON is nested too deeply") from error
 
 
-def _message(envelope: _Envelope) -> Message:
+def _message(encoded: bytes | Raw, may_have_nulls: bool) -> Message:
+    envelope = _decode(_envelope, encoded)
+    if may_have_nulls:
+        _drop_nulls(envelope)
     if envelope.jsonrpc != "2.0":
         raise InvalidRequest('Not a JSON-RPC 2.0 message: "jsonrpc" must be "2.0"')
-    method, params = envelope.method, _present(envelope.params)
-    result, error = envelope.result, _present(envelope.error)
-    if method is UNSET or method is None:
-        if error is not UNSET:
-            result = _present(result)
-        if (result is UNSET) == (error is UNSET):
+    has_result, has_error = envelope.result is not UNSET, envelope.error is not UNSET
+    if not isinstance(envelope.method, str):
+        if has_result == has_error:
             raise InvalidRequest('A JSON-RPC message needs a "method", a "result" or an "error"')
         if envelope.id is UNSET:
             raise InvalidRequest('A JSON-RPC response needs the "id" of its request')
-        return Response(envelope.id, result, error)
-    if _present(result) is not UNSET or error is not UNSET:
+        return Response(envelope.id, envelope.result, envelope.error)
+    if has_result or has_error:
         raise InvalidRequest("A JSON-RPC message has either a method or a result, not both")
-    if params is not UNSET and bytes(memoryview(params)[:1]) not in (b"{", b"["):
+    if envelope.params is not UNSET and bytes(memoryview(envelope.params)[:1]) not in (b"{", b"["):
         raise InvalidRequest('"params" must be an object')
     if envelope.id is UNSET:
-        return Notification(method, params)
-    return Request(envelope.id, method, params)
+        return Notification(envelope.method, envelope.params)
+    return Request(envelope.id, envelope.method, envelope.params)
+
+
+def _drop_nulls(envelope: _Envelope) -> None:
+    """Leaves out what is null where that means nothing: in a response a result may be null."""
+    envelope.params, envelope.error = _present(envelope.params), _present(envelope.error)
+    if envelope.error is not UNSET or isinstance(envelope.method, str):
+        envelope.result = _present(envelope.result)
+    if envelope.params is not UNSET:
+        params = _without_null(envelope.params, ("_meta",))
+        envelope.params = _without_null(params, ("_meta", "progressToken"))
 
 
 def _present(payload: Raw | UnsetType) -> Raw | UnsetType:
@@ -233,20 +238,6 @@ def _present(payload: Raw | UnsetType) -> Raw | UnsetType:
     if payload is UNSET or (len(memoryview(payload)) == 4 and bytes(payload) == b"null"):
         return UNSET
     return payload
-
-
-def _may_have_nulls(body: bytes) -> bool:
-    return b"null" in body and b'"_meta"' in body
-
-
-def _without_nulls(message: Message) -> Message:
-    """`message` without a `_meta`, or a `progressToken` in it, that is null."""
-    if isinstance(message, Response) or message.params is UNSET:
-        return message
-    params = _without_null(message.params, ("_meta",))
-    if params is message.params:
-        params = _without_null(params, ("_meta", "progressToken"))
-    return message if params is message.params else msgspec.structs.replace(message, params=params)
 
 
 def _without_null(payload: Raw, path: Sequence[str]) -> Raw:
@@ -455,7 +446,7 @@ def _with_halves(body: bytes) -> Message | Batch:
     masked = _masked(body)
     if masked is None:
         raise ParseError("The body is not JSON: it has half of a character in an escape")
-    parsed = _parsed(masked.text)
+    parsed = parse(masked.text, keeps_halves=False)
     if isinstance(parsed, list):
         return [_unmasked(message, masked) for message in parsed]
     return _unmasked(parsed, masked)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -187,7 +187,7 @@ def _maker(url: str, timeout: float) -> Callable[[], Client]:
     Raises ValueError when the URL cannot be read; its message does not show the URL.
     """
     try:
-        scheme = urlsplit(url).scheme
+        scheme = url.partition("://")[0].lower()
         if scheme in ("redis+sentinel", "rediss+sentinel"):
             return _sentinel(url, timeout)
         if scheme in ("redis+cluster", "rediss+cluster"):
@@ -226,15 +226,15 @@ def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
     `sentinel_username` and `sentinel_password` in the query are for the sentinels. A connection is
     tried twice and asks each sentinel in turn, so the time limit is divided among them.
     """
-    parts = urlsplit(url)
+    parts, hosts = _split(url)
     service, _, db = parts.path.strip("/").partition("/")
     if not service:
         raise ValueError("no service")
-    given = {"db": int(db or 0), **_given(url)}
+    given = {"db": int(db or 0), **_given(parts)}
     own = {name: given.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     tls = {name: value for name, value in given.items() if name.startswith("ssl")}
     kind = _QuickTlsConnection if given.pop("ssl", False) else _QuickConnection
-    addresses = _addresses(parts.netloc, _SENTINEL_PORT)
+    addresses = _addresses(hosts, _SENTINEL_PORT)
     sentinels = Sentinel(  # type: ignore[no-untyped-call]
         addresses,
         sentinel_kwargs={
@@ -269,9 +269,9 @@ def _cluster(url: str, timeout: float) -> Callable[[], RedisCluster]:
     redis-py sends a command a second time also after a timeout, so each of the two attempts gets
     half of the time.
     """
-    parts = urlsplit(url)
-    addresses = _addresses(parts.netloc, _DEFAULT_PORT)
-    given = _given(url)
+    parts, hosts = _split(url)
+    addresses = _addresses(hosts, _DEFAULT_PORT)
+    given = _given(parts)
     if parts.path.strip("/") not in ("", "0") or given.pop("db", 0) != 0:
         raise ValueError("a Cluster has one database")
     options = {**_options(timeout / 2), **given}
@@ -317,9 +317,20 @@ def _try_options(client: redis.Redis) -> None:
     pool.connection_class(**pool.connection_kwargs)
 
 
-def _given(url: str) -> dict[str, Any]:
+def _split(url: str) -> tuple[SplitResult, list[str]]:
+    """The parts of a URL with its first host alone, and each HOST:PORT of its list.
+
+    Later versions of Python refuse an IPv6 address behind the first of several hosts.
+    """
+    scheme, _, rest = url.partition("://")
+    netloc = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, listed = netloc.rpartition("@")
+    hosts = listed.split(",")
+    return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(netloc) :]}"), hosts
+
+
+def _given(parts: SplitResult) -> dict[str, Any]:
     """User, password and the options in the query, as redis-py reads them in a simple URL."""
-    parts = urlsplit(url)
     scheme = parts.scheme.partition("+")[0]
     given = dict(parse_url(f"{scheme}://localhost?{parts.query}"))  # type: ignore[no-untyped-call]
     for name in ("host", "port", "connection_class"):
@@ -332,10 +343,9 @@ def _given(url: str) -> dict[str, Any]:
     return given
 
 
-def _addresses(netloc: str, default_port: int) -> list[tuple[str, int]]:
-    """Every HOST:PORT of the list after the user and the password."""
+def _addresses(hosts: Sequence[str], default_port: int) -> list[tuple[str, int]]:
     addresses = []
-    for address in netloc.rpartition("@")[2].split(","):
+    for address in hosts:
         parts = urlsplit(f"//{address}")
         if not parts.hostname:
             raise ValueError("no host")

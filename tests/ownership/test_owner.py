@@ -121,7 +121,7 @@ def test_a_redis_without_getex_leaves_no_child(own_redis: Callable[..., RedisSer
         serving(storage=storage) as (app, client),
     ):
         answer = client.call("initialize", {"protocolVersion": "2025-06-18"})
-        assert answer.status == 503
+        assert answer.failure == "store-unavailable"
         assert "GETEX" in answer.error()["message"]
         eventually(lambda: children(app) == 0)
 
@@ -138,7 +138,7 @@ def test_a_claim_is_given_back_when_something_unforeseen_happens(
 
         with monkeypatch.context() as patch:
             patch.setattr("mcp_proxy.backends.handshake.replay", fail)
-            assert client.call("count").status == 500
+            assert client.call("count").failure == "internal-error"
         assert client.session is not None
         assert CLAIM not in app.manager.load(client.session).metadata
         eventually(lambda: children(app) == 0)
@@ -157,7 +157,7 @@ def test_a_store_that_fails_when_the_child_is_back_leaves_none(
 
         with monkeypatch.context() as patch:
             patch.setattr(claims, "settle", away)
-            assert client.call("count").status == 503
+            assert client.call("count").failure == "store-unavailable"
         eventually(lambda: children(app) == 0)
         assert client.result("count")["calls"] == 1
 
@@ -176,7 +176,7 @@ def test_a_record_that_never_stays_ends_with_a_sentence(
 
         monkeypatch.setattr(app.manager, "swap", never)
         answer = client.call("count")
-        assert answer.status == 502
+        assert answer.failure == "server-exited"
         assert "keep changing" in answer.error()["message"]
         assert len(tried) < 20
 
@@ -268,7 +268,7 @@ def test_a_place_is_given_back_whatever_goes_wrong(monkeypatch: pytest.MonkeyPat
     with serving(max_sessions=1) as (app, client):
         with monkeypatch.context() as patch:
             patch.setattr(type(app.owner._sweeper), "start", fail)
-            assert client.initialize().status == 500
+            assert client.initialize().failure == "internal-error"
         eventually(lambda: children(app) == 0)
         assert not app.owner.is_busy
         client.open()
@@ -280,7 +280,7 @@ def test_a_session_that_is_brought_back_needs_a_place_too() -> None:
         kill_server(app, first)
         second = McpClient(client.front).open()
         answer = first.call("echo")
-        assert answer.status == 503
+        assert answer.failure == "overloaded"
         assert "sessions of this worker are taken" in answer.error()["message"]
         second.delete()
         assert first.call("echo").status == 200

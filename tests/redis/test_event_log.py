@@ -110,10 +110,10 @@ def test_replicas_share_a_log(own_server: RedisServer, log_at: MakeLog) -> None:
 def test_a_patient_reader_stays_below_the_time_for_an_answer(
     own_server: RedisServer, log_at: MakeLog
 ) -> None:
-    log = log_at(own_server.url, timeout=0.4)
+    log = log_at(own_server.url, timeout=2)
     began = time.monotonic()
     assert log.read("s", None, 60) == []
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 2
 
 
 def test_a_stopped_server_is_unavailable_and_its_log_is_there_when_it_is_back(

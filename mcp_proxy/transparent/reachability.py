@@ -126,7 +126,12 @@ class Reachability:
             if address in self._trying:
                 return
             self._trying.add(address)
-        self._probes.submit(address.url, lambda: self._try(address))
+        try:
+            self._probes.submit(address.url, lambda: self._try(address))
+        except RuntimeError:  # no thread can be started; it is tried again later
+            with self._changed:
+                self._trying.discard(address)
+            raise
 
     def _try(self, address: Address) -> None:
         try:

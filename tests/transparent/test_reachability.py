@@ -11,7 +11,7 @@ import pytest
 
 from mcp_proxy import TransparentProxy
 from mcp_proxy.config import ProxyOptions
-from mcp_proxy.transparent.balancing import Balancer
+from mcp_proxy.transparent.balancing import Balancer, Names
 from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.wire.urls import Address, parse_target
 from tests.servers.http_backend import HttpBackend
@@ -148,3 +148,21 @@ def test_a_silent_target_costs_one_client_its_time_and_no_other(swallowing: str)
         assert proxy.not_ready_reason() is None
         assert time.monotonic() - begun < 2
         front.close()
+
+
+def test_what_found_no_thread_is_tried_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reachability = Reachability(hosts)
+    names = Names(lambda host, port: [host])
+    with monkeypatch.context() as patch:
+        patch.setattr("mcp_proxy.background.KeyedExecutor.submit", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            reachability.not_ready_reason([A])
+        with pytest.raises(RuntimeError, match="can't start"):
+            names.addresses("a", 1, 5)
+    assert reachability.not_ready_reason([A]) is None
+    assert names.addresses("a", 1, 5) == ("a",)
+    reachability.stop()
+    names.stop()

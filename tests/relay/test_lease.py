@@ -59,6 +59,21 @@ def judgement(lease: Lease, replica: str) -> bool | None:
 # --- one's own -----------------------------------------------------------------------------------
 
 
+def test_a_lease_is_relied_upon_for_less_time_than_the_store_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("mcp_proxy.relay.lease._now", lambda: now)
+    mailboxes = FickleMailboxes(100.0)
+    lease = Lease(mailboxes, "own", lambda: None, lambda: None)
+    lease.look()
+    now = 1097.0
+    assert lease.is_held
+    now = 1099.0
+    assert not lease.is_held
+    assert mailboxes.is_open("own")
+
+
 def test_what_is_read_may_be_acted_upon_while_the_lease_is_held(scene: Scene) -> None:
     is_fresh, end = scene.lease.freshness(), time.monotonic() + 2 * LEASE
     eventually(lambda: time.monotonic() > end)  # renewed meanwhile, however long it takes

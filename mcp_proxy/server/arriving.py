@@ -16,7 +16,6 @@ LARGEST_BODY = 256 * 1024
 # The longest line before a chunk, and the longest trailer.
 _LONGEST_LINE = 4096
 
-_BARE_LF = re.compile(rb"(?<!\r)\n")
 _FIELD = re.compile(
     rb"\r\n(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)",
     re.IGNORECASE,
@@ -58,6 +57,12 @@ class ArrivingRequest:
         if self.shape is Shape.BODY:
             self._look_for_end()
 
+    def take(self) -> bytes:
+        """The bytes, which are kept here no longer."""
+        data = bytes(self.data)
+        self.data.clear()
+        return data
+
     @property
     def body_bytes(self) -> int:
         """The bytes of the body that have come, chunk sizes included."""
@@ -68,11 +73,15 @@ class ArrivingRequest:
         end = found if found >= 0 else len(self.data)
         if end > self._max_header_bytes:
             self.shape = Shape.TOO_LONG
-        elif self.data.startswith(b"\r\n") or _BARE_LF.search(self.data, seen, end):
+        elif self.data.startswith(b"\r\n") or self._has_bare_lf(seen, end):
             self.shape = Shape.OTHER
         elif found >= 0:
             self._body_at = self._next = found + 4
             self.shape = self._shape_after(bytes(self.data[: found + 2]))
+
+    def _has_bare_lf(self, seen: int, end: int) -> bool:
+        start = seen - self.data.endswith(b"\r", 0, seen)
+        return self.data.count(b"\n", start, end) != self.data.count(b"\r\n", start, end)
 
     def _shape_after(self, head: bytes) -> Shape:
         fields = [(name.lower(), value.lower()) for name, value in _FIELD.findall(head)]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from gunicorn.http.errors import NoMoreData
-from gunicorn.http.unreader import SocketUnreader
+from gunicorn.http.unreader import Unreader
 from gunicorn.workers import gthread
 
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
@@ -21,8 +23,17 @@ from mcp_proxy.server.arriving import ArrivingRequest, Shape
 #: Bytes that are read or written at once.
 PIECE = 64 * 1024
 
+#: Seconds for which a thread waits at a connection on which it has answered.
+STAY = 0.05
+
 # Bytes of a body that have to come in a second, on the whole.
 _SLOWEST = 1024
+
+# Bytes of a body that are read at once if so many are wanted.
+_LARGEST_PIECE = 1024 * 1024
+
+# Seconds for which a thread reads what the application has left of a body.
+_SKIP_TIME = 0.05
 
 
 class Connection(gthread.TConn):  # type: ignore[misc]
@@ -42,6 +53,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
             and self.cfg.protocol == "http"
         )
         self.data_ready = True  # gunicorn's thread need not wait for the first byte
+        self.sock = ClientSocket(self.sock, self.client_timeout, self.is_plain)
         #: Whether a part of the threads that is for slow requests counts this one.
         self.has_place = False
         self.begin()
@@ -58,12 +70,13 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.is_late = False
         self.since = self.progress = time.monotonic()
         self._body_since: float | None = None
+        self._body_until: float | None = None
         self._got = 0
 
     # --- in the main thread, and in a thread that stays ------------------------------------------
 
     def receive(self) -> bool:
-        """Takes what has come; False if the client has left. Waits only if nothing has come."""
+        """Takes what has come; False if the client has left. A thread waits for `STAY` seconds."""
         try:
             data = self.sock.recv(PIECE)
         except BlockingIOError:
@@ -106,30 +119,29 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     def init(self) -> None:
         """Gives gunicorn's parser what has come; from now on every wait has an end."""
         if not self.initialized:
-            self._init_in_time()
+            try:
+                super().init()
+            except TimeoutError as error:  # in a handshake
+                raise NoMoreData from error
             if not self.is_http2:
                 self.parser.unreader = PatientUnreader(self)
-        self.sock.settimeout(self.client_timeout)
+        if not self.is_plain:
+            self.sock.settimeout(self.client_timeout)
         if self.request.data:
             self.has_begun = True
-            self.parser.unreader.unread(bytes(self.request.data))
             self._got = self.request.body_bytes
-            self.request = ArrivingRequest(self.max_header_bytes)
-
-    def _init_in_time(self) -> None:
-        """gunicorn shakes hands on a socket that it has made blocking: here that has its limit."""
-        if self.cfg.is_ssl:
-            self.sock = _PatientSocket(self.client_timeout, self.sock.detach())
-        try:
-            super().init()
-        except TimeoutError as error:
-            raise NoMoreData from error
+            self.parser.unreader.unread(self.request.take())
 
     def begin_body(self) -> None:
         """The head is read; what comes next is the body."""
         self._body_since = self._body_since or time.monotonic()
 
-    def chunk(self, read: Any, size_hint: int | None) -> bytes:
+    def skip_body(self) -> bool:
+        """Reads what the application has left of a body; whether the connection can be kept."""
+        self._body_until = time.monotonic() + _SKIP_TIME
+        return bool(self.parser.finish_body(deadline=self._body_until))
+
+    def chunk(self, size: int) -> bytes:
         """Bytes from the socket within the time that the request still has.
 
         Where the head is late it ends, where the body is late TimeoutError is raised.
@@ -138,7 +150,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         left = self._time_left() if before is None else min(before, self._time_left())
         self.sock.settimeout(max(left, 0.001))
         try:
-            data: bytes = read(size_hint)
+            data: bytes = self.sock.recv(size)
         except TimeoutError:
             if self._body_since is not None:
                 raise
@@ -156,7 +168,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         if self._body_since is None:
             return self.since + self.client_timeout - now
         slowest = self._body_since + self.client_timeout + self._got / _SLOWEST
-        return min(self.client_timeout, slowest - now)
+        until = slowest if self._body_until is None else min(slowest, self._body_until)
+        return min(self.client_timeout, until - now)
 
     def finish(self) -> None:
         """Begins with the next request, once the last one is answered."""
@@ -169,25 +182,68 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         return bool(self.request.data) or (is_tls and self.sock.pending() > 0)
 
 
-class _PatientSocket(socket.socket):
-    """A socket that, made blocking, waits for some seconds only."""
+class ClientSocket(socket.socket):
+    """A client's socket: nothing that a thread does on it takes longer than `patience` seconds.
 
-    def __init__(self, seconds: float, fileno: int) -> None:
-        super().__init__(fileno=fileno)
-        self._seconds = seconds
+    Python's own time limits cost a system call for each read and each write. So a socket on which
+    bytes are plain is made blocking, and gets its limit where the client keeps a thread waiting.
+    """
+
+    def __init__(self, accepted: socket.socket, patience: float, is_plain: bool) -> None:
+        kind = (accepted.family, accepted.type, accepted.proto)
+        super().__init__(*kind, fileno=accepted.detach())
+        self._patience = patience
+        self._limit = None if is_plain else patience
+        if is_plain:
+            seconds, microseconds = divmod(round(STAY * 1_000_000), 1_000_000)
+            limit = struct.pack("ll", seconds, microseconds)
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        super().setblocking(False)
 
     def setblocking(self, flag: bool) -> None:
-        """Makes it wait, or not."""
-        self.settimeout(self._seconds if flag else 0.0)
+        """Makes it wait, or not; without a system call where nothing changes."""
+        timeout = self._limit if flag else 0.0
+        if self.gettimeout() != timeout:
+            self.settimeout(timeout)
+
+    def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]
+        """Sends all of it; raises TimeoutError."""
+        if self.gettimeout() is not None:
+            super().sendall(data, flags)
+            return
+        try:
+            sent = self.send(data, flags | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            with self._limited():
+                super().sendall(memoryview(data)[sent:], flags)
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Sends a file; raises TimeoutError."""
+        with self._limited():
+            return super().sendfile(file, offset, count)
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        before = self.gettimeout()
+        self.settimeout(self._patience)
+        try:
+            yield
+        finally:
+            self.settimeout(before)
 
 
-class PatientUnreader(SocketUnreader):  # type: ignore[misc]
-    """gunicorn's source of bytes, with the deadlines of a connection."""
+class PatientUnreader(Unreader):  # type: ignore[misc]
+    """gunicorn's source of bytes, with the deadlines of a connection.
+
+    It has no attribute `sock`: where there is one, gunicorn's parser sets its own time limit.
+    """
 
     def __init__(self, conn: Connection) -> None:
-        super().__init__(conn.sock)
+        super().__init__()
         self._conn = conn
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         """The next bytes; none where the client has left or its head is late."""
-        return self._conn.chunk(super().chunk, size_hint)
+        return self._conn.chunk(max(PIECE, min(size_hint or 0, _LARGEST_PIECE)))

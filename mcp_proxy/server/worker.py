@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import select
 import selectors
 import socket
 import ssl
@@ -57,9 +56,6 @@ from mcp_proxy.server.answers import Gathering, JoinedResponse, refusal, send
 from mcp_proxy.server.arriving import Shape
 from mcp_proxy.server.connection import PIECE, Connection
 
-#: Seconds for which a thread waits at a connection on which it has answered.
-STAY = 0.05
-
 # Seconds for which a connection that was shut down is read: closed with unread bytes it would be
 # reset, and the client might lose the end of its answer (RFC 9112 section 9.6).
 _CLOSING_TIME = 2.0
@@ -75,9 +71,6 @@ _ARRIVING_BYTES = 64 * 1024 * 1024
 
 # Seconds for which a connection may be sure not to be closed in favour of another.
 _SURE = 1.0
-
-# Seconds for which a thread reads what the application has left of a body.
-_BODY_TIME = 0.05
 
 _NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -364,7 +357,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if conn in self.closing:  # it was refused, and stayed in the queue of the pool
             return False
         while self._answer(conn):
-            if not self._can_stay(conn) or not _becomes_readable(conn.sock):
+            if not self._can_stay(conn):
                 return True
             if not conn.receive():
                 return False
@@ -385,16 +378,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     def _can_stay(self, conn: Connection) -> bool:
         """Whether this thread may wait for the connection's next request.
 
-        Enough other threads must be free, and no bytes may have been read already: those do not
-        make a socket readable.
+        Enough other threads must be free, and no bytes may have been read already.
         """
         is_quiet = conn.is_plain and not conn.has_unread_bytes
         return self.alive and is_quiet and self.busy <= self.threads // 2
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
         """Whether a connection can be kept: nobody waits for a body that was not asked for."""
-        deadline = time.monotonic() + _BODY_TIME
-        return bool(keepalive and conn.parser.finish_body(deadline=deadline))
+        return keepalive and conn.skip_body()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         """Answers a request that gunicorn refuses, or that has failed, with a JSON-RPC error."""
@@ -492,10 +483,3 @@ def _start_all(pool: ThreadPoolExecutor, count: int) -> int:
         return count
     finally:
         is_over.set()
-
-
-def _becomes_readable(sock: Any) -> bool:
-    """Whether a socket becomes readable within `STAY` seconds."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(STAY * 1000))

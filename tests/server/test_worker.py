@@ -19,9 +19,9 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.server.answers import JoinedResponse
-from mcp_proxy.server.connection import PIECE, Connection
+from mcp_proxy.server.connection import PIECE, STAY, Connection
 from mcp_proxy.server.gunicorn import gunicorn_settings
-from mcp_proxy.server.worker import STAY, KeepaliveWorker
+from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live import connections
 from tests.support.proxy_process import ProxyProcess
 from tests.support.waiting import eventually

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,7 +13,13 @@ from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
+from mcp_proxy.errors import (
+    ConfigError,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    StorageUnavailable,
+)
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
@@ -23,6 +29,7 @@ from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
+from mcp_proxy.wire import jsonrpc
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -64,6 +71,23 @@ class Application:
         if endpoint is None:
             return self._front(environ, start_response)
         return self._serve_own(environ, start_response, endpoint)
+
+    @property
+    def probes(self) -> Container[str]:
+        """The paths that are answered without waiting for anything, whatever else is going on."""
+        return ("/healthz",)
+
+    def overloaded(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Answers a request that has arrived and for which no thread is free; waits for nothing."""
+
+        def handle(request: ClientRequest) -> Reply:
+            if request.method == "POST":
+                request.message = jsonrpc.parse(request.read_body(self.config.max_body_bytes))
+            raise Overloaded("All threads of this worker are taken")
+
+        return self.edge.serve(environ, start_response, handle)
 
     @property
     def is_shared(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gunicorn.http import wsgi
+from gunicorn.http.parser import RequestParser
 
 from mcp_proxy.server.connection import PIECE
 from mcp_proxy.wire import jsonrpc
@@ -69,6 +70,27 @@ def send(body: Iterable[bytes], response: Any, environ: dict[str, Any]) -> None:
         for piece in body:
             response.write(piece)
     response.close()
+
+
+def answer(conn: Any, app: Any, cfg: Any, may_keep: bool) -> tuple[bytes, bool]:
+    """What an application answers to the whole request of a connection, and whether that is kept.
+
+    Raises whatever the parser or the application raises.
+    """
+    req = next(RequestParser(cfg, [conn.request.take()], conn.client))
+    written = Gathering()
+    response, environ = wsgi.create(
+        req, written, conn.client, conn.server, cfg, response_class=JoinedResponse
+    )
+    if not may_keep:
+        response.force_close()
+    body = app(environ, response.start_response)
+    try:
+        send(body, response, environ)
+    finally:
+        if hasattr(body, "close"):
+            body.close()
+    return written.data, not response.should_close()
 
 
 def refusal(status: str, message: str) -> bytes:

@@ -20,6 +20,8 @@ _FIELD = re.compile(
     rb"\r\n(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)",
     re.IGNORECASE,
 )
+_PROBE = re.compile(rb"(?:GET|HEAD) (/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r\n")
+_ORIGIN = re.compile(rb"\r\norigin[ \t]*:", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}")
 
@@ -42,6 +44,8 @@ class ArrivingRequest:
         self.shape = Shape.HEAD
         #: Whether the client waits for a 100 before it sends the body.
         self.expects_continue = False
+        #: The bytes of the body as the head tells them, 0 where it does not.
+        self.content_length = 0
         self._max_header_bytes = max_header_bytes
         self._is_chunked = False
         self._body_at = 0
@@ -62,6 +66,14 @@ class ArrivingRequest:
         data = bytes(self.data)
         self.data.clear()
         return data
+
+    @property
+    def simple_path(self) -> str | None:
+        """The path of a whole GET or HEAD that is just one: without a body, and of no page."""
+        found = _PROBE.match(self.data) if self.shape is Shape.WHOLE else None
+        if found is None or self.body_bytes or _ORIGIN.search(self.data):
+            return None
+        return found[1].decode("latin-1")
 
     @property
     def body_bytes(self) -> int:
@@ -95,8 +107,9 @@ class ArrivingRequest:
             return Shape.WHOLE
         if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
             return Shape.OTHER
-        self._next += int(lengths[0])
-        return Shape.BODY if int(lengths[0]) <= LARGEST_BODY else Shape.OTHER
+        self.content_length = int(lengths[0])
+        self._next += self.content_length
+        return Shape.BODY if self.content_length <= LARGEST_BODY else Shape.OTHER
 
     def _look_for_end(self) -> None:
         if self._is_chunked:

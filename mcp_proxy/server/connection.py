@@ -68,6 +68,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.has_begun = False
         #: Whether its head has not come in time.
         self.is_late = False
+        #: Whether the client has ended its side while the request waited for a thread.
+        self.has_left = False
         self.since = self.progress = time.monotonic()
         self._body_since: float | None = None
         self._body_until: float | None = None
@@ -97,7 +99,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     @property
     def is_slow(self) -> bool:
         """Whether a thread may have to wait for the rest of the request."""
-        return self.is_plain and self.request.shape is Shape.OTHER
+        return not self.is_plain or self.request.shape is Shape.OTHER
 
     @property
     def expects_continue(self) -> bool:
@@ -183,17 +185,17 @@ class Connection(gthread.TConn):  # type: ignore[misc]
 
 
 class ClientSocket(socket.socket):
-    """A client's socket: nothing that a thread does on it takes longer than `patience` seconds.
+    """A client's socket: nothing that a thread does on it takes longer than so many `seconds`.
 
     Python's own time limits cost a system call for each read and each write. So a socket on which
     bytes are plain is made blocking, and gets its limit where the client keeps a thread waiting.
     """
 
-    def __init__(self, accepted: socket.socket, patience: float, is_plain: bool) -> None:
+    def __init__(self, accepted: socket.socket, seconds: float, is_plain: bool) -> None:
         kind = (accepted.family, accepted.type, accepted.proto)
         super().__init__(*kind, fileno=accepted.detach())
-        self._patience = patience
-        self._limit = None if is_plain else patience
+        self._seconds = seconds
+        self._limit = None if is_plain else seconds
         if is_plain:
             seconds, microseconds = divmod(round(STAY * 1_000_000), 1_000_000)
             limit = struct.pack("ll", seconds, microseconds)
@@ -227,7 +229,7 @@ class ClientSocket(socket.socket):
     @contextlib.contextmanager
     def _limited(self) -> Iterator[None]:
         before = self.gettimeout()
-        self.settimeout(self._patience)
+        self.settimeout(self._seconds)
         try:
             yield
         finally:

@@ -154,6 +154,8 @@ class Hooks:
         app = worker.wsgi
         worker.client_timeout = self._config.client_timeout
         worker.max_header_bytes = self._config.max_header_bytes
+        worker.max_body_bytes = self._config.max_body_bytes
+        worker.request_timeout = self._config.request_timeout
         if worker.cpu is not None and hasattr(app, "parts"):
             app.parts.supervisor.cpu_affinity = frozenset(os.sched_getaffinity(0))
             pin(worker.cpu)

@@ -11,15 +11,17 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
   first piece are sent in one write.
 - A thread that has answered waits at the connection for a moment while enough others are free: the
   next request of a busy client then need not go through the main loop, its queues and its poller.
-- A worker without a free thread stops accepting, so that another worker takes the connection,
-  however many connections are idle.
+- A request for which no thread is free waits for one, for `request_timeout` at most; a client that
+  leaves meanwhile is forgotten. A worker without a free thread lets others accept first.
+- What an application calls its `probes` is answered in the main thread, so that health is told
+  whatever holds the threads.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
 - What is refused before the application sees it is a JSON-RPC error.
 - Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
   times per request.
 
-A connection is *arriving*, *served* (a thread has it, or it waits for one), *kept* or *closing*.
+A connection is *arriving*, *queued* (for a thread), *served*, *kept* or *closing*.
 The main thread moves it from one to the next, and counts it in `nr_conns` until it is closed.
 
 It relies on this in gunicorn, 27.0 or later. The main loop calls `accept`, `enqueue_req`,
@@ -41,9 +43,10 @@ import errno
 import selectors
 import socket
 import ssl
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -52,7 +55,7 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
-from mcp_proxy.server.answers import Gathering, JoinedResponse, refusal, send
+from mcp_proxy.server.answers import Gathering, JoinedResponse, answer, refusal, send
 from mcp_proxy.server.arriving import Shape
 from mcp_proxy.server.connection import PIECE, Connection
 
@@ -63,6 +66,10 @@ _CLOSING_TIME = 2.0
 # Seconds for which a worker does not accept when the system has no file for a connection.
 _PAUSE = 0.5
 
+# Seconds for which a worker without a free thread leaves connections to others, and within which it
+# accepts them afterwards.
+_YIELD = 0.05
+
 # Seconds between two looks at which connections' time is over.
 _SWEEP = 0.25
 
@@ -71,6 +78,9 @@ _ARRIVING_BYTES = 64 * 1024 * 1024
 
 # Seconds for which a connection may be sure not to be closed in favour of another.
 _SURE = 1.0
+
+# Seconds after which a queued request is not begun if its client has ended its side.
+_HALF_CLOSED = 1.0
 
 _NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -86,15 +96,25 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     client_timeout = 30.0
     #: The largest head of a request.
     max_header_bytes = 32 * 1024
+    #: Seconds for which a request that has arrived waits for a thread.
+    request_timeout = 600.0
+    #: The largest body for which a client is told to go on that has asked for that.
+    max_body_bytes = sys.maxsize
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Connections that have a thread or wait for one; counted by the main thread.
+        #: Connections that have a thread; counted by the main thread.
         self.busy = 0
+        #: Connections whose requests wait for a thread, and since when; the oldest first.
+        self.queued: dict[Connection, float] = {}
         #: The threads that there are.
         self.threads: int = self.cfg.threads
         # When accepting goes on for which the system had no file, None if it had.
         self._pauses_until: float | None = None
+        # When connections have been left to others for long enough, None if none are.
+        self._yields_until: float | None = None
+        # The paths that the application answers without waiting for anything.
+        self._probes: Container[str] = ()
         #: Connections on which a request is arriving.
         self.arriving: dict[Connection, None] = {}
         # Those of them that wait for a place among the threads for slow requests, and the places
@@ -113,6 +133,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         settings = (name for name in self.cfg.settings if not hasattr(type(self.cfg), name))
         self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
         self._start_threads()
+        self._probes = getattr(self.wsgi, "probes", ())
         super().run()
 
     def _start_threads(self) -> None:
@@ -132,7 +153,12 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         _start_all(self.tpool, self.threads)
 
     def accept(self, listener: Any) -> None:
-        """Accepts a connection; where there is no file for it, accepting pauses."""
+        """Accepts a connection, but after other workers where no thread is free.
+
+        Where the system has no file for it, accepting pauses.
+        """
+        if self._is_full and not self._has_yielded():
+            return
         try:
             sock, address = listener.accept()
         except OSError as error:
@@ -152,6 +178,26 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         else:
             self._wait_for_more(conn)
 
+    @property
+    def _is_full(self) -> bool:
+        return self.busy >= self.threads
+
+    def _has_yielded(self) -> bool:
+        """Whether other workers have just had their time to accept; if not, it begins.
+
+        One connection at a time: what this worker accepts waits here, while another may be idle.
+        """
+        if self.cfg.workers == 1:
+            return True
+        now, until = time.monotonic(), self._yields_until
+        if until is not None and until <= now < until + _YIELD:
+            self._yields_until = None
+            return True
+        if until is None or now >= until:
+            self._yields_until = now + _YIELD
+        self.set_accept_enabled(False)
+        return False
+
     def _pause(self, error: OSError) -> None:
         if self._pauses_until is None:
             self.log.warning("Accepting pauses: %s", error)
@@ -159,23 +205,34 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.set_accept_enabled(False)
 
     def enqueue_req(self, conn: Connection) -> None:
-        """Hands a connection to a thread; refuses it if there is none and none can be started."""
+        """Hands a connection to a thread; without a free one its request is queued."""
+        if self._is_full:
+            self.queued[conn] = time.monotonic()
+            if conn.is_plain:  # else what comes is not for us to read
+                self._watch(conn, self._look_at_queued)
+            return
         self.busy += 1
         try:
             super().enqueue_req(conn)
         except RuntimeError as error:
             self.busy -= 1
-            self._refuse(conn, "503 Service Unavailable", f"No thread for the request: {error}")
-        if self.busy >= self.threads:
-            self.set_accept_enabled(False)
+            self._give_no_thread(conn, f"No thread can be started: {error}")
 
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:
-        """Takes a connection back from a thread."""
+        """Takes a connection back from a thread, which gets the request that is queued first."""
         self.busy -= 1
         self._give_place_back(conn)
         if fs.cancelled() or fs.exception() or not fs.result():
             self._shut_down(conn)
-            return
+        else:
+            self._await_next(conn)
+        while self.queued and not self._is_full:
+            first = next(iter(self.queued))
+            self._unqueue(first)
+            self.enqueue_req(first)
+
+    def _await_next(self, conn: Connection) -> None:
+        """The next request of a connection may have begun to arrive."""
         conn.sock.setblocking(False)
         if conn.has_unread_bytes:
             self._go_on(conn)
@@ -198,10 +255,68 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._receive(conn)
 
     def set_accept_enabled(self, enabled: bool) -> None:
-        """Starts or stops accepting; starts only while a thread is free and nothing pauses."""
-        if self._pauses_until is not None and time.monotonic() < self._pauses_until:
-            enabled = False
-        super().set_accept_enabled(enabled and self.busy < self.threads)
+        """Starts or stops accepting; does not start while that pauses."""
+        super().set_accept_enabled(enabled and not self._pause_left())
+
+    def _pause_left(self) -> float:
+        """Seconds for which this worker does not accept."""
+        yields_until = self._yields_until if self._is_full else None
+        until = max(self._pauses_until or 0.0, yields_until or 0.0)
+        return max(0.0, until - time.monotonic())
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """Waits for what happens next; not beyond a pause in accepting."""
+        super().wait_for_and_dispatch_events(self._pause_left() or timeout)
+
+    # --- requests for which no thread is free ----------------------------------------------------
+
+    def _unqueue(self, conn: Connection) -> None:
+        del self.queued[conn]
+        self._unwatch(conn)
+
+    def _look_at_queued(self, conn: Connection, _client: Any) -> None:
+        """The client of a queued request has sent more, or ended its side."""
+        conn.has_left = not conn.receive()
+        self._unwatch(conn)
+
+    def _look_through_queue(self, now: float) -> None:
+        """Forgets queued requests whose clients have left, and answers those that waited long."""
+        for conn, since in list(self.queued.items()):
+            if conn.has_left and now > since + _HALF_CLOSED:
+                self._unqueue(conn)
+                self._give_place_back(conn)
+                self._close(conn)
+            elif now > since + self.request_timeout:
+                self._unqueue(conn)
+                self._give_place_back(conn)
+                self._give_no_thread(conn, "No thread became free in time")
+
+    def _give_no_thread(self, conn: Connection, why: str) -> None:
+        """Answers a request in place of a thread."""
+        overloaded = getattr(self.wsgi, "overloaded", None)
+        if overloaded is None or conn.request.shape is not Shape.WHOLE:
+            self._refuse(conn, "503 Service Unavailable", why)
+        else:
+            self.log.warning("A request is refused: %s", why)
+            self._answer_here(conn, overloaded)
+
+    # --- what is answered in the main thread -----------------------------------------------------
+
+    def _answer_here(self, conn: Connection, app: Any) -> None:
+        """Answers a whole request with an application that does not wait."""
+        is_kept = False
+        try:
+            written, is_kept = answer(conn, app, self.cfg, self._may_keep)
+            is_kept &= conn.sock.send(written) == len(written)
+        except OSError as error:
+            self.log.debug("A request was not answered: %s", error)
+        except Exception:
+            self.log.exception("Error handling request")
+        if is_kept:
+            conn.begin()
+            self._keep(conn)
+        else:
+            self._shut_down(conn)
 
     # --- requests that are arriving --------------------------------------------------------------
 
@@ -219,16 +334,23 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def _go_on(self, conn: Connection) -> None:
         """Gives a request that can be read to a thread, and waits for more of any other."""
-        if conn.is_slow and self._places >= max(1, self.threads // 4):
+        request = conn.request
+        if request.expects_continue and request.content_length > self.max_body_bytes:
+            self._forget(conn)
+            self._refuse(conn, "413 Content Too Large", "The body is larger than allowed")
+        elif conn.is_slow and self._places >= max(1, self.threads // 4):
             self._wait_for_more(conn)
             self._unwatch(conn)
             self._waiting[conn] = None
+        elif self._probes and request.simple_path in self._probes:
+            self._forget(conn)
+            self._answer_here(conn, self.wsgi)
         elif conn.is_for_a_thread:
             self._forget(conn)
             conn.has_place = conn.is_slow
             self._places += conn.has_place
             self.enqueue_req(conn)
-        elif conn.request.shape is Shape.TOO_LONG:
+        elif request.shape is Shape.TOO_LONG:
             self._forget(conn)
             self._refuse(conn, "431 Request Header Fields Too Large", "The head is too long")
         else:
@@ -281,6 +403,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._next_sweep = now + _SWEEP
         for conn in [conn for conn in self.arriving if self._is_over(conn, now)]:
             self._give_up(conn)
+        self._look_through_queue(now)
         for conn in [conn for conn in self.closing if conn.timeout <= now]:
             self._drop(conn)
         if self.nr_conns >= self.worker_connections:
@@ -354,8 +477,6 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Connection) -> Any:
         """Answers requests of a connection for as long as this thread may wait for the next one."""
-        if conn in self.closing:  # it was refused, and stayed in the queue of the pool
-            return False
         while self._answer(conn):
             if not self._can_stay(conn):
                 return True
@@ -409,7 +530,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             )
             environ["wsgi.multithread"] = True
             self._decide_on_keeping(response)
-            if conn.has_place:
+            if getattr(req.body.reader, "length", None) == 0:
+                self._body_has_come(conn)
+            elif conn.has_place:
                 req.body.reader = _Noticed(req.body.reader, partial(self._body_has_come, conn))
             body = self.wsgi(environ, response.start_response)
             self._body_has_come(conn)
@@ -445,9 +568,13 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if self.nr >= self.max_requests and self.alive:
             self.log.info("Autorestarting worker after current request.")
             self.alive = False
-        has_room = len(self.keepalived_conns) < self.max_keepalived
-        if not (self.alive and self.cfg.keepalive and has_room):
+        if not self._may_keep:
             response.force_close()
+
+    @property
+    def _may_keep(self) -> bool:
+        has_room = len(self.keepalived_conns) < self.max_keepalived
+        return bool(self.alive and self.cfg.keepalive and has_room)
 
     def _tell_hook(self, req: Any, environ: dict[str, Any], response: Any) -> None:
         try:

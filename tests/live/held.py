@@ -5,9 +5,14 @@
 - `held` answers when the file is there; `open` sends its head at once, its body when it is there;
 - `large` is answered with 8 MiB;
 - `broken` fails in the middle of its body; anything else answers at once, with the worker's pid.
+
+`/probe` can be answered by the main thread, and so can any request by `overloaded`. The query is
+written to standard error.
 """
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +34,26 @@ def _body(way: str) -> Iterator[bytes]:
         raise RuntimeError("broken on purpose")
 
 
-def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
-    way = environ["PATH_INFO"].rpartition("/")[2]
-    environ["wsgi.input"].read()
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return _body(way)
+class Held:
+    """The application."""
+
+    probes = ("/probe",)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        way = environ["PATH_INFO"].rpartition("/")[2]
+        environ["wsgi.input"].read()
+        if environ["QUERY_STRING"]:
+            print(environ["QUERY_STRING"], file=sys.stderr, flush=True)
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        if way == "probe":
+            return iter([threading.current_thread().name.encode()])
+        return _body(way)
+
+    def overloaded(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        """The answer where no thread is free."""
+        body = environ["wsgi.input"].read()
+        start_response("200 OK", [("X-Overloaded", "yes"), ("Content-Length", str(len(body)))])
+        return iter([body])
+
+
+app = Held()

@@ -1,4 +1,4 @@
-"""gunicorn with little time for its clients."""
+"""gunicorn with little time for its clients, and little for their requests to find a thread."""
 
 from typing import Any
 
@@ -6,4 +6,5 @@ from tests.live.plain_gunicorn import *  # noqa: F403
 
 
 def post_worker_init(worker: Any) -> None:
-    worker.client_timeout = 2.0
+    worker.client_timeout = worker.request_timeout = 2.0
+    worker.max_body_bytes = 100_000

@@ -63,7 +63,9 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
 
     worker = KeepaliveWorker.__new__(KeepaliveWorker)
     worker.__dict__.update({"busy": 0, "threads": 4, "tpool": Pool()})
-    monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, conn, *_: refused.append(conn))
+    monkeypatch.setattr(
+        KeepaliveWorker, "_give_no_thread", lambda _self, conn, _: refused.append(conn)
+    )
     worker.enqueue_req("a connection")
     assert (worker.busy, refused) == (0, ["a connection"])
 

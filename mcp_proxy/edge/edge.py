@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.edge.logs import current_request, log_access
-from mcp_proxy.edge.reply import Body, Reply, empty_reply, event_reply, json_reply
+from mcp_proxy.edge.reply import STATUS_LINES, Body, Reply, empty_reply, event_reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, RequestIds, require_path
 from mcp_proxy.errors import Draining, Overloaded, ProxyError, SessionNotFound
 from mcp_proxy.wire import jsonrpc
@@ -59,7 +59,7 @@ class Edge:
             if "HTTP_ORIGIN" in environ:
                 headers += self._guard.cors_headers(environ)
             try:
-                start_response(reply.status_line, headers)
+                start_response(STATUS_LINES[reply.status], headers)
             except BaseException:  # the server refuses a header: nobody else closes the body
                 if not isinstance(reply.body, bytes):
                     reply.body.close()

@@ -9,7 +9,16 @@ from typing import NamedTuple, Protocol
 from mcp_proxy.wire import sse
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON, Headers
 
-_STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+
+class _StatusLines(dict[int, str]):
+    def __missing__(self, status: int) -> str:
+        return f"{status} Unknown"
+
+
+#: The status with its phrase, as WSGI requires.
+STATUS_LINES = _StatusLines(
+    (status.value, f"{status.value} {status.phrase}") for status in HTTPStatus
+)
 
 # No proxy on the way may buffer or compress the stream.
 _STREAM_HEADERS = (
@@ -36,11 +45,6 @@ class Reply(NamedTuple):
     status: int
     headers: Headers
     body: bytes | Body
-
-    @property
-    def status_line(self) -> str:
-        """The status with its phrase, as WSGI requires."""
-        return _STATUS_LINES.get(self.status) or f"{self.status} Unknown"
 
 
 def json_reply(data: bytes, status: int = 200, extra: Headers | None = None) -> Reply:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from mcp_proxy.background import Periodic, Workers
 from mcp_proxy.errors import StorageUnavailable
@@ -33,7 +34,7 @@ _RETRY = 0.5
 _MARGIN = 0.02
 
 # A clock that goes on while the machine sleeps, as the store's does.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_now = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Lease(Periodic):
@@ -143,7 +144,3 @@ class Lease(Periodic):
         is_settled = _now() - since > lease or not self._was_away
         # A store that came back faster than anybody noticed has lost every mailbox.
         return is_settled and self._mailboxes.uptime() > lease
-
-
-def _now() -> float:
-    return time.clock_gettime(_CLOCK)

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from mcp_proxy.background import QueueWorker, Workers
@@ -57,6 +58,9 @@ class Call(ABC):
 
     def expire_if_due(self) -> None:  # noqa: B027  (most have no deadlines to look at)
         """Called now and then."""
+
+
+_PEER = attrgetter("to")
 
 
 class _Waiting(NamedTuple):
@@ -129,7 +133,7 @@ class Sender(QueueWorker[Call]):
             accepted = self._mailboxes.post(envelopes)
         except StorageUnavailable as error:
             log.warning("envelopes for other replicas wait: %s", error)
-            for peer in {envelope.to for envelope in envelopes}:
+            for peer in dict.fromkeys(map(_PEER, envelopes)):
                 self._pause_or_give_up(peer, str(error))
             return False
         refused: dict[str, None] = {}
@@ -142,7 +146,7 @@ class Sender(QueueWorker[Call]):
             elif channel.peer not in refused:
                 channel.delivered = Delivered.YES
                 self._outbox[channel.peer].popleft()
-        for peer in {envelope.to for envelope in envelopes}:
+        for peer in dict.fromkeys(map(_PEER, envelopes)):
             if not self._outbox[peer]:
                 del self._outbox[peer]
                 self._paused.pop(peer, None)

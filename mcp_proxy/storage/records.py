@@ -150,9 +150,10 @@ class LocalStorage(Storage):
 
     def load(self, session_id: str) -> Session:
         with self._lock:
-            now = self._sweep()
+            now = self._clock()
             entry = self._entries.get(session_id)
-            if entry is None:
+            if entry is None or entry.expires <= now:
+                self._sweep()
                 raise SessionNotFound
             self._entries[session_id] = entry._replace(expires=now + self.ttl)
             self._entries.move_to_end(session_id)

@@ -113,6 +113,20 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_sessions: Annotated[
         Count, Meta(description="stdio sessions, and so processes, of one worker")
     ] = 256
+    evict_after: Annotated[
+        Seconds,
+        Meta(
+            description="how long a stdio session must have been idle before its server may stop "
+            "to make room for another one, where there are `max_sessions`; a request starts it anew"
+        ),
+    ] = 60
+    idle_timeout: Annotated[
+        Seconds | None,
+        Meta(
+            description="how long a stdio session may be idle before its server stops in any case; "
+            "a request starts it anew; none: it does not"
+        ),
+    ] = None
     max_streams: Annotated[
         Count | None,
         Meta(description="standing streams of one worker; none: three quarters of `threads`"),

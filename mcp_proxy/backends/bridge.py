@@ -84,6 +84,9 @@ class Bridge(Backend):
         self._lost: str | None = None  # why the backend is lost
         #: Whether messages can still be sent.
         self.is_alive = True
+        #: When a client last said or got something (monotonic), and whether it ever called.
+        self.last_used = self.started
+        self.was_called = False
         self._is_closed = False
         self._has_exited = threading.Event()
         self._noise = NoiseLog(server.name)
@@ -120,6 +123,8 @@ class Bridge(Backend):
     # --- from the client -------------------------------------------------------------------------
 
     def send(self, exchange: Exchange) -> None:
+        self.last_used = time.monotonic()
+        self.was_called = exchange.requests[0].method != INITIALIZE
         exchange.attach(self, self.log if exchange.accepts_stream else None)
         lines: list[bytes] = []
         with self._lock:
@@ -153,6 +158,7 @@ class Bridge(Backend):
         self._write(line)
 
     def notify(self, notification: Notification) -> None:
+        self.last_used = time.monotonic()
         self._require_alive()
         if notification.method == _CANCELLED:
             self._cancel(notification)
@@ -178,6 +184,7 @@ class Bridge(Backend):
         call.exchange.set_deadline(until, Cancelled)
 
     def respond(self, response: Response) -> None:
+        self.last_used = time.monotonic()
         with self._lock:
             is_awaited = self._switchboard.take_answer(response)
         if is_awaited:
@@ -217,6 +224,20 @@ class Bridge(Backend):
             if self._switchboard.has_posts:
                 return False
             self._set_lost("The session goes to another replica")
+        self.close()
+        return True
+
+    def stop_if_idle(self, seconds: float) -> bool:
+        """Closes the backend where nobody needs it, nor has for `seconds`; returns whether it did.
+
+        It is needed while a call is in flight, also one whose client has left, while a client
+        listens to the standing stream, and while the server waits for a client's answer.
+        """
+        with self._lock:
+            is_needed = not self.is_alive or self._switchboard.is_awaited
+            if is_needed or time.monotonic() - self.last_used < seconds:
+                return False
+            self._set_lost("The server was stopped while its session was idle")
         self.close()
         return True
 
@@ -316,6 +337,7 @@ class Bridge(Backend):
         with self._lock:
             call = self._switchboard.pop(response.id)
             if call is not None:
+                self.last_used = time.monotonic()
                 data = jsonrpc.encode(response, call.id)
                 call.exchange.offer(ServerMessage(data, is_response=True))
                 return call.exchange
@@ -380,6 +402,7 @@ class Bridge(Backend):
         Server").
         """
         with self._lock:
+            self.last_used = time.monotonic()
             self._switchboard.leave(exchange)
             dropped = self._switchboard.overflow()
         self._give_up(dropped)

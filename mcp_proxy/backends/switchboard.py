@@ -83,6 +83,11 @@ class Switchboard:
         return bool(self._posts)
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits for the child or the child for anybody."""
+        return bool(self._calls or self._asked) or self._stream is not None
+
+    @property
     def stream(self) -> Exchange | None:
         """The standing stream, None while there is none."""
         return self._stream

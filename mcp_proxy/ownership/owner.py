@@ -6,7 +6,9 @@ and brings back a lost one: the record is first swapped to a claim, then the chi
 told everything the old one knew, then the record is swapped to the result. Whoever loses the first
 swap waits for the winner; a DELETE in between wins over both.
 
-One thread sweeps: it ends the children of sessions that expired, or went elsewhere.
+One thread sweeps: it ends the children of sessions that expired, went elsewhere, or are idle where
+idle ones are not kept. Where there is no room for another child, that of the session which was not
+used for the longest time is stopped; its record stays, so that a request brings it back.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ class Owner:
         self._options = options
         self._workers = parts.workers
         self._read_on = ReadOnWorker(parts.workers)
-        interval = min(_MAX_SWEEP, max(_MIN_SWEEP, options.session_ttl / _SWEEPS_PER_TTL))
+        shortest = min(options.session_ttl, options.idle_timeout or options.session_ttl)
+        interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
         self._sweeper = Periodic("mcp-sweeper", interval, self._sweep_once, parts.workers)
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
@@ -154,10 +157,34 @@ class Owner:
     def _take_place(self) -> None:
         """Counts one more child that is about to begin; raises Overloaded."""
         limit = self._options.max_sessions
+        while not self._took_place(limit):
+            if not self._has_stopped_idle_one():
+                raise Overloaded(f"All {limit} sessions of this worker are taken")
+
+    def _took_place(self, limit: int) -> bool:
         with self._lock:
             if len(self._held) + self._pending >= limit:
-                raise Overloaded(f"All {limit} sessions of this worker are taken")
+                return False
             self._pending += 1
+            return True
+
+    def _has_stopped_idle_one(self) -> bool:
+        """Stops the idle child that is missed the least: never called, or not for the longest time.
+
+        False where there is none.
+        """
+        held = sorted(
+            self._held_copy().items(),
+            key=lambda item: (item[1].bridge.was_called, item[1].bridge.last_used),
+        )
+        return any(self._stop_if_idle(url, one, self._options.evict_after) for url, one in held)
+
+    def _stop_if_idle(self, url: str, held: _Held, seconds: float) -> bool:
+        if not held.bridge.stop_if_idle(seconds):
+            return False
+        log.info("[%s] a session is idle; its server stops, its record stays", self.server.name)
+        self._give_up(held.session_id, url)
+        return True
 
     def establish(self, session: Session, bridge: Bridge) -> Session:
         """Records a session whose child is ready for it, and returns the record.
@@ -401,13 +428,16 @@ class Owner:
             log.warning("[%s] sessions not swept: %s", self.server.name, error)
 
     def sweep(self) -> None:
-        """Prolongs the sessions that a client listens to, ends the children of those that are over
-        or have their child elsewhere.
+        """Prolongs the sessions that a client listens to, ends the children of those that are over,
+        idle or have their child elsewhere.
 
         Raises StorageUnavailable, and then nothing counts as over.
         """
+        idle_timeout = self._options.idle_timeout
         for url, held in self._held_copy().items():
             held.bridge.expire_left_calls()
+            if idle_timeout is not None and self._stop_if_idle(url, held, idle_timeout):
+                continue
             if not self._is_current(url, held):
                 log.info("[%s] a session is over or elsewhere; its server stops", self.server.name)
                 self._release(url)

@@ -40,6 +40,8 @@ SAMPLES: dict[str, Sample] = {
     "max_body_bytes": _one("1", 1),
     "max_message_bytes": _one("1000", 1000),
     "max_sessions": _one("3", 3),
+    "evict_after": _one("0.5", 0.5),
+    "idle_timeout": _one("90", 90.0),
     "max_streams": _one("4", 4),
     "threads": _one("4", 4),
     "allowed_origins": Sample("http://a, *", ("http://a", "*"), ("http://a", "*")),

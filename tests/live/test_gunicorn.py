@@ -10,6 +10,8 @@ import socket
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,44 @@ def test_a_connection_that_is_reset_frees_its_place() -> None:
             linger = struct.pack("ii", 1, 0)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         eventually(lambda: client.listen().status == 200, timeout=2)
+
+
+def leave(process: ProxyProcess, method: str, params: dict[str, Any], session: str = "") -> None:
+    """Makes a call as a client that takes JSON alone, and leaves while the server is silent."""
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
+    named = f"Mcp-Session-Id: {session}\r\n" if session else ""
+    head = (
+        "POST /mcp HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
+        f"Content-Type: application/json\r\n{named}Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", process.port)) as connection:
+        connection.sendall(head.encode() + body)
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+
+
+def test_callers_that_take_json_alone_free_their_threads_when_they_leave() -> None:
+    with ProxyProcess(SCRIPTED, options=["--threads", "4"]) as process:
+        client = client_of(process).open()
+        with ThreadPoolExecutor(4) as pool:
+            left = [
+                pool.submit(leave, process, "sleep", {"seconds": 60}, str(client.session))
+                for _ in range(4)
+            ]
+            for one in left:
+                one.result(10)
+        began = time.monotonic()
+        assert client.result("count")["calls"] == 1
+        assert time.monotonic() - began < 5
+        assert " 499 " in process.log()
+
+
+def test_a_client_that_gives_up_during_a_slow_initialize_leaves_nothing() -> None:
+    command = [*SCRIPTED, "--slow-start", "2"]
+    with ProxyProcess(command, options=["--max-sessions", "1"]) as process:
+        leave(process, "initialize", {"protocolVersion": "2025-06-18"})
+        eventually(lambda: client_of(process).initialize().has_succeeded, timeout=20)
 
 
 def test_a_call_survives_its_client() -> None:

@@ -40,7 +40,7 @@ from mcp_proxy.processes.child import shown
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
-from mcp_proxy.wire.handshake import INITIALIZE
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ _NOTICE = 2.0
 
 _NOBODY = "No client is listening that could answer"
 
-_CANCELLED = "notifications/cancelled"
+# What a server takes before it was told that it is initialized (MCP 2025-11-25, lifecycle).
+_EARLY = frozenset({INITIALIZE, "ping"})
 
 
 class Bridge(Backend):
@@ -88,6 +89,9 @@ class Bridge(Backend):
         self.last_used = self.started
         self.was_called = False
         self._is_closed = False
+        #: Whether the child waits for notifications/initialized, and whether it got ours.
+        self._is_initializing = False
+        self._was_told = False
         self._has_exited = threading.Event()
         self._noise = NoiseLog(server.name)
         #: The log of the session's streams, once there is a session; None: none can be resumed.
@@ -132,6 +136,8 @@ class Bridge(Backend):
                 raise BackendExited(self._lost)
             # Of several calls each can be cancelled, so each has the deadline for itself.
             deadline = exchange.deadline if len(exchange.requests) > 1 else None
+            if self._is_initializing:
+                lines += self._initialized_before(exchange.requests)
             for request in exchange.requests:
                 lines.append(self._switchboard.enter(request, exchange, deadline))
         try:
@@ -152,18 +158,37 @@ class Bridge(Backend):
             if stream is None:
                 raise BackendLost("There is no stream for the answer")
             deadline = time.monotonic() + timeout
-            line = self._switchboard.enter(request, stream, deadline)
+            lines = self._initialized_before([request]) if self._is_initializing else []
+            lines.append(self._switchboard.enter(request, stream, deadline))
             if stream.deadline is None or deadline < stream.deadline:
                 stream.set_deadline(deadline, lambda: no_answer(timeout))
-        self._write(line)
+        self._write(b"\n".join(lines))
+
+    def _initialized_before(self, requests: Sequence[Request]) -> list[bytes]:
+        """What the child has to hear before these requests, as the client's own was lost.
+
+        Many servers refuse everything until then. The lock is held.
+        """
+        if all(request.method in _EARLY for request in requests):
+            return []
+        self._is_initializing, self._was_told = False, True
+        log.info("[%s] a client's %s was lost; the server gets ours", self.name, INITIALIZED)
+        return [jsonrpc.encode(Notification(INITIALIZED))]
 
     def notify(self, notification: Notification) -> None:
         self.last_used = time.monotonic()
         self._require_alive()
-        if notification.method == _CANCELLED:
+        if notification.method == jsonrpc.CANCELLED:
             self._cancel(notification)
-        else:
+        elif notification.method != INITIALIZED or self._has_to_know():
             self._write(jsonrpc.encode(notification))
+
+    def _has_to_know(self) -> bool:
+        """Whether the client's notifications/initialized is to be passed on: not after ours."""
+        with self._lock:
+            self._is_initializing = False
+            was_told, self._was_told = self._was_told, False
+            return not was_told
 
     def _cancel(self, notification: Notification) -> None:
         """Passes a cancellation on under the child's id for the newest call with that id."""
@@ -172,7 +197,7 @@ class Bridge(Backend):
         if call is None or call.method == INITIALIZE:
             return  # answered already, or never to be cancelled (MCP 2025-11-25, cancellation)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
-        self._write(jsonrpc.encode(Notification(_CANCELLED, params)))
+        self._write(jsonrpc.encode(Notification(jsonrpc.CANCELLED, params)))
         if not call.exchange.requests:
             with self._lock:  # over HTTP+SSE a cancelled call needs no answer
                 self._switchboard.pop(call.wire_id)
@@ -338,6 +363,8 @@ class Bridge(Backend):
             call = self._switchboard.pop(response.id)
             if call is not None:
                 self.last_used = time.monotonic()
+                if call.method == INITIALIZE and response.result is not UNSET:
+                    self._is_initializing = True
                 data = jsonrpc.encode(response, call.id)
                 call.exchange.offer(ServerMessage(data, is_response=True))
                 return call.exchange
@@ -392,7 +419,7 @@ class Bridge(Backend):
                 reason = {"requestId": call.wire_id, "reason": "The proxy's time limit has passed"}
                 with contextlib.suppress(BackendError):  # then it is being stopped anyway
                     self._write(
-                        jsonrpc.encode(Notification(_CANCELLED, jsonrpc.as_payload(reason)))
+                        jsonrpc.encode(Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(reason)))
                     )
 
     def leave(self, exchange: Exchange) -> None:

@@ -27,6 +27,7 @@ from mcp_proxy.background import Periodic, Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.errors import (
     BackendError,
+    BackendExited,
     BackendLost,
     BackendUnreached,
     Draining,
@@ -256,14 +257,24 @@ class Owner:
         child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
         """
         for _ in range(_ROUNDS):
-            backend = self._backend_now(session, lost)
+            backend = self._known(session, lost) or self._recover(session)
             if backend is not None:
                 return backend
             session, lost = self.manager.load(session.id), None
         raise BackendLost("The session's server was not found: others keep changing its record")
 
-    def _backend_now(self, session: Session, lost: str | None) -> Backend | None:
-        """The session's child as the record has it; None where the record has changed meanwhile."""
+    def on_living_backend(self, session: Session, act: Callable[[Backend], object]) -> None:
+        """Does `act` to the session's backend; one that is lost is not brought back for it.
+
+        Raises BackendUnreached where it is lost.
+        """
+        backend = self._known(session, None)
+        if backend is None:
+            raise BackendExited("The server that this was for has exited")
+        act(backend)
+
+    def _known(self, session: Session, lost: str | None) -> Backend | None:
+        """The session's child where the record says that it is; None where it is certainly lost."""
         url = session.metadata.get(BACKEND_URL, "")
         held = self._held.get(url)
         if held is not None and held.bridge.is_alive:
@@ -275,7 +286,7 @@ class Owner:
                 return held.bridge
         found = parse_worker_url(url)
         if self.relay is None or found is None or url == lost or self._has_ended(found):
-            return self._recover(session)
+            return None
         return self.relay.backend(*found)
 
     def _new_backend_of(self, session: Session) -> Backend:

@@ -287,6 +287,31 @@ def test_a_session_that_is_brought_back_needs_a_place_too() -> None:
         assert first.call("echo").status == 200
 
 
+# --- what starts no server -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"id": 1, "result": {}},
+        {"id": "q", "error": {"code": -1, "message": "no"}},
+        {"method": "notifications/cancelled", "params": {"requestId": 1}},
+    ],
+    ids=["result", "error", "cancelled"],
+)
+def test_what_was_for_the_server_that_is_lost_starts_none(message: dict[str, Any]) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        answer = client.post({"jsonrpc": "2.0", **message})
+        assert (answer.status, answer.failure) == (202, "server-exited")
+        assert children(app) == 0
+        assert client.session is not None
+        assert CLAIM not in app.manager.load(client.session).metadata
+        assert client.notify("notifications/x").status == 202
+        assert children(app) == 1
+
+
 # --- idle sessions -------------------------------------------------------------------------------
 
 

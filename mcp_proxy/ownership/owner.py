@@ -122,6 +122,7 @@ class Owner:
         self.backoff = Backoff()
         self.replica = parts.replica
         self.supervisor = parts.supervisor
+        self.supervisor.keep_detached = options.keep_detached
         self._options = options
         self._workers = parts.workers
         self._read_on = ReadOnWorker(parts.workers)

@@ -25,7 +25,7 @@ from mcp_proxy.errors import BackendLost, BackendNotStarted
 from mcp_proxy.processes.child import Child
 from mcp_proxy.processes.guardian import Guardian
 from mcp_proxy.replica import Replica
-from mcp_proxy.servers import StdioServer
+from mcp_proxy.servers import StdioServer, python
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,13 @@ class Supervisor(SelectorWorker):
     def __init__(self, replica: Replica, workers: Workers | None = None) -> None:
         super().__init__("mcp-supervisor", workers)
         self.cpu_affinity: frozenset[int] | None = None
+        #: Whether descendants that left their child's process group outlive it.
+        self.keep_detached = False
         self._replica = replica
         self._supervised: dict[Child, _Supervised] = {}
         self._ending: set[_Supervised] = set()
+        self._polled: set[_Supervised] = set()  # those without a pidfd
+        self._guardian_exit: int | None = None
         self._all_exited = threading.Condition()  # guards and announces _alive
         self._alive = 0
         self._is_closing = False
@@ -80,10 +84,15 @@ class Supervisor(SelectorWorker):
 
     def prepare(self) -> None:
         super().prepare()
-        self._supervised, self._ending = {}, set()
+        self._supervised, self._ending, self._polled = {}, set(), set()
         self._alive = 0
-        self._guardian = Guardian(self._replica.id)
-        self._guardian.start()
+        self._guardian = Guardian(self._replica.id, python())
+        try:
+            self._guardian.start()
+        except OSError:
+            super().finish()  # the next start makes everything anew
+            raise
+        self._watch_guardian()
 
     def spawn(self, server: StdioServer, max_message: int, on_exit: Callable[[str], None]) -> Child:
         """A new child, whose output is read once `read` was called.
@@ -98,7 +107,11 @@ class Supervisor(SelectorWorker):
         except (OSError, RuntimeError) as error:
             raise BackendNotStarted(f"The server cannot be started: {error}") from error
         child = Child(server, self._replica.id, max_message, self.cpu_affinity)
-        self._guardian.watch(child.pid)
+        try:
+            self._guardian.watch(child.pid)
+        except OSError as error:
+            child.discard()
+            raise BackendNotStarted(f"The server cannot be started: {error}") from error
         with self._all_exited:
             self._alive += 1
         self.call(lambda: self._add(_Supervised(child, on_exit)))
@@ -119,6 +132,7 @@ class Supervisor(SelectorWorker):
         try:
             reader.start()
         except RuntimeError as error:
+            child.close_output()
             self.stop_child(child)
             raise BackendNotStarted(f"The server cannot be started: {error}") from error
 
@@ -147,8 +161,8 @@ class Supervisor(SelectorWorker):
             self.guarded(partial(self._advance, supervised))
 
     def timeout(self) -> float | None:
-        if not hasattr(os, "pidfd_open") and self._supervised:
-            self._ending.update(s for s in self._supervised.values() if s.child.has_exited())
+        if self._polled:
+            self._ending.update(s for s in self._polled if s.child.has_exited())
             return _POLL
         return _POLL if self._ending else None
 
@@ -156,9 +170,32 @@ class Supervisor(SelectorWorker):
         child = supervised.child
         self._supervised[child] = supervised
         self.register(child.stderr, lambda: self._drain_stderr(child))
-        if hasattr(os, "pidfd_open"):
+        try:
             supervised.pidfd = os.pidfd_open(child.pid)
             self.register(supervised.pidfd, lambda: self._ending.add(supervised))
+        except (AttributeError, OSError):  # the system has none, or none left
+            self._polled.add(supervised)
+
+    def _watch_guardian(self) -> None:
+        """Has the guardian's exit noticed at once, where the system has pidfd."""
+        exit_descriptor = self._guardian_exit = self._guardian.exit_descriptor()
+        if exit_descriptor is not None:
+            self.register(exit_descriptor, self._renew_guardian)
+
+    def _renew_guardian(self) -> None:
+        self._unwatch_guardian()
+        self._guardian.renew()
+        self._watch_guardian()
+
+    def _unwatch_guardian(self) -> None:
+        exit_descriptor, self._guardian_exit = self._guardian_exit, None
+        if exit_descriptor is not None:
+            self.unregister(exit_descriptor)
+            os.close(exit_descriptor)
+
+    def finish(self) -> None:
+        self._unwatch_guardian()
+        super().finish()
 
     def _drain_stderr(self, child: Child) -> None:
         if child.drain_stderr() == 0:
@@ -203,13 +240,16 @@ class Supervisor(SelectorWorker):
         if supervised.pidfd is not None:
             self.unregister(supervised.pidfd)
             os.close(supervised.pidfd)
+        self._polled.discard(supervised)
         supervised.exited = child.reap()
         supervised.next_step = now + _LINGER
-        self._guardian.forget(child.pid)
+        self._guardian.forget(child.pid, "" if self.keep_detached else child.mark)
 
     def _discard(self, supervised: _Supervised, how: str) -> None:
         """Reports the exit of a child whose output has been read."""
         child = supervised.child
+        if not child.at_eof.is_set():
+            child.end_reading()
         self._ending.discard(supervised)
         del self._supervised[child]
         log.debug("[%s] process %d exited: %s", child.name, child.pid, how)

@@ -42,6 +42,7 @@ SAMPLES: dict[str, Sample] = {
     "max_sessions": _one("3", 3),
     "evict_after": _one("0.5", 0.5),
     "idle_timeout": _one("90", 90.0),
+    "keep_detached": _one("on", True),
     "max_streams": _one("4", 4),
     "threads": _one("4", 4),
     "allowed_origins": Sample("http://a, *", ("http://a", "*"), ("http://a", "*")),

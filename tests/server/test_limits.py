@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import resource
+import tempfile
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from mcp_proxy.config import ProxyConfig
+from mcp_proxy.errors import ConfigError
 from mcp_proxy.server import gunicorn
 from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live.connections import Connection
@@ -78,6 +80,19 @@ def test_sessions_and_connections_fit_into_the_limit_of_files(
     config = ProxyConfig()
     assert gunicorn.within_files(config).max_sessions == sessions
     assert gunicorn.gunicorn_settings(config)["worker_connections"] == connections
+
+
+def test_a_file_system_that_cannot_be_written_to_is_met_with_memory_or_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert gunicorn.heartbeat_directory() is None
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    monkeypatch.setattr(gunicorn, "_SHARED_MEMORY", str(tmp_path))
+    assert gunicorn.heartbeat_directory() == str(tmp_path)
+    monkeypatch.setattr(gunicorn, "_SHARED_MEMORY", "/no/such/directory")
+    with pytest.raises(ConfigError, match="set TMPDIR"):
+        gunicorn.heartbeat_directory()
 
 
 def test_a_lower_limit_of_sessions_is_told_when_starting() -> None:

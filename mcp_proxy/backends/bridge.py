@@ -96,6 +96,7 @@ class Bridge(Backend):
         self._noise = NoiseLog(server.name)
         #: The log of the session's streams, once there is a session; None: none can be resumed.
         self.log: StreamLog | None = None
+        self._on_initialized: Callable[[], object] | None = None
         #: Called once, by `close`.
         self.on_close: Callable[[], object] | None = None
         self._child = supervisor.spawn(server, max_message, self._on_exit)
@@ -274,6 +275,21 @@ class Bridge(Backend):
         self._fail_all(reason)
         self._supervisor.stop_child(self._child)
 
+    def set_on_initialized(self, on_initialized: Callable[[], object]) -> None:
+        """Has `on_initialized`, which must be quick, called once: when initialize is answered, or
+        the backend is lost.
+        """
+        with self._lock:
+            self._on_initialized = on_initialized
+            if not self.is_alive:
+                self._note_initialized()
+
+    def _note_initialized(self) -> None:
+        """The child starts no more. The lock is held."""
+        on_initialized, self._on_initialized = self._on_initialized, None
+        if on_initialized is not None:
+            on_initialized()
+
     def _set_lost(self, sentence: str) -> None:
         """Only the first reason counts. The lock is held."""
         self._lost = self._lost or sentence
@@ -363,8 +379,9 @@ class Bridge(Backend):
             call = self._switchboard.pop(response.id)
             if call is not None:
                 self.last_used = time.monotonic()
-                if call.method == INITIALIZE and response.result is not UNSET:
-                    self._is_initializing = True
+                if call.method == INITIALIZE:
+                    self._is_initializing = response.result is not UNSET
+                    self._note_initialized()
                 data = jsonrpc.encode(response, call.id)
                 call.exchange.offer(ServerMessage(data, is_response=True))
                 return call.exchange
@@ -397,6 +414,7 @@ class Bridge(Backend):
         """Ends every exchange; from now on the backend is lost."""
         with self._lock:
             self._set_lost(sentence)
+            self._note_initialized()
             calls, stream = self._switchboard.clear()
         for call in calls:
             _fail(call, BackendLost(f"{sentence} before it answered"))

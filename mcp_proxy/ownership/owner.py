@@ -14,6 +14,7 @@ used for the longest time is stopped; its record stays, so that a request brings
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from mcp_proxy.errors import (
     StorageError,
 )
 from mcp_proxy.ownership.backoff import Backoff
+from mcp_proxy.ownership.turns import Turns
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica, has_ended
@@ -82,12 +84,17 @@ class ReplicaParts:
         self.workers = Workers()
         self.replica = Replica()
         self.supervisor = Supervisor(self.replica, self.workers)
+        self.turns = Turns(self._starts_at_once)
         self.relay = None
         if mailboxes is not None:
             self.relay = Relay(mailboxes, self.replica, self.workers)
 
     def __repr__(self) -> str:
         return f"<ReplicaParts {self.replica!r} {self.supervisor!r} {self.relay!r}>"
+
+    def _starts_at_once(self) -> int:
+        cpus = self.supervisor.cpu_affinity
+        return max(2, len(cpus) if cpus else os.cpu_count() or 1)
 
     def close(self) -> None:
         """Ends the relay, then every child, and waits for that."""
@@ -122,6 +129,7 @@ class Owner:
         self.backoff = Backoff()
         self.replica = parts.replica
         self.supervisor = parts.supervisor
+        self._turns = parts.turns
         self.supervisor.keep_detached = options.keep_detached
         self._options = options
         self._workers = parts.workers
@@ -141,20 +149,32 @@ class Owner:
 
     # --- a new session ---------------------------------------------------------------------------
 
-    def start(self) -> Bridge:
+    def start(self, has_left: Callable[[], bool] | None = None) -> Bridge:
         """A new child that belongs to no session yet: to be established, or discarded.
 
-        Raises Overloaded when this replica has all the sessions it may have, BackendLost when the
-        server cannot be started.
+        Waits for its turn, unless `has_left` says meanwhile that the client has left. Raises
+        Overloaded when this replica has all the sessions it may have, BackendLost when the server
+        cannot be started, ClientLeft.
         """
         self._take_place()
         try:
-            return self._spawn()
+            return self._spawn_in_turn(has_left)
         except BaseException as error:
             self._count_pending(-1)
             if isinstance(error, BackendLost):
                 self.backoff.note_failure(str(error))
             raise
+
+    def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
+        """A new child, whose turn lasts until it has answered initialize."""
+        turn = self._turns.take(self._options.request_timeout, has_left)
+        try:
+            bridge = self._spawn()
+        except BaseException:
+            turn.give_back()
+            raise
+        bridge.set_on_initialized(turn.give_back)
+        return bridge
 
     def _take_place(self) -> None:
         """Counts one more child that is about to begin; raises Overloaded."""
@@ -235,12 +255,12 @@ class Owner:
         """
         exchange.resend = partial(self._send_to_new_backend, session)
         try:
-            self.backend_of(session).send(exchange)
+            self.backend_of(session, has_left=exchange.has_left).send(exchange)
         except BackendUnreached:
             self._send_to_new_backend(session, exchange)
 
     def _send_to_new_backend(self, session: Session, exchange: Exchange) -> None:
-        self._new_backend_of(session).send(exchange)
+        self._new_backend_of(session, exchange.has_left).send(exchange)
 
     def on_backend(self, session: Session, act: Callable[[Backend], T]) -> T:
         """What `act` returns for the session's backend; done again on a new one, once, where it is
@@ -251,14 +271,20 @@ class Owner:
         except BackendUnreached:
             return act(self._new_backend_of(session))
 
-    def backend_of(self, session: Session, lost: str | None = None) -> Backend:
+    def backend_of(
+        self,
+        session: Session,
+        lost: str | None = None,
+        has_left: Callable[[], bool] | None = None,
+    ) -> Backend:
         """The session's child, here or at another replica; brought back, here, if it is lost.
 
-        `lost` is a `backend_url` that turned out to lead nowhere. Raises BackendError when the
+        `lost` is a `backend_url` that turned out to lead nowhere; `has_left` says that the client
+        does not wait any more. Raises BackendError when the
         child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
         """
         for _ in range(_ROUNDS):
-            backend = self._known(session, lost) or self._recover(session)
+            backend = self._known(session, lost) or self._recover(session, has_left)
             if backend is not None:
                 return backend
             session, lost = self.manager.load(session.id), None
@@ -290,9 +316,11 @@ class Owner:
             return None
         return self.relay.backend(*found)
 
-    def _new_backend_of(self, session: Session) -> Backend:
+    def _new_backend_of(
+        self, session: Session, has_left: Callable[[], bool] | None = None
+    ) -> Backend:
         """The backend that the session has now that its last one is lost."""
-        return self.backend_of(self.manager.load(session.id), lost=session.backend_url)
+        return self.backend_of(self.manager.load(session.id), session.backend_url, has_left)
 
     def _has_ended(self, url: WorkerUrl) -> bool:
         """Whether there is certainly no such child: it would be here, or its replica has ended."""
@@ -335,11 +363,18 @@ class Owner:
 
     # --- recovery --------------------------------------------------------------------------------
 
-    def _recover(self, session: Session) -> Backend | None:
-        """The session's child, brought back; None where somebody else was faster."""
+    def _recover(self, session: Session, has_left: Callable[[], bool] | None) -> Backend | None:
+        """The session's child, brought back; None where somebody else was faster.
+
+        A claim lasts for a minute at most, so the turn comes first.
+        """
         if self._is_closing:
             raise Draining
         self.backoff.require_over(session.id)
+        with self._turns.take(self._options.request_timeout, has_left):
+            return self._recover_in_turn(session)
+
+    def _recover_in_turn(self, session: Session) -> Backend | None:
         claimed = claims.claim(self.manager, session, self.replica.id, has_ended)
         if claimed is None:
             return None

@@ -116,7 +116,7 @@ class StreamableProxy(StdioTransport):
 
     def _initialize(self, request: ClientRequest, message: Request) -> Reply:
         """Begins a session: one child, asked by the client; recorded once it has accepted."""
-        bridge = self.owner.start()
+        bridge = self.owner.start(request.has_left)
         pending = PendingSession(
             self.owner, bridge, self.manager.mint_id(), message, request.has_left
         )
@@ -126,6 +126,7 @@ class StreamableProxy(StdioTransport):
         exchange.on_close = pending.on_close
         try:
             bridge.send(exchange)
+            exchange.set_deadline(request.started + self.options.request_timeout)
             reply = self._answer(request, exchange, message.id)
         except BaseException:
             exchange.close()

@@ -350,20 +350,22 @@ def test_a_session_that_was_never_called_makes_room_first() -> None:
 def test_a_server_that_somebody_needs_makes_no_room(need: str) -> None:
     with serving(max_sessions=1, evict_after=0.01, sse_after=0.1) as (app, client):
         client.open()
-        stream = client.listen() if need != "left" else None
+        stream = client.listen() if need == "stream" else None
         if need == "call":
             held = client.call("hold", {"name": "a", "_meta": {"progressToken": 1}})
             next(held.stream())
         elif need == "left":
             client.call("hold", {"name": "a", "_meta": {"progressToken": 1}}).close()
         elif need == "question":
-            client.call("later", {"message": {"id": "q", "method": "roots/list"}, "seconds": 0})
-            assert stream is not None
-            next(stream.stream())
-            stream.close()
+            message = {"id": "q", "method": "roots/list"}
+            client.call("later", {"message": message, "seconds": 0}).body()
+            (one,) = app.owner._held.values()
+            eventually(lambda: one.bridge._switchboard._asked)
         for _ in range(2):
             assert McpClient(client.front).initialize().failure == "overloaded"
         assert children(app) == 1
+        if stream is not None:
+            stream.close()
 
 
 def test_a_session_that_is_not_idle_for_long_enough_makes_no_room() -> None:

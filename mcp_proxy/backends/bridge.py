@@ -37,6 +37,7 @@ from mcp_proxy.errors import (
     ClientError,
 )
 from mcp_proxy.processes.child import shown
+from mcp_proxy.processes.noise import Brake, NoiseLog
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
@@ -49,9 +50,8 @@ log = logging.getLogger(__name__)
 WRITE_TIMEOUT = 30.0
 CANCEL_GRACE = 2.0
 
-#: How many lines that are no messages are shown, and the seconds between two counts of the others.
+#: How many of a server's lines that are no messages, and that reach nobody, are shown.
 NOISE_SHOWN = 5
-NOISE_INTERVAL = 60.0
 
 # Seconds to wait for the exit of a child that has closed its input.
 _NOTICE = 2.0
@@ -93,7 +93,9 @@ class Bridge(Backend):
         self._is_initializing = False
         self._was_told = False
         self._has_exited = threading.Event()
-        self._noise = NoiseLog(server.name)
+        self._noise = NoiseLog(server.name, "lines on stdout were no messages", NOISE_SHOWN)
+        self._undelivered = NoiseLog(server.name, "messages reached no client", NOISE_SHOWN, 0.1)
+        self._brake = Brake()
         #: The log of the session's streams, once there is a session; None: none can be resumed.
         self.log: StreamLog | None = None
         self._on_initialized: Callable[[], object] | None = None
@@ -324,7 +326,10 @@ class Bridge(Backend):
                 log.warning("[%s] dropped a message (%s): %s", self.name, error, shown(line))
                 continue
             if exchange is not None:
+                self._brake.lines = 0
                 exchange.wait_for_room()
+            else:
+                self._brake.slow()
 
     def _parse(self, line: bytes) -> Sequence[Message]:
         """The messages in a line of output: none if it is invalid, several if it is a batch."""
@@ -336,9 +341,15 @@ class Bridge(Backend):
                 parsed = jsonrpc.parse(mended)
             except ClientError as error:
                 if line.strip() and not self._take_misanswer(mended, error):
-                    self._noise.note(line, error)
+                    self._note_noise(line, error)
                 return ()
         return parsed if isinstance(parsed, list) else (parsed,)
+
+    def _note_noise(self, line: bytes, reason: ClientError) -> None:
+        if self._noise.allows():
+            why = _of_a_line(reason)
+            log.warning("[%s] a line on stdout is no message (%s): %s", self.name, why, shown(line))
+        self._brake.slow()
 
     def _take_misanswer(self, line: bytes, reason: ClientError) -> bool:
         """Ends the call that an unreadable line is about; False where it is about none."""
@@ -392,18 +403,21 @@ class Bridge(Backend):
         """Logs the messages that no client could take, and answers the requests among them."""
         for message in undelivered:
             if isinstance(message, Notification):
-                log.warning("[%s] no client listens; dropped a %s", self.name, message.method)
+                if self._undelivered.allows():
+                    log.warning("[%s] no client listens; dropped a %s", self.name, message.method)
                 continue
             # The proxy can answer a ping; any other request only a client can.
             answer = Response(message.id, result=jsonrpc.as_payload({}))
             if not _is_ping(message):
-                log.warning("[%s] no client listens; refused a %s", self.name, message.method)
+                if self._undelivered.allows():
+                    log.warning("[%s] no client listens; refused a %s", self.name, message.method)
                 answer = Response(message.id, error=jsonrpc.error_payload(PROXY_ERROR, _NOBODY))
             with contextlib.suppress(BackendError):
                 self._write(jsonrpc.encode(answer))
 
     def _on_exit(self, how: str) -> None:
         self._noise.flush()
+        self._undelivered.flush()
         self._fail_all(f"The server exited ({how})")
         self._has_exited.set()
         if not self._is_closed:
@@ -461,42 +475,6 @@ class Bridge(Backend):
             left = self._switchboard.left_exchanges()
         for exchange in left:
             exchange.expire_if_due()
-
-
-class NoiseLog:
-    """Lines of a server that are no messages: the first are logged, then one count a minute.
-
-    Used by the thread that reads the server's output, and by the supervisor's after that.
-    """
-
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name = name
-        self._clock = clock
-        self._shown = 0
-        self._left_out = 0
-        self._next_count = 0.0
-
-    def note(self, line: bytes, reason: ClientError) -> None:
-        """Logs a line, or counts it."""
-        if self._shown < NOISE_SHOWN:
-            self._shown += 1
-            self._next_count = self._clock() + NOISE_INTERVAL
-            why = _of_a_line(reason)
-            log.warning(
-                "[%s] a line on stdout is no message (%s): %s", self._name, why, shown(line)
-            )
-            return
-        self._left_out += 1
-        if self._clock() >= self._next_count:
-            self.flush()
-
-    def flush(self) -> None:
-        """Logs how many lines were counted since the last time, if there were any."""
-        if self._left_out:
-            count = self._left_out
-            log.warning("[%s] %d more lines on stdout were no messages", self._name, count)
-        self._left_out = 0
-        self._next_count = self._clock() + NOISE_INTERVAL
 
 
 def _of_a_line(reason: ClientError) -> str:

@@ -25,6 +25,7 @@ from typing import IO
 
 from mcp_proxy.errors import BackendExited, BackendLost, BackendNotStarted, BackendTimeout
 from mcp_proxy.processes.guardian import CHILD_VARIABLE, REPLICA_VARIABLE
+from mcp_proxy.processes.noise import NoiseLog
 from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ _OF_GUNICORN = frozenset({"SERVER_SOFTWARE"})
 
 # What children get unless it is set: a Python server that does not flush would be silent.
 _DEFAULTS = {"PYTHONUNBUFFERED": "1"}
+
+# Lines of stderr that are logged at once, and a second after that.
+_STDERR_FIRST = 200
+_STDERR_RATE = 10.0
 
 _OOM_SCORE = 500
 _MAX_OOM_SCORE = 1000
@@ -62,7 +67,10 @@ class Child:
         self.mark = secrets.token_hex(8)
         self._max_message = max_message
         self._write_lock = threading.Lock()  # one message at a time
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
+        self._stderr_log = NoiseLog(server.name, "lines on stderr", _STDERR_FIRST, _STDERR_RATE)
+        #: Whether the last lines of stderr were too many to be logged.
+        self.is_flooding = False
         self._partial = b""
         marks = {REPLICA_VARIABLE: replica_id, CHILD_VARIABLE: self.mark}
         self._process = _start(server, marks, cpu_affinity)
@@ -150,18 +158,20 @@ class Child:
         self._partial = rest[: _LINE_SHOWN + 1] if data else b""
         if not data and rest:
             lines.append(rest)
-        for line in lines:
-            self._note(shown(line))
+        self.is_flooding = False
+        for number, line in enumerate(lines):
+            if not self._stderr_log.allows():
+                self.is_flooding = True
+                self._stderr_log.leave_out(len(lines) - number - 1)
+                break
+            log.info("[%s] stderr: %s", self.name, shown(line))
+        self._tail.extend(line[: _LINE_SHOWN + 1] for line in lines[-_TAIL_LINES:])
         return len(data)
-
-    def _note(self, line: str) -> None:
-        self._tail.append(line)
-        log.info("[%s] stderr: %s", self.name, line)
 
     @property
     def stderr_tail(self) -> list[str]:
         """The last lines of stderr, for the log and for `check`; never for a client."""
-        return list(self._tail)
+        return [shown(line) for line in self._tail]
 
     # --- input -----------------------------------------------------------------------------------
 
@@ -230,6 +240,7 @@ class Child:
         status = self._process.wait()
         self.close_stdin()
         self.stderr.close()
+        self._stderr_log.flush()
         return describe_exit(status)
 
     def discard(self) -> None:

@@ -36,6 +36,10 @@ GRACE = 2.0
 _LINGER = 1.0
 _POLL = 0.1
 
+# Seconds for which the stderr of a flooding child is left alone, and how often it is read at last.
+_PAUSE = 0.02
+_LAST_READS = 64
+
 _STEPS = (signal.SIGTERM, signal.SIGKILL)
 
 
@@ -69,6 +73,7 @@ class Supervisor(SelectorWorker):
         self._supervised: dict[Child, _Supervised] = {}
         self._ending: set[_Supervised] = set()
         self._polled: set[_Supervised] = set()  # those without a pidfd
+        self._flooding: dict[Child, float] = {}  # whose stderr is left alone, and until when
         self._guardian_exit: int | None = None
         self._all_exited = threading.Condition()  # guards and announces _alive
         self._alive = 0
@@ -85,6 +90,7 @@ class Supervisor(SelectorWorker):
     def prepare(self) -> None:
         super().prepare()
         self._supervised, self._ending, self._polled = {}, set(), set()
+        self._flooding = {}
         self._alive = 0
         self._guardian = Guardian(self._replica.id, python())
         try:
@@ -157,6 +163,9 @@ class Supervisor(SelectorWorker):
 
     def run_once(self) -> None:
         super().run_once()
+        for child in [c for c, until in self._flooding.items() if until <= time.monotonic()]:
+            del self._flooding[child]
+            self.register(child.stderr, partial(self._drain_stderr, child))
         for supervised in list(self._ending):
             self.guarded(partial(self._advance, supervised))
 
@@ -164,6 +173,8 @@ class Supervisor(SelectorWorker):
         if self._polled:
             self._ending.update(s for s in self._polled if s.child.has_exited())
             return _POLL
+        if self._flooding:
+            return _PAUSE
         return _POLL if self._ending else None
 
     def _add(self, supervised: _Supervised) -> None:
@@ -198,8 +209,11 @@ class Supervisor(SelectorWorker):
         super().finish()
 
     def _drain_stderr(self, child: Child) -> None:
-        if child.drain_stderr() == 0:
+        size = child.drain_stderr()
+        if size == 0 or child.is_flooding:
             self.unregister(child.stderr)
+        if size and child.is_flooding:  # or it would have this thread for itself
+            self._flooding[child] = time.monotonic() + _PAUSE
 
     def _note_eof(self, child: Child) -> None:
         supervised = self._supervised.get(child)
@@ -234,9 +248,11 @@ class Supervisor(SelectorWorker):
 
     def _reap(self, supervised: _Supervised, now: float) -> None:
         child = supervised.child
-        while child.drain_stderr():
-            pass
+        for _ in range(_LAST_READS):  # a descendant may go on writing
+            if not child.drain_stderr():
+                break
         self.unregister(child.stderr)
+        self._flooding.pop(child, None)
         if supervised.pidfd is not None:
             self.unregister(supervised.pidfd)
             os.close(supervised.pidfd)

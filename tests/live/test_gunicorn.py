@@ -239,6 +239,34 @@ def test_json_logs_carry_the_request_and_hide_secrets(redis_server: RedisServer)
         assert client.session not in process.log()
 
 
+# --- servers that flood --------------------------------------------------------------------------
+
+
+def rate_of(client: McpClient, seconds: float = 2.0) -> float:
+    """Calls a second of one client after another."""
+    count, began = 0, time.monotonic()
+    while time.monotonic() - began < seconds:
+        client.call("echo").body()
+        count += 1
+    return count / (time.monotonic() - began)
+
+
+@pytest.mark.parametrize("output", ["noise", "messages", "stderr"])
+def test_a_flood_of_one_session_costs_its_neighbours_next_to_nothing(output: str) -> None:
+    with ProxyProcess(SCRIPTED) as process:
+        loud, neighbour = client_of(process).open(), client_of(process).open()
+        quiet = rate_of(neighbour)
+        size = len(process.log())
+        loud.call("flood", {"with": output}).body()
+        during = rate_of(neighbour)
+        print(f"{output}: {quiet:.0f} calls a second, {during:.0f} during the flood:", end=" ")
+        print(f"{during / quiet:.2f}")
+        assert during > quiet / 3  # of a machine that has other things to do, too
+        assert len(process.log()) - size < 1_000_000
+        if output == "stderr":
+            assert loud.result("echo", {"a": 1}) == {"a": 1}
+
+
 # --- clients that leave --------------------------------------------------------------------------
 
 

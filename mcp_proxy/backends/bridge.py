@@ -63,7 +63,7 @@ _EARLY = frozenset({INITIALIZE, "ping"})
 
 
 class Bridge(Backend):
-    """A child process as a backend. Raises BackendLost if the child cannot be started.
+    """A child process as a backend. Raises BackendLost or Overloaded if it cannot be started.
 
     `on_lost` is called once, from another thread, when the child has exited without being stopped.
     """
@@ -269,12 +269,13 @@ class Bridge(Backend):
         self.close()
         return True
 
-    def close(self, reason: str = "The session has ended and the server was stopped") -> None:
+    def close(self, failure: BackendLost | None = None) -> None:
+        """As promised; calls in flight fail with `failure`, by default as the session has ended."""
         on_close, self.on_close = self.on_close, None
         self._is_closed = True
         if on_close is not None:
             on_close()
-        self._fail_all(reason)
+        self._fail_all(failure or BackendLost("The session has ended and the server was stopped"))
         self._supervisor.stop_child(self._child)
 
     def set_on_initialized(self, on_initialized: Callable[[], object]) -> None:
@@ -418,20 +419,20 @@ class Bridge(Backend):
     def _on_exit(self, how: str) -> None:
         self._noise.flush()
         self._undelivered.flush()
-        self._fail_all(f"The server exited ({how})")
+        self._fail_all(BackendLost(f"The server exited ({how})"))
         self._has_exited.set()
         if not self._is_closed:
             log.warning("[%s] the server exited by itself (%s)", self.name, how)
             self._on_lost(self)
 
-    def _fail_all(self, sentence: str) -> None:
+    def _fail_all(self, failure: BackendLost) -> None:
         """Ends every exchange; from now on the backend is lost."""
         with self._lock:
-            self._set_lost(sentence)
+            self._set_lost(failure.message)
             self._note_initialized()
             calls, stream = self._switchboard.clear()
         for call in calls:
-            _fail(call, BackendLost(f"{sentence} before it answered"))
+            _fail(call, type(failure)(f"{failure.message} before it answered"))
         if stream is not None:
             stream.end()
 

@@ -27,6 +27,7 @@ from mcp_proxy.backends.exchange import Backend, Exchange
 from mcp_proxy.background import Periodic, Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.errors import (
+    BackendDraining,
     BackendError,
     BackendExited,
     BackendLost,
@@ -540,5 +541,5 @@ class Owner:
         self._sweeper.stop()
         for url, held in self._held_copy().items():
             self._forget(url)
-            held.bridge.close("The proxy has stopped the server")
+            held.bridge.close(BackendDraining("The proxy has stopped the server"))
         self._read_on.stop()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mcp_proxy.background import Reader, SelectorWorker, Workers
-from mcp_proxy.errors import BackendLost, BackendNotStarted
+from mcp_proxy.errors import BackendDraining, BackendNotStarted, Overloaded
 from mcp_proxy.processes.child import Child
 from mcp_proxy.processes.guardian import Guardian
 from mcp_proxy.replica import Replica
@@ -104,14 +104,16 @@ class Supervisor(SelectorWorker):
         """A new child, whose output is read once `read` was called.
 
         `on_exit` is called by the supervisor's thread with the exit status in words. Raises
-        BackendLost if the child cannot be started.
+        BackendLost if the child cannot be started, Overloaded if there is no thread for that.
         """
         if self._is_closing:
-            raise BackendLost("This replica is shutting down")
+            raise BackendDraining("This replica is shutting down")
         try:
             self.start()
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise BackendNotStarted(f"The server cannot be started: {error}") from error
+        except RuntimeError as error:
+            raise Overloaded(f"The server cannot be started: {error}") from error
         child = Child(server, self._replica.id, max_message, self.cpu_affinity)
         try:
             self._guardian.watch(child.pid)
@@ -127,7 +129,7 @@ class Supervisor(SelectorWorker):
     def read(self, child: Child, on_line: Callable[[bytes], None]) -> None:
         """Calls `on_line` with every line of a child's output, in a thread of its own.
 
-        A child whose reader fails is stopped. Raises BackendLost when no thread can be started.
+        A child whose reader fails is stopped. Raises Overloaded when no thread can be started.
         """
 
         def read() -> None:
@@ -140,7 +142,7 @@ class Supervisor(SelectorWorker):
         except RuntimeError as error:
             child.close_output()
             self.stop_child(child)
-            raise BackendNotStarted(f"The server cannot be started: {error}") from error
+            raise Overloaded(f"The server cannot be started: {error}") from error
 
     def stop_child(self, child: Child) -> None:
         """Begins to stop a child and returns at once; harmless if it is stopping or has exited."""

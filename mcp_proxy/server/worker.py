@@ -53,6 +53,7 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
+from mcp_proxy.errors import Overloaded
 from mcp_proxy.server.answers import Gathering, JoinedResponse, refusal, send
 from mcp_proxy.server.arriving import Shape
 from mcp_proxy.server.connection import PIECE, Connection
@@ -172,7 +173,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             super().enqueue_req(conn)
         except RuntimeError as error:
             self.busy -= 1
-            self._refuse(conn, "503 Service Unavailable", f"No thread for the request: {error}")
+            why = f"No thread for the request: {error}"
+            self._refuse(conn, "503 Service Unavailable", why, Overloaded.kind)
         if self.busy >= self.threads:
             self.set_accept_enabled(False)
 
@@ -322,12 +324,12 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.nr_conns -= 1
         conn.close()
 
-    def _refuse(self, conn: Connection, status: str, message: str) -> None:
+    def _refuse(self, conn: Connection, status: str, message: str, kind: str = "") -> None:
         """Answers a request in place of a thread, as far as that goes at once, and ends it."""
         self.log.warning("A request is answered with %s: %s", status, message)
         with contextlib.suppress(OSError):
             conn.sock.setblocking(False)
-            conn.sock.send(refusal(status, message))
+            conn.sock.send(refusal(status, message, kind))
         self._shut_down(conn)
 
     def _shut_down(self, conn: Connection) -> None:

@@ -287,6 +287,15 @@ def test_a_session_that_is_brought_back_needs_a_place_too() -> None:
         assert first.call("echo").status == 200
 
 
+def test_a_call_that_the_end_of_its_replica_cuts_off_says_so() -> None:
+    with serving() as (app, client), ThreadPoolExecutor(1) as pool:
+        client.open()
+        call = pool.submit(client.call, "silence", Accept="application/json")
+        eventually(lambda: app.is_busy)
+        app.close()
+        assert call.result(10).failure == "draining"
+
+
 # --- what starts no server -----------------------------------------------------------------------
 
 

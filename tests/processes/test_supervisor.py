@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mcp_proxy.background import Reader
-from mcp_proxy.errors import BackendLost, BackendTimeout
+from mcp_proxy.errors import BackendLost, BackendTimeout, Overloaded
 from mcp_proxy.processes import guardian as guarding
 from mcp_proxy.processes.child import Child, describe_exit, shown
 from mcp_proxy.processes.guardian import REPLICA_VARIABLE, Guardian, processes_of
@@ -435,7 +435,7 @@ def test_where_no_thread_can_be_had_no_child_is_left(
 ) -> None:
     supervisor.start()
     monkeypatch.setattr(Reader, "start", lambda reader: throw(RuntimeError("can't start")))
-    with pytest.raises(BackendLost, match="can't start"):
+    with pytest.raises(Overloaded, match="can't start"):
         Spawned(supervisor)
     eventually(lambda: supervisor.children == 0)
 

@@ -11,7 +11,7 @@ import pytest
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server import gunicorn
+from mcp_proxy.server import answers, gunicorn
 from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live.connections import Connection
 from tests.server.test_worker import WORKER, serving
@@ -57,7 +57,7 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It cannot happen with threads made ahead; if it does, the worker goes on."""
-    refused = []
+    refused: list[tuple[str, ...]] = []
 
     class Pool:
         def submit(self, *_: object) -> None:
@@ -65,9 +65,13 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
 
     worker = KeepaliveWorker.__new__(KeepaliveWorker)
     worker.__dict__.update({"busy": 0, "threads": 4, "tpool": Pool()})
-    monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, conn, *_: refused.append(conn))
+    monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, *given: refused.append(given))
     worker.enqueue_req("a connection")
-    assert (worker.busy, refused) == (0, ["a connection"])
+    ((connection, status, message, kind),) = refused
+    assert (worker.busy, connection, kind) == (0, "a connection", "overloaded")
+    answer = answers.refusal(status, message, kind)
+    assert b"X-MCP-Proxy-Error: overloaded\r\n" in answer
+    assert b"-32000" in answer
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,8 @@ class Owner:
         self._workers = parts.workers
         self._read_on = ReadOnWorker(parts.workers)
         shortest = min(options.session_ttl, options.idle_timeout or options.session_ttl)
-        interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
-        self._sweeper = Periodic("mcp-sweeper", interval, self._sweep_once, parts.workers)
+        self._interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
+        self._sweeper = Periodic("mcp-sweeper", self._interval, self._sweep_once, parts.workers)
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
         self._lock = threading.Lock()  # guards _held and _pending
@@ -372,8 +372,14 @@ class Owner:
         if self._is_closing:
             raise Draining
         self.backoff.require_over(session.id)
-        with self._turns.take(self._options.request_timeout, has_left):
-            return self._recover_in_turn(session)
+        try:
+            with self._turns.take(self._options.request_timeout, has_left):
+                return self._recover_in_turn(session)
+        finally:
+            if self.manager.claims_left():
+                self._sweeper.interval = _MIN_SWEEP
+                self._sweeper.start()
+                self._sweeper.wake()
 
     def _recover_in_turn(self, session: Session) -> Backend | None:
         claimed = claims.claim(self.manager, session, self.replica.id, has_ended)
@@ -471,6 +477,8 @@ class Owner:
 
     def _sweep_once(self) -> None:
         try:
+            claims.give_back_left(self.manager)
+            self._sweeper.interval = self._interval
             self.sweep()
         except StorageError as error:
             log.warning("[%s] sessions not swept: %s", self.server.name, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -285,6 +286,30 @@ def test_a_session_that_is_brought_back_needs_a_place_too() -> None:
         assert "sessions of this worker are taken" in answer.error()["message"]
         second.delete()
         assert first.call("echo").status == 200
+
+
+def test_a_claim_is_given_back_once_the_store_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        swap, server = app.manager.storage.swap, app.owner.server
+        away = threading.Event()
+
+        def fickle(old: Session, new: Session) -> bool:
+            if away.is_set():
+                raise StorageUnavailable
+            is_won = swap(old, new)
+            away.set()  # the claim is in the record
+            return is_won
+
+        monkeypatch.setattr(app.manager.storage, "swap", fickle)
+        app.owner.server = type(server)("default", ("/no/such/server",))
+        assert client.call("count").failure == "server-start-failed"
+        assert client.session is not None
+        assert CLAIM in app.manager.load(client.session).metadata
+        monkeypatch.setattr(app.manager.storage, "swap", swap)
+        eventually(lambda: CLAIM not in app.manager.load(str(client.session)).metadata)
+        assert app.owner._sweeper.interval == app.owner._interval
 
 
 def test_a_call_that_the_end_of_its_replica_cuts_off_says_so() -> None:

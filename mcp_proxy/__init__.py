@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mcp_proxy.app import Application, create_app
     from mcp_proxy.config import ProxyConfig, ProxyOptions
     from mcp_proxy.errors import (
+        BackendDraining,
         BackendError,
         BackendExited,
         BackendLost,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
+    "BackendDraining",
     "BackendError",
     "BackendExited",
     "BackendLost",
@@ -89,6 +91,7 @@ _HOMES = {
 
 __all__ = [
     "Application",
+    "BackendDraining",
     "BackendError",
     "BackendExited",
     "BackendLost",

@@ -320,18 +320,35 @@ class Reader:
 class KeyedExecutor:
     """Calls functions in order for one key, at the same time for different ones.
 
-    Has at most `width` threads, which start when they are needed. Thread-safe.
+    Has at most `width` threads, which start when they are needed. In a forked process it begins
+    anew: what was submitted before is the other process's. Thread-safe.
     """
 
     def __init__(self, name: str, width: int) -> None:
         self._name = name
         self._width = width
+        self._beginning = threading.Lock()  # guards that one thread begins anew after a fork
+        self._pid = os.getpid()
+        self._begin()
+
+    def _begin(self) -> None:
         self._changed = threading.Condition()  # guards and announces what follows
         self._acts: dict[str, deque[Callable[[], object]]] = {}
         self._ready: deque[str] = deque()  # keys that no thread is at
         self._threads = 0
         self._busy = 0  # how many of them are at a key
         self._is_closed = False
+
+    def _begin_after_fork(self) -> None:
+        """Threads do not survive a fork, and whoever had the lock has it for ever."""
+        if self._pid == os.getpid():
+            return
+        with self._beginning:
+            if self._pid != os.getpid():
+                was_closed = self._is_closed
+                self._begin()
+                self._is_closed = was_closed
+                self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<KeyedExecutor {self._name} keys={len(self._acts)} threads={self._threads}>"
@@ -342,6 +359,7 @@ class KeyedExecutor:
         After `close` nothing is called any more. Raises RuntimeError when the system has not even
         one thread to give; then nothing was submitted.
         """
+        self._begin_after_fork()
         with self._changed:
             if self._is_closed:
                 return
@@ -354,6 +372,7 @@ class KeyedExecutor:
 
     def close(self) -> None:
         """Takes no more; what is waiting is not begun."""
+        self._begin_after_fork()
         with self._changed:
             self._is_closed = True
             self._acts.clear()

@@ -18,7 +18,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
-from msgspec.inspect import FloatType, IntType, LiteralType, Metadata, UnionType, VarTupleType
+from msgspec.inspect import (
+    BoolType,
+    FloatType,
+    IntType,
+    LiteralType,
+    Metadata,
+    UnionType,
+    VarTupleType,
+)
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import HttpServer, Server, StdioServer, as_command, demo_server, read_servers
@@ -113,6 +121,27 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_sessions: Annotated[
         Count, Meta(description="stdio sessions, and so processes, of one worker")
     ] = 256
+    evict_after: Annotated[
+        Seconds,
+        Meta(
+            description="how long a stdio session must have been idle before its server may stop "
+            "to make room for another one, where there are `max_sessions`; a request starts it anew"
+        ),
+    ] = 60
+    idle_timeout: Annotated[
+        Seconds | None,
+        Meta(
+            description="how long a stdio session may be idle before its server stops in any case; "
+            "a request starts it anew; none: it does not"
+        ),
+    ] = None
+    keep_detached: Annotated[
+        bool,
+        Meta(
+            description="on: processes of a stdio server that left its process group, such as a "
+            "browser, outlive the session; they end with the worker"
+        ),
+    ] = False
     max_streams: Annotated[
         Count | None,
         Meta(description="standing streams of one worker; none: three quarters of `threads`"),
@@ -319,7 +348,8 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     given = {name: value for name, value in environ.items() if value.strip()}
     named = {name: value for name, value in given.items() if name.startswith(PREFIX)}
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
-    texts.pop("replica", None)  # marks a process that another proxy started
+    for mark in ("replica", "child"):  # on a process that another proxy started
+        texts.pop(mark, None)
     if _WEB_CONCURRENCY in given:  # gunicorn's own name for it
         texts.setdefault("workers", given[_WEB_CONCURRENCY])
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
@@ -379,9 +409,11 @@ def _checked(setting: Setting, value: Any, strict: bool = True) -> Any:
 
 
 def _folded(takes: msgspec.inspect.Type, value: Any) -> Any:
-    """A value with its choices in lower case."""
+    """A value with its choices in lower case, and `on` and `off` as what they mean."""
     if isinstance(takes, VarTupleType) and isinstance(value, list | tuple):
         return [_folded(takes.item_type, entry) for entry in value]
+    if isinstance(takes, BoolType) and isinstance(value, str):
+        return {"on": True, "off": False}.get(value.lower(), value)
     return value.lower() if isinstance(takes, LiteralType) and isinstance(value, str) else value
 
 
@@ -409,6 +441,8 @@ def _wanted(takes: msgspec.inspect.Type) -> str:
             return f"a list of {_wanted(takes.item_type)}"
         case Metadata():
             return str((takes.extra_json_schema or {})["description"])
+        case BoolType():
+            return "on or off"
         case LiteralType():
             return ", ".join(str(choice) for choice in takes.values)
         case IntType():

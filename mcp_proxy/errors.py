@@ -200,6 +200,17 @@ class BackendNotStarted(BackendLost):
     kind = "server-start-failed"
 
 
+class BackendDraining(BackendLost):
+    """The replica that has the backend is stopping, and the backend with it."""
+
+    status = 503
+    kind = "draining"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message)
+        self.headers = [("Retry-After", "5")]
+
+
 class BadAnswer(BackendLost):
     """The backend answered something that cannot be used."""
 

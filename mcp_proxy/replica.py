@@ -54,7 +54,11 @@ def has_ended(replica_id: str) -> bool:
     parts = _PROCESS.fullmatch(replica_id)
     if parts is None or parts["space"] != _process_space():
         return False
-    return _start_of(int(parts["pid"])) != parts["start"]
+    pid = int(parts["pid"])
+    start = _start_of(pid)
+    if start is None and _is_hidden(pid):
+        return False
+    return start != parts["start"]
 
 
 @cache
@@ -76,3 +80,16 @@ def _start_of(pid: int) -> str | None:
         return None
     fields = text.rpartition(")")[2].split()  # from the third field on: state, ..., start time
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process runs although /proc does not show it, as under hidepid or ProtectProc."""
+    if os.access(f"/proc/{pid}/stat", os.R_OK):  # a zombie
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True

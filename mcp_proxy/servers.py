@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +50,20 @@ Server = StdioServer | HttpServer
 def demo_server() -> StdioServer:
     """The demo server of this package."""
     script = Path(__file__).parent / "demo" / "server.py"
-    return StdioServer("demo", (sys.executable, "-I", str(script)))
+    return StdioServer("demo", (python(), "-I", str(script)))
+
+
+def python() -> str:
+    """The interpreter of this process; uWSGI, for one, names itself as `sys.executable`."""
+    if re.match(r"python|pypy", os.path.basename(sys.executable)):
+        return sys.executable
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for prefix in (sys.exec_prefix, sys.base_exec_prefix):
+        for name in (version, "python3", "python"):
+            found = os.path.join(prefix, "bin", name)
+            if os.access(found, os.X_OK):
+                return found
+    return shutil.which(version) or sys.executable
 
 
 _BOM = b"\xef\xbb\xbf"

@@ -37,10 +37,11 @@ from mcp_proxy.errors import (
     ClientError,
 )
 from mcp_proxy.processes.child import shown
+from mcp_proxy.processes.noise import Brake, NoiseLog
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.wire import jsonrpc
-from mcp_proxy.wire.handshake import INITIALIZE
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 
 log = logging.getLogger(__name__)
@@ -49,20 +50,20 @@ log = logging.getLogger(__name__)
 WRITE_TIMEOUT = 30.0
 CANCEL_GRACE = 2.0
 
-#: How many lines that are no messages are shown, and the seconds between two counts of the others.
+#: How many of a server's lines that are no messages, and that reach nobody, are shown.
 NOISE_SHOWN = 5
-NOISE_INTERVAL = 60.0
 
 # Seconds to wait for the exit of a child that has closed its input.
 _NOTICE = 2.0
 
 _NOBODY = "No client is listening that could answer"
 
-_CANCELLED = "notifications/cancelled"
+# What a server takes before it was told that it is initialized (MCP 2025-11-25, lifecycle).
+_EARLY = frozenset({INITIALIZE, "ping"})
 
 
 class Bridge(Backend):
-    """A child process as a backend. Raises BackendLost if the child cannot be started.
+    """A child process as a backend. Raises BackendLost or Overloaded if it cannot be started.
 
     `on_lost` is called once, from another thread, when the child has exited without being stopped.
     """
@@ -84,11 +85,20 @@ class Bridge(Backend):
         self._lost: str | None = None  # why the backend is lost
         #: Whether messages can still be sent.
         self.is_alive = True
+        #: When a client last said or got something (monotonic), and whether it ever called.
+        self.last_used = self.started
+        self.was_called = False
         self._is_closed = False
+        #: Whether the child waits for notifications/initialized, and whether it got ours.
+        self._is_initializing = False
+        self._was_told = False
         self._has_exited = threading.Event()
-        self._noise = NoiseLog(server.name)
+        self._noise = NoiseLog(server.name, "lines on stdout were no messages", NOISE_SHOWN)
+        self._undelivered = NoiseLog(server.name, "messages reached no client", NOISE_SHOWN, 0.1)
+        self._brake = Brake()
         #: The log of the session's streams, once there is a session; None: none can be resumed.
         self.log: StreamLog | None = None
+        self._on_initialized: Callable[[], object] | None = None
         #: Called once, by `close`.
         self.on_close: Callable[[], object] | None = None
         self._child = supervisor.spawn(server, max_message, self._on_exit)
@@ -120,6 +130,8 @@ class Bridge(Backend):
     # --- from the client -------------------------------------------------------------------------
 
     def send(self, exchange: Exchange) -> None:
+        self.last_used = time.monotonic()
+        self.was_called = exchange.requests[0].method != INITIALIZE
         exchange.attach(self, self.log if exchange.accepts_stream else None)
         lines: list[bytes] = []
         with self._lock:
@@ -127,6 +139,8 @@ class Bridge(Backend):
                 raise BackendExited(self._lost)
             # Of several calls each can be cancelled, so each has the deadline for itself.
             deadline = exchange.deadline if len(exchange.requests) > 1 else None
+            if self._is_initializing:
+                lines += self._initialized_before(exchange.requests)
             for request in exchange.requests:
                 lines.append(self._switchboard.enter(request, exchange, deadline))
         try:
@@ -147,17 +161,37 @@ class Bridge(Backend):
             if stream is None:
                 raise BackendLost("There is no stream for the answer")
             deadline = time.monotonic() + timeout
-            line = self._switchboard.enter(request, stream, deadline)
+            lines = self._initialized_before([request]) if self._is_initializing else []
+            lines.append(self._switchboard.enter(request, stream, deadline))
             if stream.deadline is None or deadline < stream.deadline:
                 stream.set_deadline(deadline, lambda: no_answer(timeout))
-        self._write(line)
+        self._write(b"\n".join(lines))
+
+    def _initialized_before(self, requests: Sequence[Request]) -> list[bytes]:
+        """What the child has to hear before these requests, as the client's own was lost.
+
+        Many servers refuse everything until then. The lock is held.
+        """
+        if all(request.method in _EARLY for request in requests):
+            return []
+        self._is_initializing, self._was_told = False, True
+        log.info("[%s] a client's %s was lost; the server gets ours", self.name, INITIALIZED)
+        return [jsonrpc.encode(Notification(INITIALIZED))]
 
     def notify(self, notification: Notification) -> None:
+        self.last_used = time.monotonic()
         self._require_alive()
-        if notification.method == _CANCELLED:
+        if notification.method == jsonrpc.CANCELLED:
             self._cancel(notification)
-        else:
+        elif notification.method != INITIALIZED or self._has_to_know():
             self._write(jsonrpc.encode(notification))
+
+    def _has_to_know(self) -> bool:
+        """Whether the client's notifications/initialized is to be passed on: not after ours."""
+        with self._lock:
+            self._is_initializing = False
+            was_told, self._was_told = self._was_told, False
+            return not was_told
 
     def _cancel(self, notification: Notification) -> None:
         """Passes a cancellation on under the child's id for the newest call with that id."""
@@ -166,7 +200,7 @@ class Bridge(Backend):
         if call is None or call.method == INITIALIZE:
             return  # answered already, or never to be cancelled (MCP 2025-11-25, cancellation)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
-        self._write(jsonrpc.encode(Notification(_CANCELLED, params)))
+        self._write(jsonrpc.encode(Notification(jsonrpc.CANCELLED, params)))
         if not call.exchange.requests:
             with self._lock:  # over HTTP+SSE a cancelled call needs no answer
                 self._switchboard.pop(call.wire_id)
@@ -178,6 +212,7 @@ class Bridge(Backend):
         call.exchange.set_deadline(until, Cancelled)
 
     def respond(self, response: Response) -> None:
+        self.last_used = time.monotonic()
         with self._lock:
             is_awaited = self._switchboard.take_answer(response)
         if is_awaited:
@@ -220,13 +255,43 @@ class Bridge(Backend):
         self.close()
         return True
 
-    def close(self, reason: str = "The session has ended and the server was stopped") -> None:
+    def stop_if_idle(self, seconds: float) -> bool:
+        """Closes the backend where nobody needs it, nor has for `seconds`; returns whether it did.
+
+        It is needed while a call is in flight, also one whose client has left, while a client
+        listens to the standing stream, and while the server waits for a client's answer.
+        """
+        with self._lock:
+            is_needed = not self.is_alive or self._switchboard.is_awaited
+            if is_needed or time.monotonic() - self.last_used < seconds:
+                return False
+            self._set_lost("The server was stopped while its session was idle")
+        self.close()
+        return True
+
+    def close(self, failure: BackendLost | None = None) -> None:
+        """As promised; calls in flight fail with `failure`, by default as the session has ended."""
         on_close, self.on_close = self.on_close, None
         self._is_closed = True
         if on_close is not None:
             on_close()
-        self._fail_all(reason)
+        self._fail_all(failure or BackendLost("The session has ended and the server was stopped"))
         self._supervisor.stop_child(self._child)
+
+    def set_on_initialized(self, on_initialized: Callable[[], object]) -> None:
+        """Has `on_initialized`, which must be quick, called once: when initialize is answered, or
+        the backend is lost.
+        """
+        with self._lock:
+            self._on_initialized = on_initialized
+            if not self.is_alive:
+                self._note_initialized()
+
+    def _note_initialized(self) -> None:
+        """The child starts no more. The lock is held."""
+        on_initialized, self._on_initialized = self._on_initialized, None
+        if on_initialized is not None:
+            on_initialized()
 
     def _set_lost(self, sentence: str) -> None:
         """Only the first reason counts. The lock is held."""
@@ -262,7 +327,10 @@ class Bridge(Backend):
                 log.warning("[%s] dropped a message (%s): %s", self.name, error, shown(line))
                 continue
             if exchange is not None:
+                self._brake.lines = 0
                 exchange.wait_for_room()
+            else:
+                self._brake.slow()
 
     def _parse(self, line: bytes) -> Sequence[Message]:
         """The messages in a line of output: none if it is invalid, several if it is a batch."""
@@ -274,9 +342,15 @@ class Bridge(Backend):
                 parsed = jsonrpc.parse(mended)
             except ClientError as error:
                 if line.strip() and not self._take_misanswer(mended, error):
-                    self._noise.note(line, error)
+                    self._note_noise(line, error)
                 return ()
         return parsed if isinstance(parsed, list) else (parsed,)
+
+    def _note_noise(self, line: bytes, reason: ClientError) -> None:
+        if self._noise.allows():
+            why = _of_a_line(reason)
+            log.warning("[%s] a line on stdout is no message (%s): %s", self.name, why, shown(line))
+        self._brake.slow()
 
     def _take_misanswer(self, line: bytes, reason: ClientError) -> bool:
         """Ends the call that an unreadable line is about; False where it is about none."""
@@ -316,6 +390,10 @@ class Bridge(Backend):
         with self._lock:
             call = self._switchboard.pop(response.id)
             if call is not None:
+                self.last_used = time.monotonic()
+                if call.method == INITIALIZE:
+                    self._is_initializing = response.result is not UNSET
+                    self._note_initialized()
                 data = jsonrpc.encode(response, call.id)
                 call.exchange.offer(ServerMessage(data, is_response=True))
                 return call.exchange
@@ -326,31 +404,35 @@ class Bridge(Backend):
         """Logs the messages that no client could take, and answers the requests among them."""
         for message in undelivered:
             if isinstance(message, Notification):
-                log.warning("[%s] no client listens; dropped a %s", self.name, message.method)
+                if self._undelivered.allows():
+                    log.warning("[%s] no client listens; dropped a %s", self.name, message.method)
                 continue
             # The proxy can answer a ping; any other request only a client can.
             answer = Response(message.id, result=jsonrpc.as_payload({}))
             if not _is_ping(message):
-                log.warning("[%s] no client listens; refused a %s", self.name, message.method)
+                if self._undelivered.allows():
+                    log.warning("[%s] no client listens; refused a %s", self.name, message.method)
                 answer = Response(message.id, error=jsonrpc.error_payload(PROXY_ERROR, _NOBODY))
             with contextlib.suppress(BackendError):
                 self._write(jsonrpc.encode(answer))
 
     def _on_exit(self, how: str) -> None:
         self._noise.flush()
-        self._fail_all(f"The server exited ({how})")
+        self._undelivered.flush()
+        self._fail_all(BackendLost(f"The server exited ({how})"))
         self._has_exited.set()
         if not self._is_closed:
             log.warning("[%s] the server exited by itself (%s)", self.name, how)
             self._on_lost(self)
 
-    def _fail_all(self, sentence: str) -> None:
+    def _fail_all(self, failure: BackendLost) -> None:
         """Ends every exchange; from now on the backend is lost."""
         with self._lock:
-            self._set_lost(sentence)
+            self._set_lost(failure.message)
+            self._note_initialized()
             calls, stream = self._switchboard.clear()
         for call in calls:
-            _fail(call, BackendLost(f"{sentence} before it answered"))
+            _fail(call, type(failure)(f"{failure.message} before it answered"))
         if stream is not None:
             stream.end()
 
@@ -370,7 +452,7 @@ class Bridge(Backend):
                 reason = {"requestId": call.wire_id, "reason": "The proxy's time limit has passed"}
                 with contextlib.suppress(BackendError):  # then it is being stopped anyway
                     self._write(
-                        jsonrpc.encode(Notification(_CANCELLED, jsonrpc.as_payload(reason)))
+                        jsonrpc.encode(Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(reason)))
                     )
 
     def leave(self, exchange: Exchange) -> None:
@@ -380,6 +462,7 @@ class Bridge(Backend):
         Server").
         """
         with self._lock:
+            self.last_used = time.monotonic()
             self._switchboard.leave(exchange)
             dropped = self._switchboard.overflow()
         self._give_up(dropped)
@@ -393,42 +476,6 @@ class Bridge(Backend):
             left = self._switchboard.left_exchanges()
         for exchange in left:
             exchange.expire_if_due()
-
-
-class NoiseLog:
-    """Lines of a server that are no messages: the first are logged, then one count a minute.
-
-    Used by the thread that reads the server's output, and by the supervisor's after that.
-    """
-
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name = name
-        self._clock = clock
-        self._shown = 0
-        self._left_out = 0
-        self._next_count = 0.0
-
-    def note(self, line: bytes, reason: ClientError) -> None:
-        """Logs a line, or counts it."""
-        if self._shown < NOISE_SHOWN:
-            self._shown += 1
-            self._next_count = self._clock() + NOISE_INTERVAL
-            why = _of_a_line(reason)
-            log.warning(
-                "[%s] a line on stdout is no message (%s): %s", self._name, why, shown(line)
-            )
-            return
-        self._left_out += 1
-        if self._clock() >= self._next_count:
-            self.flush()
-
-    def flush(self) -> None:
-        """Logs how many lines were counted since the last time, if there were any."""
-        if self._left_out:
-            count = self._left_out
-            log.warning("[%s] %d more lines on stdout were no messages", self._name, count)
-        self._left_out = 0
-        self._next_count = self._clock() + NOISE_INTERVAL
 
 
 def _of_a_line(reason: ClientError) -> str:

@@ -21,14 +21,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from mcp_proxy.errors import BackendError, BackendTimeout, BackendUnreached
+from mcp_proxy.errors import BackendError, BackendTimeout, BackendUnreached, ClientLeft
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 #: Bytes that may wait for a slow client before its server's reader waits too.
 MAX_BACKLOG = 4 * 1024 * 1024
 
-# Seconds between looks at whether the client of a crowded exchange has left.
+# Seconds between looks at whether the client of a crowded exchange has left, and one that waits.
 _ROOM_CHECK = 1.0
+_LOOK = 1.0
 
 
 class ServerMessage(NamedTuple):
@@ -117,6 +118,9 @@ class Exchange:
         self.deadline: float | None = None
         #: Called with each response before the client gets it; what it raises the receiver gets.
         self.on_response: Callable[[ServerMessage], object] | None = None
+        #: Whether the client is known to have left; looked at each second while an answer is waited
+        #: for, and whenever a stream was silent. None where nobody can know.
+        self.has_left: Callable[[], bool] | None = None
         #: Called once when the client's side is done with the exchange.
         self.on_close: Callable[[], object] | None = None
         #: Sends the requests to another backend, at most once, when this one got nothing of them.
@@ -156,8 +160,9 @@ class Exchange:
         """The next message, None if nothing came for `timeout` seconds or the exchange is over.
 
         A backend that is lost, silent beyond the time limit, or cancelled is no exception here:
-        each request gets a response that says so. Raises BackendUnreached only when it turns out
-        late that no backend got the requests, and what `resend` and `on_response` raise.
+        each request gets a response that says so. Raises ClientLeft when the client has left,
+        BackendUnreached only when it turns out late that no backend got the requests, and what
+        `resend` and `on_response` raise.
         """
         until = time.monotonic() + timeout
         while not self.is_over:
@@ -190,7 +195,12 @@ class Exchange:
         return None
 
     def _wait(self, seconds: float) -> ServerMessage | None:
-        """One item; None for a wake-up, or when the time or the deadline has come."""
+        """One item; None for a wake-up, or when the time, the deadline or a look has come.
+
+        This is where the thread of a request waits for its server.
+        """
+        if self.requests and seconds > _LOOK:
+            seconds = _LOOK
         if self._read_more is not None and self._queue.empty():
             self._read_more(seconds)
             seconds = 0.0
@@ -198,6 +208,8 @@ class Exchange:
             return self._queue.get(timeout=seconds)
         except queue.Empty:
             self.expire_if_due()
+            if self.has_left is not None and self.has_left():
+                raise ClientLeft from None
             return None
 
     def _take(self, item: ServerMessage | None) -> ServerMessage | None:

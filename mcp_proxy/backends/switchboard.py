@@ -35,7 +35,6 @@ MAX_ASKED = 1000
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 _PROGRESS = "notifications/progress"
-_CANCELLED = "notifications/cancelled"
 
 
 class PendingCall(NamedTuple):
@@ -81,6 +80,11 @@ class Switchboard:
     def has_posts(self) -> bool:
         """Whether a client waits for an answer."""
         return bool(self._posts)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits for the child or the child for anybody."""
+        return bool(self._calls or self._asked) or self._stream is not None
 
     @property
     def stream(self) -> Exchange | None:
@@ -230,7 +234,7 @@ class Switchboard:
 
     def _route(self, message: Request | Notification) -> Exchange | None:
         """The exchange for a message that names no call of the client, None if it has to wait."""
-        if isinstance(message, Notification) and message.method == _CANCELLED:
+        if isinstance(message, Notification) and message.method == jsonrpc.CANCELLED:
             named = jsonrpc.cancelled_id_of(message)
             asked = None if named is None else self._asked.pop(named, None)
             exchange = None if asked is None else asked.exchange

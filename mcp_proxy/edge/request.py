@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.wsgi import get_input_stream
 
+from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.errors import BodyTooLarge, InvalidRequest, ProxyError
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.jsonrpc import Batch, Message
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 _MAX_REQUEST_ID = 128
+
+# Seconds for which a client that has closed its sending side is taken to wait for the answer.
+_HALF_CLOSED = 1.0
 
 # RFC 9112 section 3.2: origin-form begins with `/`, absolute-form with the scheme. What follows the
 # scheme's host is the path, or the query where there is no path.
@@ -69,6 +73,7 @@ class ClientRequest:
     """
 
     __slots__ = (
+        "_connection",
         "accepts_json",
         "accepts_stream",
         "content_type",
@@ -98,6 +103,7 @@ class ClientRequest:
         given: str | None = environ.get("HTTP_X_REQUEST_ID")
         self.id = given if given and _is_request_id(given) else ids.new()
         self.started = time.monotonic()
+        self._connection: ClientConnection | None = None
         self.message: Message | Batch | None = None
         self.reason = ""
         self.rpc: str | None = None
@@ -112,6 +118,17 @@ class ClientRequest:
         """The value of a request header, None where it is absent."""
         value: str | None = self.environ.get("HTTP_" + name.upper().replace("-", "_"))
         return value
+
+    def has_left(self) -> bool:
+        """Whether the client is known to have left.
+
+        One that has only closed its sending side may still read: it counts once it has waited.
+        """
+        if time.monotonic() - self.started < _HALF_CLOSED:
+            return False
+        if self._connection is None:
+            self._connection = ClientConnection(self.environ)
+        return self._connection.has_left()
 
     def accepts(self, media_type: str) -> bool:
         """Whether the client named `media_type` in Accept; without that header, only JSON."""

@@ -6,12 +6,15 @@ and brings back a lost one: the record is first swapped to a claim, then the chi
 told everything the old one knew, then the record is swapped to the result. Whoever loses the first
 swap waits for the winner; a DELETE in between wins over both.
 
-One thread sweeps: it ends the children of sessions that expired, or went elsewhere.
+One thread sweeps: it ends the children of sessions that expired, went elsewhere, or are idle where
+idle ones are not kept. Where there is no room for another child, that of the session which was not
+used for the longest time is stopped; its record stays, so that a request brings it back.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +27,9 @@ from mcp_proxy.backends.exchange import Backend, Exchange
 from mcp_proxy.background import Periodic, Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.errors import (
+    BackendDraining,
     BackendError,
+    BackendExited,
     BackendLost,
     BackendUnreached,
     Draining,
@@ -34,6 +39,7 @@ from mcp_proxy.errors import (
     StorageError,
 )
 from mcp_proxy.ownership.backoff import Backoff
+from mcp_proxy.ownership.turns import Turns
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica, has_ended
@@ -79,12 +85,17 @@ class ReplicaParts:
         self.workers = Workers()
         self.replica = Replica()
         self.supervisor = Supervisor(self.replica, self.workers)
+        self.turns = Turns(self._starts_at_once)
         self.relay = None
         if mailboxes is not None:
             self.relay = Relay(mailboxes, self.replica, self.workers)
 
     def __repr__(self) -> str:
         return f"<ReplicaParts {self.replica!r} {self.supervisor!r} {self.relay!r}>"
+
+    def _starts_at_once(self) -> int:
+        cpus = self.supervisor.cpu_affinity
+        return max(2, len(cpus) if cpus else os.cpu_count() or 1)
 
     def close(self) -> None:
         """Ends the relay, then every child, and waits for that."""
@@ -119,11 +130,14 @@ class Owner:
         self.backoff = Backoff()
         self.replica = parts.replica
         self.supervisor = parts.supervisor
+        self._turns = parts.turns
+        self.supervisor.keep_detached = options.keep_detached
         self._options = options
         self._workers = parts.workers
         self._read_on = ReadOnWorker(parts.workers)
-        interval = min(_MAX_SWEEP, max(_MIN_SWEEP, options.session_ttl / _SWEEPS_PER_TTL))
-        self._sweeper = Periodic("mcp-sweeper", interval, self._sweep_once, parts.workers)
+        shortest = min(options.session_ttl, options.idle_timeout or options.session_ttl)
+        self._interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
+        self._sweeper = Periodic("mcp-sweeper", self._interval, self._sweep_once, parts.workers)
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
         self._lock = threading.Lock()  # guards _held and _pending
@@ -136,28 +150,64 @@ class Owner:
 
     # --- a new session ---------------------------------------------------------------------------
 
-    def start(self) -> Bridge:
+    def start(self, has_left: Callable[[], bool] | None = None) -> Bridge:
         """A new child that belongs to no session yet: to be established, or discarded.
 
-        Raises Overloaded when this replica has all the sessions it may have, BackendLost when the
-        server cannot be started.
+        Waits for its turn, unless `has_left` says meanwhile that the client has left. Raises
+        Overloaded when this replica has all the sessions it may have, BackendLost when the server
+        cannot be started, ClientLeft.
         """
         self._take_place()
         try:
-            return self._spawn()
+            return self._spawn_in_turn(has_left)
         except BaseException as error:
             self._count_pending(-1)
             if isinstance(error, BackendLost):
                 self.backoff.note_failure(str(error))
             raise
 
+    def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
+        """A new child, whose turn lasts until it has answered initialize."""
+        turn = self._turns.take(self._options.request_timeout, has_left)
+        try:
+            bridge = self._spawn()
+        except BaseException:
+            turn.give_back()
+            raise
+        bridge.set_on_initialized(turn.give_back)
+        return bridge
+
     def _take_place(self) -> None:
         """Counts one more child that is about to begin; raises Overloaded."""
         limit = self._options.max_sessions
+        while not self._took_place(limit):
+            if not self._has_stopped_idle_one():
+                raise Overloaded(f"All {limit} sessions of this worker are taken")
+
+    def _took_place(self, limit: int) -> bool:
         with self._lock:
             if len(self._held) + self._pending >= limit:
-                raise Overloaded(f"All {limit} sessions of this worker are taken")
+                return False
             self._pending += 1
+            return True
+
+    def _has_stopped_idle_one(self) -> bool:
+        """Stops the idle child that is missed the least: never called, or not for the longest time.
+
+        False where there is none.
+        """
+        held = sorted(
+            self._held_copy().items(),
+            key=lambda item: (item[1].bridge.was_called, item[1].bridge.last_used),
+        )
+        return any(self._stop_if_idle(url, one, self._options.evict_after) for url, one in held)
+
+    def _stop_if_idle(self, url: str, held: _Held, seconds: float) -> bool:
+        if not held.bridge.stop_if_idle(seconds):
+            return False
+        log.info("[%s] a session is idle; its server stops, its record stays", self.server.name)
+        self._give_up(held.session_id, url)
+        return True
 
     def establish(self, session: Session, bridge: Bridge) -> Session:
         """Records a session whose child is ready for it, and returns the record.
@@ -206,12 +256,12 @@ class Owner:
         """
         exchange.resend = partial(self._send_to_new_backend, session)
         try:
-            self.backend_of(session).send(exchange)
+            self.backend_of(session, has_left=exchange.has_left).send(exchange)
         except BackendUnreached:
             self._send_to_new_backend(session, exchange)
 
     def _send_to_new_backend(self, session: Session, exchange: Exchange) -> None:
-        self._new_backend_of(session).send(exchange)
+        self._new_backend_of(session, exchange.has_left).send(exchange)
 
     def on_backend(self, session: Session, act: Callable[[Backend], T]) -> T:
         """What `act` returns for the session's backend; done again on a new one, once, where it is
@@ -222,21 +272,37 @@ class Owner:
         except BackendUnreached:
             return act(self._new_backend_of(session))
 
-    def backend_of(self, session: Session, lost: str | None = None) -> Backend:
+    def backend_of(
+        self,
+        session: Session,
+        lost: str | None = None,
+        has_left: Callable[[], bool] | None = None,
+    ) -> Backend:
         """The session's child, here or at another replica; brought back, here, if it is lost.
 
-        `lost` is a `backend_url` that turned out to lead nowhere. Raises BackendError when the
+        `lost` is a `backend_url` that turned out to lead nowhere; `has_left` says that the client
+        does not wait any more. Raises BackendError when the
         child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
         """
         for _ in range(_ROUNDS):
-            backend = self._backend_now(session, lost)
+            backend = self._known(session, lost) or self._recover(session, has_left)
             if backend is not None:
                 return backend
             session, lost = self.manager.load(session.id), None
         raise BackendLost("The session's server was not found: others keep changing its record")
 
-    def _backend_now(self, session: Session, lost: str | None) -> Backend | None:
-        """The session's child as the record has it; None where the record has changed meanwhile."""
+    def on_living_backend(self, session: Session, act: Callable[[Backend], object]) -> None:
+        """Does `act` to the session's backend; one that is lost is not brought back for it.
+
+        Raises BackendUnreached where it is lost.
+        """
+        backend = self._known(session, None)
+        if backend is None:
+            raise BackendExited("The server that this was for has exited")
+        act(backend)
+
+    def _known(self, session: Session, lost: str | None) -> Backend | None:
+        """The session's child where the record says that it is; None where it is certainly lost."""
         url = session.metadata.get(BACKEND_URL, "")
         held = self._held.get(url)
         if held is not None and held.bridge.is_alive:
@@ -248,12 +314,14 @@ class Owner:
                 return held.bridge
         found = parse_worker_url(url)
         if self.relay is None or found is None or url == lost or self._has_ended(found):
-            return self._recover(session)
+            return None
         return self.relay.backend(*found)
 
-    def _new_backend_of(self, session: Session) -> Backend:
+    def _new_backend_of(
+        self, session: Session, has_left: Callable[[], bool] | None = None
+    ) -> Backend:
         """The backend that the session has now that its last one is lost."""
-        return self.backend_of(self.manager.load(session.id), lost=session.backend_url)
+        return self.backend_of(self.manager.load(session.id), session.backend_url, has_left)
 
     def _has_ended(self, url: WorkerUrl) -> bool:
         """Whether there is certainly no such child: it would be here, or its replica has ended."""
@@ -296,11 +364,24 @@ class Owner:
 
     # --- recovery --------------------------------------------------------------------------------
 
-    def _recover(self, session: Session) -> Backend | None:
-        """The session's child, brought back; None where somebody else was faster."""
+    def _recover(self, session: Session, has_left: Callable[[], bool] | None) -> Backend | None:
+        """The session's child, brought back; None where somebody else was faster.
+
+        A claim lasts for a minute at most, so the turn comes first.
+        """
         if self._is_closing:
             raise Draining
         self.backoff.require_over(session.id)
+        try:
+            with self._turns.take(self._options.request_timeout, has_left):
+                return self._recover_in_turn(session)
+        finally:
+            if self.manager.claims_left():
+                self._sweeper.interval = _MIN_SWEEP
+                self._sweeper.start()
+                self._sweeper.wake()
+
+    def _recover_in_turn(self, session: Session) -> Backend | None:
         claimed = claims.claim(self.manager, session, self.replica.id, has_ended)
         if claimed is None:
             return None
@@ -396,18 +477,23 @@ class Owner:
 
     def _sweep_once(self) -> None:
         try:
+            claims.give_back_left(self.manager)
+            self._sweeper.interval = self._interval
             self.sweep()
         except StorageError as error:
             log.warning("[%s] sessions not swept: %s", self.server.name, error)
 
     def sweep(self) -> None:
-        """Prolongs the sessions that a client listens to, ends the children of those that are over
-        or have their child elsewhere.
+        """Prolongs the sessions that a client listens to, ends the children of those that are over,
+        idle or have their child elsewhere.
 
         Raises StorageUnavailable, and then nothing counts as over.
         """
+        idle_timeout = self._options.idle_timeout
         for url, held in self._held_copy().items():
             held.bridge.expire_left_calls()
+            if idle_timeout is not None and self._stop_if_idle(url, held, idle_timeout):
+                continue
             if not self._is_current(url, held):
                 log.info("[%s] a session is over or elsewhere; its server stops", self.server.name)
                 self._release(url)
@@ -463,5 +549,5 @@ class Owner:
         self._sweeper.stop()
         for url, held in self._held_copy().items():
             self._forget(url)
-            held.bridge.close("The proxy has stopped the server")
+            held.bridge.close(BackendDraining("The proxy has stopped the server"))
         self._read_on.stop()

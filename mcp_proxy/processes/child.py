@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -19,16 +20,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
+from pathlib import Path
 from typing import IO
 
 from mcp_proxy.errors import BackendExited, BackendLost, BackendNotStarted, BackendTimeout
-from mcp_proxy.processes.guardian import REPLICA_VARIABLE
+from mcp_proxy.processes.guardian import CHILD_VARIABLE, REPLICA_VARIABLE
+from mcp_proxy.processes.noise import NoiseLog
 from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)
 
 # Variables that gunicorn adds to its own environment.
 _OF_GUNICORN = frozenset({"SERVER_SOFTWARE"})
+
+# What children get unless it is set: a Python server that does not flush would be silent.
+_DEFAULTS = {"PYTHONUNBUFFERED": "1"}
+
+# Lines of stderr that are logged at once, and a second after that.
+_STDERR_FIRST = 200
+_STDERR_RATE = 10.0
+
+_OOM_SCORE = 500
+_MAX_OOM_SCORE = 1000
 
 _BUFFER = 16 * 1024
 _TAIL_LINES = 20
@@ -50,13 +63,21 @@ class Child:
     ) -> None:
         self.name = server.name
         self.at_eof = threading.Event()
+        #: What its descendants have in their environment.
+        self.mark = secrets.token_hex(8)
         self._max_message = max_message
         self._write_lock = threading.Lock()  # one message at a time
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
+        self._stderr_log = NoiseLog(server.name, "lines on stderr", _STDERR_FIRST, _STDERR_RATE)
+        #: Whether the last lines of stderr were too many to be logged.
+        self.is_flooding = False
         self._partial = b""
-        self._process = _start(server, replica_id, cpu_affinity)
+        marks = {REPLICA_VARIABLE: replica_id, CHILD_VARIABLE: self.mark}
+        self._process = _start(server, marks, cpu_affinity)
         self.pid = self._process.pid
         self._stdin, self._stdout, self.stderr = _pipes(self._process)
+        self._output = os.fstat(self._stdout.fileno()).st_ino
+        self._is_over = False
         os.set_blocking(self._stdin.fileno(), False)
         os.set_blocking(self.stderr.fileno(), False)
 
@@ -72,11 +93,30 @@ class Child:
         block to slow the server down.
         """
         try:
-            while (line := self._next_line()) is not None:
+            while (line := self._next_line()) is not None and not self._is_over:
                 on_line(line)
         finally:
-            self._stdout.close()
-            self.at_eof.set()
+            self.close_output()
+
+    def close_output(self) -> None:
+        """Closes our end of the output. For the reader, or where there is none."""
+        self._stdout.close()
+        self.at_eof.set()
+
+    def end_reading(self) -> None:
+        """Has the reader end although the output is open: a process that left the group holds it.
+
+        A line break of our own wakes it, since nothing else ends a read that has begun.
+        """
+        self._is_over = True
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            path = f"/proc/self/fd/{self._stdout.fileno()}"
+            output = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                if os.fstat(output).st_ino == self._output:
+                    os.write(output, b"\n")
+            finally:
+                os.close(output)
 
     def _next_line(self) -> bytes | None:
         """The next line, of one that is too long the start; None at the end of the output."""
@@ -118,18 +158,20 @@ class Child:
         self._partial = rest[: _LINE_SHOWN + 1] if data else b""
         if not data and rest:
             lines.append(rest)
-        for line in lines:
-            self._note(shown(line))
+        self.is_flooding = False
+        for number, line in enumerate(lines):
+            if not self._stderr_log.allows():
+                self.is_flooding = True
+                self._stderr_log.leave_out(len(lines) - number - 1)
+                break
+            log.info("[%s] stderr: %s", self.name, shown(line))
+        self._tail.extend(line[: _LINE_SHOWN + 1] for line in lines[-_TAIL_LINES:])
         return len(data)
-
-    def _note(self, line: str) -> None:
-        self._tail.append(line)
-        log.info("[%s] stderr: %s", self.name, line)
 
     @property
     def stderr_tail(self) -> list[str]:
         """The last lines of stderr, for the log and for `check`; never for a client."""
-        return list(self._tail)
+        return [shown(line) for line in self._tail]
 
     # --- input -----------------------------------------------------------------------------------
 
@@ -198,27 +240,43 @@ class Child:
         status = self._process.wait()
         self.close_stdin()
         self.stderr.close()
+        self._stderr_log.flush()
         return describe_exit(status)
+
+    def discard(self) -> None:
+        """Kills a process that nobody reads yet."""
+        self.reap()
+        self.close_output()
 
 
 def _start(
-    server: StdioServer, replica_id: str, cpu_affinity: frozenset[int] | None
+    server: StdioServer, marks: Mapping[str, str], cpu_affinity: frozenset[int] | None
 ) -> subprocess.Popen[bytes]:
     try:
         with _cpus(cpu_affinity):
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 server.argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=_BUFFER,
-                env={**_inherited(os.environ), **server.env, REPLICA_VARIABLE: replica_id},
+                env={**_DEFAULTS, **_inherited(os.environ), **server.env, **marks},
                 cwd=server.cwd,
                 start_new_session=True,
             )
     except (OSError, ValueError) as error:
         log.error("[%s] cannot start %s: %s", server.name, server, error)
         raise BackendNotStarted(f"The server cannot be started: {_reason(error)}") from error
+    _offer_to_oom_killer(process.pid)
+    return process
+
+
+def _offer_to_oom_killer(pid: int) -> None:
+    """Out of memory the kernel ends a child rather than the worker with all of them."""
+    with contextlib.suppress(OSError, ValueError):  # no Linux
+        ours = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
+        score = min(_MAX_OOM_SCORE, ours + _OOM_SCORE)
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(score), encoding="ascii")
 
 
 def _pipes(

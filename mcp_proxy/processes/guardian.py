@@ -4,7 +4,8 @@ A worker killed by SIGKILL cannot stop its children. A child may ignore the end 
 may a grandchild that `npx`, `uv run` or a shell started. The guardian is told of every process
 group over its standard input; when that ends, it kills the groups that are still listed, and then,
 where /proc exists, every process with the replica's id in its environment: children that were not
-announced yet, and descendants that left their group.
+announced yet, and descendants that left their group. When a child has exited it kills descendants
+of that child that left the group, which a mark of the child in their environment tells.
 
 This file is also run by its path, without site-packages: standard library only, no import of ours.
 """
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 
 log = logging.getLogger(__name__)
@@ -25,16 +27,28 @@ log = logging.getLogger(__name__)
 #: The environment variable that marks every child of a replica, and the child's descendants.
 REPLICA_VARIABLE = "MCP_PROXY_REPLICA"
 
+#: The one that marks one child, and that child's descendants.
+CHILD_VARIABLE = "MCP_PROXY_CHILD"
+
+# A guardian that ran for less than this (seconds) is not replaced before it is needed again.
+_SETTLED = 1.0
+
+# How often descendants are looked for: those that fork meanwhile are found the next time.
+_PASSES = 5
+
 
 class Guardian:
     """The replica's side: starts the guardian process and keeps its list current.
 
-    Thread-safe. When the guardian process has exited, the next announcement starts another one.
+    `python` is the interpreter for it. Thread-safe. When the guardian process has exited, `renew`
+    or the next announcement starts another one.
     """
 
-    def __init__(self, replica_id: str) -> None:
+    def __init__(self, replica_id: str, python: str = sys.executable) -> None:
         self._replica_id = replica_id
-        self._lock = threading.Lock()  # guards _process and _groups
+        self._python = python
+        self._lock = threading.Lock()  # guards what follows
+        self._launched = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._groups: set[int] = set()
 
@@ -45,16 +59,43 @@ class Guardian:
                 self._launch()
 
     def watch(self, group: int) -> None:
-        """Adds a process group to those that are killed once this replica is gone."""
+        """Adds a process group to those that are killed once this replica is gone.
+
+        Raises OSError where no guardian can be started to know of it.
+        """
         with self._lock:
             self._groups.add(group)
-            self._tell(b"+%d\n" % group)
+            try:
+                self._tell(b"+%d\n" % group)
+            except OSError:
+                self._groups.discard(group)
+                raise
 
-    def forget(self, group: int) -> None:
-        """Removes a process group, which has exited."""
+    def forget(self, group: int, mark: str = "") -> None:
+        """Removes a process group, which has exited, and has descendants with `mark` killed."""
         with self._lock:
             self._groups.discard(group)
-            self._tell(b"-%d\n" % group)
+            self._tell(b"-%d %s\n" % (group, mark.encode()))
+
+    def exit_descriptor(self) -> int | None:
+        """A descriptor that is readable once the process has exited; None where there is none."""
+        with self._lock:
+            if self._process is None or not hasattr(os, "pidfd_open"):
+                return None
+            try:
+                return os.pidfd_open(self._process.pid)
+            except OSError:
+                return None
+
+    def renew(self) -> None:
+        """Replaces a process that has exited; the new one is told of every group."""
+        with self._lock:
+            if self._process is None or self._process.poll() is None:
+                return
+            if time.monotonic() - self._launched < _SETTLED:
+                log.error("the guardian of child processes exits as soon as it is started")
+                return
+            self._replace()
 
     def close(self) -> None:
         """Has the guardian kill the remaining processes and exit, and waits for its exit."""
@@ -70,13 +111,17 @@ class Guardian:
             else:
                 self._write(line)
         except OSError:
-            log.warning("the guardian of child processes has exited; starting another one")
-            self._discard()
-            self._launch()
+            self._replace()
+
+    def _replace(self) -> None:
+        log.warning("the guardian of child processes has exited; starting another one")
+        self._discard()
+        self._launch()
 
     def _launch(self) -> None:
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), self._replica_id]
+        command = [self._python, "-I", "-S", os.path.abspath(__file__), self._replica_id]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._launched = time.monotonic()
         for group in self._groups:
             self._write(b"+%d\n" % group)
 
@@ -108,24 +153,57 @@ def main(replica_id: str) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     groups: set[int] = set()
     for line in sys.stdin.buffer:
-        group = int(line[1:])
-        (groups.add if line.startswith(b"+") else groups.discard)(group)
+        group, *marks = line[1:].split()
+        (groups.add if line.startswith(b"+") else groups.discard)(int(group))
+        for mark in marks:
+            kill_marked(f"{CHILD_VARIABLE}={mark.decode()}".encode())
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
-    for pid in processes_of(replica_id):
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    kill_marked(f"{REPLICA_VARIABLE}={replica_id}".encode())
+
+
+def kill_marked(entry: bytes) -> None:
+    """Kills every process with this entry in its environment, and what they start meanwhile."""
+    for _ in range(_PASSES):
+        marked = list(_marked(entry))
+        for pid in marked:
+            with contextlib.suppress(OSError):
+                _kill(pid, entry)
+        if not marked:
+            return
 
 
 def processes_of(replica_id: str) -> Iterable[int]:
     """The processes with the replica's id in their environment, none without /proc."""
-    wanted = f"{REPLICA_VARIABLE}={replica_id}".encode()
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if entry.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as environ:
-                if wanted in environ.read().split(b"\0"):
-                    yield int(entry)
+    return _marked(f"{REPLICA_VARIABLE}={replica_id}".encode())
+
+
+def _marked(entry: bytes) -> Iterable[int]:
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if name.isdigit() and _has(int(name), entry):
+            yield int(name)
+
+
+def _has(pid: int, entry: bytes) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as environ:
+            return entry in environ.read().split(b"\0")
+    except OSError:
+        return False
+
+
+def _kill(pid: int, entry: bytes) -> None:
+    """Kills a process, unless another one has got its number since it was looked at."""
+    if not hasattr(os, "pidfd_open"):
+        os.kill(pid, signal.SIGKILL)
+        return
+    descriptor = os.pidfd_open(pid)
+    try:
+        if _has(pid, entry):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

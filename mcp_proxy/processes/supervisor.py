@@ -21,11 +21,11 @@ from collections.abc import Callable
 from functools import partial
 
 from mcp_proxy.background import Reader, SelectorWorker, Workers
-from mcp_proxy.errors import BackendLost, BackendNotStarted
+from mcp_proxy.errors import BackendDraining, BackendNotStarted, Overloaded
 from mcp_proxy.processes.child import Child
 from mcp_proxy.processes.guardian import Guardian
 from mcp_proxy.replica import Replica
-from mcp_proxy.servers import StdioServer
+from mcp_proxy.servers import StdioServer, python
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ GRACE = 2.0
 # Seconds to wait for the end of output after an exit: an escaped descendant may hold it open.
 _LINGER = 1.0
 _POLL = 0.1
+
+# Seconds for which the stderr of a flooding child is left alone, and how often it is read at last.
+_PAUSE = 0.02
+_LAST_READS = 64
 
 _STEPS = (signal.SIGTERM, signal.SIGKILL)
 
@@ -63,9 +67,14 @@ class Supervisor(SelectorWorker):
     def __init__(self, replica: Replica, workers: Workers | None = None) -> None:
         super().__init__("mcp-supervisor", workers)
         self.cpu_affinity: frozenset[int] | None = None
+        #: Whether descendants that left their child's process group outlive it.
+        self.keep_detached = False
         self._replica = replica
         self._supervised: dict[Child, _Supervised] = {}
         self._ending: set[_Supervised] = set()
+        self._polled: set[_Supervised] = set()  # those without a pidfd
+        self._flooding: dict[Child, float] = {}  # whose stderr is left alone, and until when
+        self._guardian_exit: int | None = None
         self._all_exited = threading.Condition()  # guards and announces _alive
         self._alive = 0
         self._is_closing = False
@@ -80,25 +89,37 @@ class Supervisor(SelectorWorker):
 
     def prepare(self) -> None:
         super().prepare()
-        self._supervised, self._ending = {}, set()
+        self._supervised, self._ending, self._polled = {}, set(), set()
+        self._flooding = {}
         self._alive = 0
-        self._guardian = Guardian(self._replica.id)
-        self._guardian.start()
+        self._guardian = Guardian(self._replica.id, python())
+        try:
+            self._guardian.start()
+        except OSError:
+            super().finish()  # the next start makes everything anew
+            raise
+        self._watch_guardian()
 
     def spawn(self, server: StdioServer, max_message: int, on_exit: Callable[[str], None]) -> Child:
         """A new child, whose output is read once `read` was called.
 
         `on_exit` is called by the supervisor's thread with the exit status in words. Raises
-        BackendLost if the child cannot be started.
+        BackendLost if the child cannot be started, Overloaded if there is no thread for that.
         """
         if self._is_closing:
-            raise BackendLost("This replica is shutting down")
+            raise BackendDraining("This replica is shutting down")
         try:
             self.start()
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise BackendNotStarted(f"The server cannot be started: {error}") from error
+        except RuntimeError as error:
+            raise Overloaded(f"The server cannot be started: {error}") from error
         child = Child(server, self._replica.id, max_message, self.cpu_affinity)
-        self._guardian.watch(child.pid)
+        try:
+            self._guardian.watch(child.pid)
+        except OSError as error:
+            child.discard()
+            raise BackendNotStarted(f"The server cannot be started: {error}") from error
         with self._all_exited:
             self._alive += 1
         self.call(lambda: self._add(_Supervised(child, on_exit)))
@@ -108,7 +129,7 @@ class Supervisor(SelectorWorker):
     def read(self, child: Child, on_line: Callable[[bytes], None]) -> None:
         """Calls `on_line` with every line of a child's output, in a thread of its own.
 
-        A child whose reader fails is stopped. Raises BackendLost when no thread can be started.
+        A child whose reader fails is stopped. Raises Overloaded when no thread can be started.
         """
 
         def read() -> None:
@@ -119,8 +140,9 @@ class Supervisor(SelectorWorker):
         try:
             reader.start()
         except RuntimeError as error:
+            child.close_output()
             self.stop_child(child)
-            raise BackendNotStarted(f"The server cannot be started: {error}") from error
+            raise Overloaded(f"The server cannot be started: {error}") from error
 
     def stop_child(self, child: Child) -> None:
         """Begins to stop a child and returns at once; harmless if it is stopping or has exited."""
@@ -143,26 +165,57 @@ class Supervisor(SelectorWorker):
 
     def run_once(self) -> None:
         super().run_once()
+        for child in [c for c, until in self._flooding.items() if until <= time.monotonic()]:
+            del self._flooding[child]
+            self.register(child.stderr, partial(self._drain_stderr, child))
         for supervised in list(self._ending):
             self.guarded(partial(self._advance, supervised))
 
     def timeout(self) -> float | None:
-        if not hasattr(os, "pidfd_open") and self._supervised:
-            self._ending.update(s for s in self._supervised.values() if s.child.has_exited())
+        if self._polled:
+            self._ending.update(s for s in self._polled if s.child.has_exited())
             return _POLL
+        if self._flooding:
+            return _PAUSE
         return _POLL if self._ending else None
 
     def _add(self, supervised: _Supervised) -> None:
         child = supervised.child
         self._supervised[child] = supervised
         self.register(child.stderr, lambda: self._drain_stderr(child))
-        if hasattr(os, "pidfd_open"):
+        try:
             supervised.pidfd = os.pidfd_open(child.pid)
             self.register(supervised.pidfd, lambda: self._ending.add(supervised))
+        except (AttributeError, OSError):  # the system has none, or none left
+            self._polled.add(supervised)
+
+    def _watch_guardian(self) -> None:
+        """Has the guardian's exit noticed at once, where the system has pidfd."""
+        exit_descriptor = self._guardian_exit = self._guardian.exit_descriptor()
+        if exit_descriptor is not None:
+            self.register(exit_descriptor, self._renew_guardian)
+
+    def _renew_guardian(self) -> None:
+        self._unwatch_guardian()
+        self._guardian.renew()
+        self._watch_guardian()
+
+    def _unwatch_guardian(self) -> None:
+        exit_descriptor, self._guardian_exit = self._guardian_exit, None
+        if exit_descriptor is not None:
+            self.unregister(exit_descriptor)
+            os.close(exit_descriptor)
+
+    def finish(self) -> None:
+        self._unwatch_guardian()
+        super().finish()
 
     def _drain_stderr(self, child: Child) -> None:
-        if child.drain_stderr() == 0:
+        size = child.drain_stderr()
+        if size == 0 or child.is_flooding:
             self.unregister(child.stderr)
+        if size and child.is_flooding:  # or it would have this thread for itself
+            self._flooding[child] = time.monotonic() + _PAUSE
 
     def _note_eof(self, child: Child) -> None:
         supervised = self._supervised.get(child)
@@ -197,19 +250,24 @@ class Supervisor(SelectorWorker):
 
     def _reap(self, supervised: _Supervised, now: float) -> None:
         child = supervised.child
-        while child.drain_stderr():
-            pass
+        for _ in range(_LAST_READS):  # a descendant may go on writing
+            if not child.drain_stderr():
+                break
         self.unregister(child.stderr)
+        self._flooding.pop(child, None)
         if supervised.pidfd is not None:
             self.unregister(supervised.pidfd)
             os.close(supervised.pidfd)
+        self._polled.discard(supervised)
         supervised.exited = child.reap()
         supervised.next_step = now + _LINGER
-        self._guardian.forget(child.pid)
+        self._guardian.forget(child.pid, "" if self.keep_detached else child.mark)
 
     def _discard(self, supervised: _Supervised, how: str) -> None:
         """Reports the exit of a child whose output has been read."""
         child = supervised.child
+        if not child.at_eof.is_set():
+            child.end_reading()
         self._ending.discard(supervised)
         del self._supervised[child]
         log.debug("[%s] process %d exited: %s", child.name, child.pid, how)

@@ -17,6 +17,7 @@ from collections import deque
 import msgspec
 
 from mcp_proxy.errors import (
+    BackendDraining,
     BackendError,
     BackendExited,
     BackendLost,
@@ -293,7 +294,7 @@ _FAILURES: dict[str, type[BackendError]] = {
     kind.__name__: kind
     for kind in (
         *(BackendLost, BackendNotStarted, BadAnswer, BackendUnreached, BackendExited),
-        *(BackendTimeout, BackendUnavailable, Cancelled),
+        *(BackendTimeout, BackendUnavailable, BackendDraining, Cancelled),
     )
 }
 

@@ -9,11 +9,10 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.http.parser import RequestParser
 
+from mcp_proxy.errors import INVALID_REQUEST, PROXY_ERROR
 from mcp_proxy.server.connection import PIECE
 from mcp_proxy.wire import jsonrpc
-
-# JSON-RPC's code for what is no request.
-_INVALID_REQUEST = -32600
+from mcp_proxy.wire.headers import FAILURE
 
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3} [^\r\n]*)")
 
@@ -93,11 +92,15 @@ def answer(conn: Any, app: Any, cfg: Any, may_keep: bool) -> tuple[bytes, bool]:
     return written.data, not response.should_close()
 
 
-def refusal(status: str, message: str) -> bytes:
-    """A whole response that is a JSON-RPC error without an id."""
-    body = jsonrpc.encode_error(_INVALID_REQUEST, message, None)
+def refusal(status: str, message: str, kind: str = "") -> bytes:
+    """A whole response that is a JSON-RPC error without an id.
+
+    `kind` is that of the failure where the client has done nothing wrong.
+    """
+    body = jsonrpc.encode_error(PROXY_ERROR if kind else INVALID_REQUEST, message, None)
+    named = f"{FAILURE}: {kind}\r\nRetry-After: 1\r\n" if kind else ""
     head = (
-        f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n{named}"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode("latin-1") + body

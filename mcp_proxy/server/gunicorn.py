@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from types import FrameType
@@ -53,6 +54,9 @@ _LONGEST_LINE = 8_190
 # Connections that a worker may have, if there are files for them.
 _CONNECTIONS = 4_096
 
+# Memory that is a file system: writable in most containers whose file system is not.
+_SHARED_MEMORY = "/dev/shm"
+
 _KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
 
 
@@ -76,6 +80,7 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
         # A limit for the main loop's heartbeat, not for requests.
         "timeout": 60,
         "graceful_timeout": 20,
+        "worker_tmp_dir": heartbeat_directory(),
         "keepalive": max(1, round(config.http_keepalive)),
         "limit_request_line": min(_LONGEST_LINE, config.max_header_bytes),
         "limit_request_field_size": config.max_header_bytes,
@@ -174,6 +179,22 @@ class Hooks:
 
 
 # --- the limit of files --------------------------------------------------------------------------
+
+
+def heartbeat_directory() -> str | None:
+    """Where gunicorn's workers have the files of their heartbeat; None: where temporary files are.
+
+    Raises ConfigError where nothing can be written.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        if os.access(_SHARED_MEMORY, os.W_OK):
+            return _SHARED_MEMORY
+        raise ConfigError(
+            "No directory for temporary files can be written to: set TMPDIR to one that can"
+        ) from error
+    return None
 
 
 def files_to_have() -> int:

@@ -55,6 +55,7 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
+from mcp_proxy.errors import Overloaded
 from mcp_proxy.server.answers import Gathering, JoinedResponse, answer, refusal, send
 from mcp_proxy.server.arriving import Shape
 from mcp_proxy.server.connection import PIECE, Connection
@@ -295,7 +296,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """Answers a request in place of a thread."""
         overloaded = getattr(self.wsgi, "overloaded", None)
         if overloaded is None or conn.request.shape is not Shape.WHOLE:
-            self._refuse(conn, "503 Service Unavailable", why)
+            self._refuse(conn, "503 Service Unavailable", why, Overloaded.kind)
         else:
             self.log.warning("A request is refused: %s", why)
             self._answer_here(conn, overloaded)
@@ -438,12 +439,12 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.nr_conns -= 1
         conn.close()
 
-    def _refuse(self, conn: Connection, status: str, message: str) -> None:
+    def _refuse(self, conn: Connection, status: str, message: str, kind: str = "") -> None:
         """Answers a request in place of a thread, as far as that goes at once, and ends it."""
         self.log.warning("A request is answered with %s: %s", status, message)
         with contextlib.suppress(OSError):
             conn.sock.setblocking(False)
-            conn.sock.send(refusal(status, message))
+            conn.sock.send(refusal(status, message, kind))
         self._shut_down(conn)
 
     def _shut_down(self, conn: Connection) -> None:

@@ -6,7 +6,8 @@ ended: the last swap finds no record, and the new backend has to be stopped.
 
 A claim ends when its claimant is gone, and otherwise by the clock of whoever waits: once it has
 been seen for CLAIM_TIME. Clocks of machines differ, so what a claim says of the time counts only
-where it is long over.
+where it is long over. One that could not be given back, as the store was away, holds up nobody in
+this process; on the stdio side it is given back as soon as the store is there again.
 """
 
 from __future__ import annotations
@@ -76,8 +77,16 @@ def released_on_failure(manager: SessionManager, claimed: Session) -> Iterator[N
         try:
             release(manager, claimed)
         except StorageError as error:
-            log.warning("a claim could not be given back: %s", error)
+            log.warning("a claim could not be given back yet: %s", error)
+            manager.leave_claim(claimed.metadata[CLAIM], claimed)
         raise
+
+
+def give_back_left(manager: SessionManager) -> None:
+    """Gives back what `released_on_failure` could not; raises StorageError, and then try again."""
+    for mark, claimed in manager.claims_left().items():
+        release(manager, claimed)
+        manager.forget_claim(mark)
 
 
 def unclaimed(manager: SessionManager, session: Session, is_gone: Callable[[str], bool]) -> Session:
@@ -96,6 +105,8 @@ def unclaimed(manager: SessionManager, session: Session, is_gone: Callable[[str]
 
 def _is_stale(manager: SessionManager, session: Session, is_gone: Callable[[str], bool]) -> bool:
     mark = session.metadata[CLAIM]
+    if mark in manager.claims_left():
+        return True
     if time.monotonic() - manager.first_seen(mark) >= CLAIM_TIME:
         return True
     deadline, _, rest = mark.partition(" ")

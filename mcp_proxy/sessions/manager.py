@@ -37,9 +37,10 @@ class SessionManager:
     ) -> None:
         self.storage = storage if storage is not None else LocalStorage(ttl)
         self._unknown_status = unknown_status
-        self._lock = threading.Lock()  # guards _boot and _claims_seen
+        self._lock = threading.Lock()  # guards what follows
         self._boot: tuple[int, str] | None = None
         self._claims_seen: OrderedDict[str, float] = OrderedDict()
+        self._claims_left: OrderedDict[str, Session] = OrderedDict()
 
     @classmethod
     def with_redis(
@@ -103,6 +104,23 @@ class SessionManager:
             if len(self._claims_seen) > _MAX_CLAIMS_SEEN:
                 self._claims_seen.popitem(last=False)
             return seen
+
+    def leave_claim(self, claim: str, claimed: Session) -> None:
+        """A claim of this process could not be given back, as the store is away."""
+        with self._lock:
+            self._claims_left[claim] = claimed
+            if len(self._claims_left) > _MAX_CLAIMS_SEEN:
+                self._claims_left.popitem(last=False)
+
+    def claims_left(self) -> dict[str, Session]:
+        """The claims that are still to be given back, with their records."""
+        with self._lock:
+            return dict(self._claims_left)
+
+    def forget_claim(self, claim: str) -> None:
+        """A claim has been given back, or holds no more."""
+        with self._lock:
+            self._claims_left.pop(claim, None)
 
     def end(self, session_id: str) -> None:
         """Ends the session for every replica; harmless when it has ended already."""

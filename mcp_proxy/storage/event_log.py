@@ -155,3 +155,29 @@ class LocalEventLog(EventLog):
         while self._logs and next(iter(self._logs.values())).expires <= now:
             _, log = self._logs.popitem(last=False)
             self._cost -= log.cost
+
+
+class ScopedEventLog(EventLog):
+    """The part of a log in memory that one server's sessions have; the whole log is bounded."""
+
+    def __init__(self, log: EventLog, name: str) -> None:
+        self._log = log
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<ScopedEventLog {self._name} {self._log!r}>"
+
+    def append(self, session_id: str, stream: str, data: bytes, is_last: bool) -> str:
+        return self._log.append(self._key(session_id), stream, data, is_last)
+
+    def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
+        return self._log.find(self._key(session_id), event_id)
+
+    def read(self, session_id: str, after: str | None, timeout: float) -> list[LoggedEvent]:
+        return self._log.read(self._key(session_id), after, timeout)
+
+    def forget(self, session_id: str) -> None:
+        self._log.forget(self._key(session_id))
+
+    def _key(self, session_id: str) -> str:
+        return f"{self._name}\0{session_id}"

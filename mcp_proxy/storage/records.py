@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mcp_proxy.errors import ConfigError, SessionExists, SessionNotFound
-from mcp_proxy.storage.event_log import KEPT, EventLog, LocalEventLog
+from mcp_proxy.storage.event_log import KEPT, EventLog, LocalEventLog, ScopedEventLog
 from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.storage.session import Session, encode, minted_by
 
@@ -133,7 +133,7 @@ class LocalStorage(Storage):
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._size = 0  # of all entries
         self._issued: OrderedDict[str, float] = OrderedDict()
-        self._events = LocalEventLog(min(ttl, KEPT), clock)
+        self._events: EventLog = LocalEventLog(min(ttl, KEPT), clock)
 
     def __repr__(self) -> str:
         return f"<LocalStorage sessions={len(self._entries)} issued={len(self._issued)}>"
@@ -193,7 +193,10 @@ class LocalStorage(Storage):
 
     def scoped(self, name: str) -> LocalStorage:
         with self._lock:
-            return self._scopes.setdefault(name, LocalStorage(self.ttl, self._clock))
+            if name not in self._scopes:
+                scope = self._scopes[name] = LocalStorage(self.ttl, self._clock)
+                scope._events = ScopedEventLog(self._events, name)
+            return self._scopes[name]
 
     def check(self) -> None:
         pass

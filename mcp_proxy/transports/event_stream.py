@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import as_message
-from mcp_proxy.errors import ProxyError, RequestId
+from mcp_proxy.errors import ClientLeft, ProxyError, RequestId
 from mcp_proxy.wire import sse
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ class EventStream:
     `early` are messages that came before it was known that a stream was needed. The first bytes
     leave at once. `primes` says whether the client understands an event without data, by which a
     stream that can be resumed begins (MCP 2025-11-25, "Sending Messages to the Server"). The
-    client's leaving is noticed at the next keepalive, at the latest; then the thread is free.
+    client's leaving is noticed within a second while an answer is waited for, else at the next
+    keepalive; then the thread is free.
     `close` closes the exchange. `on_failure` is told of each failure that the stream carries.
     """
 
@@ -45,6 +46,7 @@ class EventStream:
         first: bytes = sse.KEEPALIVE,
         on_failure: Callable[[ProxyError], object] | None = None,
     ) -> None:
+        exchange.has_left = connection.has_left
         self._exchange = exchange
         self._connection = connection
         self._keepalive = keepalive
@@ -62,6 +64,8 @@ class EventStream:
             yield from self._event(message)
         try:
             yield from self._rest()
+        except ClientLeft:
+            log.debug("the client of a stream has left")
         except ProxyError as error:
             self._note(error)
             error.request_id = self._request_id
@@ -73,9 +77,6 @@ class EventStream:
             message = exchange.receive(self._keepalive)
             if message is not None:
                 yield from self._event(message)
-            elif self._connection.has_left():
-                log.debug("the client of a stream has left")
-                return
             elif not exchange.is_over:
                 yield sse.KEEPALIVE
         if exchange.was_replaced:

@@ -10,6 +10,7 @@ References are to "HTTP with SSE" in the transports page of 2024-11-05.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
@@ -74,7 +75,7 @@ class SSEProxy(StdioTransport):
         exchange = Exchange()
         exchange.on_close = self.edge.streams.release
         try:
-            session = self._begin(exchange)
+            session = self._begin(exchange, request.has_left)
             request.session = session.id
             body = EventStream(
                 exchange,
@@ -88,9 +89,9 @@ class SSEProxy(StdioTransport):
             exchange.close()
             raise
 
-    def _begin(self, exchange: Exchange) -> Session:
+    def _begin(self, exchange: Exchange, has_left: Callable[[], bool]) -> Session:
         """A new session, whose child speaks on `exchange`; it ends when that is closed."""
-        bridge = self.owner.start()
+        bridge = self.owner.start(has_left)
         try:
             exchange.on_response = _FirstAnswer(self.owner.backoff)
             bridge.listen(exchange)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from typing import Self
 
-from mcp_proxy.backends.exchange import Backend
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
@@ -16,6 +15,7 @@ from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
 from mcp_proxy.transports.base import Transport, scoped
+from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Response
 
 
@@ -94,15 +94,16 @@ class StdioTransport(Transport):
         return self.owner.not_ready_reason()
 
     def tell(self, session: Session, message: Notification | Response) -> None:
-        """Passes on what wants no answer; raises BackendError, StorageUnavailable."""
+        """Passes on what wants no answer; raises BackendError, StorageUnavailable.
 
-        def tell(backend: Backend) -> None:
-            if isinstance(message, Notification):
-                backend.notify(message)
-            else:
-                backend.respond(message)
-
-        self.owner.on_backend(session, tell)
+        What is about something that only the server which is lost knew brings none back.
+        """
+        if isinstance(message, Response):
+            self.owner.on_living_backend(session, lambda backend: backend.respond(message))
+        elif message.method == jsonrpc.CANCELLED:
+            self.owner.on_living_backend(session, lambda backend: backend.notify(message))
+        else:
+            self.owner.on_backend(session, lambda backend: backend.notify(message))
 
 
 def as_server(command: Sequence[str] | str | StdioServer, name: str | None) -> StdioServer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from msgspec import UNSET
@@ -20,6 +20,7 @@ from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
+    ClientLeft,
     InvalidRequest,
     MethodNotAllowed,
     MissingSession,
@@ -92,6 +93,7 @@ class StreamableProxy(StdioTransport):
             return self._initialize(request, message)
         session = self._session(request)
         exchange = Exchange([message], request.accepts_stream, self.options.request_timeout)
+        exchange.has_left = request.has_left
         if message.method in CHANGES:
             self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
@@ -114,13 +116,17 @@ class StreamableProxy(StdioTransport):
 
     def _initialize(self, request: ClientRequest, message: Request) -> Reply:
         """Begins a session: one child, asked by the client; recorded once it has accepted."""
-        bridge = self.owner.start()
-        pending = PendingSession(self.owner, bridge, self.manager.mint_id(), message)
+        bridge = self.owner.start(request.has_left)
+        pending = PendingSession(
+            self.owner, bridge, self.manager.mint_id(), message, request.has_left
+        )
         exchange = Exchange([message], request.accepts_stream, self.options.request_timeout)
+        exchange.has_left = request.has_left
         exchange.on_response = pending.on_response
         exchange.on_close = pending.on_close
         try:
             bridge.send(exchange)
+            exchange.set_deadline(request.started + self.options.request_timeout)
             reply = self._answer(request, exchange, message.id)
         except BaseException:
             exchange.close()
@@ -147,6 +153,7 @@ class StreamableProxy(StdioTransport):
         if not calls:
             return empty_reply(202)
         exchange = Exchange(calls, request.accepts_stream, self.options.request_timeout)
+        exchange.has_left = request.has_left
         self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
         return self._answer(request, exchange, None, session)
@@ -279,18 +286,32 @@ class StreamableProxy(StdioTransport):
 class PendingSession:
     """A session that does not exist yet: recorded when the server accepts, given up otherwise."""
 
-    def __init__(self, owner: Owner, bridge: Bridge, session_id: str, message: Request) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        bridge: Bridge,
+        session_id: str,
+        message: Request,
+        has_left: Callable[[], bool],
+    ) -> None:
         self.session_id = session_id
         #: Whether the server, or we, said no: then there is no session and no id to tell.
         self.was_refused = False
         self._owner = owner
         self._bridge = bridge
         self._message = message
+        self._has_left = has_left
         self._is_decided = False
 
     def on_response(self, message: ServerMessage) -> None:
-        """Records the session, or ends the child that refused or failed."""
+        """Records the session, or ends the child that refused or failed.
+
+        Raises ClientLeft where nobody is there any more to learn of the session.
+        """
         self._is_decided = True
+        if self._has_left():
+            self._owner.discard(self._bridge, message.failure)
+            raise ClientLeft
         answer = jsonrpc.parse_message(message.data)
         if isinstance(answer, Response) and answer.result is not UNSET:
             session = handshake.opened(self.session_id, KIND, self._message, answer)

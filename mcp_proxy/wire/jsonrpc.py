@@ -31,6 +31,9 @@ from mcp_proxy.errors import (
 #: The most messages in a batch; MCP 2025-03-26 sets no limit.
 MAX_BATCH = 256
 
+#: The notification that takes a request back.
+CANCELLED = "notifications/cancelled"
+
 _PIECE = 1024 * 1024
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

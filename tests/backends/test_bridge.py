@@ -437,3 +437,38 @@ def test_cancelling_one_call_of_a_batch_cancels_that_one(
     seen = json.loads(bytes(ask(bridge, "seen").result))["messages"]
     told = [m["params"]["requestId"] for m in seen if m["method"] == "notifications/cancelled"]
     assert told == [1, 3]
+
+
+# --- a client's notifications/initialized that was lost ------------------------------------------
+
+
+def heard(bridge: Bridge) -> list[str]:
+    """The methods that the server was sent, before it is asked for them."""
+    messages = json.loads(bytes(ask(bridge, "seen").result))["messages"]
+    return [message["method"] for message in messages if message["method"] != "seen"]
+
+
+def test_a_server_that_was_not_told_is_told_once_before_the_next_request(bridge: Bridge) -> None:
+    ask(bridge, "initialize", protocolVersion="2025-06-18")
+    ask(bridge, "ping")
+    ask(bridge, "echo")
+    bridge.notify(Notification("notifications/initialized"))
+    ask(bridge, "echo")
+    told = ["initialize", "ping", "notifications/initialized", "echo", "echo"]
+    assert heard(bridge) == told
+
+
+def test_a_server_that_was_told_by_its_client_is_not_told_again(bridge: Bridge) -> None:
+    ask(bridge, "initialize", protocolVersion="2025-06-18")
+    bridge.notify(Notification("notifications/initialized"))
+    ask(bridge, "echo")
+    assert heard(bridge) == ["initialize", "notifications/initialized", "echo"]
+
+
+def test_over_the_older_wire_a_server_is_told_as_well(bridge: Bridge) -> None:
+    stream = listening(bridge)
+    bridge.submit(request("initialize", protocolVersion="2024-11-05"), 10)
+    received(stream)
+    bridge.submit(request("echo"), 10)
+    received(stream)
+    assert heard(bridge) == ["initialize", "notifications/initialized", "echo"]

@@ -78,7 +78,8 @@ def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
         *("session_ttl", "unknown_session_status", "failure_status", "request_timeout"),
         "connect_timeout",
         *("keepalive_interval", "sse_after", "max_body_bytes", "max_message_bytes"),
-        *("max_sessions", "max_streams", "threads", "allowed_origins", "allowed_hosts"),
+        *("max_sessions", "evict_after", "idle_timeout", "keep_detached"),
+        *("max_streams", "threads", "allowed_origins", "allowed_hosts"),
         *("trusted_proxies", "forward_headers"),
     ]
     assert [setting for setting in config.settings() if setting in options] == list(options)

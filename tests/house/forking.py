@@ -11,7 +11,14 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from mcp_proxy.background import Periodic, QueueWorker, SelectorWorker, Worker, Workers
+from mcp_proxy.background import (
+    KeyedExecutor,
+    Periodic,
+    QueueWorker,
+    SelectorWorker,
+    Worker,
+    Workers,
+)
 from tests.support.waiting import eventually
 
 _NEVER = 1000.0
@@ -41,6 +48,7 @@ class Everything:
         self.periodic = Periodic("periodic", _NEVER, self.acted.set, self.workers)
         self.taking = Taking(self.workers)
         self.selecting = SelectorWorker("selecting", self.workers)
+        self.executor = KeyedExecutor("executor", 2)
         self.each: list[Worker] = [self.periodic, self.taking, self.selecting]
 
     def start(self) -> None:
@@ -57,6 +65,9 @@ class Everything:
         called = threading.Event()
         self.selecting.call(called.set)
         assert called.wait(10)
+        executed = threading.Event()
+        self.executor.submit(f"key {item}", executed.set)
+        assert executed.wait(10)
         assert self.workers.not_ready_reason() is None
 
 
@@ -73,6 +84,9 @@ def begin_anew(everything: Everything) -> None:
     assert everything.workers.not_ready_reason() is None
     everything.start()
     everything.require_work(2)
+    executed = threading.Event()
+    everything.executor.submit("held", executed.set)
+    assert executed.wait(10), "a key that the parent is at waits for nobody in the child"
     assert everything.taking.taken == [0, 2], "what waited in the parent was taken in the child"
     for worker in everything.each:
         worker.stop(10)
@@ -100,6 +114,7 @@ def main() -> int:
     everything.taking.put(0)
     eventually(lambda: everything.taking.taken == [0])
     everything.taking.put(1)  # waits behind 0
+    everything.executor.submit("held", everything.taking.release.wait)
     code = in_fork(lambda: begin_anew(everything))
     everything.taking.release.set()
     everything.require_work(3)

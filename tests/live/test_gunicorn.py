@@ -10,6 +10,8 @@ import socket
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,34 @@ def test_json_logs_carry_the_request_and_hide_secrets(redis_server: RedisServer)
         assert client.session not in process.log()
 
 
+# --- servers that flood --------------------------------------------------------------------------
+
+
+def rate_of(client: McpClient, seconds: float = 2.0) -> float:
+    """Calls a second of one client after another."""
+    count, began = 0, time.monotonic()
+    while time.monotonic() - began < seconds:
+        client.call("echo").body()
+        count += 1
+    return count / (time.monotonic() - began)
+
+
+@pytest.mark.parametrize("output", ["noise", "messages", "stderr"])
+def test_a_flood_of_one_session_costs_its_neighbours_next_to_nothing(output: str) -> None:
+    with ProxyProcess(SCRIPTED) as process:
+        loud, neighbour = client_of(process).open(), client_of(process).open()
+        quiet = rate_of(neighbour)
+        size = len(process.log())
+        loud.call("flood", {"with": output}).body()
+        during = rate_of(neighbour)
+        print(f"{output}: {quiet:.0f} calls a second, {during:.0f} during the flood:", end=" ")
+        print(f"{during / quiet:.2f}")
+        assert during > quiet / 3  # of a machine that has other things to do, too
+        assert len(process.log()) - size < 1_000_000
+        if output == "stderr":
+            assert loud.result("echo", {"a": 1}) == {"a": 1}
+
+
 # --- clients that leave --------------------------------------------------------------------------
 
 
@@ -262,6 +292,44 @@ def test_a_connection_that_is_reset_frees_its_place() -> None:
             linger = struct.pack("ii", 1, 0)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         eventually(lambda: client.listen().status == 200, timeout=2)
+
+
+def leave(process: ProxyProcess, method: str, params: dict[str, Any], session: str = "") -> None:
+    """Makes a call as a client that takes JSON alone, and leaves while the server is silent."""
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
+    named = f"Mcp-Session-Id: {session}\r\n" if session else ""
+    head = (
+        "POST /mcp HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
+        f"Content-Type: application/json\r\n{named}Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", process.port)) as connection:
+        connection.sendall(head.encode() + body)
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+
+
+def test_callers_that_take_json_alone_free_their_threads_when_they_leave() -> None:
+    with ProxyProcess(SCRIPTED, options=["--threads", "4"]) as process:
+        client = client_of(process).open()
+        with ThreadPoolExecutor(4) as pool:
+            left = [
+                pool.submit(leave, process, "sleep", {"seconds": 60}, str(client.session))
+                for _ in range(4)
+            ]
+            for one in left:
+                one.result(10)
+        began = time.monotonic()
+        assert client.result("count")["calls"] == 1
+        assert time.monotonic() - began < 5
+        assert " 499 " in process.log()
+
+
+def test_a_client_that_gives_up_during_a_slow_initialize_leaves_nothing() -> None:
+    command = [*SCRIPTED, "--slow-start", "2"]
+    with ProxyProcess(command, options=["--max-sessions", "1"]) as process:
+        leave(process, "initialize", {"protocolVersion": "2025-06-18"})
+        eventually(lambda: client_of(process).initialize().has_succeeded, timeout=20)
 
 
 def test_a_call_survives_its_client() -> None:

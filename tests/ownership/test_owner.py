@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, Session, StreamableProxy
-from mcp_proxy.errors import StorageUnavailable
+from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.errors import BackendExited, StorageUnavailable
 from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
@@ -284,3 +286,173 @@ def test_a_session_that_is_brought_back_needs_a_place_too() -> None:
         assert "sessions of this worker are taken" in answer.error()["message"]
         second.delete()
         assert first.call("echo").status == 200
+
+
+def test_a_claim_is_given_back_once_the_store_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        swap, server = app.manager.storage.swap, app.owner.server
+        away = threading.Event()
+
+        def fickle(old: Session, new: Session) -> bool:
+            if away.is_set():
+                raise StorageUnavailable
+            is_won = swap(old, new)
+            away.set()  # the claim is in the record
+            return is_won
+
+        monkeypatch.setattr(app.manager.storage, "swap", fickle)
+        app.owner.server = type(server)("default", ("/no/such/server",))
+        assert client.call("count").failure == "server-start-failed"
+        assert client.session is not None
+        assert CLAIM in app.manager.load(client.session).metadata
+        monkeypatch.setattr(app.manager.storage, "swap", swap)
+        eventually(lambda: CLAIM not in app.manager.load(str(client.session)).metadata)
+        assert app.owner._sweeper.interval == app.owner._interval
+
+
+def test_a_call_that_the_end_of_its_replica_cuts_off_says_so() -> None:
+    with serving() as (app, client), ThreadPoolExecutor(1) as pool:
+        client.open()
+        call = pool.submit(client.call, "silence", Accept="application/json")
+        eventually(lambda: app.is_busy)
+        app.close()
+        assert call.result(10).failure == "draining"
+
+
+# --- what starts no server -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"id": 1, "result": {}},
+        {"id": "q", "error": {"code": -1, "message": "no"}},
+        {"method": "notifications/cancelled", "params": {"requestId": 1}},
+    ],
+    ids=["result", "error", "cancelled"],
+)
+def test_what_was_for_the_server_that_is_lost_starts_none(message: dict[str, Any]) -> None:
+    with serving() as (app, client):
+        client.open()
+        kill_server(app, client)
+        answer = client.post({"jsonrpc": "2.0", **message})
+        assert (answer.status, answer.failure) == (202, "server-exited")
+        assert children(app) == 0
+        assert client.session is not None
+        assert CLAIM not in app.manager.load(client.session).metadata
+        assert client.notify("notifications/x").status == 202
+        assert children(app) == 1
+
+
+# --- idle sessions -------------------------------------------------------------------------------
+
+
+def wait_until_idle(app: StreamableProxy) -> None:
+    """Waits until every server of the proxy has been idle for long enough to be stopped."""
+    held = app.owner._held.values()
+    eventually(lambda: all(time.monotonic() - one.bridge.last_used > 0.02 for one in held))
+
+
+def test_where_there_is_no_room_the_server_of_the_longest_idle_session_stops() -> None:
+    with serving(max_sessions=2, evict_after=0.01) as (app, client):
+        first, second = client.open(), McpClient(client.front).open()
+        begun = second.result("count")["pid"]
+        first.result("count")
+        first.result("count")
+        wait_until_idle(app)
+        assert McpClient(client.front).initialize().has_succeeded
+        eventually(lambda: children(app) == 2)
+        assert first.result("count")["calls"] == 3
+        eventually(lambda: (back := second.call("count")).status == 200 and not back.failure)
+        assert second.result("count")["pid"] != begun
+        assert app.owner.backoff.not_ready_reason() is None
+
+
+def test_a_session_that_was_never_called_makes_room_first() -> None:
+    with serving(max_sessions=2, evict_after=0.01) as (app, client):
+        called = client.open()
+        called.result("count")
+        McpClient(client.front).open()
+        wait_until_idle(app)
+        assert McpClient(client.front).initialize().has_succeeded
+        assert called.result("count")["calls"] == 2
+
+
+@pytest.mark.parametrize("need", ["call", "left", "stream", "question"])
+def test_a_server_that_somebody_needs_makes_no_room(need: str) -> None:
+    with serving(max_sessions=1, evict_after=0.01, sse_after=0.1) as (app, client):
+        client.open()
+        stream = client.listen() if need == "stream" else None
+        if need == "call":
+            held = client.call("hold", {"name": "a", "_meta": {"progressToken": 1}})
+            next(held.stream())
+        elif need == "left":
+            client.call("hold", {"name": "a", "_meta": {"progressToken": 1}}).close()
+        elif need == "question":
+            message = {"id": "q", "method": "roots/list"}
+            client.call("later", {"message": message, "seconds": 0}).body()
+            (one,) = app.owner._held.values()
+            eventually(lambda: one.bridge._switchboard._asked)
+        for _ in range(2):
+            assert McpClient(client.front).initialize().failure == "overloaded"
+        assert children(app) == 1
+        if stream is not None:
+            stream.close()
+
+
+def test_a_session_that_is_not_idle_for_long_enough_makes_no_room() -> None:
+    with serving(max_sessions=1) as (_, client):
+        client.open()
+        assert McpClient(client.front).initialize().failure == "overloaded"
+
+
+def test_a_session_that_is_brought_back_makes_room_as_a_new_one_does() -> None:
+    with serving(max_sessions=1, evict_after=0.01) as (app, client):
+        first = client.open()
+        wait_until_idle(app)
+        assert McpClient(client.front).initialize().has_succeeded
+        wait_until_idle(app)
+        assert first.result("count")["calls"] == 1
+        eventually(lambda: children(app) == 1)
+
+
+def test_an_idle_server_stops_after_its_time_and_a_request_brings_it_back() -> None:
+    with serving(idle_timeout=0.5) as (app, client):
+        client.open("2025-06-18")
+        client.call("logging/setLevel", {"level": "error"}).body()
+        eventually(lambda: children(app) == 0)
+        assert client.session is not None
+        assert app.manager.load(client.session).backend_url is None
+        assert client.result("count")["calls"] == 1
+        methods = [m["method"] for m in client.result("seen")["messages"]]
+        assert "logging/setLevel" in methods
+
+
+def test_a_server_that_is_used_does_not_stop_by_time() -> None:
+    with serving(idle_timeout=0.5, sse_after=0.1) as (app, client):
+        client.open()
+        until = time.monotonic() + 2
+        number = 0
+        with contextlib.closing(client.listen()):
+            while time.monotonic() < until:
+                app.owner.sweep()
+                time.sleep(0.05)
+            number += 1
+            assert client.result("count")["calls"] == number
+
+
+def test_what_comes_while_its_server_stops_for_being_idle_brings_it_back() -> None:
+    with serving(evict_after=0.01) as (app, client):
+        client.open()
+        session = app.manager.load(client.session or "")
+        backend = app.owner.backend_of(session)
+        assert isinstance(backend, Bridge)
+        eventually(lambda: backend.stop_if_idle(0.01))
+        assert not backend.stop_if_idle(0.01)
+        assert app.owner.on_backend(session, lambda found: found is not backend or raise_lost())
+
+
+def raise_lost() -> bool:
+    raise BackendExited("gone")

@@ -9,18 +9,22 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mcp_proxy.errors import BackendLost, BackendTimeout
+from mcp_proxy.background import Reader
+from mcp_proxy.errors import BackendLost, BackendTimeout, Overloaded
+from mcp_proxy.processes import guardian as guarding
 from mcp_proxy.processes.child import Child, describe_exit, shown
 from mcp_proxy.processes.guardian import REPLICA_VARIABLE, Guardian, processes_of
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.replica import Replica
-from mcp_proxy.servers import StdioServer
+from mcp_proxy.servers import StdioServer, python
 from tests.support.ended_threads import end_worker, threads_end
 from tests.support.front import SCRIPTED
 from tests.support.waiting import eventually
@@ -320,3 +324,154 @@ def test_a_reader_that_fails_says_so_and_ends_its_child(
     child.write(b'{"jsonrpc":"2.0","id":1,"method":"echo"}', 5)
     assert ends.get(timeout=10) == "exit code 0"
     assert "not foreseen" in caplog.text
+
+
+# --- descendants that left the group -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("holds_output", [False, True])
+def test_the_escaped_end_with_their_server(supervisor: Supervisor, holds_output: bool) -> None:
+    spawned, other = Spawned(supervisor), Spawned(supervisor)
+    pid = spawned.ask("grandchild", escape=True, holds_output=holds_output)["pid"]
+    spared = other.ask("grandchild", escape=True)["pid"]
+    supervisor.stop_child(spawned.child)
+    assert spawned.end() == "exit code 0"
+    eventually(lambda: not is_alive(pid))
+    assert is_alive(spared)
+
+
+def test_the_escaped_are_spared_where_that_is_wanted_until_the_replica_ends() -> None:
+    supervisor = Supervisor(Replica())
+    supervisor.keep_detached = True
+    spawned = Spawned(supervisor)
+    pid = spawned.ask("grandchild", escape=True, holds_output=True)["pid"]
+    supervisor.stop_child(spawned.child)
+    assert spawned.end() == "exit code 0"
+    name = f"mcp-child-{spawned.child.pid}"
+    eventually(lambda: all(thread.name != name for thread in threading.enumerate()))
+    assert is_alive(pid)
+    supervisor.close()
+    eventually(lambda: not is_alive(pid))
+
+
+# --- the guardian --------------------------------------------------------------------------------
+
+
+def test_a_killed_guardian_is_replaced_at_once_with_all_that_it_knew(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarding, "_SETTLED", 0.0)
+    spawned = Spawned(supervisor, "--ignore-eof", "--ignore-term")
+    for _ in range(2):
+        first = supervisor._guardian._process
+        assert first is not None
+        first.kill()
+        eventually(lambda: supervisor._guardian._process is not first, timeout=2)  # noqa: B023
+    supervisor._guardian.close()  # as if the replica were gone
+    assert spawned.end() == "signal SIGKILL"
+
+
+def test_a_guardian_that_cannot_live_is_not_started_again_and_again(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    spawned = Spawned(supervisor)
+    supervisor._guardian._launched = time.monotonic() + 60
+    assert supervisor._guardian._process is not None
+    supervisor._guardian._process.kill()
+    eventually(lambda: "exits as soon as it is started" in caplog.text)
+    supervisor.stop_child(spawned.child)  # the next announcement starts it
+    assert spawned.end() == "exit code 0"
+    assert supervisor._guardian._process.poll() is None
+
+
+def test_a_child_of_which_no_guardian_can_know_is_not_started(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Spawned(supervisor)
+
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guardian, "_tell", fail)
+        with pytest.raises(BackendLost, match="Too many open files"):
+            Spawned(supervisor)
+    assert supervisor.children == 1
+    eventually(lambda: len(list(processes_of(supervisor._replica.id))) == 1)
+
+
+def test_a_guardian_that_could_not_be_started_is_started_with_the_next_child(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guardian, "start", fail)
+        with pytest.raises(BackendLost, match="Too many open files"):
+            Spawned(supervisor)
+    assert supervisor.children == 0
+    spawned = Spawned(supervisor)
+    spawned.send("die", code=3)
+    assert spawned.end() == "exit code 3"
+
+
+def test_a_child_without_a_pidfd_is_watched_otherwise(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    supervisor.start()
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    spawned = Spawned(supervisor)
+    spawned.ask("grandchild", holds_output=True)
+    spawned.send("die", code=6)
+    assert spawned.end() == "exit code 6"
+
+
+def test_where_no_thread_can_be_had_no_child_is_left(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor.start()
+    monkeypatch.setattr(Reader, "start", lambda reader: throw(RuntimeError("can't start")))
+    with pytest.raises(Overloaded, match="can't start"):
+        Spawned(supervisor)
+    eventually(lambda: supervisor.children == 0)
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+# --- what children get ---------------------------------------------------------------------------
+
+
+def test_a_python_server_does_not_keep_its_output_back(supervisor: Supervisor) -> None:
+    program = "print('{}', end='\\n'); import time; time.sleep(600)"
+    spawned = Spawned(supervisor, argv=(sys.executable, "-c", program))
+    assert spawned.lines.get(timeout=10) == b"{}"
+
+
+def test_what_is_set_for_a_python_server_stands(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    environ = Spawned(supervisor).ask("environment")["environ"]
+    assert environ["PYTHONUNBUFFERED"] == ""
+
+
+def test_out_of_memory_a_child_is_ended_before_its_worker(supervisor: Supervisor) -> None:
+    pid = Spawned(supervisor).child.pid
+    ours = int(Path("/proc/self/oom_score_adj").read_text())
+    assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) == min(1000, ours + 500)
+
+
+def test_the_guardian_runs_where_the_executable_is_no_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # as uWSGI, which names itself
+    supervisor = Supervisor(Replica())
+    pid = Spawned(supervisor, argv=(python(), *SCRIPTED[1:])).ask("grandchild", escape=True)["pid"]
+    supervisor.close()
+    eventually(lambda: not is_alive(pid))

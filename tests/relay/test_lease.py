@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from mcp_proxy import replica as naming
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay.lease import Lease
 from mcp_proxy.replica import Replica, has_ended
@@ -284,6 +285,17 @@ def test_a_process_that_was_killed_and_reaped_has_ended(child: Child) -> None:
 def test_a_zombie_has_ended(child: Child) -> None:
     child.process.kill()
     os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
+    assert has_ended(child.replica_id) is True
+
+
+def test_a_process_that_proc_does_not_show_has_not_ended(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(naming, "_start_of", lambda pid: None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert has_ended(child.replica_id) is False
+    child.process.kill()
+    child.process.wait(10)
     assert has_ended(child.replica_id) is True
 
 

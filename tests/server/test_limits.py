@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import resource
+import tempfile
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.server import gunicorn
+from mcp_proxy.errors import ConfigError
+from mcp_proxy.server import answers, gunicorn
 from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live.connections import Connection
 from tests.server.test_worker import WORKER, serving
@@ -55,19 +57,21 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It cannot happen with threads made ahead; if it does, the worker goes on."""
-    refused = []
+    refused: list[tuple[str, ...]] = []
 
     class Pool:
         def submit(self, *_: object) -> None:
             raise RuntimeError("can't start new thread")
 
     worker = KeepaliveWorker.__new__(KeepaliveWorker)
-    worker.__dict__.update({"busy": 0, "threads": 4, "tpool": Pool()})
-    monkeypatch.setattr(
-        KeepaliveWorker, "_give_no_thread", lambda _self, conn, _: refused.append(conn)
-    )
+    worker.__dict__.update({"busy": 0, "threads": 4, "tpool": Pool(), "wsgi": None})
+    monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, *given: refused.append(given))
     worker.enqueue_req("a connection")
-    assert (worker.busy, refused) == (0, ["a connection"])
+    ((connection, status, message, kind),) = refused
+    assert (worker.busy, connection, kind) == (0, "a connection", "overloaded")
+    answer = answers.refusal(status, message, kind)
+    assert b"X-MCP-Proxy-Error: overloaded\r\n" in answer
+    assert b"-32000" in answer
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,19 @@ def test_sessions_and_connections_fit_into_the_limit_of_files(
     config = ProxyConfig()
     assert gunicorn.within_files(config).max_sessions == sessions
     assert gunicorn.gunicorn_settings(config)["worker_connections"] == connections
+
+
+def test_a_file_system_that_cannot_be_written_to_is_met_with_memory_or_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert gunicorn.heartbeat_directory() is None
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    monkeypatch.setattr(gunicorn, "_SHARED_MEMORY", str(tmp_path))
+    assert gunicorn.heartbeat_directory() == str(tmp_path)
+    monkeypatch.setattr(gunicorn, "_SHARED_MEMORY", "/no/such/directory")
+    with pytest.raises(ConfigError, match="set TMPDIR"):
+        gunicorn.heartbeat_directory()
 
 
 def test_a_lower_limit_of_sessions_is_told_when_starting() -> None:

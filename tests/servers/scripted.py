@@ -152,6 +152,23 @@ def big(message: Json, params: Json) -> Any:
     return {"text": "x" * params["size"]}
 
 
+def flood(message: Json, params: Json) -> Any:
+    """Lines without an end, on stdout (noise or messages) or stderr."""
+    note = {"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": "!" * 80}}
+    line = json.dumps(note).encode() if params["with"] == "messages" else b"!" * 80
+    piece = (line + b"\n") * 100
+    file = sys.stderr.buffer if params["with"] == "stderr" else sys.stdout.buffer
+
+    def write_on() -> None:
+        while True:
+            with output:
+                file.write(piece)
+                file.flush()
+
+    threading.Thread(target=write_on, daemon=True).start()
+    return {}
+
+
 def complain(message: Json, params: Json) -> Any:
     """Many lines on standard error."""
     line = b"!" * params.get("length", 80) + b"\n"
@@ -223,6 +240,7 @@ BEHAVIOURS = {
     "raw_answer": raw_answer,
     "big": big,
     "complain": complain,
+    "flood": flood,
     "fail": fail,
     "silence": silence,
     "stop_reading": stop_reading,

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mcp_proxy import LocalStorage, Session, SessionManager
-from mcp_proxy.errors import BackendTimeout, SessionEnded, StorageUnavailable
+from mcp_proxy.errors import BackendLost, BackendTimeout, SessionEnded, StorageUnavailable
 from mcp_proxy.sessions import claims
 from mcp_proxy.storage.session import CLAIM, new_session
 from tests.support.waiting import eventually
@@ -150,6 +150,28 @@ def test_the_failure_is_what_is_told_even_if_the_store_is_away_too(
     monkeypatch.setattr(manager, "swap", away)
     with pytest.raises(ValueError, match="mine"), claims.released_on_failure(manager, claimed):
         raise ValueError("mine")
+
+
+def test_a_claim_that_could_not_be_given_back_holds_up_nobody_here(
+    manager: SessionManager, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed = claims.claim(manager, session, "me", lambda _: False)
+    assert claimed is not None
+
+    def away(*_: object) -> bool:
+        raise StorageUnavailable
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(manager), "swap", away)
+        with pytest.raises(BackendLost), claims.released_on_failure(manager, claimed):
+            raise BackendLost("no server")
+        with pytest.raises(StorageUnavailable):
+            claims.give_back_left(manager)
+    again = claims.claim(manager, manager.load(session.id), "me", lambda _: False)
+    assert again is not None
+    claims.give_back_left(manager)
+    assert manager.claims_left() == {}
+    assert manager.load(session.id) == again
 
 
 def test_the_claim_of_somebody_who_has_gone_is_taken_over(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mcp_proxy.redis import event_log as redis_events
 from mcp_proxy.storage import event_log as local_events
 from mcp_proxy.storage.event_log import KEPT, MAX_EVENTS, EventLog, LocalEventLog, LoggedEvent
+from mcp_proxy.storage.records import LocalStorage
 from tests.storage.stores import TTL, House, LocalHouse, RedisHouse
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together
@@ -359,6 +360,22 @@ def test_without_a_clock_of_its_own_time_passes_by_itself() -> None:
         pass
     assert everything(log) == []
     assert "sessions=0" in repr(log)
+
+
+def test_the_memory_of_the_logs_of_all_servers_is_bounded_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_events, "MAX_LOCAL_BYTES", 20_000)
+    storage = LocalStorage()
+    one, other = (storage.scoped(name).event_log() for name in ("one", "other"))
+    first = one.append("a", "s", b"x" * 10_000, False)
+    assert other.find("a", first) is None
+    assert other.read("a", None, 0) == []
+    last = other.append("a", "s", b"x" * 15_000, False)
+    assert one.find("a", first) is None
+    assert other.find("a", last) is not None
+    other.forget("a")
+    assert other.read("a", None, 0) == []
 
 
 def test_the_memory_of_all_logs_is_bounded_and_silent_sessions_lose_their_events_first(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
+import re
 import select
 import socket
 import ssl
@@ -31,6 +32,7 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
     BackendUnreached,
+    BadAnswer,
     ClientLeft,
     InvalidRequest,
     ProxyError,
@@ -54,6 +56,7 @@ _KEEPALIVE = [
         if hasattr(socket, name)
     ),
 ]
+_LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9112 section 6.3: anything else is no framing
 _MAX_HOPS = 5  # redirects that are followed
 _POOLS = 64  # backends to which connections are kept
 
@@ -147,7 +150,7 @@ class HttpCall:
 
         Raises the reason given to `abort` when the call was aborted, BackendUnreached when the
         backend got nothing of the request, BackendTimeout when no answer begins within `timeout`
-        seconds, BackendLost otherwise.
+        seconds, BadAnswer when its head cannot be used, BackendLost otherwise.
         """
         self._read_timeout = timeout
         try:
@@ -160,6 +163,10 @@ class HttpCall:
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
         self.media_type = media_type(self.header("Content-Type") or "")
+        lengths = [] if raw.chunked else raw.headers.getlist("Content-Length")
+        if self.status < 200 or not all(map(_LENGTH.fullmatch, lengths)):
+            self._free_connection()
+            raise BadAnswer("The server answered with a head that is not valid HTTP")
 
     def header(self, name: str) -> str | None:
         """The first value of a response header, None where it is absent."""
@@ -495,6 +502,8 @@ def _translated(
         reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.NameResolutionError)
     ):
         return BackendUnreached("The server cannot be reached: the connection was refused")
+    if isinstance(error, requests.exceptions.InvalidHeader):
+        return BadAnswer("The server answered with a head that is not valid HTTP")
     if isinstance(error, requests.Timeout):
         return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
     return BackendLost("The server closed the connection before it answered")

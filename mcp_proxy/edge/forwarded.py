@@ -7,6 +7,7 @@ written anew, or continued where the peer is one of `trusted_proxies`.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from mcp_proxy.wire.headers import HOP_BY_HOP, Headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
 
 # As WSGI names them. Host and Content-Length are written for the backend: its own name, and the
 # length of the body that is sent.
@@ -35,6 +38,12 @@ _NOT_SENT_FOR_STRANGERS = _NOT_SENT | {
 
 # In lower case. gunicorn, like most servers, writes the last two itself.
 _NOT_RETURNED = HOP_BY_HOP | {"date", "server"}
+
+# RFC 9110 sections 5.1 and 5.5: a token, and a value without control characters.
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t\x21-\x7e\x80-\xff]*")
+
+# RFC 9112 section 5.2: a line break and blanks in a value mean one blank.
+_FOLD = re.compile(r"(\r?\n[ \t]+)+")
 
 # RFC 3986 section 3.3: the characters of a path. A prefix that begins with `//` would name a host.
 _PATH_SAFE = "/:@!$&'()*+,;=~-._"
@@ -77,11 +86,20 @@ class HeaderPolicy:
         return headers
 
     def inbound(self, headers: Headers, session_id: str | None = None) -> Headers:
-        """The response's headers for the client, which knows its session as `session_id`."""
+        """The response's headers for the client, which knows its session as `session_id`.
+
+        They are such that every WSGI server sends them: folded lines are joined, and what is
+        malformed all the same is left out.
+        """
         returned: Headers = []
         named: set[str] = set()
         for name, value in headers:
             key = name.lower()
+            if _FIELD.fullmatch(f"{name}:{value}") is None:
+                value = _FOLD.sub(" ", value)
+                if _FIELD.fullmatch(f"{name}:{value}") is None:
+                    log.info("left out a malformed header of a server's answer: %r", name)
+                    continue
             if key == "connection":
                 named.update(option.strip().lower() for option in value.split(","))
             elif key == "transfer-encoding":

@@ -29,12 +29,18 @@ HOP_BY_HOP = frozenset(
         "proxy-connection",
         "te",
         "trailer",
+        "trailers",  # RFC 2616 called it so, and WSGI servers still refuse it
         "transfer-encoding",
         "upgrade",
     }
 )
 
 Headers = list[tuple[str, str]]
+
+
+def is_printable(value: str) -> bool:
+    """Whether a value is ASCII without control characters."""
+    return value.isascii() and value.isprintable()
 
 
 def is_session_id(value: str) -> bool:

@@ -130,6 +130,20 @@ def test_a_client_sees_its_own_session_id_and_no_other() -> None:
     assert found == [("A", "1"), ("mcp-session-id", "ours"), ("B", "2")]
 
 
+@pytest.mark.parametrize("value", ["a\r\n b", "a\n\tb", "a\r\n \r\n  b"])
+def test_a_folded_line_becomes_one(value: str) -> None:
+    assert HeaderPolicy().inbound([("A", value)]) == [("A", "a b")]
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [("A", "a\x01"), ("A", "a\0b"), ("A", "a\rb"), ("A", "a\nB: c"), ("A", "a\x7f"), ("A b", "c")],
+)
+def test_what_no_server_would_send_is_left_out(malformed: tuple[str, str]) -> None:
+    kept = [("B", "\xe9\t1"), ("C", "")]
+    assert HeaderPolicy().inbound([malformed, *kept]) == kept
+
+
 def test_a_length_beside_a_transfer_encoding_is_dropped() -> None:
     given = [("Content-Length", "5"), ("transfer-encoding", "chunked"), ("A", "1")]
     assert HeaderPolicy().inbound(given) == [("A", "1")]

@@ -442,6 +442,51 @@ def test_headers_of_the_backends_connection_do_not_pass(
     assert answer.headers["X-Kept"] == "1"
 
 
+@pytest.mark.parametrize("field", [b"X-Odd: a\x01b", b"X-Odd: a\x00b", b"Trailers: X-Odd"])
+def test_a_header_that_no_server_sends_does_not_pass(
+    proxy: Transparent, target: HttpBackend, field: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + field
+    target.on("GET", "/odd", raw(head + b"\r\nX-Kept: 1\r\n\r\ndata: 1\n\n"))
+    for _ in range(3):  # there are places for two streams
+        answer = proxy.request("GET", "/odd")
+        assert (answer.status, answer.headers["X-Kept"]) == (200, "1")
+        assert "X-Odd" not in answer.headers
+        assert answer.body() == b"data: 1\n\n"
+
+
+def test_a_folded_header_passes_in_one_line(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/fold", reply(200, b"", "X-Folded: a\r\n  b"))
+    assert proxy.request("GET", "/fold").headers["X-Folded"] == "a b"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"200 OK\r\nContent-Length: five",
+        b"200 OK\r\nContent-Length: -5",
+        b"200 OK\r\nContent-Length: 5, 5",
+        b"200 OK\r\nContent-Length: 5\r\nContent-Length: 6",
+        b"101 Switching Protocols\r\nUpgrade: x",
+    ],
+)
+def test_an_answer_whose_end_is_unknown_is_a_failure(
+    proxy: Transparent, target: HttpBackend, head: bytes
+) -> None:
+    def act(turn: Turn) -> None:
+        turn.send(b"HTTP/1.1 " + head + b"\r\n\r\nhello")
+        turn.wait_until_gone()
+
+    target.on("GET", "/odd", act)
+    answer = proxy.request("GET", "/odd")
+    assert (answer.status, answer.failure) == (502, "bad-answer")
+    target.on("POST", "/mcp", act)
+    body = b'{"jsonrpc":"2.0","id":7,"method":"x"}'
+    answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert (answer.status, answer.failure, answer.message()["id"]) == (200, "bad-answer", 7)
+    eventually(lambda: len(target.gone) == 2)
+
+
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "OPTIONS", "PROPFIND"])
 def test_other_methods_and_paths_pass(proxy: Transparent, target: HttpBackend, method: str) -> None:
     target.on(method, "/.well-known/oauth", reply(200, b"found"))

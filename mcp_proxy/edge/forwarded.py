@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mcp_proxy.edge.request import path_as_sent
-from mcp_proxy.wire.headers import HOP_BY_HOP, Headers
+from mcp_proxy.wire.headers import FIELD_VALUE, HOP_BY_HOP, Headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -39,8 +39,8 @@ _NOT_SENT_FOR_STRANGERS = _NOT_SENT | {
 # In lower case. gunicorn, like most servers, writes the last two itself.
 _NOT_RETURNED = HOP_BY_HOP | {"date", "server"}
 
-# RFC 9110 sections 5.1 and 5.5: a token, and a value without control characters.
-_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t\x21-\x7e\x80-\xff]*")
+# RFC 9110 section 5.1: the name is a token.
+_FIELD = re.compile(rf"[!#$%&'*+.^_`|~0-9A-Za-z-]+:{FIELD_VALUE.pattern}")
 
 # RFC 9112 section 5.2: a line break and blanks in a value mean one blank.
 _FOLD = re.compile(r"(\r?\n[ \t]+)+")

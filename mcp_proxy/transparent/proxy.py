@@ -284,6 +284,8 @@ class TransparentProxy(Transport):
     def _initialize(self, inbound: Inbound, message: Request) -> Reply:
         call = self._first_reached(inbound)
         backend_sid = call.header(headers.SESSION_ID)
+        if backend_sid is not None and not headers.FIELD_VALUE.fullmatch(backend_sid):
+            backend_sid = None  # the client does not get it either
         if call.status >= 300 or backend_sid is None:
             return self._reply(inbound, call)
         with _closed_on_error(call):
@@ -337,7 +339,7 @@ class TransparentProxy(Transport):
         """Ends the session at its backend; one that cannot be reached has ended it already."""
         try:
             call = self._call(inbound, self._affinity.route(session))
-        except BackendError:
+        except (BackendError, SessionEnded):
             self._affinity.forget(session.id)
             return empty_reply(204)
         with _closed_on_error(call):
@@ -365,12 +367,15 @@ class TransparentProxy(Transport):
         """The call, its response received up to the body; redirects of the MCP endpoint followed.
 
         `target` is path and query where they differ from the request's. A call with a `limit`, in
-        seconds, goes on when the client has left. Raises BackendError, ClientLeft or Draining.
+        seconds, goes on when the client has left. Raises BackendError, ClientLeft, Draining, and
+        SessionEnded where the backend's id of the session cannot be sent.
         """
         request = inbound.request
         outbound = self._policy.outbound(request.environ)
         outbound.pop(headers.SESSION_ID, None)
         if route.session_id is not None:
+            if not headers.FIELD_VALUE.fullmatch(route.session_id):
+                raise SessionEnded  # no backend can be asked for it
             outbound[headers.SESSION_ID] = route.session_id
         if request.method == "GET":
             sse_sessions.withhold(request, outbound)

@@ -19,6 +19,9 @@ EVENT_STREAM = "text/event-stream"
 MAX_SESSION_ID = 1024
 SESSION_ID_FORM = re.compile(rf"[\x21-\x7e]{{1,{MAX_SESSION_ID}}}")
 
+#: The form of a header's value that can be sent (RFC 9110 section 5.5): no control characters.
+FIELD_VALUE = re.compile(r"[ \t\x21-\x7e\x80-\xff]*")
+
 #: Connection-level fields (RFC 9110 section 7.6.1, with the older names that still turn up).
 HOP_BY_HOP = frozenset(
     {

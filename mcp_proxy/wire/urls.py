@@ -15,6 +15,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _AUTHORITY = re.compile(r"\A[A-Za-z]+://[^/?#]*")
 
+_HOST = re.compile(r"[A-Za-z0-9_.:%-]+")
+
 #: Scheme, host and port.
 Origin = tuple[str, str, int]
 
@@ -75,11 +77,22 @@ def parse_target(url: str) -> Target | None:
         port = parts.port
     except ValueError:
         return None
+    host = ascii_host(parts.hostname or "")
     has_credentials = parts.username is not None or parts.password is not None
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or has_credentials:
+    if parts.scheme not in _DEFAULT_PORTS or host is None or has_credentials:
         return None
     port = port if port is not None else _DEFAULT_PORTS[parts.scheme]
-    return Target(parts.scheme, parts.hostname, port, parts.path, parts.query)
+    return Target(parts.scheme, host, port, parts.path, parts.query)
+
+
+@lru_cache(maxsize=256)
+def ascii_host(name: str) -> str | None:
+    """A host name in ASCII (RFC 5891), or an address, as it came; None for anything else."""
+    try:
+        found = name.encode("idna").decode("ascii")
+    except UnicodeError:
+        return None
+    return found if _HOST.fullmatch(found) else None
 
 
 def is_endpoint(static: Target, backend: Target | None, path: str) -> bool:

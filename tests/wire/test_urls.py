@@ -25,6 +25,7 @@ from mcp_proxy.wire.urls import (
         ("http://[::1]:8/x", Target("http", "::1", 8, "/x", "")),
         ("http://h:0/", Target("http", "h", 0, "/", "")),
         ("http://h/a#part", Target("http", "h", 80, "/a", "")),
+        ("http://b\xfccher.example", Target("http", "xn--bcher-kva.example", 80, "", "")),
     ],
 )
 def test_an_absolute_url_is_a_target(url: str, expected: Target) -> None:
@@ -47,6 +48,7 @@ def test_an_absolute_url_is_a_target(url: str, expected: Target) -> None:
         ),
         *("http://h:x", "http://h:65536", "http://h:-1", "http://[", "http://[::1", "unix:/x"),
         *("http://u@h", "http://u:p@h", "http://@h", "javascript:alert(1)"),
+        *("http://a b", "http://.h", "http://a..b", "http://a\x01", f"http://{'x' * 64}"),
     ],
 )
 def test_anything_else_is_none(url: str) -> None:

@@ -22,6 +22,7 @@ from msgspec.inspect import FloatType, IntType, LiteralType, Metadata, UnionType
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import HttpServer, Server, StdioServer, as_command, demo_server, read_servers
+from mcp_proxy.wire.headers import FIELD_VALUE
 from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
@@ -52,7 +53,11 @@ Word = Annotated[str, _only("words")]
 Url = Annotated[str, _only("absolute http:// or https:// URLs without a password")]
 Pair = Annotated[str, _only("NAME=VALUE pairs", r"[^=\0]+=[^\0]*")]
 Change = Annotated[
-    str, _only("changes (Name: value sets, Name: removes)", r"\s*[^\s:]+\s*:[^\r\n\0]*")
+    str,
+    _only(
+        "changes (Name: value sets, Name: removes)",
+        rf"\s*[!#$%&'*+.^_`|~0-9A-Za-z-]+\s*:{FIELD_VALUE.pattern}",
+    ),
 ]
 Peer = Annotated[
     str,

@@ -38,7 +38,7 @@ from mcp_proxy.errors import (
     ProxyError,
 )
 from mcp_proxy.wire.headers import Headers, media_type
-from mcp_proxy.wire.urls import Address, parse_target
+from mcp_proxy.wire.urls import Address, is_host, parse_target
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,11 @@ class HttpCall:
     def __repr__(self) -> str:
         url = self.address.url + self.target
         return f"<HttpCall {self.method} {url} {self.status or 'unsent'}>"
+
+    @property
+    def host(self) -> str:
+        """The Host header: the address's, unless the request has one."""
+        return self.request_headers.get("Host", self.address.host_header)
 
     def send(self, timeout: float) -> None:
         """Sends the request and receives status and headers.
@@ -302,11 +307,16 @@ class HttpCall:
         location = self.header("Location")
         if location is None:
             return None
+        ours = self.address.name or self.address.host
         try:
             there = parse_target(urljoin(self._named_url(), location))
         except ValueError:
             return None
-        if there is None or there.host != (self.address.name or self.address.host):
+        if there is None:
+            return None
+        if is_host(there, self.host):  # as the server was told that it is called
+            there = there._replace(scheme=self.address.scheme, host=ours, port=self.address.port)
+        if there.host != ours:
             return None
         if self.address.scheme == "https" and there.scheme == "http":
             return None
@@ -396,7 +406,7 @@ def _prepared(call: HttpCall) -> _Prepared:
         {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
     )
     request.headers.update(call.request_headers)
-    request.headers["Host"] = call.address.host_header
+    request.headers["Host"] = call.host
     if call.request_body or call.method in ("POST", "PUT", "PATCH"):
         request.headers["Content-Length"] = str(len(call.request_body))
     request.body = call.request_body or None

@@ -57,12 +57,13 @@ class HeaderPolicy:
         self._trusted = trusted
         pairs = [(n.strip(), v.strip()) for n, _, v in (c.partition(":") for c in changes)]
         self._changed = {name.title() for name, _ in pairs}
-        self._set = {name: value for name, value in pairs if value}
+        self._set = {_named(name): value for name, value in pairs if value}
 
     def outbound(self, environ: WSGIEnvironment) -> dict[str, str]:
-        """The request's headers for the backend, without Host and Content-Length.
+        """The request's headers for the backend, without Content-Length.
 
-        Names are in title case (`Mcp-Session-Id`), except those of `changes`.
+        Names are in title case (`Mcp-Session-Id`), except those of `changes`. Host is among them
+        only where it is not the backend's own.
         """
         is_trusted = is_trusted_peer(environ, self._trusted)
         not_sent = _NOT_SENT if is_trusted else _NOT_SENT_FOR_STRANGERS
@@ -75,7 +76,7 @@ class HeaderPolicy:
         for option in environ.get("HTTP_CONNECTION", "").split(","):
             headers.pop(option.strip().title(), None)
         if peer := environ.get("REMOTE_ADDR"):
-            chain = headers.get("X-Forwarded-For")
+            chain = headers.get("X-Forwarded-For", "").strip(", ")
             headers["X-Forwarded-For"] = f"{chain}, {peer}" if chain else peer
         if host := environ.get("HTTP_HOST"):
             headers.setdefault("X-Forwarded-Host", host)
@@ -111,6 +112,11 @@ class HeaderPolicy:
         if named:
             returned = [(name, value) for name, value in returned if name.lower() not in named]
         return returned
+
+
+def _named(name: str) -> str:
+    """A header as it is set: Host is looked for by who sends the request."""
+    return "Host" if name.title() == "Host" else name
 
 
 def is_trusted_peer(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> bool:

@@ -431,7 +431,7 @@ class TransparentProxy(Transport):
                 reply_headers = without_cors(reply_headers)  # the edge speaks for us
             if call.header("Location") is not None:
                 mount = mount_of(inbound.request.environ, self.options.trusted_proxies)
-                reply_headers = relocated(reply_headers, call.address, mount)
+                reply_headers = relocated(reply_headers, call, mount)
             if is_stream:
                 reply_headers = unbuffered(reply_headers)
             if is_stream and session is not None:

@@ -102,18 +102,26 @@ def is_endpoint(static: Target, backend: Target | None, path: str) -> bool:
     return path.rstrip("/") == "/mcp" or (has_path and path in ("", "/"))
 
 
-def local_reference(address: Address, reference: str, mount: str) -> str:
+def is_host(url: Target, header: str) -> bool:
+    """Whether host and port of a URL are those in a Host header."""
+    named = parse_target(f"{url.scheme}://{header}")
+    return named is not None and named.origin == url.origin
+
+
+def local_reference(address: Address, host: str, reference: str, mount: str) -> str:
     """A URI that the server at `address` gave, as the clients of the proxy must have it.
 
-    They see the proxy under `mount`. Relative URIs, and those of other servers, stay as they are.
+    The server was told that it is called `host`; the clients see the proxy under `mount`. Relative
+    URIs, and those of other servers, stay as they are.
     """
     if reference.startswith("/") and not reference.startswith("//"):
         return mount + reference
     absolute = f"{address.scheme}:{reference}" if reference.startswith("//") else reference
     named = parse_target(absolute)
-    if named is None or named.host not in (address.host, address.name):
+    if named is None:
         return reference
-    if named.port != address.port:
+    is_named = named.host in (address.host, address.name) and named.port == address.port
+    if not (is_named or is_host(named, host)):
         return reference
     path = _AUTHORITY.sub("", absolute, count=1)
     if not path.startswith("/"):

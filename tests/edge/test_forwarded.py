@@ -99,6 +99,14 @@ def test_a_peer_without_an_address_adds_none() -> None:
     assert found["X-Forwarded-For"] == "1.1.1.1, 2.2.2.2"
 
 
+@pytest.mark.parametrize(
+    ("chain", "expected"), [("1.1.1.1,", "1.1.1.1, 9.9.9.9"), (", ", "9.9.9.9")]
+)
+def test_a_chain_that_ends_in_a_comma_is_continued(chain: str, expected: str) -> None:
+    found = sent(HeaderPolicy(("*",)), HTTP_X_FORWARDED_FOR=chain)
+    assert found["X-Forwarded-For"] == expected
+
+
 def test_changes_set_and_remove() -> None:
     policy = HeaderPolicy((), ("X-Set: a: b", "authorization:", "X-Forwarded-For: hidden"))
     found = sent(policy, HTTP_AUTHORIZATION="Bearer x", HTTP_X_SET="client")

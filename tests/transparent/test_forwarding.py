@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
-from mcp_proxy import TransparentProxy
+from mcp_proxy import ProxyOptions, TransparentProxy
 from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
-from tests.support.front import Answer
+from tests.support.front import Answer, McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
 from tests.support.waiting import eventually
 
@@ -429,6 +429,34 @@ def test_headers_of_the_connection_and_our_own_do_not(
         assert target.last.header("X-Forwarded-For") == "127.0.0.1"
     assert target.last.header("X-Forwarded-Proto") == "http"
     assert target.last.header("X-Forwarded-Host")
+
+
+def test_several_cookie_headers_are_one_list(proxy: Transparent, target: HttpBackend) -> None:
+    if proxy.process is None:
+        pytest.skip("werkzeug's client sends one")
+    head = b"GET /x HTTP/1.1\r\nHost: localhost\r\nCookie: a=1,2\r\nCookie: b=3\r\n"
+    target.on("GET", "/x", reply(200))
+    with socket.create_connection(("127.0.0.1", proxy.process.port)) as sock:
+        sock.sendall(head + b"Connection: close\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    assert target.last.header("Cookie") == "a=1,2; b=3"
+
+
+@pytest.mark.parametrize("name", ["Host", "host"])
+def test_the_host_can_be_set(target: HttpBackend, name: str) -> None:
+    app = TransparentProxy(target.url, options=ProxyOptions(forward_headers=(f"{name}: set:1",)))
+    with app:
+        target.reset()
+        assert McpClient(LocalFront(app)).open().result("x")["backend"] == "target"
+        assert [v for n, v in target.last.headers if n.lower() == "host"] == ["set:1"]
+        # What the server says of itself is said of the proxy.
+        target.on("POST", "/mcp", reply(307, b"", "Location: https://set:1/moved"))
+        target.on("POST", "/moved", reply(200))
+        assert McpClient(LocalFront(app)).call("x").status == 200
+        assert target.last.target == "/moved"
+        target.on("GET", "/login", reply(302, b"", "Location: http://set:1/in"))
+        answer = LocalFront(app).request("GET", "/login", {}, None)
+        assert answer.headers["Location"] == "/in"
 
 
 def test_headers_of_the_backends_connection_do_not_pass(

@@ -136,6 +136,8 @@ def test_where_a_request_goes(
         ("http://name:81?q", "/m/?q"),
         ("https://name:81/x", "/m/x"),
         ("//name:81//x", "/m//x"),
+        ("https://PUBLIC:8/x", "/m/x"),
+        ("http://public/x", "http://public/x"),
         ("http://name/x", "http://name/x"),
         ("https://name/x", "https://name/x"),
         ("http://other:81/x", "http://other:81/x"),
@@ -145,11 +147,12 @@ def test_where_a_request_goes(
     ],
 )
 def test_what_a_server_names_is_named_by_the_proxy(reference: str, expected: str) -> None:
-    assert local_reference(Address("http", "10.0.0.1", 81, "name"), reference, "/m") == expected
+    address = Address("http", "10.0.0.1", 81, "name")
+    assert local_reference(address, "public:8", reference, "/m") == expected
 
 
 def test_a_path_at_the_root_never_names_a_host() -> None:
-    assert local_reference(Address("http", "a", 81), "http://a:81//b/c", "") == "/.//b/c"
+    assert local_reference(Address("http", "a", 81), "a:81", "http://a:81//b/c", "") == "/.//b/c"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
-from msgspec.inspect import FloatType, IntType, LiteralType, Metadata, UnionType, VarTupleType
+from msgspec.inspect import (
+    BoolType,
+    FloatType,
+    IntType,
+    LiteralType,
+    Metadata,
+    UnionType,
+    VarTupleType,
+)
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import HttpServer, Server, StdioServer, as_command, demo_server, read_servers
@@ -149,6 +157,12 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             extra=SECRET,
         ),
     ] = ()
+    preserve_host: Annotated[
+        bool,
+        Meta(
+            description="on: an HTTP server gets the Host header that the client sent, not its own"
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         for setting in settings(type(self)):
@@ -384,9 +398,11 @@ def _checked(setting: Setting, value: Any, strict: bool = True) -> Any:
 
 
 def _folded(takes: msgspec.inspect.Type, value: Any) -> Any:
-    """A value with its choices in lower case."""
+    """A value with its choices in lower case, and `on` and `off` as what they mean."""
     if isinstance(takes, VarTupleType) and isinstance(value, list | tuple):
         return [_folded(takes.item_type, entry) for entry in value]
+    if isinstance(takes, BoolType) and isinstance(value, str):
+        return {"on": True, "off": False}.get(value.lower(), value)
     return value.lower() if isinstance(takes, LiteralType) and isinstance(value, str) else value
 
 
@@ -414,6 +430,8 @@ def _wanted(takes: msgspec.inspect.Type) -> str:
             return f"a list of {_wanted(takes.item_type)}"
         case Metadata():
             return str((takes.extra_json_schema or {})["description"])
+        case BoolType():
+            return "on or off"
         case LiteralType():
             return ", ".join(str(choice) for choice in takes.values)
         case IntType():

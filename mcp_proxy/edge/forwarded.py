@@ -51,10 +51,19 @@ _PREFIX = re.compile(r"(/[A-Za-z0-9:@!$&'()*+,;=~._%-]+)+")
 
 
 class HeaderPolicy:
-    """The policy of one transport. `changes` are `Name: value` to set and `Name:` to remove."""
+    """The policy of one transport. `changes` are `Name: value` to set and `Name:` to remove.
 
-    def __init__(self, trusted: tuple[str, ...] = (), changes: tuple[str, ...] = ()) -> None:
+    `keeps_host` says whether the backend gets the client's Host header.
+    """
+
+    def __init__(
+        self,
+        trusted: tuple[str, ...] = (),
+        changes: tuple[str, ...] = (),
+        keeps_host: bool = False,
+    ) -> None:
         self._trusted = trusted
+        self._keeps_host = keeps_host
         pairs = [(n.strip(), v.strip()) for n, _, v in (c.partition(":") for c in changes)]
         self._changed = {name.title() for name, _ in pairs}
         self._set = {_named(name): value for name, value in pairs if value}
@@ -80,6 +89,8 @@ class HeaderPolicy:
             headers["X-Forwarded-For"] = f"{chain}, {peer}" if chain else peer
         if host := environ.get("HTTP_HOST"):
             headers.setdefault("X-Forwarded-Host", host)
+            if self._keeps_host:
+                headers["Host"] = host
         headers.setdefault("X-Forwarded-Proto", environ["wsgi.url_scheme"])
         for name in self._changed:
             headers.pop(name, None)

@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
     spellings = {f"--{setting.name.replace('_', '-')}", f"--{setting.name}"}
     has_default = setting.default not in (None, ())
-    reason = f"{setting.reason} ({setting.default})" if has_default else setting.reason
+    default = "off" if setting.default is False else setting.default
+    reason = f"{setting.reason} ({default})" if has_default else setting.reason
     parser.add_argument(
         *sorted(spellings),
         dest=setting.name,

@@ -181,7 +181,9 @@ class TransparentProxy(Transport):
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies
         )
-        self._policy = HeaderPolicy(options.trusted_proxies, options.forward_headers)
+        self._policy = HeaderPolicy(
+            options.trusted_proxies, options.forward_headers, options.preserve_host
+        )
         self._lock = threading.Lock()  # guards _calls
         self._calls: dict[HttpCall, bool] = {}  # running; whether each is a standing stream
 

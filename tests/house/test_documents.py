@@ -16,6 +16,7 @@ def table() -> str:
     for setting in settings():
         value = setting.default
         shown = ",".join(value) if isinstance(value, tuple) else value
+        shown = "off" if value is False else shown
         default = "" if value in (None, ()) else f"`{shown}`"
         rows.append(f"| `{setting.name}` | {default} | {setting.reason} |")
     return "\n".join(rows)

@@ -459,6 +459,23 @@ def test_the_host_can_be_set(target: HttpBackend, name: str) -> None:
         assert answer.headers["Location"] == "/in"
 
 
+def test_the_clients_host_can_be_preserved(target: HttpBackend) -> None:
+    # A server that is told its public name puts it into 401 and into RFC 9728 documents.
+    options = ProxyOptions(preserve_host=True, allowed_hosts=("*",))
+    with TransparentProxy(target.url, options=options) as app:
+        target.reset()
+        client = McpClient(LocalFront(app))
+        client.initialize(Host="public.example:81").close()
+        assert target.last.header("Host") == "public.example:81"
+        target.sessions.clear()  # a session is initialized again with that name, too
+        assert client.call("x", Host="public.example").status == 200
+        assert {seen.header("Host") for seen in target.seen[1:]} == {"public.example"}
+        target.on("GET", "/login", reply(302, b"", "Location: https://public.example/in?next=/"))
+        with_host = {"Host": "public.example"}
+        answer = LocalFront(app).request("GET", "/login", with_host, None)
+        assert answer.headers["Location"] == "/in?next=/"
+
+
 def test_headers_of_the_backends_connection_do_not_pass(
     proxy: Transparent, target: HttpBackend
 ) -> None:

@@ -107,6 +107,7 @@ class Application:
             self.edge,
             self.config,
             allowed_backends=self.config.allowed_backends,
+            verify=self.config.ca_file or True,
             workers=self.parts.workers,
             replica=self.parts.replica,
         )

@@ -35,7 +35,12 @@ from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
 
-_WEB_CONCURRENCY = "WEB_CONCURRENCY"
+# Settings that have names of others in the environment: gunicorn's, requests' and OpenSSL's.
+_OTHER_NAMES = (
+    ("WEB_CONCURRENCY", "workers"),
+    ("REQUESTS_CA_BUNDLE", "ca_file"),
+    ("SSL_CERT_FILE", "ca_file"),
+)
 
 #: Field metadata: the value must not be printed.
 SECRET = {"secret": True}
@@ -197,6 +202,13 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         tuple[Url, ...],
         Meta(description="URLs that a session may be routed to besides `target_url`, * for all"),
     ] = ()
+    ca_file: Annotated[
+        str | None,
+        Meta(
+            description="a file or directory of the CAs of HTTP servers, instead of the well-known "
+            "ones; none: REQUESTS_CA_BUNDLE, SSL_CERT_FILE"
+        ),
+    ] = None
     config: Annotated[
         str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
     ] = None
@@ -257,6 +269,8 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             )
         _require_targets("target_url", self.target_url)
         _require_targets("allowed_backends", (url for url in self.allowed_backends if url != "*"))
+        if self.ca_file is not None and (self.target_url or self.config):
+            _require_certificates(self.ca_file)
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
 
@@ -288,7 +302,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
 #: The first rows of the table: the MCP servers and the session store.
 _FIRST = (
-    *("command", "target_url", "allowed_backends", "config", "env", "cwd"),
+    *("command", "target_url", "allowed_backends", "ca_file", "config", "env", "cwd"),
     *("stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
 )
 
@@ -339,8 +353,9 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     named = {name: value for name, value in given.items() if name.startswith(PREFIX)}
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
     texts.pop("replica", None)  # marks a process that another proxy started
-    if _WEB_CONCURRENCY in given:  # gunicorn's own name for it
-        texts.setdefault("workers", given[_WEB_CONCURRENCY])
+    for other, name in _OTHER_NAMES:
+        if other in given:
+            texts.setdefault(name, given[other])
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 
@@ -448,6 +463,19 @@ def _require_network(peer: str) -> None:
             ipaddress.ip_network(peer, strict=False)
     except ValueError as error:
         raise ConfigError(f"trusted_proxies: {error}") from None
+
+
+def _require_certificates(path: str) -> None:
+    """Raises ConfigError unless certificates of CAs can be read there."""
+    import ssl
+
+    where = "capath" if os.path.isdir(path) else "cafile"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(**{where: path})
+    except OSError as error:
+        reason = "no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+        names = "ca_file (or REQUESTS_CA_BUNDLE, SSL_CERT_FILE)"
+        raise ConfigError(f"{names}: {path!r} cannot be used: {reason}") from None
 
 
 def _require_targets(name: str, urls: Iterable[str]) -> None:

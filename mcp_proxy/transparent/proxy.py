@@ -134,6 +134,7 @@ class TransparentProxy(Transport):
         edge: Edge,
         options: ProxyOptions,
         allowed_backends: Sequence[str],
+        verify: bool | str,
         workers: Workers,
         replica: Replica,
     ) -> Self:
@@ -141,7 +142,7 @@ class TransparentProxy(Transport):
         transport = cls.__new__(cls)
         targets = as_targets(target_url)
         transport._set_up(
-            targets, manager, edge, options, allowed_backends, True, None, workers, replica
+            targets, manager, edge, options, allowed_backends, verify, None, workers, replica
         )
         return transport
 

@@ -124,6 +124,28 @@ def test_the_first_number_of_workers_that_is_not_empty_counts(
     assert ProxyConfig.from_env(environ).workers == expected
 
 
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"SSL_CERT_FILE": "c"}, "c"),
+        ({"SSL_CERT_FILE": "c", "REQUESTS_CA_BUNDLE": "b"}, "b"),
+        ({"REQUESTS_CA_BUNDLE": "b", "MCP_PROXY_CA_FILE": "a"}, "a"),
+        ({"REQUESTS_CA_BUNDLE": "", "SSL_CERT_FILE": " "}, None),
+    ],
+)
+def test_the_cas_have_names_of_others_too(named: dict[str, str], expected: str | None) -> None:
+    assert ProxyConfig.from_env(named).ca_file == expected
+
+
+def test_cas_that_cannot_be_used_are_told_where_they_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "empty.pem").touch()
+    for name, reason in [("no.pem", "No such file"), ("empty.pem", "no certificates")]:
+        path = str(tmp_path / name)
+        assert reason in refusal(ca_file=path, target_url=("https://h",))
+        assert ProxyConfig(ca_file=path, command=("x",)).ca_file == path
+    assert ProxyConfig(ca_file=str(tmp_path), target_url=("https://h",)).ca_file == str(tmp_path)
+
+
 def test_choices_may_be_written_in_capital_letters() -> None:
     made = from_env(log_level="INFO", log_format="Json", stdio_transports="SSE,streamable")
     assert (made.log_level, made.log_format) == ("info", "json")

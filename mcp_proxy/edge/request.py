@@ -60,8 +60,9 @@ class ClientRequest:
     """One HTTP request. Used by one thread at a time.
 
     `session_id`, `protocol_version` and `content_type` are the headers of that name, None where
-    they are absent; a client without Accept accepts JSON only. `message` is what a POST carried,
-    once it was read, if the answer to it leaves on this response: failures then do as well.
+    they are absent; a client without Accept accepts JSON only. `is_encoded` says whether the body
+    is compressed, say. `message` is what a POST carried, once it was read, if the answer to it
+    leaves on this response: failures then do as well.
 
     Four are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
     is the JSON-RPC method, `session` the session that was named or opened, and `reason` says why
@@ -74,6 +75,7 @@ class ClientRequest:
         "content_type",
         "environ",
         "id",
+        "is_encoded",
         "message",
         "method",
         "path",
@@ -93,6 +95,8 @@ class ClientRequest:
         self.accepts_json = headers.accepts(accept, headers.JSON)
         self.accepts_stream = headers.accepts(accept, headers.EVENT_STREAM)
         self.content_type: str | None = environ.get("CONTENT_TYPE") or None
+        encoding: str = environ.get("HTTP_CONTENT_ENCODING", "")
+        self.is_encoded = encoding.strip().lower() not in ("", "identity")
         self.session_id: str | None = environ.get("HTTP_MCP_SESSION_ID")
         self.protocol_version: str | None = environ.get("HTTP_MCP_PROTOCOL_VERSION")
         given: str | None = environ.get("HTTP_X_REQUEST_ID")

@@ -19,6 +19,7 @@ from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
     BackendLost,
+    EncodedBody,
     InvalidRequest,
     MethodNotAllowed,
     NotAcceptable,
@@ -118,6 +119,8 @@ class SSEProxy(StdioTransport):
     def _post(self, request: ClientRequest) -> Reply:
         if request.content_type is not None and not headers.is_json(request.content_type):
             raise UnsupportedMediaType
+        if request.is_encoded:
+            raise EncodedBody
         message = jsonrpc.parse_message(request.read_body(self.options.max_body_bytes))
         if not isinstance(message, Request):
             request.message = message  # a request's answer leaves on the session's stream instead

@@ -20,6 +20,7 @@ from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
+    EncodedBody,
     InvalidRequest,
     MethodNotAllowed,
     MissingSession,
@@ -69,6 +70,8 @@ class StreamableProxy(StdioTransport):
     def _post(self, request: ClientRequest) -> Reply:
         if request.content_type is not None and not headers.is_json(request.content_type):
             raise UnsupportedMediaType
+        if request.is_encoded:
+            raise EncodedBody
         if not request.accepts_json and not request.accepts_stream:
             raise NotAcceptable
         message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))

@@ -22,10 +22,10 @@ from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.errors import (
     PROXY_ERROR,
+    EncodedBody,
     InvalidRequest,
     ParseError,
     RequestId,
-    UnsupportedMediaType,
 )
 
 #: The most messages in a batch; MCP 2025-03-26 sets no limit.
@@ -148,7 +148,7 @@ def parse(body: bytes, keeps_halves: bool = True) -> Message | Batch:
     """
     if not body.isascii():
         if body.startswith(_GZIP):
-            raise UnsupportedMediaType("The body is compressed; it must come without gzip")
+            raise EncodedBody
         _require_utf8(body)
         body = body.removeprefix(_BYTE_ORDER_MARK)
     try:

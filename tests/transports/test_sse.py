@@ -610,6 +610,12 @@ def test_rubbish_and_batches_are_a_400_that_says_what_is_wrong(client: SseClient
     assert client.result("count")["calls"] == 1
 
 
+def test_an_encoded_body_is_a_415(client: SseClient) -> None:
+    message = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
+    assert client.post(message, Content_Encoding="gzip").status == 415
+    assert client.post(message, Content_Encoding="identity").status == 202
+
+
 def test_another_content_type_is_a_415_and_none_is_json(client: SseClient) -> None:
     message = b'{"jsonrpc":"2.0","method":"notifications/x"}'
     assert client.post(message, Content_Type="text/plain").status == 415

@@ -574,6 +574,17 @@ def test_a_body_over_the_limit_is_a_413() -> None:
             assert answer.error()["code"] == -32600
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "Identity, deflate"])
+def test_an_encoded_body_is_a_415(client: McpClient, encoding: str) -> None:
+    answer = client.post(b"whatever it is", Content_Encoding=encoding)
+    assert (answer.status, answer.headers["Accept-Encoding"]) == (415, "identity")
+    assert "Content-Encoding" in answer.error()["message"]
+
+
+def test_identity_is_no_encoding(client: McpClient) -> None:
+    assert client.initialize(Content_Encoding="Identity").has_succeeded
+
+
 def test_another_content_type_is_a_415(client: McpClient) -> None:
     answer = client.post(b"{}", Content_Type="text/plain")
     assert answer.status == 415

@@ -19,10 +19,10 @@ from msgspec import UNSET, Raw
 from mcp_proxy.errors import (
     INVALID_REQUEST,
     PARSE_ERROR,
+    EncodedBody,
     InvalidRequest,
     ParseError,
     RequestId,
-    UnsupportedMediaType,
 )
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Message, Meta, Notification, Request, Response
@@ -130,7 +130,7 @@ def test_a_byte_order_mark_is_skipped(body: bytes) -> None:
 
 
 def test_a_compressed_body_is_told_so() -> None:
-    with pytest.raises(UnsupportedMediaType) as caught:
+    with pytest.raises(EncodedBody) as caught:
         jsonrpc.parse(gzip.compress(PING))
     assert caught.value.status == 415
 
@@ -739,7 +739,7 @@ def _parse_or_none(body: bytes) -> list[Message] | None:
     """What `parse` returns, None where it raises one of the two errors that it may raise."""
     try:
         parsed = jsonrpc.parse(body)
-    except (ParseError, InvalidRequest, UnsupportedMediaType):
+    except (ParseError, InvalidRequest, EncodedBody):
         return None
     return parsed if isinstance(parsed, list) else [parsed]
 

@@ -39,7 +39,7 @@ from mcp_proxy.errors import (
 from mcp_proxy.processes.child import shown
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
-from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire import jsonrpc, mending
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 
@@ -269,7 +269,7 @@ class Bridge(Backend):
         try:
             parsed = jsonrpc.parse(line, keeps_halves=False)
         except ClientError:
-            mended = jsonrpc.mended(line)
+            mended = mending.mended(line)
             try:
                 parsed = jsonrpc.parse(mended)
             except ClientError as error:
@@ -280,7 +280,7 @@ class Bridge(Backend):
 
     def _take_misanswer(self, line: bytes, reason: ClientError) -> bool:
         """Ends the call that an unreadable line is about; False where it is about none."""
-        found = jsonrpc.misanswer_of(line)
+        found = mending.misanswer_of(line)
         if found is None:
             return False
         with self._lock:

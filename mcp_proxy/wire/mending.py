@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -27,14 +25,19 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 # alone where it has cut an emoji in two, and strict readers refuse that.
 _HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
-_FIRST_HALF = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
+_FIRST = rb"[dD][89abAB][0-9a-fA-F]{2}"
+_SECOND = rb"[dD][c-fC-F][0-9a-fA-F]{2}"
+_FIRST_HALF = re.compile(rb"\\u" + _FIRST)
 
-# Escaped backslashes, since what follows them is no escape; pairs; halves.
-_ESCAPES = re.compile(
-    rb"(?:\\\\)+"
-    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    rb"|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+# Half a pair whose other half is not beside it, in a text without escaped backslashes: as a whole,
+# and what stands before its digits. With fixed replacements `re` calls no Python for each of them.
+_LONE = re.compile(rb"\\u%b(?!\\u%b)|(?<!\\u%b)\\u%b" % (_FIRST, _SECOND, _FIRST, _SECOND))
+_LONE_HEAD = re.compile(
+    rb"\\u(?=%b(?!\\u%b))|(?<!\\u%b)\\u(?=%b)" % (_FIRST, _SECOND, _FIRST, _SECOND)
 )
+
+# In place of an escaped backslash: no byte of UTF-8.
+_BACKSLASH = b"\xff"
 
 # A pair cut in two has at most so many bytes before the cut.
 _LONGEST_ESCAPE = 12
@@ -45,21 +48,19 @@ def has_halves(text: bytes) -> bool:
     return _HALF.search(text) is not None
 
 
-def _replace_lone(text: bytes, replace: Callable[[bytes], bytes]) -> bytes:
-    """`text` with each lone half replaced by what `replace` makes of it, piece by piece."""
-
-    def one(match: re.Match[bytes]) -> bytes:
-        return replace(match[0]) if match["lone"] else match[0]
-
-    if len(text) <= _PIECE:
-        return _ESCAPES.sub(one, text)
+def _replace_lone(text: bytes, pattern: re.Pattern[bytes], replacement: bytes) -> bytes:
+    """`text`, which is UTF-8, with `pattern` in each lone half replaced, piece by piece."""
+    has_backslashes = b"\\\\" in text
+    if has_backslashes:
+        text = text.replace(b"\\\\", _BACKSLASH)
+    fixed = replacement.replace(b"\\", b"\\\\")
     result, rest = bytearray(), b""
     for start in range(0, len(text), _PIECE):
         piece = rest + text[start : start + _PIECE]
         cut = _cut(piece) if start + _PIECE < len(text) else len(piece)
-        result += _ESCAPES.sub(one, piece[:cut])
+        result += pattern.sub(fixed, piece[:cut])
         rest = piece[cut:]
-    return bytes(result)
+    return bytes(result.replace(_BACKSLASH, b"\\\\") if has_backslashes else result)
 
 
 def _cut(piece: bytes) -> int:
@@ -67,10 +68,7 @@ def _cut(piece: bytes) -> int:
     first = piece.find(b"\\", len(piece) - _LONGEST_ESCAPE)
     if first < 0:
         return len(piece)
-    cut = len(piece[:first].rstrip(b"\\"))
-    if _FIRST_HALF.fullmatch(piece[max(0, cut - 6) : cut]):
-        cut = len(piece[: cut - 6].rstrip(b"\\"))
-    return cut
+    return first - 6 if _FIRST_HALF.fullmatch(piece[max(0, first - 6) : first]) else first
 
 
 class Masked(NamedTuple):
@@ -90,12 +88,8 @@ def masked(text: bytes) -> Masked | None:
         return None
     for number in range(0xFDD0, 0xFDF0):  # characters that mean nothing in any text
         if (mark := b"\\u%x" % number) not in text:
-            return Masked(_replace_lone(text, partial(_under_mark, mark)), mark)
+            return Masked(_replace_lone(text, _LONE_HEAD, mark), mark)
     return None
-
-
-def _under_mark(mark: bytes, half: bytes) -> bytes:
-    return mark + half[2:]
 
 
 # --- repair ---------------------------------------------------------------------------------------
@@ -104,7 +98,7 @@ def _under_mark(mark: bytes, half: bytes) -> bytes:
 def repair(line: bytes) -> bytes:
     """`line` with invalid UTF-8 and lone halves replaced by U+FFFD."""
     text = _as_utf8(line)
-    return _replace_lone(text, lambda half: rb"\ufffd") if has_halves(text) else text
+    return _replace_lone(text, _LONE, rb"\ufffd") if has_halves(text) else text
 
 
 def mended(line: bytes) -> bytes:
@@ -124,31 +118,25 @@ def _as_utf8(line: bytes) -> bytes:
     return bytes(text)
 
 
-_STRING_OR_NAN = re.compile(rb'"|NaN|-?Infinity')
+_NAN = re.compile(rb"NaN|-?Infinity")
 
 
 def _without_nan(text: bytes) -> bytes:
-    result, done, start = bytearray(), 0, 0
-    while (match := _STRING_OR_NAN.search(text, start)) is not None:
-        start = match.end()
-        if match[0] == b'"':
-            start = _end_of_string(text, start)
-        else:
-            result += text[done : match.start()] + b"null"
-            done = start
+    # Of the same length, with those quotes alone that begin or end a string.
+    quoted = text.replace(b"\\\\", b"\xff\xff").replace(b'\\"', b"\xff\xff")
+    result, done, at, quotes = bytearray(), 0, 0, 0
+    while (match := _NAN.search(quoted, at)) is not None:
+        start = match.start()
+        quotes += quoted.count(b'"', at, start)
+        at = quoted.find(b'"', start)
+        if at < 0:
+            at = len(text)
+        if quotes % 2 == 0:  # outside of strings, and so is all up to the next quote
+            if at - start > _PIECE:
+                at = max(match.end(), quoted.rfind(b",", start, start + _PIECE))
+            result += text[done:start] + _NAN.sub(b"null", text[start:at])
+            done = at
     return bytes(result + text[done:])
-
-
-def _end_of_string(text: bytes, start: int) -> int:
-    """The place after the quote that ends a string whose first character is at `start`."""
-    while (end := text.find(b'"', start)) >= 0:
-        backslashes = end
-        while text[backslashes - 1] == 0x5C:
-            backslashes -= 1
-        if (end - backslashes) % 2 == 0:
-            return end + 1
-        start = end + 1
-    return len(text)
 
 
 # --- what stays unreadable ------------------------------------------------------------------------

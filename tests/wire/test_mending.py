@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import tracemalloc
 from typing import Any
 
@@ -165,7 +166,10 @@ def test_a_line_is_repaired_the_same_in_pieces_of_any_size(line: bytes, size: in
         assert mending.repair(line) == whole
 
 
-@pytest.mark.parametrize("content", [rb"\n\ud83d", b"\xffabc", rb"\\", rb"\ud83d", b"NaN,"])
+@pytest.mark.parametrize(
+    "content",
+    [rb"\n\ud83d", b"\xffabc", rb"\\", rb"\ud83d", rb"\udc00", b"NaN,", b'",NaN,"', b'"NaN,'],
+)
 def test_the_repair_of_a_long_line_takes_a_small_multiple_of_it(content: bytes) -> None:
     line = b'{"a":"' + content * (8 * MEBIBYTE // len(content)) + b'\xff"}'
     tracemalloc.start()
@@ -175,6 +179,18 @@ def test_the_repair_of_a_long_line_takes_a_small_multiple_of_it(content: bytes) 
     finally:
         tracemalloc.stop()
     assert peak < 5 * len(line) + 16 * MEBIBYTE
+
+
+def test_halves_take_a_small_multiple_of_the_time_of_a_plain_line() -> None:
+    def mending_time(content: bytes) -> float:
+        line = b'{"a":"' + content * (16 * MEBIBYTE // len(content)) + b'\xff"}'
+        begun = time.thread_time()
+        mending.mended(line)
+        return time.thread_time() - begun
+
+    plain = mending_time(b"a")
+    assert mending_time(rb"\ud83d") < 20 * plain  # it was 60 times
+    assert mending_time(rb"\ude00\n") < 20 * plain
 
 
 _pieces = st.lists(

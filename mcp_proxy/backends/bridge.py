@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec import UNSET
 
@@ -264,19 +264,22 @@ class Bridge(Backend):
             if exchange is not None:
                 exchange.wait_for_room()
 
-    def _parse(self, line: bytes) -> Sequence[Message]:
+    def _parse(self, line: bytes) -> Iterable[Message]:
         """The messages in a line of output: none if it is invalid, several if it is a batch."""
         try:
             parsed = jsonrpc.parse(line, keeps_halves=False)
         except ClientError:
-            mended = mending.mended(line)
-            try:
-                parsed = jsonrpc.parse(mended)
-            except ClientError as error:
-                if line.strip() and not self._take_misanswer(mended, error):
-                    self._noise.note(line, error)
-                return ()
+            return self._parse_parts(mending.mended(line))
         return parsed if isinstance(parsed, list) else (parsed,)
+
+    def _parse_parts(self, line: bytes) -> Iterator[Message]:
+        """The messages in a mended line, in order; what is none is noise or fails its call."""
+        for part in mending.elements_of(line) or (line,):
+            try:
+                yield jsonrpc.parse_message(part)
+            except ClientError as error:
+                if part.strip() and not self._take_misanswer(part, error):
+                    self._noise.note(part, error)
 
     def _take_misanswer(self, line: bytes, reason: ClientError) -> bool:
         """Ends the call that an unreadable line is about; False where it is about none."""

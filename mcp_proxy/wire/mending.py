@@ -16,6 +16,7 @@ from mcp_proxy.errors import PROXY_ERROR, RequestId
 
 _PIECE = 1024 * 1024
 
+_elements = msgspec.json.Decoder(list[Raw])
 _fields = msgspec.json.Decoder(dict[str, Raw])
 
 
@@ -150,6 +151,16 @@ class Misanswer(NamedTuple):
 
     id: RequestId | None
     error: Raw | UnsetType
+
+
+def elements_of(line: bytes) -> list[bytes]:
+    """The elements of an array, as which a server sends several messages; none of anything else."""
+    if not line.lstrip().startswith(b"["):
+        return []
+    try:
+        return [bytes(element) for element in _elements.decode(line)]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return []
 
 
 _ID = re.compile(rb'"id"\s*:\s*("(?:[^"\\]{0,64})"|-?[0-9]{1,18}(?:\.0+)?(?![0-9.eE]))')

@@ -134,9 +134,13 @@ def ask(message: Json, params: Json) -> Any:
 
 
 def raw(message: Json, params: Json) -> Any:
-    """Any bytes on standard output, base64 in the request, before the answer."""
+    """Any bytes on standard output, base64 in the request, before the answer.
+
+    `$id` in them is the id of this request.
+    """
+    given = base64.b64decode(params["bytes"]).replace(b"$id", b"%d" % message["id"])
     with output:
-        sys.stdout.buffer.write(base64.b64decode(params["bytes"]))
+        sys.stdout.buffer.write(given)
         sys.stdout.buffer.flush()
     return {}
 

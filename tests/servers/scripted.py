@@ -283,14 +283,14 @@ class Server:
     def initialize(self, message: Json) -> None:
         """The handshake, as the options want it."""
         options = self.options
+        for _ in range(options.log_first):
+            send({"method": "notifications/message", "params": {"level": "info", "data": "hello"}})
         if options.die_on_initialize:
             print("cannot find my database", file=sys.stderr, flush=True)
             os._exit(3)
         if options.refuse:
             send({"id": message["id"], "error": {"code": -32602, "message": "not today"}})
             return
-        for _ in range(options.log_first):
-            send({"method": "notifications/message", "params": {"level": "info", "data": "hello"}})
         time.sleep(options.slow_start)
         wanted = message["params"]["protocolVersion"]
         info = {"name": "scripted", "version": "1"}

@@ -145,12 +145,13 @@ class Bridge(Backend):
             self._require_alive()
             stream = self._switchboard.stream
             if stream is None:
-                raise BackendLost("There is no stream for the answer")
+                raise BackendExited("There is no stream for the answer")
             deadline = time.monotonic() + timeout
             line = self._switchboard.enter(request, stream, deadline)
             if stream.deadline is None or deadline < stream.deadline:
                 stream.set_deadline(deadline, lambda: no_answer(timeout))
-        self._write(line)
+        with contextlib.suppress(BackendError):  # then it is stopped, which answers the call
+            self._write(line)
 
     def notify(self, notification: Notification) -> None:
         self._require_alive()

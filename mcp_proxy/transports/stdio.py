@@ -95,14 +95,15 @@ class StdioTransport(Transport):
 
     def tell(self, session: Session, message: Notification | Response) -> None:
         """Passes on what wants no answer; raises BackendError, StorageUnavailable."""
+        self.owner.on_backend(session, lambda backend: pass_on(backend, message))
 
-        def tell(backend: Backend) -> None:
-            if isinstance(message, Notification):
-                backend.notify(message)
-            else:
-                backend.respond(message)
 
-        self.owner.on_backend(session, tell)
+def pass_on(backend: Backend, message: Notification | Response) -> None:
+    """Has a backend deliver what wants no answer; raises BackendError."""
+    if isinstance(message, Notification):
+        backend.notify(message)
+    else:
+        backend.respond(message)
 
 
 def as_server(command: Sequence[str] | str | StdioServer, name: str | None) -> StdioServer:

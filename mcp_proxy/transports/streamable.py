@@ -28,6 +28,7 @@ from mcp_proxy.errors import (
     NotFound,
     ProxyError,
     RequestId,
+    StorageUnavailable,
     StreamWithoutSession,
     UnsupportedMediaType,
 )
@@ -268,7 +269,12 @@ class StreamableProxy(StdioTransport):
         ).exchange
 
     def _delete(self, request: ClientRequest) -> Reply:
-        self.owner.end(self._session(request))
+        try:
+            session = self._session(request)
+        except StorageUnavailable:
+            self.owner.end_without_store(request.session_id or "", KIND)
+            raise
+        self.owner.end(session)
         return empty_reply(204)
 
     def _session(self, request: ClientRequest) -> Session:

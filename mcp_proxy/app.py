@@ -12,7 +12,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply, json_reply
-from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.request import ClientRequest, with_path
 from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import Server, StdioServer
@@ -60,6 +60,8 @@ class Application:
         return f"<Application {list(self.proxies.values())!r} {self.parts!r}>"
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not environ.get("PATH_INFO", "").startswith("/"):
+            environ = with_path(environ)
         endpoint = self._endpoints.get(environ.get("PATH_INFO", ""))
         if endpoint is None:
             return self._front(environ, start_response)

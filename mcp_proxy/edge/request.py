@@ -164,6 +164,15 @@ class ClientRequest:
         return body
 
 
+def with_path(environ: WSGIEnvironment) -> WSGIEnvironment:
+    """The environ with the path as PATH_INFO where the server has left a URL there, as wsgiref does
+    (RFC 9112 section 3.2.2 wants absolute-form taken).
+    """
+    told: str = environ.get("PATH_INFO", "")
+    found = _ABSOLUTE_FORM.match(told)
+    return environ if found is None else {**environ, "PATH_INFO": told[found.end() :] or "/"}
+
+
 def require_path(environ: WSGIEnvironment) -> None:
     """Raises InvalidRequest unless the request target has a path, or is a URL that has one.
 

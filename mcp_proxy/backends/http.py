@@ -56,7 +56,7 @@ _KEEPALIVE = [
         if hasattr(socket, name)
     ),
 ]
-_LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9112 section 6.3: anything else is no framing
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _MAX_HOPS = 5  # redirects that are followed
 _POOLS = 64  # backends to which connections are kept
 
@@ -167,11 +167,7 @@ class HttpCall:
         raw = self._response.raw
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
-        self.media_type = media_type(self.header("Content-Type") or "")
-        lengths = [] if raw.chunked else raw.headers.getlist("Content-Length")
-        if self.status < 200 or not all(map(_LENGTH.fullmatch, lengths)):
-            self._free_connection()
-            raise BadAnswer("The server answered with a head that is not valid HTTP")
+        self.media_type = media_type(next(iter(raw.headers.getlist("Content-Type")), ""))
 
     def header(self, name: str) -> str | None:
         """The first value of a response header, None where it is absent."""
@@ -314,7 +310,8 @@ class HttpCall:
             return None
         if there is None:
             return None
-        if is_host(there, self.host):  # as the server was told that it is called
+        is_told = self.host != self.address.host_header
+        if is_told and is_host(there, self.host):  # as the server was told that it is called
             there = there._replace(scheme=self.address.scheme, host=ours, port=self.address.port)
         if there.host != ours:
             return None
@@ -406,7 +403,8 @@ def _prepared(call: HttpCall) -> _Prepared:
         {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
     )
     request.headers.update(call.request_headers)
-    request.headers["Host"] = call.host
+    if "Host" not in request.headers:
+        request.headers["Host"] = call.address.host_header
     if call.request_body or call.method in ("POST", "PUT", "PATCH"):
         request.headers["Content-Length"] = str(len(call.request_body))
     request.body = call.request_body or None
@@ -432,8 +430,22 @@ class _Adapter(HTTPAdapter):
         return host, {**pool, **named}
 
 
+class _BadHead(http.client.HTTPException):
+    """The head of a response cannot be used."""
+
+
 class _Response(http.client.HTTPResponse):
-    """A response that skips every informational one (1xx) before it."""
+    """A response that skips every informational one (1xx) before it.
+
+    `begin` raises _BadHead where the end of the body cannot be known: RFC 9112 section 6.3.
+    """
+
+    def begin(self) -> None:
+        super().begin()
+        lengths = [] if self.chunked else self.headers.get_all("Content-Length", [])
+        is_sound = len(set(lengths)) < 2 and all(map(_LENGTH.fullmatch, lengths))
+        if self.status < 200 or not is_sound:
+            raise _BadHead
 
     def _read_status(self) -> Any:
         while True:
@@ -512,7 +524,7 @@ def _translated(
         reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.NameResolutionError)
     ):
         return BackendUnreached("The server cannot be reached: the connection was refused")
-    if isinstance(error, requests.exceptions.InvalidHeader):
+    if any(isinstance(cause, _BadHead) for cause in getattr(reason, "args", ())):
         return BadAnswer("The server answered with a head that is not valid HTTP")
     if isinstance(error, requests.Timeout):
         return BackendTimeout(f"The server did not answer within {timeout:g} seconds")

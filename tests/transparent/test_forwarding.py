@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -445,34 +446,34 @@ def test_several_cookie_headers_are_one_list(proxy: Transparent, target: HttpBac
 @pytest.mark.parametrize("name", ["Host", "host"])
 def test_the_host_can_be_set(target: HttpBackend, name: str) -> None:
     app = TransparentProxy(target.url, options=ProxyOptions(forward_headers=(f"{name}: set:1",)))
-    with app:
+    with app, closing(LocalFront(app)) as front:
         target.reset()
-        assert McpClient(LocalFront(app)).open().result("x")["backend"] == "target"
+        assert McpClient(front).open().result("x")["backend"] == "target"
         assert [v for n, v in target.last.headers if n.lower() == "host"] == ["set:1"]
         # What the server says of itself is said of the proxy.
         target.on("POST", "/mcp", reply(307, b"", "Location: https://set:1/moved"))
         target.on("POST", "/moved", reply(200))
-        assert McpClient(LocalFront(app)).call("x").status == 200
+        assert McpClient(front).call("x").status == 200
         assert target.last.target == "/moved"
         target.on("GET", "/login", reply(302, b"", "Location: http://set:1/in"))
-        answer = LocalFront(app).request("GET", "/login", {}, None)
+        answer = front.request("GET", "/login", {}, None)
         assert answer.headers["Location"] == "/in"
 
 
 def test_the_clients_host_can_be_preserved(target: HttpBackend) -> None:
     # A server that is told its public name puts it into 401 and into RFC 9728 documents.
     options = ProxyOptions(preserve_host=True, allowed_hosts=("*",))
-    with TransparentProxy(target.url, options=options) as app:
+    app = TransparentProxy(target.url, options=options)
+    with app, closing(LocalFront(app)) as front:
         target.reset()
-        client = McpClient(LocalFront(app))
-        client.initialize(Host="public.example:81").close()
+        client = McpClient(front)
+        client.initialize(Host="public.example:81").body()
         assert target.last.header("Host") == "public.example:81"
         target.sessions.clear()  # a session is initialized again with that name, too
         assert client.call("x", Host="public.example").status == 200
         assert {seen.header("Host") for seen in target.seen[1:]} == {"public.example"}
         target.on("GET", "/login", reply(302, b"", "Location: https://public.example/in?next=/"))
-        with_host = {"Host": "public.example"}
-        answer = LocalFront(app).request("GET", "/login", with_host, None)
+        answer = front.request("GET", "/login", {"Host": "public.example"}, None)
         assert answer.headers["Location"] == "/in?next=/"
 
 

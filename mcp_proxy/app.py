@@ -12,7 +12,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply, json_reply
-from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.request import ClientRequest, with_path
 from mcp_proxy.errors import (
     ConfigError,
     MethodNotAllowed,
@@ -67,6 +67,8 @@ class Application:
         return f"<Application {list(self.proxies.values())!r} {self.parts!r}>"
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not environ.get("PATH_INFO", "").startswith("/"):
+            environ = with_path(environ)
         endpoint = self._endpoints.get(environ.get("PATH_INFO", ""))
         if endpoint is None:
             return self._front(environ, start_response)
@@ -131,6 +133,7 @@ class Application:
             self.edge,
             self.config,
             allowed_backends=self.config.allowed_backends,
+            verify=self.config.ca_file or True,
             workers=self.parts.workers,
             replica=self.parts.replica,
         )

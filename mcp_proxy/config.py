@@ -30,11 +30,17 @@ from msgspec.inspect import (
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import HttpServer, Server, StdioServer, as_command, demo_server, read_servers
+from mcp_proxy.wire.headers import FIELD_VALUE
 from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
 
-_WEB_CONCURRENCY = "WEB_CONCURRENCY"
+# Settings that have names of others in the environment: gunicorn's, requests' and OpenSSL's.
+_OTHER_NAMES = (
+    ("WEB_CONCURRENCY", "workers"),
+    ("REQUESTS_CA_BUNDLE", "ca_file"),
+    ("SSL_CERT_FILE", "ca_file"),
+)
 
 #: Field metadata: the value must not be printed.
 SECRET = {"secret": True}
@@ -60,7 +66,11 @@ Word = Annotated[str, _only("words")]
 Url = Annotated[str, _only("absolute http:// or https:// URLs without a password")]
 Pair = Annotated[str, _only("NAME=VALUE pairs", r"[^=\0]+=[^\0]*")]
 Change = Annotated[
-    str, _only("changes (Name: value sets, Name: removes)", r"\s*[^\s:]+\s*:[^\r\n\0]*")
+    str,
+    _only(
+        "changes (Name: value sets, Name: removes)",
+        rf"\s*[!#$%&'*+.^_`|~0-9A-Za-z-]+\s*:{FIELD_VALUE.pattern}",
+    ),
 ]
 Peer = Annotated[
     str,
@@ -173,6 +183,12 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             extra=SECRET,
         ),
     ] = ()
+    preserve_host: Annotated[
+        bool,
+        Meta(
+            description="on: an HTTP server gets the Host header that the client sent, not its own"
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         for setting in settings(type(self)):
@@ -207,6 +223,13 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         tuple[Url, ...],
         Meta(description="URLs that a session may be routed to besides `target_url`, * for all"),
     ] = ()
+    ca_file: Annotated[
+        str | None,
+        Meta(
+            description="a file or directory of the CAs of HTTP servers, instead of the well-known "
+            "ones; none: REQUESTS_CA_BUNDLE, SSL_CERT_FILE"
+        ),
+    ] = None
     config: Annotated[
         str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
     ] = None
@@ -267,6 +290,8 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             )
         _require_targets("target_url", self.target_url)
         _require_targets("allowed_backends", (url for url in self.allowed_backends if url != "*"))
+        if self.ca_file is not None and (self.target_url or self.config):
+            _require_certificates(self.ca_file)
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
 
@@ -298,7 +323,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
 #: The first rows of the table: the MCP servers and the session store.
 _FIRST = (
-    *("command", "target_url", "allowed_backends", "config", "env", "cwd"),
+    *("command", "target_url", "allowed_backends", "ca_file", "config", "env", "cwd"),
     *("stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
 )
 
@@ -350,8 +375,9 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
     for mark in ("replica", "child"):  # on a process that another proxy started
         texts.pop(mark, None)
-    if _WEB_CONCURRENCY in given:  # gunicorn's own name for it
-        texts.setdefault("workers", given[_WEB_CONCURRENCY])
+    for other, name in _OTHER_NAMES:
+        if other in given:
+            texts.setdefault(name, given[other])
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 
@@ -459,6 +485,19 @@ def _require_network(peer: str) -> None:
             ipaddress.ip_network(peer, strict=False)
     except ValueError as error:
         raise ConfigError(f"trusted_proxies: {error}") from None
+
+
+def _require_certificates(path: str) -> None:
+    """Raises ConfigError unless certificates of CAs can be read there."""
+    import ssl
+
+    where = "capath" if os.path.isdir(path) else "cafile"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(**{where: path})
+    except OSError as error:
+        reason = "no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+        names = "ca_file (or REQUESTS_CA_BUNDLE, SSL_CERT_FILE)"
+        raise ConfigError(f"{names}: {path!r} cannot be used: {reason}") from None
 
 
 def _require_targets(name: str, urls: Iterable[str]) -> None:

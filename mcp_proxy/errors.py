@@ -133,6 +133,16 @@ class UnsupportedMediaType(ClientError):
     sentence = "Content-Type must be application/json"
 
 
+class EncodedBody(UnsupportedMediaType):
+    """The body is compressed or encoded in another way (RFC 9110 section 15.5.16)."""
+
+    sentence = "The body must come as it is, without gzip or any other Content-Encoding"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headers = [("Accept-Encoding", "identity")]
+
+
 class SessionNotFound(ClientError):
     """There is no record with this session id.
 

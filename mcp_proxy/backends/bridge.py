@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec import UNSET
 
@@ -40,7 +40,7 @@ from mcp_proxy.processes.child import shown
 from mcp_proxy.processes.noise import Brake, NoiseLog
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.servers import StdioServer
-from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire import jsonrpc, mending
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 
@@ -159,13 +159,14 @@ class Bridge(Backend):
             self._require_alive()
             stream = self._switchboard.stream
             if stream is None:
-                raise BackendLost("There is no stream for the answer")
+                raise BackendExited("There is no stream for the answer")
             deadline = time.monotonic() + timeout
             lines = self._initialized_before([request]) if self._is_initializing else []
             lines.append(self._switchboard.enter(request, stream, deadline))
             if stream.deadline is None or deadline < stream.deadline:
                 stream.set_deadline(deadline, lambda: no_answer(timeout))
-        self._write(b"\n".join(lines))
+        with contextlib.suppress(BackendError):  # then it is stopped, which answers the call
+            self._write(b"\n".join(lines))
 
     def _initialized_before(self, requests: Sequence[Request]) -> list[bytes]:
         """What the child has to hear before these requests, as the client's own was lost.
@@ -332,19 +333,22 @@ class Bridge(Backend):
             else:
                 self._brake.slow()
 
-    def _parse(self, line: bytes) -> Sequence[Message]:
+    def _parse(self, line: bytes) -> Iterable[Message]:
         """The messages in a line of output: none if it is invalid, several if it is a batch."""
         try:
             parsed = jsonrpc.parse(line, keeps_halves=False)
         except ClientError:
-            mended = jsonrpc.mended(line)
-            try:
-                parsed = jsonrpc.parse(mended)
-            except ClientError as error:
-                if line.strip() and not self._take_misanswer(mended, error):
-                    self._note_noise(line, error)
-                return ()
+            return self._parse_parts(mending.mended(line))
         return parsed if isinstance(parsed, list) else (parsed,)
+
+    def _parse_parts(self, line: bytes) -> Iterator[Message]:
+        """The messages in a mended line, in order; what is none is noise or fails its call."""
+        for part in mending.elements_of(line) or (line,):
+            try:
+                yield jsonrpc.parse_message(part)
+            except ClientError as error:
+                if part.strip() and not self._take_misanswer(part, error):
+                    self._note_noise(part, error)
 
     def _note_noise(self, line: bytes, reason: ClientError) -> None:
         if self._noise.allows():
@@ -354,7 +358,7 @@ class Bridge(Backend):
 
     def _take_misanswer(self, line: bytes, reason: ClientError) -> bool:
         """Ends the call that an unreadable line is about; False where it is about none."""
-        found = jsonrpc.misanswer_of(line)
+        found = mending.misanswer_of(line)
         if found is None:
             return False
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
+import re
 import select
 import socket
 import ssl
@@ -31,12 +32,13 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
     BackendUnreached,
+    BadAnswer,
     ClientLeft,
     InvalidRequest,
     ProxyError,
 )
 from mcp_proxy.wire.headers import Headers, media_type
-from mcp_proxy.wire.urls import Address, parse_target
+from mcp_proxy.wire.urls import Address, is_host, parse_target
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ _KEEPALIVE = [
         if hasattr(socket, name)
     ),
 ]
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _MAX_HOPS = 5  # redirects that are followed
 _POOLS = 64  # backends to which connections are kept
 
@@ -142,12 +145,17 @@ class HttpCall:
         url = self.address.url + self.target
         return f"<HttpCall {self.method} {url} {self.status or 'unsent'}>"
 
+    @property
+    def host(self) -> str:
+        """The Host header: the address's, unless the request has one."""
+        return self.request_headers.get("Host", self.address.host_header)
+
     def send(self, timeout: float) -> None:
         """Sends the request and receives status and headers.
 
         Raises the reason given to `abort` when the call was aborted, BackendUnreached when the
         backend got nothing of the request, BackendTimeout when no answer begins within `timeout`
-        seconds, BackendLost otherwise.
+        seconds, BadAnswer when its head cannot be used, BackendLost otherwise.
         """
         self._read_timeout = timeout
         try:
@@ -159,7 +167,7 @@ class HttpCall:
         raw = self._response.raw
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
-        self.media_type = media_type(self.header("Content-Type") or "")
+        self.media_type = media_type(next(iter(raw.headers.getlist("Content-Type")), ""))
 
     def header(self, name: str) -> str | None:
         """The first value of a response header, None where it is absent."""
@@ -295,11 +303,17 @@ class HttpCall:
         location = self.header("Location")
         if location is None:
             return None
+        ours = self.address.name or self.address.host
         try:
             there = parse_target(urljoin(self._named_url(), location))
         except ValueError:
             return None
-        if there is None or there.host != (self.address.name or self.address.host):
+        if there is None:
+            return None
+        is_told = self.host != self.address.host_header
+        if is_told and is_host(there, self.host):  # as the server was told that it is called
+            there = there._replace(scheme=self.address.scheme, host=ours, port=self.address.port)
+        if there.host != ours:
             return None
         if self.address.scheme == "https" and there.scheme == "http":
             return None
@@ -389,7 +403,8 @@ def _prepared(call: HttpCall) -> _Prepared:
         {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
     )
     request.headers.update(call.request_headers)
-    request.headers["Host"] = call.address.host_header
+    if "Host" not in request.headers:
+        request.headers["Host"] = call.address.host_header
     if call.request_body or call.method in ("POST", "PUT", "PATCH"):
         request.headers["Content-Length"] = str(len(call.request_body))
     request.body = call.request_body or None
@@ -415,8 +430,22 @@ class _Adapter(HTTPAdapter):
         return host, {**pool, **named}
 
 
+class _BadHead(http.client.HTTPException):
+    """The head of a response cannot be used."""
+
+
 class _Response(http.client.HTTPResponse):
-    """A response that skips every informational one (1xx) before it."""
+    """A response that skips every informational one (1xx) before it.
+
+    `begin` raises _BadHead where the end of the body cannot be known: RFC 9112 section 6.3.
+    """
+
+    def begin(self) -> None:
+        super().begin()
+        lengths = [] if self.chunked else self.headers.get_all("Content-Length", [])
+        is_sound = len(set(lengths)) < 2 and all(map(_LENGTH.fullmatch, lengths))
+        if self.status < 200 or not is_sound:
+            raise _BadHead
 
     def _read_status(self) -> Any:
         while True:
@@ -495,6 +524,8 @@ def _translated(
         reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.NameResolutionError)
     ):
         return BackendUnreached("The server cannot be reached: the connection was refused")
+    if any(isinstance(cause, _BadHead) for cause in getattr(reason, "args", ())):
+        return BadAnswer("The server answered with a head that is not valid HTTP")
     if isinstance(error, requests.Timeout):
         return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
     return BackendLost("The server closed the connection before it answered")

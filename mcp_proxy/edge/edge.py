@@ -55,10 +55,10 @@ class Edge:
         token = current_request.set(request.id)
         try:
             reply = self._answer(request, handle, is_own)
-            headers = [*reply.headers, ("X-Request-ID", request.id)]
-            if "HTTP_ORIGIN" in environ:
-                headers += self._guard.cors_headers(environ)
             try:
+                headers = [*reply.headers, ("X-Request-ID", request.id)]
+                if "HTTP_ORIGIN" in environ:
+                    headers += self._guard.cors_headers(environ)
                 start_response(STATUS_LINES[reply.status], headers)
             except BaseException:  # the server refuses a header: nobody else closes the body
                 if not isinstance(reply.body, bytes):

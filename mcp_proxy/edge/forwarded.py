@@ -7,16 +7,19 @@ written anew, or continued where the peer is one of `trusted_proxies`.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mcp_proxy.edge.request import path_as_sent
-from mcp_proxy.wire.headers import HOP_BY_HOP, Headers
+from mcp_proxy.wire.headers import FIELD_VALUE, HOP_BY_HOP, Headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
 
 # As WSGI names them. Host and Content-Length are written for the backend: its own name, and the
 # length of the body that is sent.
@@ -36,24 +39,40 @@ _NOT_SENT_FOR_STRANGERS = _NOT_SENT | {
 # In lower case. gunicorn, like most servers, writes the last two itself.
 _NOT_RETURNED = HOP_BY_HOP | {"date", "server"}
 
+# RFC 9110 section 5.1: the name is a token.
+_FIELD = re.compile(rf"[!#$%&'*+.^_`|~0-9A-Za-z-]+:{FIELD_VALUE.pattern}")
+
+# RFC 9112 section 5.2: a line break and blanks in a value mean one blank.
+_FOLD = re.compile(r"(\r?\n[ \t]+)+")
+
 # RFC 3986 section 3.3: the characters of a path. A prefix that begins with `//` would name a host.
 _PATH_SAFE = "/:@!$&'()*+,;=~-._"
 _PREFIX = re.compile(r"(/[A-Za-z0-9:@!$&'()*+,;=~._%-]+)+")
 
 
 class HeaderPolicy:
-    """The policy of one transport. `changes` are `Name: value` to set and `Name:` to remove."""
+    """The policy of one transport. `changes` are `Name: value` to set and `Name:` to remove.
 
-    def __init__(self, trusted: tuple[str, ...] = (), changes: tuple[str, ...] = ()) -> None:
+    `keeps_host` says whether the backend gets the client's Host header.
+    """
+
+    def __init__(
+        self,
+        trusted: tuple[str, ...] = (),
+        changes: tuple[str, ...] = (),
+        keeps_host: bool = False,
+    ) -> None:
         self._trusted = trusted
+        self._keeps_host = keeps_host
         pairs = [(n.strip(), v.strip()) for n, _, v in (c.partition(":") for c in changes)]
         self._changed = {name.title() for name, _ in pairs}
-        self._set = {name: value for name, value in pairs if value}
+        self._set = {_named(name): value for name, value in pairs if value}
 
     def outbound(self, environ: WSGIEnvironment) -> dict[str, str]:
-        """The request's headers for the backend, without Host and Content-Length.
+        """The request's headers for the backend, without Content-Length.
 
-        Names are in title case (`Mcp-Session-Id`), except those of `changes`.
+        Names are in title case (`Mcp-Session-Id`), except those of `changes`. Host is among them
+        only where it is not the backend's own.
         """
         is_trusted = is_trusted_peer(environ, self._trusted)
         not_sent = _NOT_SENT if is_trusted else _NOT_SENT_FOR_STRANGERS
@@ -66,10 +85,12 @@ class HeaderPolicy:
         for option in environ.get("HTTP_CONNECTION", "").split(","):
             headers.pop(option.strip().title(), None)
         if peer := environ.get("REMOTE_ADDR"):
-            chain = headers.get("X-Forwarded-For")
+            chain = headers.get("X-Forwarded-For", "").strip(", ")
             headers["X-Forwarded-For"] = f"{chain}, {peer}" if chain else peer
         if host := environ.get("HTTP_HOST"):
             headers.setdefault("X-Forwarded-Host", host)
+            if self._keeps_host:
+                headers["Host"] = host
         headers.setdefault("X-Forwarded-Proto", environ["wsgi.url_scheme"])
         for name in self._changed:
             headers.pop(name, None)
@@ -77,11 +98,20 @@ class HeaderPolicy:
         return headers
 
     def inbound(self, headers: Headers, session_id: str | None = None) -> Headers:
-        """The response's headers for the client, which knows its session as `session_id`."""
+        """The response's headers for the client, which knows its session as `session_id`.
+
+        They are such that every WSGI server sends them: folded lines are joined, and what is
+        malformed all the same is left out.
+        """
         returned: Headers = []
         named: set[str] = set()
         for name, value in headers:
             key = name.lower()
+            if _FIELD.fullmatch(f"{name}:{value}") is None:
+                value = _FOLD.sub(" ", value)
+                if _FIELD.fullmatch(f"{name}:{value}") is None:
+                    log.info("left out a malformed header of a server's answer: %r", name)
+                    continue
             if key == "connection":
                 named.update(option.strip().lower() for option in value.split(","))
             elif key == "transfer-encoding":
@@ -93,6 +123,11 @@ class HeaderPolicy:
         if named:
             returned = [(name, value) for name, value in returned if name.lower() not in named]
         return returned
+
+
+def _named(name: str) -> str:
+    """A header as it is set: Host is looked for by who sends the request."""
+    return "Host" if name.title() == "Host" else name
 
 
 def is_trusted_peer(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from mcp_proxy.errors import Forbidden
-from mcp_proxy.wire.headers import FAILURE, SESSION_ID, Headers
+from mcp_proxy.wire.headers import FAILURE, SESSION_ID, Headers, is_printable
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -74,6 +74,8 @@ class Guard:
         return [("Access-Control-Max-Age", "600")]
 
     def _allows_origin(self, origin: str) -> bool:
+        if not is_printable(origin):
+            return False  # it is echoed in a header
         if self._origins is not None:
             return _ANY in self._origins or origin in self._origins
         name = url_host(origin)

@@ -64,8 +64,9 @@ class ClientRequest:
     """One HTTP request. Used by one thread at a time.
 
     `session_id`, `protocol_version` and `content_type` are the headers of that name, None where
-    they are absent; a client without Accept accepts JSON only. `message` is what a POST carried,
-    once it was read, if the answer to it leaves on this response: failures then do as well.
+    they are absent; a client without Accept accepts JSON only. `is_encoded` says whether the body
+    is compressed, say. `message` is what a POST carried, once it was read, if the answer to it
+    leaves on this response: failures then do as well.
 
     Four are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
     is the JSON-RPC method, `session` the session that was named or opened, and `reason` says why
@@ -79,6 +80,7 @@ class ClientRequest:
         "content_type",
         "environ",
         "id",
+        "is_encoded",
         "message",
         "method",
         "path",
@@ -98,6 +100,8 @@ class ClientRequest:
         self.accepts_json = headers.accepts(accept, headers.JSON)
         self.accepts_stream = headers.accepts(accept, headers.EVENT_STREAM)
         self.content_type: str | None = environ.get("CONTENT_TYPE") or None
+        encoding: str = environ.get("HTTP_CONTENT_ENCODING", "")
+        self.is_encoded = encoding.strip().lower() not in ("", "identity")
         self.session_id: str | None = environ.get("HTTP_MCP_SESSION_ID")
         self.protocol_version: str | None = environ.get("HTTP_MCP_PROTOCOL_VERSION")
         given: str | None = environ.get("HTTP_X_REQUEST_ID")
@@ -175,6 +179,15 @@ class ClientRequest:
         if len(body) > limit:
             raise BodyTooLarge(limit)
         return body
+
+
+def with_path(environ: WSGIEnvironment) -> WSGIEnvironment:
+    """The environ with the path as PATH_INFO where the server has left a URL there, as wsgiref does
+    (RFC 9112 section 3.2.2 wants absolute-form taken).
+    """
+    told: str = environ.get("PATH_INFO", "")
+    found = _ABSOLUTE_FORM.match(told)
+    return environ if found is None else {**environ, "PATH_INFO": told[found.end() :] or "/"}
 
 
 def require_path(environ: WSGIEnvironment) -> None:

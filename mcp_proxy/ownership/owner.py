@@ -37,6 +37,7 @@ from mcp_proxy.errors import (
     SessionEnded,
     SessionNotFound,
     StorageError,
+    StorageUnavailable,
 )
 from mcp_proxy.ownership.backoff import Backoff
 from mcp_proxy.ownership.turns import Turns
@@ -106,6 +107,7 @@ class ReplicaParts:
 
 class _Held(NamedTuple):
     session_id: str
+    session_type: str
     bridge: Bridge
     log: SessionLog
 
@@ -142,6 +144,9 @@ class Owner:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
         self._lock = threading.Lock()  # guards _held and _pending
         self._held: dict[str, _Held] = {}
+        # Sessions held here that ended while the store was away: their records are still there.
+        # Each operation is atomic.
+        self._ended: set[str] = set()
         self._pending = 0  # children that are about to be held
         self._is_closing = False
 
@@ -223,7 +228,7 @@ class Owner:
             self.discard(bridge)
             raise
         try:
-            self._hold(url, session.id, bridge)
+            self._hold(url, session, bridge)
         except BaseException:
             self._forget(url)
             self.discard(bridge)
@@ -284,6 +289,9 @@ class Owner:
         does not wait any more. Raises BackendError when the
         child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
         """
+        if session.id in self._ended:
+            self._delete_ended(session.id)
+            raise SessionEnded
         for _ in range(_ROUNDS):
             backend = self._known(session, lost) or self._recover(session, has_left)
             if backend is not None:
@@ -343,8 +351,15 @@ class Owner:
         return held.bridge if held is not None and held.bridge.is_alive else None
 
     def end(self, session: Session) -> None:
-        """Ends a session and its child, wherever that is."""
-        self.manager.end(session.id)
+        """Ends a session and its child, wherever that is; a child here also without the store.
+
+        Raises StorageUnavailable.
+        """
+        try:
+            self.manager.end(session.id)
+        except StorageUnavailable:
+            self.end_without_store(session.id, session.type)
+            raise
         self.backoff.forget(session.id)
         url = session.backend_url or ""
         found = parse_worker_url(url)
@@ -353,6 +368,20 @@ class Owner:
         elif self.relay is not None and found is not None and not self._has_ended(found):
             self.relay.backend(*found).close()
         self.events.forget(session.id)
+
+    def end_without_store(self, session_id: str, session_type: str) -> None:
+        """Ends the child of a session, if it is here. The record follows when the store is back;
+        until then the session is not brought back here.
+        """
+        for url, held in self._held_copy().items():
+            if (held.session_id, held.session_type) == (session_id, session_type):
+                self._ended.add(session_id)
+                self._release(url)
+
+    def _delete_ended(self, session_id: str) -> None:
+        self.manager.end(session_id)
+        self.events.forget(session_id)
+        self._ended.discard(session_id)
 
     def end_left(self, session: Session) -> None:
         """Ends a session whose client has left; its record expires if the store is away."""
@@ -408,7 +437,7 @@ class Owner:
             url = self._url(bridge)
             is_settled = False
             try:
-                self._hold(url, claimed.id, bridge)
+                self._hold(url, claimed, bridge)
                 is_settled = claims.settle(self.manager, claimed, **{BACKEND_URL: url})
             finally:
                 if not is_settled:
@@ -448,12 +477,12 @@ class Owner:
     def _url(self, bridge: Bridge) -> str:
         return str(WorkerUrl(self.replica.id, bridge.child_id))
 
-    def _hold(self, url: str, session_id: str, bridge: Bridge) -> None:
-        session_log = SessionLog(self.events, session_id, bridge.child_id, self._read_on)
+    def _hold(self, url: str, session: Session, bridge: Bridge) -> None:
+        session_log = SessionLog(self.events, session.id, bridge.child_id, self._read_on)
         bridge.log = session_log
         bridge.on_close = partial(self._release, url)
         with self._lock:
-            self._held[url] = _Held(session_id, bridge, session_log)
+            self._held[url] = _Held(session.id, session.type, bridge, session_log)
         self._sweeper.start()
         if not bridge.is_alive:  # it exited before anybody could be told
             self._on_lost(bridge)
@@ -489,6 +518,8 @@ class Owner:
 
         Raises StorageUnavailable, and then nothing counts as over.
         """
+        for session_id in list(self._ended):
+            self._delete_ended(session_id)
         idle_timeout = self._options.idle_timeout
         for url, held in self._held_copy().items():
             held.bridge.expire_left_calls()

@@ -87,7 +87,7 @@ def _store(config: ProxyConfig) -> Row:
 
 def _backends(config: ProxyConfig, server: HttpServer) -> Iterator[Row]:
     """Whether each replica of an HTTP server accepts connections."""
-    client = HttpClient(config.connect_timeout, pool_size=1)
+    client = HttpClient(config.connect_timeout, pool_size=1, verify=config.ca_file or True)
     for url in server.urls:
         target = parse_target(url)
         assert target is not None

@@ -271,7 +271,10 @@ def _close(worker: Any) -> None:
 
 def banner(config: ProxyConfig, addresses: list[str]) -> str:
     """The URLs and a client configuration block for the servers at `addresses`."""
-    base = _reachable(addresses[0]) if addresses else f"http://{config.bind}"
+    address = addresses[0] if addresses else config.bind
+    if address.startswith("unix:"):
+        return _unix_banner(config, address)
+    base = _reachable(address) if addresses else f"http://{address}"
     urls = server_urls(config, base)
     block = {"mcpServers": {name: _entry(url) for name, url in urls.items()}}
     lines = [
@@ -282,6 +285,18 @@ def banner(config: ProxyConfig, addresses: list[str]) -> str:
         *(f"    {line}" for line in json.dumps(block, indent=2).splitlines()),
         "",
         f"  Health: {base}/healthz and {base}/readyz",
+    ]
+    return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
+
+
+def _unix_banner(config: ProxyConfig, address: str) -> str:
+    """The same for a socket that no client can be given the URL of."""
+    paths = server_urls(config, "")
+    lines = [
+        *(f"  {name}: {path} on {address}" for name, path in paths.items()),
+        *_older(config, ""),
+        "",
+        "  Health: /healthz and /readyz",
     ]
     return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
 

@@ -530,6 +530,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 req, conn.sock, conn.client, conn.server, self.cfg, response_class=JoinedResponse
             )
             environ["wsgi.multithread"] = True
+            _join_cookies(req, environ)
             self._decide_on_keeping(response)
             if getattr(req.body.reader, "length", None) == 0:
                 self._body_has_come(conn)
@@ -582,6 +583,13 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self.cfg.post_request(self, req, environ, response)
         except Exception:
             self.log.exception("Exception in post_request hook")
+
+
+def _join_cookies(req: Any, environ: dict[str, Any]) -> None:
+    """Makes one header of several Cookie headers; gunicorn joins them by the comma of lists."""
+    cookies = [value for name, value in req.headers if name == "COOKIE"]
+    if len(cookies) > 1:  # RFC 9113 section 8.2.3
+        environ["HTTP_COOKIE"] = "; ".join(cookies)
 
 
 class _Noticed:

@@ -16,7 +16,7 @@ from mcp_proxy.errors import BackendLost, BackendTimeout, ClientLeft, Draining, 
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Response
-from mcp_proxy.wire.urls import Address, local_reference
+from mcp_proxy.wire.urls import local_reference
 
 #: The longest refusal that is read to find out whether it is about a lost session, in bytes.
 MAX_EXPLANATION = 1024 * 1024
@@ -250,10 +250,15 @@ def is_lost_session(call: HttpCall) -> bool:
     return sought in explanation.lower()
 
 
-def relocated(given: Headers, address: Address, mount: str) -> Headers:
-    """Headers whose Location leads to the proxy where it named the backend at `address`."""
+def relocated(given: Headers, call: HttpCall, mount: str) -> Headers:
+    """Headers whose Location leads to the proxy where it named the backend of `call`."""
     return [
-        (name, local_reference(address, value, mount) if name.lower() == "location" else value)
+        (
+            name,
+            local_reference(call.address, call.host, value, mount)
+            if name.lower() == "location"
+            else value,
+        )
         for name, value in given
     ]
 

@@ -134,6 +134,7 @@ class TransparentProxy(Transport):
         edge: Edge,
         options: ProxyOptions,
         allowed_backends: Sequence[str],
+        verify: bool | str,
         workers: Workers,
         replica: Replica,
     ) -> Self:
@@ -141,7 +142,7 @@ class TransparentProxy(Transport):
         transport = cls.__new__(cls)
         targets = as_targets(target_url)
         transport._set_up(
-            targets, manager, edge, options, allowed_backends, True, None, workers, replica
+            targets, manager, edge, options, allowed_backends, verify, None, workers, replica
         )
         return transport
 
@@ -181,7 +182,9 @@ class TransparentProxy(Transport):
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies
         )
-        self._policy = HeaderPolicy(options.trusted_proxies, options.forward_headers)
+        self._policy = HeaderPolicy(
+            options.trusted_proxies, options.forward_headers, options.preserve_host
+        )
         self._lock = threading.Lock()  # guards _calls
         self._calls: dict[HttpCall, bool] = {}  # running; whether each is a standing stream
 
@@ -284,6 +287,8 @@ class TransparentProxy(Transport):
     def _initialize(self, inbound: Inbound, message: Request) -> Reply:
         call = self._first_reached(inbound)
         backend_sid = call.header(headers.SESSION_ID)
+        if backend_sid is not None and not headers.FIELD_VALUE.fullmatch(backend_sid):
+            backend_sid = None  # the client does not get it either
         if call.status >= 300 or backend_sid is None:
             return self._reply(inbound, call)
         with _closed_on_error(call):
@@ -337,7 +342,7 @@ class TransparentProxy(Transport):
         """Ends the session at its backend; one that cannot be reached has ended it already."""
         try:
             call = self._call(inbound, self._affinity.route(session))
-        except BackendError:
+        except (BackendError, SessionEnded):
             self._affinity.forget(session.id)
             return empty_reply(204)
         with _closed_on_error(call):
@@ -365,12 +370,15 @@ class TransparentProxy(Transport):
         """The call, its response received up to the body; redirects of the MCP endpoint followed.
 
         `target` is path and query where they differ from the request's. A call with a `limit`, in
-        seconds, goes on when the client has left. Raises BackendError, ClientLeft or Draining.
+        seconds, goes on when the client has left. Raises BackendError, ClientLeft, Draining, and
+        SessionEnded where the backend's id of the session cannot be sent.
         """
         request = inbound.request
         outbound = self._policy.outbound(request.environ)
         outbound.pop(headers.SESSION_ID, None)
         if route.session_id is not None:
+            if not headers.FIELD_VALUE.fullmatch(route.session_id):
+                raise SessionEnded  # no backend can be asked for it
             outbound[headers.SESSION_ID] = route.session_id
         if request.method == "GET":
             sse_sessions.withhold(request, outbound)
@@ -426,7 +434,7 @@ class TransparentProxy(Transport):
                 reply_headers = without_cors(reply_headers)  # the edge speaks for us
             if call.header("Location") is not None:
                 mount = mount_of(inbound.request.environ, self.options.trusted_proxies)
-                reply_headers = relocated(reply_headers, call.address, mount)
+                reply_headers = relocated(reply_headers, call, mount)
             if is_stream:
                 reply_headers = unbuffered(reply_headers)
             if is_stream and session is not None:

@@ -33,7 +33,7 @@ from mcp_proxy.transparent.forwarding import InitializeReader
 from mcp_proxy.wire import headers, jsonrpc
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
-from mcp_proxy.wire.urls import Address, Target, parse_target, request_target
+from mcp_proxy.wire.urls import Address, Target, ascii_host, parse_target, request_target
 
 log = logging.getLogger(__name__)
 
@@ -159,9 +159,9 @@ class SessionAffinity:
         url = session.metadata.get(BACKEND_URL)
         if url is None:
             return None
-        backend = parse_target(url)
-        if backend is None:
-            log.warning("a session's backend_url cannot be read; using the static target")
+        backend, name = parse_target(url), session.metadata.get(BACKEND_HOST)
+        if backend is None or (name is not None and ascii_host(name) != name):
+            log.warning("a session's backend cannot be read; using the static target")
             return None
         if self._allows_any or backend.origin in self._allowed or self._balancer.knows(backend):
             return backend
@@ -221,6 +221,8 @@ class SessionAffinity:
             raise BadAnswer(f"The server refused to be initialized again (status {call.status})")
         version = jsonrpc.protocol_version_of(answer.result)
         session_id = call.header(headers.SESSION_ID)
+        if not headers.FIELD_VALUE.fullmatch(f"{version}{session_id}"):
+            raise BadAnswer("The server answered with a session id or version that cannot be sent")
         named = {headers.SESSION_ID: session_id, headers.PROTOCOL_VERSION: version}
         given = {**given, **{name: value for name, value in named.items() if value is not None}}
         self._send(address, "POST", given, _INITIALIZED).close()

@@ -114,7 +114,7 @@ class SseSessions:
         """Records the session in `uri` and returns the URI on this proxy; raises StorageError."""
         address = call.address
         base = f"{address.scheme}://{address.host_header}{call.target}"
-        hosts = [address.url.partition("//")[2], *self._hosts(request)]
+        hosts = [address.url.partition("//")[2], call.host, *self._hosts(request)]
         found = local_uri(base, uri, hosts)
         if found is None:
             log.warning("an endpoint event names another server; it is forwarded unchanged")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
-from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.request import ClientRequest, with_path
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import Storage
@@ -37,6 +37,8 @@ class Transport(ABC):
     options: ProxyOptions
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not environ.get("PATH_INFO", "").startswith("/"):
+            environ = with_path(environ)
         return self.edge.serve(environ, start_response, self.handle)
 
     def __enter__(self) -> Self:

@@ -1,39 +1,50 @@
 """HTTP+SSE, the wire of MCP 2024-11-05, in front of a stdio server.
 
 A GET of `/sse` opens a session: its stream begins with the URI for the client's messages, and
-everything the server says leaves on it, answers included. A POST to that URI is acknowledged with
-202 and no more. The stream is the session: when it ends, so do the server and the record.
+everything the server says leaves on it, answers and failures included. A POST to that URI is
+acknowledged with 202 and no more. The stream is the session: when it ends, so do the server and the
+record; who holds the stream asks no store for it.
 
-A POST may reach another replica than the one with the stream and the server; then it is relayed.
+A POST may reach another replica than the one with the stream and the server; then it is relayed. A
+request that cannot be, through no fault of the client, is 503: there is no way to the stream.
 References are to "HTTP with SSE" in the transports page of 2024-11-05.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from urllib.parse import parse_qs
 
-from mcp_proxy.backends.exchange import Exchange, ServerMessage
+from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
+from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
     BackendLost,
+    BackendUnavailable,
+    BackendUnreached,
+    EncodedBody,
     InvalidRequest,
     MethodNotAllowed,
     NotAcceptable,
     NotFound,
     ProxyError,
     SessionEnded,
+    StorageUnavailable,
     UnsupportedMediaType,
 )
 from mcp_proxy.ownership.backoff import Backoff
+from mcp_proxy.ownership.owner import Owner
 from mcp_proxy.storage.session import BACKEND_URL, Session, new_session
 from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.wire import headers, jsonrpc, sse
-from mcp_proxy.wire.jsonrpc import Message, Request
+from mcp_proxy.wire.jsonrpc import Message, Notification, Request
 from mcp_proxy.wire.urls import WORKER_SCHEME
 
 KIND = "sse"
@@ -42,6 +53,9 @@ KIND = "sse"
 STREAM_PATH = "/sse"
 MESSAGES_PATH = "/messages"
 
+# Seconds between two attempts to reach the replica that holds a stream.
+_PAUSE = 0.1
+
 # Both spellings are in use.
 _ID_PARAMETERS = ("session_id", "sessionId")
 
@@ -49,8 +63,13 @@ _ID_PARAMETERS = ("session_id", "sessionId")
 class SSEProxy(StdioTransport):
     """A WSGI application that serves a stdio server over HTTP+SSE."""
 
+    def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
+        super()._set_up(owner, edge, options)
+        # By their id, the servers of the sessions whose stream is here. Each operation is atomic.
+        self._bridges: dict[str, Bridge] = {}
+
     def __repr__(self) -> str:
-        return f"<SSEProxy {self.owner!r} {self.manager!r}>"
+        return f"<SSEProxy streams={len(self._bridges)} {self.owner!r} {self.manager!r}>"
 
     def handle(self, request: ClientRequest) -> Reply:
         path = request.path.rstrip("/")
@@ -85,8 +104,10 @@ class SSEProxy(StdioTransport):
                 on_failure=request.note,
             )
             return stream_reply(body)
-        except BaseException:
+        except BaseException as error:
             exchange.close()
+            if isinstance(error, ProxyError):
+                _as_unavailable(error)
             raise
 
     def _begin(self, exchange: Exchange, has_left: Callable[[], bool]) -> Session:
@@ -100,6 +121,7 @@ class SSEProxy(StdioTransport):
             raise
         session = self.owner.establish(new_session(self.manager.mint_id(), KIND), bridge)
         exchange.on_close = lambda: self._end(session)
+        self._bridges[session.id] = bridge
         return session
 
     def _endpoint(self, request: ClientRequest, session: Session) -> bytes:
@@ -109,6 +131,7 @@ class SSEProxy(StdioTransport):
         return sse.encode(sse.Event(event=b"endpoint", data=uri.encode()))
 
     def _end(self, session: Session) -> None:
+        self._bridges.pop(session.id, None)
         try:
             self.owner.end_left(session)
         finally:
@@ -119,41 +142,89 @@ class SSEProxy(StdioTransport):
     def _post(self, request: ClientRequest) -> Reply:
         if request.content_type is not None and not headers.is_json(request.content_type):
             raise UnsupportedMediaType
+        if request.is_encoded:
+            raise EncodedBody
         message = jsonrpc.parse_message(request.read_body(self.options.max_body_bytes))
         if not isinstance(message, Request):
             request.message = message  # a request's answer leaves on the session's stream instead
         try:
-            self._pass_on(request, message)
+            self._deliver(request, message)
         except ProxyError as error:
-            error.request_id = message.id if isinstance(message, Request) else None
+            if isinstance(message, Request):
+                error.request_id = message.id
+                _as_unavailable(error)
             raise
         return empty_reply(202)
 
-    def _pass_on(self, request: ClientRequest, message: Message) -> None:
+    def _deliver(self, request: ClientRequest, message: Message) -> None:
         request.rpc = getattr(message, "method", "response")
-        session = self._session(request)
-        if not isinstance(message, Request):
-            self.tell(session, message)
-            return
-        timeout = self.options.request_timeout
-        self.owner.on_backend(session, lambda backend: backend.submit(message, timeout))
+        request.session = session_id = _session_id(request)
 
-    def _session(self, request: ClientRequest) -> Session:
-        """The session that the URI names; raises what the client is to be told otherwise."""
-        query = parse_qs(request.environ.get("QUERY_STRING", ""))
-        for name in _ID_PARAMETERS:
-            if name in query:
-                request.session = query[name][0]
-                break
-        else:
-            raise InvalidRequest("session_id is missing: post to the URI of the endpoint event")
-        session = self.manager.load(request.session)
+        def act(backend: Backend) -> None:
+            if isinstance(message, Request):
+                backend.submit(message, self.options.request_timeout)
+            elif isinstance(message, Notification):
+                backend.notify(message)
+            else:
+                backend.respond(message)
+
+        bridge = self._bridges.get(session_id)
+        if bridge is None:
+            self._deliver_elsewhere(request, session_id, act, isinstance(message, Request))
+            return
+        try:
+            act(bridge)
+        except BackendUnreached as error:
+            raise SessionEnded from error  # the stream ends with the server
+
+    def _deliver_elsewhere(
+        self,
+        request: ClientRequest,
+        session_id: str,
+        act: Callable[[Backend], None],
+        is_request: bool,
+    ) -> None:
+        """Delivers a message to the replica that holds the stream.
+
+        A request is tried for `connect_timeout` while the store or that replica is out of reach.
+        """
+        until = time.monotonic() + (self.options.connect_timeout if is_request else 0)
+        connection = ClientConnection(request.environ)
+        while True:
+            try:
+                self.owner.on_backend(self._session(session_id), act)
+                return
+            except (StorageUnavailable, BackendUnavailable):
+                if time.monotonic() >= until or connection.has_left():
+                    raise
+            time.sleep(_PAUSE)
+
+    def _session(self, session_id: str) -> Session:
+        """The session of this id; raises what the client is to be told otherwise."""
+        session = self.manager.load(session_id)
         url = session.metadata.get(BACKEND_URL)
         if url is None:
             raise SessionEnded  # handed over by a worker that stops, and its stream with it
         if session.type != KIND or not url.startswith(WORKER_SCHEME):
             raise InvalidRequest("The session belongs to another transport")
         return session
+
+
+def _session_id(request: ClientRequest) -> str:
+    """The session that the URI names; raises InvalidRequest where it names none."""
+    text: str = request.environ.get("QUERY_STRING", "")
+    query = parse_qs(text)
+    for name in _ID_PARAMETERS:
+        if name in query:
+            return query[name][0]
+    raise InvalidRequest("session_id is missing: post to the URI of the endpoint event")
+
+
+def _as_unavailable(error: ProxyError) -> None:
+    """Gives what is not the client's fault the one status that clients of this wire understand."""
+    if error.kind:
+        error.status = 503
+        error.headers = error.headers or [("Retry-After", "1")]
 
 
 class _FirstAnswer:

@@ -21,6 +21,7 @@ from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
     ClientLeft,
+    EncodedBody,
     InvalidRequest,
     MethodNotAllowed,
     MissingSession,
@@ -28,6 +29,7 @@ from mcp_proxy.errors import (
     NotFound,
     ProxyError,
     RequestId,
+    StorageUnavailable,
     StreamWithoutSession,
     UnsupportedMediaType,
 )
@@ -70,6 +72,8 @@ class StreamableProxy(StdioTransport):
     def _post(self, request: ClientRequest) -> Reply:
         if request.content_type is not None and not headers.is_json(request.content_type):
             raise UnsupportedMediaType
+        if request.is_encoded:
+            raise EncodedBody
         if not request.accepts_json and not request.accepts_stream:
             raise NotAcceptable
         message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
@@ -170,13 +174,16 @@ class StreamableProxy(StdioTransport):
         """JSON if nothing but the answer comes, and soon; an event stream otherwise.
 
         `request_id` is None for a batch, whose answer is an array; `session` is None before there
-        is one. The head of the answer to an initialize says whether there is one now: even a client
-        that takes streams alone waits for it, as long as others do.
+        is one. The head of the answer to an initialize says whether there is one now: it waits for
+        that for `sse_after` seconds, whatever the client takes and the server says before.
         """
         try:
-            waits = request.accepts_json or session is None
-            early = self._received_early(request, exchange) if waits else []
-            if exchange.is_over and (request.accepts_json or early[0].failure is not None):
+            is_first = session is None
+            waits = request.accepts_json or is_first
+            early = self._received_early(request, exchange, is_first) if waits else []
+            if exchange.is_over and is_first and early[-1].failure is not None:
+                raise early[-1].failure
+            if exchange.is_over and request.accepts_json and early[0].is_response:
                 exchange.close()
                 return _as_json(request, early, is_batch=request_id is None)
             exchange.begin_stream()
@@ -194,12 +201,14 @@ class StreamableProxy(StdioTransport):
             exchange.close()
             raise
 
-    def _received_early(self, request: ClientRequest, exchange: Exchange) -> list[ServerMessage]:
+    def _received_early(
+        self, request: ClientRequest, exchange: Exchange, is_first: bool
+    ) -> list[ServerMessage]:
         """What comes before it is known whether the answer has to be a stream.
 
-        That is known when all answers are there, when something else comes before them, and when
-        nothing comes for `sse_after` seconds. A client that takes JSON alone waits; the exchange
-        ends by itself, when its time is over.
+        That is known when all answers are there, when something else comes before them (but for
+        that to an initialize), and when nothing comes for `sse_after` seconds. A client that takes
+        JSON alone waits; the exchange ends by itself, when its time is over.
         """
         received: list[ServerMessage] = []
         waits = self.options.sse_after if request.accepts_stream else threading.TIMEOUT_MAX
@@ -209,7 +218,7 @@ class StreamableProxy(StdioTransport):
             if message is None:
                 break
             received.append(message)
-            if not message.is_response:
+            if not message.is_response and not is_first:
                 break
         return received
 
@@ -267,7 +276,12 @@ class StreamableProxy(StdioTransport):
         ).exchange
 
     def _delete(self, request: ClientRequest) -> Reply:
-        self.owner.end(self._session(request))
+        try:
+            session = self._session(request)
+        except StorageUnavailable:
+            self.owner.end_without_store(request.session_id or "", KIND)
+            raise
+        self.owner.end(session)
         return empty_reply(204)
 
     def _session(self, request: ClientRequest) -> Session:
@@ -345,12 +359,14 @@ def _not_spoken(version: str) -> ProxyError:
 
 
 def _as_json(request: ClientRequest, answers: Sequence[ServerMessage], is_batch: bool) -> Reply:
-    """One answer as an object, several as an array; raises the failure of a single request."""
+    """One answer as an object, several as an array; raises the failure if there is nothing else."""
     if is_batch:
-        failures = [answer.failure for answer in answers if answer.failure is not None]
-        extra = [(headers.FAILURE, failure.kind) for failure in failures if failure.kind]
+        failures = [each.failure for each in answers if each.failure and each.failure.kind]
+        extra = [(headers.FAILURE, failure.kind) for failure in failures]
         for failure in failures:
             request.note(failure)
+        if len(failures) == len(answers):
+            raise failures[0]
         return json_reply(jsonrpc.encode_batch([answer.data for answer in answers]), 200, extra[:1])
     (answer,) = answers
     if answer.failure is not None:

@@ -19,6 +19,9 @@ EVENT_STREAM = "text/event-stream"
 MAX_SESSION_ID = 1024
 SESSION_ID_FORM = re.compile(rf"[\x21-\x7e]{{1,{MAX_SESSION_ID}}}")
 
+#: The form of a header's value that can be sent (RFC 9110 section 5.5): no control characters.
+FIELD_VALUE = re.compile(r"[ \t\x21-\x7e\x80-\xff]*")
+
 #: Connection-level fields (RFC 9110 section 7.6.1, with the older names that still turn up).
 HOP_BY_HOP = frozenset(
     {
@@ -29,12 +32,18 @@ HOP_BY_HOP = frozenset(
         "proxy-connection",
         "te",
         "trailer",
+        "trailers",  # RFC 2616 called it so, and WSGI servers still refuse it
         "transfer-encoding",
         "upgrade",
     }
 )
 
 Headers = list[tuple[str, str]]
+
+
+def is_printable(value: str) -> bool:
+    """Whether a value is ASCII without control characters."""
+    return value.isascii() and value.isprintable()
 
 
 def is_session_id(value: str) -> bool:

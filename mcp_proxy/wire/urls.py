@@ -15,6 +15,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _AUTHORITY = re.compile(r"\A[A-Za-z]+://[^/?#]*")
 
+_HOST = re.compile(r"[A-Za-z0-9_.:%-]+")
+
 #: Scheme, host and port.
 Origin = tuple[str, str, int]
 
@@ -75,11 +77,22 @@ def parse_target(url: str) -> Target | None:
         port = parts.port
     except ValueError:
         return None
+    host = ascii_host(parts.hostname or "")
     has_credentials = parts.username is not None or parts.password is not None
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or has_credentials:
+    if parts.scheme not in _DEFAULT_PORTS or host is None or has_credentials:
         return None
     port = port if port is not None else _DEFAULT_PORTS[parts.scheme]
-    return Target(parts.scheme, parts.hostname, port, parts.path, parts.query)
+    return Target(parts.scheme, host, port, parts.path, parts.query)
+
+
+@lru_cache(maxsize=256)
+def ascii_host(name: str) -> str | None:
+    """A host name in ASCII (RFC 5891), or an address, as it came; None for anything else."""
+    try:
+        found = name.encode("idna").decode("ascii")
+    except UnicodeError:
+        return None
+    return found if _HOST.fullmatch(found) else None
 
 
 def is_endpoint(static: Target, backend: Target | None, path: str) -> bool:
@@ -89,18 +102,26 @@ def is_endpoint(static: Target, backend: Target | None, path: str) -> bool:
     return path.rstrip("/") == "/mcp" or (has_path and path in ("", "/"))
 
 
-def local_reference(address: Address, reference: str, mount: str) -> str:
+def is_host(url: Target, header: str) -> bool:
+    """Whether host and port of a URL are those in a Host header."""
+    named = parse_target(f"{url.scheme}://{header}")
+    return named is not None and named.origin == url.origin
+
+
+def local_reference(address: Address, host: str, reference: str, mount: str) -> str:
     """A URI that the server at `address` gave, as the clients of the proxy must have it.
 
-    They see the proxy under `mount`. Relative URIs, and those of other servers, stay as they are.
+    The server was told that it is called `host`; the clients see the proxy under `mount`. Relative
+    URIs, and those of other servers, stay as they are.
     """
     if reference.startswith("/") and not reference.startswith("//"):
         return mount + reference
     absolute = f"{address.scheme}:{reference}" if reference.startswith("//") else reference
     named = parse_target(absolute)
-    if named is None or named.host not in (address.host, address.name):
+    if named is None:
         return reference
-    if named.port != address.port:
+    is_named = named.host in (address.host, address.name) and named.port == address.port
+    if not (is_named or is_host(named, host)):
         return reference
     path = _AUTHORITY.sub("", absolute, count=1)
     if not path.startswith("/"):

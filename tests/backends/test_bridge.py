@@ -181,6 +181,23 @@ def test_a_cancelled_request_of_the_server_follows_its_request(bridge: Bridge) -
     assert stream.backlog == other.backlog == 0
 
 
+@pytest.mark.parametrize("rest", [b"", b',{"jsonrpc":"2.0","method":"c"}' * 300, b',"\xff"'])
+def test_what_is_wrong_in_a_batch_of_the_server_fails_its_call_alone(
+    bridge: Bridge, rest: bytes
+) -> None:
+    stream = listening(bridge)
+    batch = (
+        b'[{"jsonrpc":"2.0","method":"a"},7,{"jsonrpc":"1.0","id":$id,"result":{}},'
+        b'[{"jsonrpc":"2.0","method":"nested"}],{"jsonrpc":"2.0","method":"b"}' + rest + b"]\n"
+    )
+    call = request("raw", bytes=base64.b64encode(batch).decode())
+    answered = sent(bridge, [call], False, 600)
+    failed = answered.receive(10)
+    assert failed is not None
+    assert failed.failure is not None
+    assert [m.method for m in received(stream, 2)] == ["a", "b"]
+
+
 def test_a_batch_of_the_server_is_taken_apart(bridge: Bridge) -> None:
     stream = listening(bridge)
     batch = b'[{"jsonrpc":"2.0","method":"a"},{"jsonrpc":"2.0","method":"b"}]\n'

@@ -23,6 +23,7 @@ SAMPLES: dict[str, Sample] = {
         "http://a/mcp https://b", ("http://a/mcp", "https://b"), ("http://a/mcp", "https://b")
     ),
     "allowed_backends": Sample("http://a:1", ("http://a:1",), ("http://a:1",)),
+    "ca_file": _one("/etc/ca.pem", "/etc/ca.pem"),
     "config": _one("servers.json", "servers.json"),
     "env": Sample("A=1, B=2=3,", ("A=1", "B=2=3"), ("A=1", "B=2=3")),
     "cwd": _one("/srv", "/srv"),
@@ -49,6 +50,7 @@ SAMPLES: dict[str, Sample] = {
     "allowed_hosts": Sample("a.example", ("a.example",), ("a.example",)),
     "trusted_proxies": Sample("10.0.0.1, *", ("10.0.0.1", "*"), ("10.0.0.1", "*")),
     "forward_headers": Sample("X-A:, X-B: 1", ("X-A:", "X-B: 1"), ("X-A:", "X-B: 1")),
+    "preserve_host": _one("on", True),
     "log_format": _one("json", "json"),
     "log_level": _one("debug", "debug"),
     "bind": _one("unix:/run/x.sock", "unix:/run/x.sock"),

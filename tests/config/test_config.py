@@ -80,7 +80,7 @@ def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
         *("keepalive_interval", "sse_after", "max_body_bytes", "max_message_bytes"),
         *("max_sessions", "evict_after", "idle_timeout", "keep_detached"),
         *("max_streams", "threads", "allowed_origins", "allowed_hosts"),
-        *("trusted_proxies", "forward_headers"),
+        *("trusted_proxies", "forward_headers", "preserve_host"),
     ]
     assert [setting for setting in config.settings() if setting in options] == list(options)
     assert isinstance(ProxyConfig(), ProxyOptions)
@@ -123,6 +123,28 @@ def test_the_first_number_of_workers_that_is_not_empty_counts(
 ) -> None:
     environ = {"WEB_CONCURRENCY": web_concurrency, "MCP_PROXY_WORKERS": workers}
     assert ProxyConfig.from_env(environ).workers == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"SSL_CERT_FILE": "c"}, "c"),
+        ({"SSL_CERT_FILE": "c", "REQUESTS_CA_BUNDLE": "b"}, "b"),
+        ({"REQUESTS_CA_BUNDLE": "b", "MCP_PROXY_CA_FILE": "a"}, "a"),
+        ({"REQUESTS_CA_BUNDLE": "", "SSL_CERT_FILE": " "}, None),
+    ],
+)
+def test_the_cas_have_names_of_others_too(named: dict[str, str], expected: str | None) -> None:
+    assert ProxyConfig.from_env(named).ca_file == expected
+
+
+def test_cas_that_cannot_be_used_are_told_where_they_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "empty.pem").touch()
+    for name, reason in [("no.pem", "No such file"), ("empty.pem", "no certificates")]:
+        path = str(tmp_path / name)
+        assert reason in refusal(ca_file=path, target_url=("https://h",))
+        assert ProxyConfig(ca_file=path, command=("x",)).ca_file == path
+    assert ProxyConfig(ca_file=str(tmp_path), target_url=("https://h",)).ca_file == str(tmp_path)
 
 
 def test_choices_may_be_written_in_capital_letters() -> None:
@@ -517,7 +539,9 @@ def test_any_backend_may_be_allowed_but_is_no_target() -> None:
     assert refusal(target_url=("*",)).startswith("target_url: only absolute")
 
 
-@pytest.mark.parametrize("change", ["X-A", ": x", "", "X A: b", "X-A: b\r\nX-B: c"])
+@pytest.mark.parametrize(
+    "change", ["X-A", ": x", "", "X A: b", "X-A: b\r\nX-B: c", "X-A: \u2603", "X(A): b"]
+)
 def test_a_change_of_headers_names_a_header(change: str) -> None:
     made = ProxyOptions(forward_headers=("X-A:", " X-B : 1", "X-C: a:b"))
     assert made.forward_headers == ("X-A:", " X-B : 1", "X-C: a:b")

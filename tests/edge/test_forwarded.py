@@ -99,6 +99,14 @@ def test_a_peer_without_an_address_adds_none() -> None:
     assert found["X-Forwarded-For"] == "1.1.1.1, 2.2.2.2"
 
 
+@pytest.mark.parametrize(
+    ("chain", "expected"), [("1.1.1.1,", "1.1.1.1, 9.9.9.9"), (", ", "9.9.9.9")]
+)
+def test_a_chain_that_ends_in_a_comma_is_continued(chain: str, expected: str) -> None:
+    found = sent(HeaderPolicy(("*",)), HTTP_X_FORWARDED_FOR=chain)
+    assert found["X-Forwarded-For"] == expected
+
+
 def test_changes_set_and_remove() -> None:
     policy = HeaderPolicy((), ("X-Set: a: b", "authorization:", "X-Forwarded-For: hidden"))
     found = sent(policy, HTTP_AUTHORIZATION="Bearer x", HTTP_X_SET="client")
@@ -128,6 +136,20 @@ def test_a_client_sees_its_own_session_id_and_no_other() -> None:
     assert HeaderPolicy().inbound(given) == given
     found = HeaderPolicy().inbound(given, "ours")
     assert found == [("A", "1"), ("mcp-session-id", "ours"), ("B", "2")]
+
+
+@pytest.mark.parametrize("value", ["a\r\n b", "a\n\tb", "a\r\n \r\n  b"])
+def test_a_folded_line_becomes_one(value: str) -> None:
+    assert HeaderPolicy().inbound([("A", value)]) == [("A", "a b")]
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [("A", "a\x01"), ("A", "a\0b"), ("A", "a\rb"), ("A", "a\nB: c"), ("A", "a\x7f"), ("A b", "c")],
+)
+def test_what_no_server_would_send_is_left_out(malformed: tuple[str, str]) -> None:
+    kept = [("B", "\xe9\t1"), ("C", "")]
+    assert HeaderPolicy().inbound([malformed, *kept]) == kept
 
 
 def test_a_length_beside_a_transfer_encoding_is_dropped() -> None:

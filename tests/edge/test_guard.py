@@ -74,6 +74,15 @@ def test_foreign_origins_are_refused_on_every_socket(origin: str) -> None:
             Guard().check(environ("localhost", server, HTTP_ORIGIN=origin))
 
 
+@pytest.mark.parametrize("origin", ["http://localhost/\x01", "http://localhost/\xe9", "\x7f"])
+@pytest.mark.parametrize("origins", [None, ("*",)])
+def test_an_origin_that_cannot_be_echoed_is_refused(
+    origin: str, origins: tuple[str, ...] | None
+) -> None:
+    with pytest.raises(Forbidden):
+        Guard(origins).check(environ("localhost", HTTP_ORIGIN=origin))
+
+
 def test_named_origins_are_the_only_ones() -> None:
     guard = Guard(origins=("https://app.example",))
     guard.check(environ("localhost", HTTP_ORIGIN="https://app.example"))

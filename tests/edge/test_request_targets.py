@@ -21,7 +21,7 @@ from mcp_proxy.edge.request import path_as_sent
 from mcp_proxy.errors import InvalidRequest
 from mcp_proxy.wire.urls import Address
 from tests.servers.http_backend import HttpBackend, reply
-from tests.support.front import SCRIPTED
+from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.proxy_process import COMMAND, ProxyProcess
 
 _PATIENCE = 20.0
@@ -101,6 +101,32 @@ def test_a_strange_target_is_refused_whoever_tells_of_it(
 )
 def test_the_path_is_taken_from_both_forms(sent: str, path: str | None) -> None:
     assert path_as_sent({"RAW_URI": sent}) == path
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("http://h:1/mcp", "202"),
+        ("HTTP://h/mcp/", "202"),
+        ("http://h/x", "404"),
+        ("http://h", "404"),
+    ],
+)
+def test_a_url_in_place_of_the_path_is_taken_apart(path: str, status: str) -> None:
+    """As under wsgiref."""
+    note = b'{"jsonrpc":"2.0","method":"notifications/x"}'
+    with closing(create_app(from_values({}))) as app:
+        client = McpClient(WsgiFront(app)).open()
+        headers = {"Mcp-Session-Id": client.session, "Content-Type": "application/json"}
+        environ = create_environ("/", method="POST", data=note, headers=headers)
+        _, found, _ = run_wsgi_app(app, {**environ, "PATH_INFO": path, "HTTP_ACCEPT": "*/*"})
+        assert found.startswith(status)
+
+
+@pytest.mark.parametrize("path", ["http:///mcp", "ftp://h/mcp", "http://h#x/mcp", "h/mcp", "*"])
+def test_anything_else_in_place_of_the_path_is_refused(path: str) -> None:
+    with closing(create_app(from_values({}))) as app:
+        assert answer_to(app, PATH_INFO=path)[0].startswith("400")
 
 
 def test_a_call_to_a_backend_is_never_built_of_anything_else() -> None:
@@ -185,8 +211,8 @@ def test_no_server_lets_a_strange_target_through(
             assert status == 400, (target, answer)
         assert (backend.seen, other.seen) == ([], [])
         assert ask(port, "/x?y=@z")[0] != 400
-        if served is not under_wsgiref:  # which makes no path of a URL
-            ask(port, f"http://127.0.0.1:{other.port}/a%2Fb?c")
-            assert backend.last.target == "/a%2Fb?c"
+        ask(port, f"http://127.0.0.1:{other.port}/a%2Fb?c")
+        # wsgiref tells nobody how a path was sent.
+        assert backend.last.target == ("/a/b?c" if served is under_wsgiref else "/a%2Fb?c")
     assert backend.seen[0].target == "/x?y=@z"
     assert other.seen == []

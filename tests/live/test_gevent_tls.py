@@ -64,6 +64,19 @@ def test_our_command_refuses_a_certificate_of_nobody_known(target: HttpBackend) 
     assert target.seen == []
 
 
+@pytest.mark.parametrize("name", ["MCP_PROXY_CA_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+@pytest.mark.parametrize("kind", ["gthread", "gevent"])
+def test_our_command_takes_cas_of_ones_own(
+    target: HttpBackend, certificates: Certificates, name: str, kind: str
+) -> None:
+    options = ["--worker-class", kind, "--target-url", target.url]
+    others = {"REQUESTS_CA_BUNDLE": "", "SSL_CERT_FILE": ""}
+    environment = {**others, name: certificates.path("ca.pem")}
+    with ProxyProcess(options=options, way=COMMAND, environment=environment) as process:
+        assert client_of(process).open().result("tools/list")["backend"] == "backend"
+        assert "RecursionError" not in process.log()
+
+
 def test_the_extra_names_what_gunicorns_worker_imports() -> None:
     """It would be there in the tests by accident: pytest needs it, too."""
     text = Path(ROOT, "setup.py").read_text(encoding="utf-8")

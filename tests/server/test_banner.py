@@ -60,6 +60,14 @@ def test_the_banner_holds_what_a_client_wants_to_paste(two_servers: ProxyConfig)
     assert "http://127.0.0.1:9000/healthz" in printed
 
 
+@pytest.mark.parametrize("addresses", [["unix:/run/x.sock"], []])
+def test_a_unix_socket_is_no_url(addresses: list[str]) -> None:
+    printed = banner(ProxyConfig(bind="unix:/run/x.sock"), addresses)
+    assert "demo: /mcp on unix:/run/x.sock\n" in printed
+    assert "http:" not in printed
+    assert "sock/" not in printed
+
+
 @pytest.mark.parametrize("address", ["http://0.0.0.0:80", "http://[::]:80"])
 def test_every_interface_is_shown_as_this_machine(address: str) -> None:
     printed = banner(ProxyConfig(), [address])

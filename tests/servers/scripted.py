@@ -134,9 +134,13 @@ def ask(message: Json, params: Json) -> Any:
 
 
 def raw(message: Json, params: Json) -> Any:
-    """Any bytes on standard output, base64 in the request, before the answer."""
+    """Any bytes on standard output, base64 in the request, before the answer.
+
+    `$id` in them is the id of this request.
+    """
+    given = base64.b64decode(params["bytes"]).replace(b"$id", b"%d" % message["id"])
     with output:
-        sys.stdout.buffer.write(base64.b64decode(params["bytes"]))
+        sys.stdout.buffer.write(given)
         sys.stdout.buffer.flush()
     return {}
 
@@ -297,14 +301,14 @@ class Server:
     def initialize(self, message: Json) -> None:
         """The handshake, as the options want it."""
         options = self.options
+        for _ in range(options.log_first):
+            send({"method": "notifications/message", "params": {"level": "info", "data": "hello"}})
         if options.die_on_initialize:
             print("cannot find my database", file=sys.stderr, flush=True)
             os._exit(3)
         if options.refuse:
             send({"id": message["id"], "error": {"code": -32602, "message": "not today"}})
             return
-        for _ in range(options.log_first):
-            send({"method": "notifications/message", "params": {"level": "info", "data": "hello"}})
         time.sleep(options.slow_start)
         wanted = message["params"]["protocolVersion"]
         info = {"name": "scripted", "version": "1"}

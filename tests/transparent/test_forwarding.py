@@ -10,15 +10,16 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
-from mcp_proxy import TransparentProxy
+from mcp_proxy import ProxyOptions, TransparentProxy
 from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
-from tests.support.front import Answer
+from tests.support.front import Answer, McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
 from tests.support.waiting import eventually
 
@@ -431,6 +432,51 @@ def test_headers_of_the_connection_and_our_own_do_not(
     assert target.last.header("X-Forwarded-Host")
 
 
+def test_several_cookie_headers_are_one_list(proxy: Transparent, target: HttpBackend) -> None:
+    if proxy.process is None:
+        pytest.skip("werkzeug's client sends one")
+    head = b"GET /x HTTP/1.1\r\nHost: localhost\r\nCookie: a=1,2\r\nCookie: b=3\r\n"
+    target.on("GET", "/x", reply(200))
+    with socket.create_connection(("127.0.0.1", proxy.process.port)) as sock:
+        sock.sendall(head + b"Connection: close\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    assert target.last.header("Cookie") == "a=1,2; b=3"
+
+
+@pytest.mark.parametrize("name", ["Host", "host"])
+def test_the_host_can_be_set(target: HttpBackend, name: str) -> None:
+    app = TransparentProxy(target.url, options=ProxyOptions(forward_headers=(f"{name}: set:1",)))
+    with app, closing(LocalFront(app)) as front:
+        target.reset()
+        assert McpClient(front).open().result("x")["backend"] == "target"
+        assert [v for n, v in target.last.headers if n.lower() == "host"] == ["set:1"]
+        # What the server says of itself is said of the proxy.
+        target.on("POST", "/mcp", reply(307, b"", "Location: https://set:1/moved"))
+        target.on("POST", "/moved", reply(200))
+        assert McpClient(front).call("x").status == 200
+        assert target.last.target == "/moved"
+        target.on("GET", "/login", reply(302, b"", "Location: http://set:1/in"))
+        answer = front.request("GET", "/login", {}, None)
+        assert answer.headers["Location"] == "/in"
+
+
+def test_the_clients_host_can_be_preserved(target: HttpBackend) -> None:
+    # A server that is told its public name puts it into 401 and into RFC 9728 documents.
+    options = ProxyOptions(preserve_host=True, allowed_hosts=("*",))
+    app = TransparentProxy(target.url, options=options)
+    with app, closing(LocalFront(app)) as front:
+        target.reset()
+        client = McpClient(front)
+        client.initialize(Host="public.example:81").body()
+        assert target.last.header("Host") == "public.example:81"
+        target.sessions.clear()  # a session is initialized again with that name, too
+        assert client.call("x", Host="public.example").status == 200
+        assert {seen.header("Host") for seen in target.seen[1:]} == {"public.example"}
+        target.on("GET", "/login", reply(302, b"", "Location: https://public.example/in?next=/"))
+        answer = front.request("GET", "/login", {"Host": "public.example"}, None)
+        assert answer.headers["Location"] == "/in?next=/"
+
+
 def test_headers_of_the_backends_connection_do_not_pass(
     proxy: Transparent, target: HttpBackend
 ) -> None:
@@ -440,6 +486,51 @@ def test_headers_of_the_backends_connection_do_not_pass(
     assert "X-Hop" not in answer.headers
     assert "Keep-Alive" not in answer.headers
     assert answer.headers["X-Kept"] == "1"
+
+
+@pytest.mark.parametrize("field", [b"X-Odd: a\x01b", b"X-Odd: a\x00b", b"Trailers: X-Odd"])
+def test_a_header_that_no_server_sends_does_not_pass(
+    proxy: Transparent, target: HttpBackend, field: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + field
+    target.on("GET", "/odd", raw(head + b"\r\nX-Kept: 1\r\n\r\ndata: 1\n\n"))
+    for _ in range(3):  # there are places for two streams
+        answer = proxy.request("GET", "/odd")
+        assert (answer.status, answer.headers["X-Kept"]) == (200, "1")
+        assert "X-Odd" not in answer.headers
+        assert answer.body() == b"data: 1\n\n"
+
+
+def test_a_folded_header_passes_in_one_line(proxy: Transparent, target: HttpBackend) -> None:
+    target.on("GET", "/fold", reply(200, b"", "X-Folded: a\r\n  b"))
+    assert proxy.request("GET", "/fold").headers["X-Folded"] == "a b"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"200 OK\r\nContent-Length: five",
+        b"200 OK\r\nContent-Length: -5",
+        b"200 OK\r\nContent-Length: 5, 5",
+        b"200 OK\r\nContent-Length: 5\r\nContent-Length: 6",
+        b"101 Switching Protocols\r\nUpgrade: x",
+    ],
+)
+def test_an_answer_whose_end_is_unknown_is_a_failure(
+    proxy: Transparent, target: HttpBackend, head: bytes
+) -> None:
+    def act(turn: Turn) -> None:
+        turn.send(b"HTTP/1.1 " + head + b"\r\n\r\nhello")
+        turn.wait_until_gone()
+
+    target.on("GET", "/odd", act)
+    answer = proxy.request("GET", "/odd")
+    assert (answer.status, answer.failure) == (502, "bad-answer")
+    target.on("POST", "/mcp", act)
+    body = b'{"jsonrpc":"2.0","id":7,"method":"x"}'
+    answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert (answer.status, answer.failure, answer.message()["id"]) == (200, "bad-answer", 7)
+    eventually(lambda: len(target.gone) == 2)
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "OPTIONS", "PROPFIND"])

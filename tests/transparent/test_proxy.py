@@ -85,6 +85,57 @@ def test_without_a_usable_backend_url_the_static_target_serves(
     assert client.result("tools/call")["backend"] == "target"
 
 
+UNSENDABLE = ["a\r\nX-Evil: 1", "a\0", "\u2603"]
+
+
+@pytest.mark.parametrize("name", [*UNSENDABLE, "", "a b", ".a", "a..b", "b\xfccher", "[", "x@y"])
+def test_without_a_usable_backend_host_the_static_target_serves(
+    proxy: Transparent, target: HttpBackend, other: HttpBackend, name: str
+) -> None:
+    client = known(target, proxy.in_record(backend_url=other.url, backend_host=name))
+    assert client.result("tools/call")["backend"] == "target"
+    assert "x-evil" not in target.last.names
+
+
+@pytest.mark.parametrize("sid", UNSENDABLE)
+def test_a_session_whose_backend_cannot_be_asked_for_it_is_initialized_again(
+    proxy: Transparent, target: HttpBackend, sid: str
+) -> None:
+    init_body = json.dumps(
+        {
+            "jsonrpc": "2.0",
+            "id": 0,
+            "method": "initialize",
+            "params": {"protocolVersion": "2025-06-18"},
+        }
+    )
+    client = proxy.in_record(backend_url=target.url, backend_sid=sid, init_body=init_body)
+    assert client.result("tools/call")["backend"] == "target"
+    assert len(target.calls("initialize")) == 1
+
+
+@pytest.mark.parametrize("sid", UNSENDABLE)
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
+def test_without_a_handshake_such_a_session_is_over(
+    proxy: Transparent, target: HttpBackend, sid: str, method: str
+) -> None:
+    client = proxy.in_record(backend_url=target.url, backend_sid=sid)
+    body = b'{"jsonrpc":"2.0","id":1,"method":"x"}' if method == "POST" else None
+    answer = client.request(method, body, Content_Type=JSON)
+    assert answer.status == (204 if method == "DELETE" else 404)
+    assert client.call("x").status == 404
+    assert target.seen == []
+
+
+def test_a_session_id_that_cannot_be_sent_is_none(proxy: Transparent, target: HttpBackend) -> None:
+    target.rpc["initialize"] = lambda turn: turn.result(
+        {"protocolVersion": "2025-06-18"}, "Mcp-Session-Id: a\x01b"
+    )
+    client = proxy.client()
+    assert client.initialize().message()["result"]["protocolVersion"] == "2025-06-18"
+    assert client.session is None
+
+
 @pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
 def test_an_unknown_session_id_is_400(proxy: Transparent, target: HttpBackend, method: str) -> None:
     body = b'{"jsonrpc":"2.0","id":1152921504606846976,"method":"tools/call"}'

@@ -263,6 +263,22 @@ def test_a_backend_that_refuses_the_handshake_gave_a_bad_answer(
     client.result("tools/call")
 
 
+@pytest.mark.parametrize(
+    ("version", "sid"), [("2025\r\nX: y", "s"), ("\u2603", "s"), ("1", "\x01")]
+)
+def test_a_handshake_whose_answer_cannot_be_sent_back_is_a_bad_answer(
+    proxy: Transparent, backend: HttpBackend, version: str, sid: str
+) -> None:
+    client = proxy.client().open()
+    backend.sessions.clear()
+    backend.rpc["initialize"] = lambda turn: turn.result(
+        {"protocolVersion": version}, f"Mcp-Session-Id: {sid}"
+    )
+    assert client.call("tools/call").failure == "bad-answer"
+    del backend.rpc["initialize"]
+    client.result("tools/call")
+
+
 def test_another_version_is_another_session(proxy: Transparent, backend: HttpBackend) -> None:
     client = proxy.client().open("2025-06-18")
     backend.sessions.clear()

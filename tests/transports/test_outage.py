@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.front import McpClient
-from tests.support.proxies import Replicas, replicas
+from tests.support.proxies import Replicas, replicas, running
 from tests.support.redis_server import RedisServer
+from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
 from tests.transports.calls import hold, pid_of, release, say
 
@@ -32,8 +33,8 @@ def outage(redis: RedisServer, several: Replicas, clients: list[McpClient]) -> N
     redis.stop()
     for client in clients:
         began = time.monotonic()
-        answers = (client.call("count", key=7), client.listen(), client.delete())
-        assert [answer.status for answer in answers] == [200, 503, 503]
+        answers = (client.call("count", key=7), client.listen())
+        assert [answer.status for answer in answers] == [200, 503]
         for answer in answers:
             assert answer.failure == "store-unavailable"
             assert answer.headers["Retry-After"] == "1"
@@ -114,3 +115,57 @@ def test_a_standing_stream_of_another_replica_goes_on_or_ends(
         assert next(again.stream())["params"]["n"] == 2
         again.close()
     stream.close()
+
+
+def test_a_delete_elsewhere_during_an_outage_ends_nothing(
+    redis: RedisServer, two: Replicas
+) -> None:
+    owner, other = two.opened()
+    pid = pid_of(owner)
+    redis.stop()
+    answer = other.delete()
+    assert (answer.status, answer.failure) == (503, "store-unavailable")
+    assert answer.headers["Retry-After"] == "1"
+    redis.start()
+    assert pid_of(owner) == pid
+
+
+def test_a_session_deleted_during_an_outage_is_over_here(redis: RedisServer) -> None:
+    with replicas(1, redis_url=redis.url, connect_timeout=1) as one:
+        client, other = one.client_at(0).open(), one.client_at(0).open()
+        pid_of(other)
+        redis.stop()
+        answer = client.delete()
+        assert (answer.status, answer.failure) == (503, "store-unavailable")
+        assert answer.headers["Retry-After"]
+        eventually(lambda: one[0].children == 1)
+        redis.start()
+        eventually(lambda: client.call("count").status == 404)
+        assert client.delete().status == 404
+        assert one[0].children == 1
+        assert pid_of(other)
+
+
+def test_the_record_of_such_a_session_goes_when_the_store_is_back(redis: RedisServer) -> None:
+    with replicas(1, redis_url=redis.url, connect_timeout=1, session_ttl=60) as one:
+        client = one.client_at(0).open()
+        assert client.session is not None
+        owner = one[0].app.owner
+        redis.stop()
+        client.delete()
+        redis.start()
+        eventually(lambda: owner.manager.exists(client.session))
+        owner._sweeper.wake()
+        eventually(lambda: not owner.manager.exists(client.session))
+        assert not owner._ended
+
+
+def test_a_session_of_the_other_wire_is_not_ended_by_a_delete(redis: RedisServer) -> None:
+    with running("wsgi", redis_url=redis.url, connect_timeout=1) as proxy:
+        stream = SseClient(proxy.client().front).open()
+        thief = proxy.client()
+        thief.session = stream.session
+        redis.stop()
+        assert thief.delete().status == 503
+        assert stream.result("count")["calls"] == 1
+        stream.close()

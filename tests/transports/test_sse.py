@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -383,26 +385,28 @@ def test_a_server_that_dies_at_once_ends_the_stream_and_is_not_ready() -> None:
         assert "exit code 3" in ready.body().decode()
 
 
-def test_a_command_that_does_not_exist_is_a_502_and_takes_no_place() -> None:
+def test_a_command_that_does_not_exist_is_a_503_and_takes_no_place() -> None:
     with running("wsgi", ["/no/such/server"], max_streams=1, max_sessions=1) as proxy:
         for _ in range(3):
             answer = client_of(proxy).connect()
-            assert (answer.status, answer.error()["code"]) == (502, -32000)
+            assert (answer.status, answer.error()["code"]) == (503, -32000)
+            assert answer.headers["Retry-After"]
+            assert answer.failure == "server-start-failed"
 
 
 def test_a_stream_that_cannot_be_heard_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server ends between its start and the first look at it."""
     start = Owner.start
 
-    def start_and_lose(self: Owner) -> Any:
-        bridge = start(self)
+    def start_and_lose(self: Owner, has_left: Any) -> Any:
+        bridge = start(self, has_left)
         bridge._set_lost("The server ended")
         return bridge
 
     with running("wsgi", max_streams=1, max_sessions=1) as proxy:
         with monkeypatch.context() as patch:
             patch.setattr(Owner, "start", start_and_lose)
-            assert client_of(proxy).connect().status == 502
+            assert client_of(proxy).connect().status == 503
         eventually(lambda: processes(proxy) == 0)
         client = client_of(proxy).open()
         client.close()
@@ -494,16 +498,61 @@ def test_without_the_store_nothing_counts_as_gone(way: str, own_redis: Any) -> N
     with running(way, **settings) as proxy:
         client = client_of(proxy).open()
         redis.stop()
-        posted = client.post({"jsonrpc": "2.0", "id": "k", "method": "echo"})
-        assert (posted.status, posted.message()["id"]) == (503, "k")
+        # Who holds the stream needs no store for it.
+        assert client.result("count")["calls"] == 1
+        assert client.post({"jsonrpc": "2.0", "method": "x"}).status == 202
         refused = client_of(proxy).connect()
-        for answer in (posted, refused):
-            assert answer.status == 503
-            assert answer.headers["Retry-After"]
+        assert (refused.status, refused.failure) == (503, "store-unavailable")
+        assert refused.headers["Retry-After"]
         eventually(lambda: processes(proxy) == 1)  # that of the session, none of the attempt
         redis.start()
-        eventually(lambda: client.post({"jsonrpc": "2.0", "method": "x"}).status == 202)
+        eventually(lambda: client_of(proxy).connect().status == 200)
+        assert client.result("count")["calls"] == 2
+        client.close()
+
+
+def test_a_stream_out_of_reach_is_a_503_for_requests_alone(own_redis: Any) -> None:
+    redis = own_redis()
+    with replicas(2, kind=SSEProxy, redis_url=redis.url, connect_timeout=1) as several:
+        client = client_of(several).open()  # messages go to the other replica
+        redis.stop()
+        began = time.monotonic()
+        answer = client.post({"jsonrpc": "2.0", "id": "k", "method": "echo"})
+        assert time.monotonic() - began >= 1
+        assert (answer.status, answer.failure) == (503, "store-unavailable")
+        assert answer.message()["id"] == "k"
+        assert answer.headers["Retry-After"]
+        for message in ({"method": "x"}, {"id": 1, "result": {}}):
+            assert client.post({"jsonrpc": "2.0", **message}).status == 202
+        redis.start()
+        eventually(lambda: client.post({"jsonrpc": "2.0", "id": 1, "method": "echo"}).status == 202)
+        client.close()
+
+
+def test_a_request_finds_a_store_that_comes_back_in_time(own_redis: Any) -> None:
+    redis = own_redis()
+    with replicas(2, kind=SSEProxy, redis_url=redis.url, connect_timeout=30) as several:
+        client = client_of(several).open()
+        redis.stop()
+        back = threading.Timer(0.5, redis.start)
+        back.start()
         assert client.result("count")["calls"] == 1
+        back.join()
+        client.close()
+
+
+def test_a_request_that_the_server_does_not_read_fails_on_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mcp_proxy.backends.bridge.WRITE_TIMEOUT", 0.5)
+    with running("wsgi") as proxy:
+        client = client_of(proxy).open()
+        client.call("stop_reading")
+        large = {"jsonrpc": "2.0", "id": "k", "method": "echo", "params": {"text": "x" * 2_000_000}}
+        assert client.post(large).status == 202
+        assert "exited" in client.answer("k")["error"]["message"]
+        assert list(client.events()) == []
+        assert client.post({"jsonrpc": "2.0", "id": 1, "method": "echo"}).status == 404
         client.close()
 
 
@@ -608,6 +657,12 @@ def test_rubbish_and_batches_are_a_400_that_says_what_is_wrong(client: SseClient
         answer = client.post(body)
         assert (answer.status, answer.error()["code"]) == (400, code), body
     assert client.result("count")["calls"] == 1
+
+
+def test_an_encoded_body_is_a_415(client: SseClient) -> None:
+    message = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
+    assert client.post(message, Content_Encoding="gzip").status == 415
+    assert client.post(message, Content_Encoding="identity").status == 202
 
 
 def test_another_content_type_is_a_415_and_none_is_json(client: SseClient) -> None:

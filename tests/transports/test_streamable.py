@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.front import Answer, McpClient
+from tests.support.front import SCRIPTED, Answer, McpClient
 from tests.support.proxies import GunicornProxy, Replicas, WsgiProxy, replicas, running
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
@@ -89,8 +89,6 @@ def test_a_session_header_on_initialize_is_ignored(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("way", BOTH)
 def test_a_refused_initialize_opens_no_session(way: str) -> None:
-    from tests.support.front import SCRIPTED
-
     with running(way, [*SCRIPTED, "--refuse"]) as proxy:
         answer = proxy.client().initialize()
         assert answer.status == 200
@@ -100,8 +98,6 @@ def test_a_refused_initialize_opens_no_session(way: str) -> None:
 
 @pytest.mark.parametrize("way", BOTH)
 def test_a_server_that_dies_at_once_is_an_error_that_says_so(way: str) -> None:
-    from tests.support.front import SCRIPTED
-
     with running(way, [*SCRIPTED, "--die-on-initialize"]) as proxy:
         client = proxy.client()
         answer = client.initialize()
@@ -130,8 +126,6 @@ def test_a_command_that_does_not_exist_is_an_error_and_not_ready(way: str) -> No
 
 @pytest.mark.parametrize("way", BOTH)
 def test_logs_before_the_initialize_result_make_a_stream_that_names_the_session(way: str) -> None:
-    from tests.support.front import SCRIPTED
-
     with running(way, [*SCRIPTED, "--log-first", "2"]) as proxy:
         client = proxy.client()
         answer = client.initialize()
@@ -574,6 +568,17 @@ def test_a_body_over_the_limit_is_a_413() -> None:
             assert answer.error()["code"] == -32600
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "Identity, deflate"])
+def test_an_encoded_body_is_a_415(client: McpClient, encoding: str) -> None:
+    answer = client.post(b"whatever it is", Content_Encoding=encoding)
+    assert (answer.status, answer.headers["Accept-Encoding"]) == (415, "identity")
+    assert "Content-Encoding" in answer.error()["message"]
+
+
+def test_identity_is_no_encoding(client: McpClient) -> None:
+    assert client.initialize(Content_Encoding="Identity").has_succeeded
+
+
 def test_another_content_type_is_a_415(client: McpClient) -> None:
     answer = client.post(b"{}", Content_Type="text/plain")
     assert answer.status == 415
@@ -786,8 +791,6 @@ def test_a_server_that_stops_reading_is_replaced(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("way", BOTH)
 def test_a_client_of_streams_gets_a_failed_initialize_as_one_event(way: str) -> None:
-    from tests.support.front import SCRIPTED
-
     with running(way, [*SCRIPTED, "--die-on-initialize"]) as proxy:
         answer = proxy.client().initialize(Accept="text/event-stream")
         assert (answer.status, answer.failure, answer.is_stream) == (200, "server-exited", True)
@@ -825,6 +828,56 @@ def test_each_call_of_a_batch_learns_how_the_server_ended(proxy: Proxy) -> None:
     messages = answer.messages()
     assert sorted(message["id"] for message in messages) == [1, 2, 3]
     assert all("exit code 7" in message["error"]["message"] for message in messages)
+
+
+@pytest.mark.parametrize(("failure_status", "status"), [("json-rpc", 200), ("http", 504)])
+def test_a_batch_that_fails_in_flight_is_one_array_with_the_status_of_a_call(
+    failure_status: str, status: int
+) -> None:
+    calls = [{**request_of(number), "method": "silence"} for number in ("a", 2)]
+    with running("wsgi", failure_status=failure_status, request_timeout=0.5) as proxy:
+        client = proxy.client().open("2025-03-26")
+        failed = client.post(calls, Accept="application/json")
+        assert (failed.status, failed.failure) == (status, "server-timeout")
+        assert [(m["id"], m["error"]["code"]) for m in failed.messages()] == [
+            ("a", -32000),
+            (2, -32000),
+        ]
+        # What was answered is not to be lost: then the batch has succeeded, but for some calls.
+        partly = client.post([*calls, request_of(3)], Accept="application/json")
+        assert (partly.status, partly.failure) == (200, "server-timeout")
+        assert sorted(str(m["id"]) for m in partly.messages() if "error" in m) == ["2", "a"]
+
+
+@pytest.mark.parametrize("accept", ["text/event-stream", "application/json, text/event-stream"])
+def test_a_batch_that_fails_in_a_stream_has_an_event_for_each_call_and_an_end(accept: str) -> None:
+    calls = [{**request_of(number), "method": "silence"} for number in ("a", 2)]
+    with running("wsgi", request_timeout=1, sse_after=0.1) as proxy:
+        answer = proxy.client().open("2025-03-26").post(calls, Accept=accept)
+        assert answer.is_stream
+        assert [(m["id"], m["error"]["code"]) for m in answer.messages()] == [
+            ("a", -32000),
+            (2, -32000),
+        ]
+
+
+@pytest.mark.parametrize("how", ["--die-on-initialize", "--refuse"])
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream", ""])
+def test_a_failed_initialize_names_no_session_whatever_precedes_it(how: str, accept: str) -> None:
+    headers = {"Accept": accept} if accept else {}
+    with running("wsgi", [*SCRIPTED, "--log-first", "2", how]) as proxy:
+        answer = proxy.client().initialize(**headers)
+        assert "Mcp-Session-Id" not in answer.headers
+        assert (answer.status, "error" in answer.message()) == (200, True)
+
+
+def test_a_failed_initialize_under_http_has_its_status_and_no_session() -> None:
+    with running("wsgi", [*SCRIPTED, "--die-on-initialize"], failure_status="http") as proxy:
+        for accept in ("text/event-stream", "application/json"):
+            answer = proxy.client().initialize(Accept=accept)
+            assert (answer.status, answer.failure) == (502, "server-exited")
+            assert "Mcp-Session-Id" not in answer.headers
+            assert answer.message()["id"] == 0
 
 
 def test_a_failure_inside_a_stream_is_in_the_access_log(

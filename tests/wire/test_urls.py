@@ -25,6 +25,7 @@ from mcp_proxy.wire.urls import (
         ("http://[::1]:8/x", Target("http", "::1", 8, "/x", "")),
         ("http://h:0/", Target("http", "h", 0, "/", "")),
         ("http://h/a#part", Target("http", "h", 80, "/a", "")),
+        ("http://b\xfccher.example", Target("http", "xn--bcher-kva.example", 80, "", "")),
     ],
 )
 def test_an_absolute_url_is_a_target(url: str, expected: Target) -> None:
@@ -47,6 +48,7 @@ def test_an_absolute_url_is_a_target(url: str, expected: Target) -> None:
         ),
         *("http://h:x", "http://h:65536", "http://h:-1", "http://[", "http://[::1", "unix:/x"),
         *("http://u@h", "http://u:p@h", "http://@h", "javascript:alert(1)"),
+        *("http://a b", "http://.h", "http://a..b", "http://a\x01", f"http://{'x' * 64}"),
     ],
 )
 def test_anything_else_is_none(url: str) -> None:
@@ -134,6 +136,8 @@ def test_where_a_request_goes(
         ("http://name:81?q", "/m/?q"),
         ("https://name:81/x", "/m/x"),
         ("//name:81//x", "/m//x"),
+        ("https://PUBLIC:8/x", "/m/x"),
+        ("http://public/x", "http://public/x"),
         ("http://name/x", "http://name/x"),
         ("https://name/x", "https://name/x"),
         ("http://other:81/x", "http://other:81/x"),
@@ -143,11 +147,12 @@ def test_where_a_request_goes(
     ],
 )
 def test_what_a_server_names_is_named_by_the_proxy(reference: str, expected: str) -> None:
-    assert local_reference(Address("http", "10.0.0.1", 81, "name"), reference, "/m") == expected
+    address = Address("http", "10.0.0.1", 81, "name")
+    assert local_reference(address, "public:8", reference, "/m") == expected
 
 
 def test_a_path_at_the_root_never_names_a_host() -> None:
-    assert local_reference(Address("http", "a", 81), "http://a:81//b/c", "") == "/.//b/c"
+    assert local_reference(Address("http", "a", 81), "a:81", "http://a:81//b/c", "") == "/.//b/c"
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,12 @@ class SSEProxy(StdioTransport):
         request.rpc = getattr(message, "method", "response")
         session = self._session(request)
         if not isinstance(message, Request):
-            self.tell(session, message)
+            self.tell(request, session, message)
             return
         timeout = self.options.request_timeout
-        self.owner.on_backend(session, lambda backend: backend.submit(message, timeout))
+        self.owner.on_backend(
+            session, lambda backend: backend.submit(message, timeout), request.has_left
+        )
 
     def _session(self, request: ClientRequest) -> Session:
         """The session that the URI names; raises what the client is to be told otherwise."""

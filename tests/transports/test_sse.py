@@ -395,7 +395,7 @@ def test_a_stream_that_cannot_be_heard_takes_no_place(monkeypatch: pytest.Monkey
     start = Owner.start
 
     def start_and_lose(self: Owner) -> Any:
-        bridge = start(self)
+        bridge = start(self, has_left)
         bridge._set_lost("The server ended")
         return bridge
 

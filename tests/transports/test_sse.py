@@ -394,7 +394,7 @@ def test_a_stream_that_cannot_be_heard_takes_no_place(monkeypatch: pytest.Monkey
     """The server ends between its start and the first look at it."""
     start = Owner.start
 
-    def start_and_lose(self: Owner) -> Any:
+    def start_and_lose(self: Owner, has_left: Callable[[], bool]) -> Any:
         bridge = start(self, has_left)
         bridge._set_lost("The server ended")
         return bridge

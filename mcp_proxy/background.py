@@ -341,8 +341,6 @@ class KeyedExecutor:
 
     def _begin_after_fork(self) -> None:
         """Threads do not survive a fork, and whoever had the lock has it for ever."""
-        if self._pid == os.getpid():
-            return
         with self._beginning:
             if self._pid != os.getpid():
                 was_closed = self._is_closed
@@ -359,7 +357,8 @@ class KeyedExecutor:
         After `close` nothing is called any more. Raises RuntimeError when the system has not even
         one thread to give; then nothing was submitted.
         """
-        self._begin_after_fork()
+        if self._pid != os.getpid():
+            self._begin_after_fork()
         with self._changed:
             if self._is_closed:
                 return
@@ -372,7 +371,8 @@ class KeyedExecutor:
 
     def close(self) -> None:
         """Takes no more; what is waiting is not begun."""
-        self._begin_after_fork()
+        if self._pid != os.getpid():
+            self._begin_after_fork()
         with self._changed:
             self._is_closed = True
             self._acts.clear()

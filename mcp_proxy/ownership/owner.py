@@ -268,14 +268,19 @@ class Owner:
     def _send_to_new_backend(self, session: Session, exchange: Exchange) -> None:
         self._new_backend_of(session, exchange.has_left).send(exchange)
 
-    def on_backend(self, session: Session, act: Callable[[Backend], T]) -> T:
+    def on_backend(
+        self,
+        session: Session,
+        act: Callable[[Backend], T],
+        has_left: Callable[[], bool] | None = None,
+    ) -> T:
         """What `act` returns for the session's backend; done again on a new one, once, where it is
         certain that the first got nothing of it.
         """
         try:
-            return act(self.backend_of(session))
+            return act(self.backend_of(session, has_left=has_left))
         except BackendUnreached:
-            return act(self._new_backend_of(session))
+            return act(self._new_backend_of(session, has_left))
 
     def backend_of(
         self,
@@ -285,9 +290,10 @@ class Owner:
     ) -> Backend:
         """The session's child, here or at another replica; brought back, here, if it is lost.
 
-        `lost` is a `backend_url` that turned out to lead nowhere; `has_left` says that the client
-        does not wait any more. Raises BackendError when the
-        child cannot be brought back, SessionEnded when it must not be, StorageUnavailable.
+        `lost` is a `backend_url` that turned out to lead nowhere; `has_left` says whether the
+        client has left: then it waits for no other start, and raises ClientLeft. Raises
+        BackendError when the child cannot be brought back, SessionEnded when it must not be,
+        StorageUnavailable.
         """
         if session.id in self._ended:
             self._delete_ended(session.id)
@@ -325,9 +331,7 @@ class Owner:
             return None
         return self.relay.backend(*found)
 
-    def _new_backend_of(
-        self, session: Session, has_left: Callable[[], bool] | None = None
-    ) -> Backend:
+    def _new_backend_of(self, session: Session, has_left: Callable[[], bool] | None) -> Backend:
         """The backend that the session has now that its last one is lost."""
         return self.backend_of(self.manager.load(session.id), session.backend_url, has_left)
 
@@ -403,15 +407,17 @@ class Owner:
         self.backoff.require_over(session.id)
         try:
             with self._turns.take(self._options.request_timeout, has_left):
-                return self._recover_in_turn(session)
+                return self._recover_in_turn(session, has_left)
         finally:
             if self.manager.claims_left():
                 self._sweeper.interval = _MIN_SWEEP
                 self._sweeper.start()
                 self._sweeper.wake()
 
-    def _recover_in_turn(self, session: Session) -> Backend | None:
-        claimed = claims.claim(self.manager, session, self.replica.id, has_ended)
+    def _recover_in_turn(
+        self, session: Session, has_left: Callable[[], bool] | None
+    ) -> Backend | None:
+        claimed = claims.claim(self.manager, session, self.replica.id, has_ended, has_left)
         if claimed is None:
             return None
         try:

@@ -212,10 +212,10 @@ class Supervisor(SelectorWorker):
 
     def _drain_stderr(self, child: Child) -> None:
         size = child.drain_stderr()
-        if size == 0 or child.is_flooding:
+        if size is not None and (size == 0 or child.is_flooding):
             self.unregister(child.stderr)
-        if size and child.is_flooding:  # or it would have this thread for itself
-            self._flooding[child] = time.monotonic() + _PAUSE
+            if size:  # or it would have this thread for itself
+                self._flooding[child] = time.monotonic() + _PAUSE
 
     def _note_eof(self, child: Child) -> None:
         supervised = self._supervised.get(child)

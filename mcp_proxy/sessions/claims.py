@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mcp_proxy.errors import BackendTimeout, StorageError
+from mcp_proxy.errors import BackendTimeout, ClientLeft, StorageError
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.session import CLAIM, Session
 
@@ -38,15 +38,16 @@ def claim(
     session: Session,
     claimant: str,
     is_gone: Callable[[str], bool],
+    has_left: Callable[[], bool] | None = None,
 ) -> Session | None:
     """The record with a claim of `claimant`; None if another claimant was faster and has finished.
 
     Waits while another claim holds, until `is_gone` says that its claimant is gone and for
-    CLAIM_TIME at most. Raises SessionEnded when the session ends meanwhile, BackendTimeout when
-    others claim it again and again, StorageUnavailable.
+    CLAIM_TIME at most. Raises ClientLeft when `has_left` says so meanwhile, SessionEnded when the
+    session ends, BackendTimeout when others claim it again and again, StorageUnavailable.
     """
     if CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
-        current = unclaimed(manager, session, is_gone)
+        current = unclaimed(manager, session, is_gone, has_left)
         if CLAIM not in current.metadata:
             return None
         session = current
@@ -54,7 +55,7 @@ def claim(
     claimed = session.with_metadata(**{CLAIM: mark})
     if manager.swap(session, claimed):
         return claimed
-    unclaimed(manager, manager.load(session.id), is_gone)
+    unclaimed(manager, manager.load(session.id), is_gone, has_left)
     return None
 
 
@@ -89,7 +90,12 @@ def give_back_left(manager: SessionManager) -> None:
         manager.forget_claim(mark)
 
 
-def unclaimed(manager: SessionManager, session: Session, is_gone: Callable[[str], bool]) -> Session:
+def unclaimed(
+    manager: SessionManager,
+    session: Session,
+    is_gone: Callable[[str], bool],
+    has_left: Callable[[], bool] | None = None,
+) -> Session:
     """Waits until no claim holds, and returns the record; raises as `claim` does.
 
     Only its claimant may change a claimed record: another change would make the last swap fail.
@@ -98,6 +104,8 @@ def unclaimed(manager: SessionManager, session: Session, is_gone: Callable[[str]
     while CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
         if time.monotonic() > until:
             raise BackendTimeout("The session's server is being brought back, again and again")
+        if has_left is not None and has_left():
+            raise ClientLeft
         time.sleep(_POLL)
         session = manager.load(session.id)
     return session

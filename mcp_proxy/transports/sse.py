@@ -189,13 +189,12 @@ class SSEProxy(StdioTransport):
         A request is tried for `connect_timeout` while the store or that replica is out of reach.
         """
         until = time.monotonic() + (self.options.connect_timeout if is_request else 0)
-        connection = ClientConnection(request.environ)
         while True:
             try:
-                self.owner.on_backend(self._session(session_id), act)
+                self.owner.on_backend(self._session(session_id), act, request.has_left)
                 return
             except (StorageUnavailable, BackendUnavailable):
-                if time.monotonic() >= until or connection.has_left():
+                if time.monotonic() >= until or request.has_left():
                     raise
             time.sleep(_PAUSE)
 

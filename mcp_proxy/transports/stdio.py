@@ -9,6 +9,7 @@ from typing import Self
 
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager
@@ -93,7 +94,9 @@ class StdioTransport(Transport):
             return f"{server.argv[0]} is not an executable file"
         return self.owner.not_ready_reason()
 
-    def tell(self, session: Session, message: Notification | Response) -> None:
+    def tell(
+        self, request: ClientRequest, session: Session, message: Notification | Response
+    ) -> None:
         """Passes on what wants no answer; raises BackendError, StorageUnavailable.
 
         What is about something that only the server which is lost knew brings none back.
@@ -103,7 +106,9 @@ class StdioTransport(Transport):
         elif message.method == jsonrpc.CANCELLED:
             self.owner.on_living_backend(session, lambda backend: backend.notify(message))
         else:
-            self.owner.on_backend(session, lambda backend: backend.notify(message))
+            self.owner.on_backend(
+                session, lambda backend: backend.notify(message), request.has_left
+            )
 
 
 def as_server(command: Sequence[str] | str | StdioServer, name: str | None) -> StdioServer:

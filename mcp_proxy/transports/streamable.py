@@ -84,7 +84,7 @@ class StreamableProxy(StdioTransport):
         if isinstance(message, list):
             return self._batch(request, session, message)
         request.rpc = message.method if isinstance(message, Notification) else "response"
-        self.tell(session, message)
+        self.tell(request, session, message)
         return empty_reply(202)
 
     def _request(self, request: ClientRequest, message: Request) -> Reply:
@@ -153,7 +153,7 @@ class StreamableProxy(StdioTransport):
             self.edge.require_open()
         for message in batch:
             if not isinstance(message, Request):
-                self.tell(session, message)
+                self.tell(request, session, message)
         if not calls:
             return empty_reply(202)
         exchange = Exchange(calls, request.accepts_stream, self.options.request_timeout)
@@ -237,7 +237,11 @@ class StreamableProxy(StdioTransport):
         after = request.header("Last-Event-ID")
         self.edge.streams.acquire()
         try:
-            exchange = self._resumed(session, after) if after else self._standing(session, None)
+            exchange = (
+                self._resumed(request, session, after)
+                if after
+                else self._standing(request, session, None)
+            )
         except BaseException:
             self.edge.streams.release()
             raise
@@ -251,21 +255,21 @@ class StreamableProxy(StdioTransport):
         )
         return stream_reply(body)
 
-    def _standing(self, session: Session, after: str | None) -> Exchange:
+    def _standing(self, request: ClientRequest, session: Session, after: str | None) -> Exchange:
         def listen(backend: Backend) -> Exchange:
             exchange = Exchange()
             backend.listen(exchange, after)
             return exchange
 
-        return self.owner.on_backend(session, listen)
+        return self.owner.on_backend(session, listen, request.has_left)
 
-    def _resumed(self, session: Session, after: str) -> Exchange:
+    def _resumed(self, request: ClientRequest, session: Session, after: str) -> Exchange:
         """The stream that an event belongs to, from there on; only events of this session count."""
         event = self.owner.events.find(session.id, after)
         if event is None:
             raise InvalidRequest("Last-Event-ID names no event that is kept for this session")
         if is_standing(event.stream):
-            return self._standing(session, after)
+            return self._standing(request, session, after)
         return Replay(
             self.owner.events,
             session.id,

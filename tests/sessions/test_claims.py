@@ -9,7 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mcp_proxy import LocalStorage, Session, SessionManager
-from mcp_proxy.errors import BackendLost, BackendTimeout, SessionEnded, StorageUnavailable
+from mcp_proxy.errors import (
+    BackendLost,
+    BackendTimeout,
+    ClientLeft,
+    SessionEnded,
+    StorageUnavailable,
+)
 from mcp_proxy.sessions import claims
 from mcp_proxy.storage.session import CLAIM, new_session
 from tests.support.waiting import eventually
@@ -150,6 +156,14 @@ def test_the_failure_is_what_is_told_even_if_the_store_is_away_too(
     monkeypatch.setattr(manager, "swap", away)
     with pytest.raises(ValueError, match="mine"), claims.released_on_failure(manager, claimed):
         raise ValueError("mine")
+
+
+def test_a_client_that_leaves_waits_for_no_claim(manager: SessionManager, session: Session) -> None:
+    assert claims.claim(manager, session, "other", lambda _: False) is not None
+    held = manager.load(session.id)
+    with pytest.raises(ClientLeft):
+        claims.claim(manager, held, "me", lambda _: False, lambda: True)
+    assert manager.load(session.id) == held
 
 
 def test_a_claim_that_could_not_be_given_back_holds_up_nobody_here(

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -398,7 +398,7 @@ def test_a_stream_that_cannot_be_heard_takes_no_place(monkeypatch: pytest.Monkey
     """The server ends between its start and the first look at it."""
     start = Owner.start
 
-    def start_and_lose(self: Owner, has_left: Any) -> Any:
+    def start_and_lose(self: Owner, has_left: Callable[[], bool]) -> Any:
         bridge = start(self, has_left)
         bridge._set_lost("The server ended")
         return bridge

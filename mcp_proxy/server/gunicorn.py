@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mcp_proxy.config import PREFIX, ProxyConfig
-from mcp_proxy.edge.logs import configure
+from mcp_proxy.edge.log_writer import LogWriter
+from mcp_proxy.edge.logs import configure, start_writing
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import Server, StdioServer
 
@@ -61,6 +62,8 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
     hooks = Hooks(config)
     is_gthread = config.worker_class == "gthread"
     return {
+        # gunicorn's own class logs its first line before any hook is called.
+        **({"logger_class": _json_logger(hooks)} if config.log_format == "json" else {}),
         "bind": config.bind,
         "workers": config.workers,
         "threads": config.threads,
@@ -88,6 +91,18 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
         "worker_int": hooks.worker_int,
         "worker_exit": hooks.worker_exit,
     }
+
+
+def _json_logger(hooks: Hooks) -> type:
+    """gunicorn's class of the log, whose lines are JSON from the first one on."""
+    from gunicorn.glogging import Logger
+
+    class JsonLogger(Logger):  # type: ignore[misc]
+        def setup(self, cfg: Any) -> None:
+            super().setup(cfg)
+            hooks.begin_log()
+
+    return JsonLogger
 
 
 def serve(config: ProxyConfig) -> None:
@@ -122,10 +137,17 @@ class Hooks:
     def __init__(self, config: ProxyConfig) -> None:
         self._config = config
         self._offset = random.randrange(1024)
+        self._log: LogWriter | None = None
+
+    def begin_log(self) -> LogWriter:
+        """Has the process write its log lines as the settings want; harmless when repeated."""
+        if self._log is None:
+            self._log = configure(self._config.log_format, self._config.log_level)
+        return self._log
 
     def on_starting(self, server: Any) -> None:
         """Exits before anything listens if several workers could not share their sessions."""
-        configure(self._config.log_format, self._config.log_level)
+        self.begin_log()
         _allow_many_files()
         lowered = within_files(self._config).max_sessions
         if lowered != self._config.max_sessions:
@@ -139,9 +161,13 @@ class Hooks:
             sys.exit(f"mcp-wsgi-proxy: {error}")
 
     def when_ready(self, server: Any) -> None:
-        """Prints the banner once the sockets listen."""
+        """Prints the banner once the sockets listen; a JSON log has the URLs in a line of it."""
         addresses = [str(listener) for listener in server.LISTENERS]
-        print(banner(self._config, addresses), file=sys.stderr, flush=True)
+        if self._config.log_format == "json":
+            urls = server_urls(self._config, base_url(self._config, addresses))
+            log.info("serving %s", urls, extra={"fields": {"servers": urls}})
+        else:
+            self.begin_log().write(banner(self._config, addresses))
 
     def pre_fork(self, server: Any, worker: Any) -> None:
         """Chooses the worker's CPU, in the master, which knows the CPUs of the other workers."""
@@ -151,6 +177,7 @@ class Hooks:
 
     def post_worker_init(self, worker: Any) -> None:
         """Sets up the worker, pins it to its CPU, and has SIGTERM drain its application."""
+        start_writing()
         app = worker.wsgi
         worker.client_timeout = self._config.client_timeout
         worker.max_header_bytes = self._config.max_header_bytes
@@ -248,7 +275,7 @@ def _close(worker: Any) -> None:
 
 def banner(config: ProxyConfig, addresses: list[str]) -> str:
     """The URLs and a client configuration block for the servers at `addresses`."""
-    base = _reachable(addresses[0]) if addresses else f"http://{config.bind}"
+    base = base_url(config, addresses)
     urls = server_urls(config, base)
     block = {"mcpServers": {name: _entry(url) for name, url in urls.items()}}
     lines = [
@@ -261,6 +288,11 @@ def banner(config: ProxyConfig, addresses: list[str]) -> str:
         f"  Health: {base}/healthz and {base}/readyz",
     ]
     return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
+
+
+def base_url(config: ProxyConfig, addresses: list[str]) -> str:
+    """The URL of the proxy that listens at `addresses`, without a path."""
+    return _reachable(addresses[0]) if addresses else f"http://{config.bind}"
 
 
 def server_urls(config: ProxyConfig, base: str) -> dict[str, str]:

@@ -154,11 +154,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             _require_network(peer)
 
     def __repr__(self) -> str:
-        shown = (
-            f"{s.name}={'***' if s.secret and getattr(self, s.name) else getattr(self, s.name)!r}"
-            for s in settings(type(self))
-            if getattr(self, s.name) != s.default
-        )
+        changed = (s for s in settings(type(self)) if getattr(self, s.name) != s.default)
+        shown = (f"{s.name}={_shown(s, getattr(self, s.name))}" for s in changed)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
@@ -274,6 +271,10 @@ _FIRST = (
 )
 
 
+# The settings whose values are URLs of HTTP servers, which may carry a key in the query.
+_TARGETS = ("target_url", "allowed_backends")
+
+
 class Setting(NamedTuple):
     """One row of the table. `annotation` is the field's own, `takes` the type in it."""
 
@@ -359,6 +360,16 @@ def _value(setting: Setting, text: str) -> Any:
     return text
 
 
+_QUERY = re.compile(r"\?[^'\"#\s]+")
+
+
+def _shown(setting: Setting, value: Any) -> str:
+    """A value as text, without what may be a secret: the query of a target's URL, too."""
+    if setting.secret and value:
+        return repr("***")
+    return _QUERY.sub("?***", repr(value)) if setting.name in _TARGETS else repr(value)
+
+
 # --- the checks ----------------------------------------------------------------------------------
 
 
@@ -388,7 +399,7 @@ def _folded(takes: msgspec.inspect.Type, value: Any) -> Any:
 def _complaint(setting: Setting, takes: msgspec.inspect.Type, value: Any) -> str:
     """The allowed values and the given one, which is hidden if it may be a secret."""
     is_hidden = setting.secret or "@" in repr(value)
-    shown = "***" if is_hidden else repr(value)
+    shown = "***" if is_hidden else _shown(setting, value)
     match takes:
         case VarTupleType() if isinstance(value, list | tuple):
             return _complaint(setting, takes.item_type, value[0])

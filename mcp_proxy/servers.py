@@ -39,7 +39,10 @@ class HttpServer(msgspec.Struct, frozen=True):
     urls: tuple[str, ...]
 
     def __str__(self) -> str:
-        return " ".join(self.urls)
+        return " ".join(url.partition("?")[0] for url in self.urls)
+
+    def __repr__(self) -> str:
+        return f"HttpServer({self.name!r}, {str(self)!r})"
 
 
 Server = StdioServer | HttpServer

@@ -326,6 +326,11 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 
+def set_in_environment(name: str, value: str) -> None:
+    """Sets a setting for what reads the environment of this process from now on."""
+    os.environ[PREFIX + name.upper()] = value
+
+
 def values_of(texts: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[str, Any]:
     """Values for `from_values` from texts by name, as in environment variables.
 

@@ -124,6 +124,7 @@ class Owner:
         self._read_on = ReadOnWorker(parts.workers)
         interval = min(_MAX_SWEEP, max(_MIN_SWEEP, options.session_ttl / _SWEEPS_PER_TTL))
         self._sweeper = Periodic("mcp-sweeper", interval, self._sweep_once, parts.workers)
+        self._sweeper.is_essential = False
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
         self._lock = threading.Lock()  # guards _held and _pending
@@ -426,9 +427,14 @@ class Owner:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def not_ready_reason(self) -> str | None:
-        """Why new sessions cannot be expected to begin, None if they can."""
-        return self._workers.not_ready_reason() or self.backoff.not_ready_reason()
+    @property
+    def has_sessions(self) -> bool:
+        """Whether a server of a session runs in this replica."""
+        return bool(self._held)
+
+    def threads_reason(self) -> str | None:
+        """Which threads of this replica have ended, None if none has."""
+        return self._workers.not_ready_reason()
 
     @property
     def is_busy(self) -> bool:

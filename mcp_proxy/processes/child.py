@@ -218,7 +218,9 @@ def _start(
             )
     except (OSError, ValueError) as error:
         log.error("[%s] cannot start %s: %s", server.name, server, error)
-        raise BackendNotStarted(f"The server cannot be started: {_reason(error)}") from error
+        is_lost = server.cwd is not None and not os.path.isdir(server.cwd)
+        reason = "its working directory does not exist" if is_lost else _reason(error)
+        raise BackendNotStarted(f"The server cannot be started: {reason}") from error
 
 
 def _pipes(

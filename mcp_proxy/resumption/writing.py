@@ -143,6 +143,8 @@ class ReadOnWorker(QueueWorker[Exchange]):
     One thread, which begins with the first such stream. Thread-safe.
     """
 
+    is_essential = False
+
     def __init__(self, workers: Workers | None = None) -> None:
         super().__init__("mcp-read-on", workers)
         self._lock = threading.Lock()  # guards _exchanges

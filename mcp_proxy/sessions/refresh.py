@@ -22,6 +22,8 @@ class SessionRefresher(Periodic):
     `ttl` is the storage's, in seconds. Thread-safe.
     """
 
+    is_essential = False
+
     def __init__(self, manager: SessionManager, ttl: float, workers: Workers | None = None) -> None:
         super().__init__("mcp-session-refresher", ttl / _ROUNDS_PER_TTL, self.refresh, workers)
         self._manager = manager

@@ -213,14 +213,14 @@ class TransparentProxy(Transport):
         self.balancer.stop()
         self._client.close()
 
-    def not_ready_reason(self) -> str | None:
-        """Why a thread or every backend fails, None if requests can be served.
+    def threads_reason(self) -> str | None:
+        return self._workers.not_ready_reason()
+
+    def server_reason(self) -> str | None:
+        """Why every backend fails, None if one does not.
 
         Backends are asked for a connection only, by another thread.
         """
-        ended = self._workers.not_ready_reason()
-        if ended is not None:
-            return ended
         return self.reachability.not_ready_reason(self.balancer.candidates(wait=0))
 
     # --- where a request goes --------------------------------------------------------------------

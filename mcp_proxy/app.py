@@ -209,5 +209,5 @@ def _store_reason(store: Storage) -> str | None:
     try:
         store.check()
     except StorageUnavailable as error:
-        return str(error)
+        return error.detail
     return None

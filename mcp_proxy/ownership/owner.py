@@ -32,6 +32,7 @@ from mcp_proxy.errors import (
     SessionEnded,
     SessionNotFound,
     StorageError,
+    StorageUnavailable,
 )
 from mcp_proxy.ownership.backoff import Backoff
 from mcp_proxy.processes.supervisor import Supervisor
@@ -398,6 +399,8 @@ class Owner:
     def _sweep_once(self) -> None:
         try:
             self.sweep()
+        except StorageUnavailable:
+            log.debug("[%s] sessions not swept: the store is away", self.server.name)
         except StorageError as error:
             log.warning("[%s] sessions not swept: %s", self.server.name, error)
 

@@ -128,7 +128,7 @@ class Sender(QueueWorker[Call]):
         try:
             accepted = self._mailboxes.post(envelopes)
         except StorageUnavailable as error:
-            log.warning("envelopes for other replicas wait: %s", error)
+            log.debug("envelopes for other replicas wait: %s", error)
             for peer in {envelope.to for envelope in envelopes}:
                 self._pause_or_give_up(peer, str(error))
             return False

@@ -11,7 +11,7 @@ from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.http import HttpClient
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.forwarded import HeaderPolicy
-from mcp_proxy.errors import ConfigError, ProxyError
+from mcp_proxy.errors import ConfigError, ProxyError, StorageUnavailable
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
@@ -99,6 +99,8 @@ def _store(config: ProxyConfig) -> Row:
             version = ".".join(map(str, store.version()))
         finally:
             store.close()
+    except StorageUnavailable as error:
+        return Row("sessions", False, error.detail)
     except ProxyError as error:
         return Row("sessions", False, str(error))
     return Row("sessions", True, f"Redis {version}, which takes writes")

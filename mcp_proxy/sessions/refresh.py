@@ -50,7 +50,7 @@ class SessionRefresher(Periodic):
             except SessionNotFound:
                 log.debug("a session with an open stream has ended")
             except StorageUnavailable as error:
-                log.warning("sessions with open streams were not refreshed: %s", error)
+                log.debug("sessions with open streams were not refreshed: %s", error)
                 return
             except StorageError as error:
                 log.warning("a session with an open stream was not refreshed: %s", error)

@@ -87,6 +87,16 @@ class Guard:
         return is_loopback(name) or name in (self._hosts or ())
 
 
+def require_own_site(environ: WSGIEnvironment) -> None:
+    """Raises Forbidden for what a browser asks for on behalf of another site's page.
+
+    For MCP endpoints: an `<img>` begins a session, too, and sends no Origin (W3C Fetch Metadata).
+    """
+    site = environ.get("HTTP_SEC_FETCH_SITE")
+    if site in ("cross-site", "same-site") and "HTTP_ORIGIN" not in environ:
+        raise Forbidden("A page of another site may not ask for this without an Origin header")
+
+
 def _granted(environ: WSGIEnvironment) -> Headers:
     """The methods and headers that a preflight asks for (WHATWG Fetch, section 4.9).
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 
 from mcp_proxy.edge.log_writer import LogHandler, LogWriter
 from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.wire import jsonrpc
 
 #: The id of the request that this thread serves, empty between requests.
 current_request: ContextVar[str] = ContextVar("mcp_proxy_request", default="")
@@ -87,6 +88,9 @@ def log_access(request: ClientRequest, status: int) -> None:
     """Logs the access line of a request whose response, streams included, was sent."""
     if not access.isEnabledFor(logging.INFO):
         return
+    tool = client_name = ""
+    if request.rpc in ("tools/call", "initialize"):
+        tool, client_name = map(escaped, jsonrpc.names_in(request.params))
     fields = {
         "method": escaped(request.method),
         "path": escaped(request.environ.get("SCRIPT_NAME", "") + request.path),
@@ -95,11 +99,14 @@ def log_access(request: ClientRequest, status: int) -> None:
         "client": request.environ.get("REMOTE_ADDR", ""),
         "session": escaped((request.session or "")[-8:]),
         "rpc": escaped(request.rpc or ""),
+        "tool": tool,
+        "client_name": client_name,
         "reason": escaped(request.reason),
     }
-    # A sentence may quote the client: as a JSON string it stays on one line.
-    reason = f" reason={json.dumps(request.reason, ensure_ascii=False)}" if request.reason else ""
-    access.info(_ACCESS_LINE, {**fields, "why": reason}, extra={"fields": fields})
+    # What quotes the client stays on one line as a JSON string.
+    quoted = {"tool": tool, "client_name": client_name, "reason": request.reason}
+    more = "".join(f" {n}={json.dumps(v, ensure_ascii=False)}" for n, v in quoted.items() if v)
+    access.info(_ACCESS_LINE, {**fields, "more": more}, extra={"fields": fields})
 
 
 # Characters of what a client said that a log line has at most.
@@ -115,7 +122,7 @@ def escaped(text: str) -> str:
 
 
 _ACCESS_LINE = (
-    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s%(why)s"
+    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s%(more)s"
 )
 
 

@@ -372,6 +372,7 @@ class Owner:
     def _hold(self, url: str, session_id: str, bridge: Bridge) -> None:
         session_log = SessionLog(self.events, session_id, bridge.child_id, self._read_on)
         bridge.log = session_log
+        bridge.note_session(session_id)
         bridge.on_close = partial(self._release, url)
         with self._lock:
             self._held[url] = _Held(session_id, bridge, session_log)

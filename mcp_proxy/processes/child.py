@@ -38,7 +38,8 @@ _LINE_SHOWN = 2000  # characters of a line of noise or stderr that the log gets
 class Child:
     """A running server process.
 
-    The constructor starts the process and raises BackendNotStarted if that fails.
+    The constructor starts the process and raises BackendNotStarted if that fails. `session` is for
+    the log.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Child:
         cpu_affinity: frozenset[int] | None,
     ) -> None:
         self.name = server.name
+        self.session = ""
         self.at_eof = threading.Event()
         self._max_message = max_message
         self._write_lock = threading.Lock()  # one message at a time
@@ -62,6 +64,12 @@ class Child:
 
     def __repr__(self) -> str:
         return f"<Child {self.name} pid={self.pid} returncode={self._process.returncode}>"
+
+    @property
+    def label(self) -> str:
+        """What log lines call the process: its server, its id and the end of its session's."""
+        session = f" session={self.session[-8:]}" if self.session else ""
+        return f"{self.name} pid={self.pid}{session}"
 
     # --- output ----------------------------------------------------------------------------------
 
@@ -89,7 +97,7 @@ class Child:
                 self._skip_rest(line)
                 return line[:_LINE_SHOWN]  # it may name the call that it was to answer
         except (OSError, ValueError):
-            log.debug("[%s] reading ended", self.name, exc_info=True)
+            log.debug("[%s] reading ended", self.label, exc_info=True)
         return None
 
     def _skip_rest(self, start: bytes) -> None:
@@ -98,7 +106,7 @@ class Child:
             size += len(piece)
         log.error(
             "[%s] dropped a line of %d bytes, more than max_message_bytes allows: %s",
-            self.name,
+            self.label,
             size + len(piece),
             shown(start),
         )
@@ -124,7 +132,7 @@ class Child:
 
     def _note(self, line: str) -> None:
         self._tail.append(line)
-        log.info("[%s] stderr: %s", self.name, line)
+        log.info("[%s] stderr: %s", self.label, line)
 
     @property
     def stderr_tail(self) -> list[str]:

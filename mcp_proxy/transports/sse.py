@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.forwarded import mount_of
+from mcp_proxy.edge.guard import require_own_site
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -53,6 +54,8 @@ class SSEProxy(StdioTransport):
 
     def handle(self, request: ClientRequest) -> Reply:
         path = request.path.rstrip("/")
+        if "HTTP_SEC_FETCH_SITE" in request.environ:
+            require_own_site(request.environ)
         if path == MESSAGES_PATH:
             if request.method != "POST":
                 raise MethodNotAllowed("POST")
@@ -135,6 +138,7 @@ class SSEProxy(StdioTransport):
             self.tell(session, message)
             return
         timeout = self.options.request_timeout
+        request.params = message.params
         self.owner.on_backend(session, lambda backend: backend.submit(message, timeout))
 
     def _session(self, request: ClientRequest) -> Session:

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import ROOT, ProxyProcess
+from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
 
 _LISTENING = re.compile(rb"http://127\.0\.0\.1:(\d+)/healthz")
@@ -125,3 +127,42 @@ def test_every_line_of_a_json_log_is_json(kind: str) -> None:
 def test_gunicorns_lines_keep_their_form_in_a_text_log() -> None:
     with ProxyProcess() as process:
         assert re.search(r"^\[[^]]+\] \[\d+\] \[INFO\] Listening at: ", process.log(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/sse"])
+def test_a_call_is_logged_with_its_tool_and_an_initialize_with_its_client(path: str) -> None:
+    info = {"clientInfo": {"name": "n\n1", "version": "2"}, "protocolVersion": "2024-11-05"}
+    with ProxyProcess(SCRIPTED, options=["--log-format", "json"]) as process:
+        front = HttpFront(process.base)
+        if path == "/sse":
+            older = SseClient(front)
+            older.connect()
+            older.call("initialize", info)
+            older.result("tools/call", {"arguments": {"name": "no"}, "name": "a b"})
+            older.close()
+        else:
+            client = McpClient(front, path).open()
+            assert client.call("initialize", info).status
+            client.result("tools/call", {"arguments": {"name": "no"}, "name": "a b"})
+        eventually(lambda: '"tool": "a b"' in process.log())
+        lines = [json.loads(line) for line in process.log().splitlines()]
+        clients = [line["client_name"] for line in lines if line.get("rpc") == "initialize"]
+        assert clients[-1] == "n\\n1 2"
+        assert [line["tool"] for line in lines if line.get("rpc") == "tools/call"] == ["a b"]
+
+
+def test_a_text_line_quotes_what_the_client_says() -> None:
+    with ProxyProcess(SCRIPTED) as process:
+        client = McpClient(HttpFront(process.base), "/mcp").open()
+        client.result("tools/call", {"name": 'a" reason="b'})
+        eventually(lambda: 'tool="a\\" reason=\\"b"' in process.log())
+        assert re.search(r'initialize -> 200 in .* client_name="\S+', process.log())
+
+
+def test_lines_of_a_child_name_its_process_and_its_session() -> None:
+    with ProxyProcess(SCRIPTED) as process:
+        client = McpClient(HttpFront(process.base), "/mcp").open()
+        (pid,) = process.server_pids()
+        client.call("die")
+        label = f"[default pid={pid} session={client.session[-8:]}] the server exited by itself"
+        eventually(lambda: label in process.log())

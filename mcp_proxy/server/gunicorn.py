@@ -6,6 +6,7 @@ Imported in gunicorn's master, so it must not import anything that a worker clas
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mcp_proxy.config import PREFIX, ProxyConfig, set_in_environment
+from mcp_proxy.edge.guard import is_loopback, url_host
 from mcp_proxy.edge.log_writer import LogWriter
 from mcp_proxy.edge.logs import configure, start_writing
 from mcp_proxy.errors import ConfigError
@@ -61,6 +63,10 @@ _KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
 def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[str, Any]:
     """All settings for gunicorn, hooks included."""
     hooks = hooks or Hooks(config)
+    try:
+        require_worker_class(config)
+    except ConfigError as error:
+        sys.exit(f"mcp-wsgi-proxy: {error}")
     is_gthread = config.worker_class == "gthread"
     return {
         # gunicorn's own class logs its first line before any hook is called.
@@ -133,6 +139,22 @@ def require_shared_sessions(config: ProxyConfig, worker_count: int) -> None:
             f"{worker_count} workers do not know each other's sessions while those are in memory: "
             "set redis_url, or set workers to 1 and raise threads instead"
         )
+
+
+def require_worker_class(config: ProxyConfig) -> None:
+    """Raises ConfigError where what gunicorn's worker of this kind imports is not installed."""
+    needed = ("gevent", "packaging") if config.worker_class == "gevent" else ()
+    missing = [name for name in needed if not _is_installed(name)]
+    if missing:
+        what = " and ".join(missing)
+        raise ConfigError(f"worker_class gevent needs {what}: pip install 'mcp-wsgi-proxy[gevent]'")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class Hooks:
@@ -349,8 +371,21 @@ def banner(config: ProxyConfig, addresses: list[str]) -> str:
         *(f"    {line}" for line in json.dumps(block, indent=2).splitlines()),
         "",
         f"  Health: {base}/healthz and {base}/readyz",
+        *_warnings(config, addresses),
     ]
     return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
+
+
+def _warnings(config: ProxyConfig, addresses: list[str]) -> list[str]:
+    """What whoever starts this should know, with an empty line before it."""
+    hosts = [host for host in map(url_host, addresses) if host and not is_loopback(host)]
+    if not hosts or config.allowed_hosts is not None:
+        return []
+    return [
+        "",
+        "  Every Host is served beyond this machine: a web page can reach this address under a",
+        "  name of its own (DNS rebinding). Set allowed_hosts to the names that clients use.",
+    ]
 
 
 def base_url(config: ProxyConfig, addresses: list[str]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.config import ProxyConfig
@@ -15,7 +16,7 @@ from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, StorageUnavailable
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
-from mcp_proxy.servers import Server, StdioServer
+from mcp_proxy.servers import HttpServer, Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
@@ -100,15 +101,16 @@ class Application:
 
         An HTTP server gets every path, and so does what is left of a stdio server's beside `/mcp`.
         """
+        options = _options_for(server, self.config)
         storage = self._storage.scoped(server.name)
         manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
         if isinstance(server, StdioServer):
-            return self._in_front_of_stdio(server, manager)
+            return self._in_front_of_stdio(server, manager, options)
         proxy = TransparentProxy._shared(
             server.urls,
             manager,
             self.edge,
-            self.config,
+            options,
             allowed_backends=self.config.allowed_backends,
             workers=self.parts.workers,
             replica=self.parts.replica,
@@ -116,13 +118,13 @@ class Application:
         return {"": proxy}
 
     def _in_front_of_stdio(
-        self, server: StdioServer, manager: SessionManager
+        self, server: StdioServer, manager: SessionManager, options: ProxyConfig
     ) -> dict[str, Transport]:
-        owner = Owner(server, manager, self.parts, self.config)
+        owner = Owner(server, manager, self.parts, options)
         mounts: dict[str, Transport] = {}
         for name in self.config.stdio_transports:
             path, kind = _STDIO_TRANSPORTS[name]
-            mounts[path] = kind._shared(owner, self.edge, self.config)
+            mounts[path] = kind._shared(owner, self.edge, options)
         return mounts
 
     def _dispatcher(self) -> WSGIApplication:
@@ -173,6 +175,15 @@ class Application:
             weight = Weight.USEFUL if proxy.has_sessions else Weight.ONE_OF_MANY
             parts.append(Part(f"server {name}", proxy.server_reason(), weight))
         return parts
+
+
+def _options_for(server: Server, config: ProxyConfig) -> ProxyConfig:
+    """The settings of one server, which may have some of its own."""
+    if server.timeout is not None:
+        config = replace(config, request_timeout=server.timeout)
+    if isinstance(server, HttpServer) and server.headers:
+        config = replace(config, forward_headers=(*config.forward_headers, *server.headers))
+    return config
 
 
 def create_app(config: ProxyConfig | None = None) -> Application:

@@ -21,7 +21,15 @@ from msgspec import Meta
 from msgspec.inspect import FloatType, IntType, LiteralType, Metadata, UnionType, VarTupleType
 
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.servers import HttpServer, Server, StdioServer, as_command, demo_server, read_servers
+from mcp_proxy.servers import (
+    HttpServer,
+    Server,
+    StdioServer,
+    as_command,
+    demo_server,
+    ignored_keys,
+    read_servers,
+)
 from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
@@ -260,6 +268,10 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         if self.target_url:
             return [HttpServer("default", self.target_url)]
         return [demo_server()]
+
+    def ignored(self) -> list[str]:
+        """What nobody reads in the file of `config`, each as a sentence. Raises ConfigError."""
+        return ignored_keys(Path(self.config)) if self.config else []
 
 
 # --- the table -----------------------------------------------------------------------------------

@@ -48,12 +48,15 @@ def check(config: ProxyConfig) -> int:
 def _secrets(config: ProxyConfig) -> list[str]:
     """What must not be printed, though a server may repeat it; the longest first."""
     urls = [*config.target_url, *config.allowed_backends]
-    told = [value.strip() for _, _, value in (h.partition(":") for h in config.forward_headers)]
+    headers = [*config.forward_headers]
+    told: list[str] = []
     for server in config.servers():
         if isinstance(server, HttpServer):
             urls += server.urls
+            headers += server.headers
         else:
             told += server.env.values()
+    told += [header.partition(":")[2].strip() for header in headers]
     told += [word for value in told for word in value.split()]
     told += [value for url in urls for _, value in parse_qsl(urlsplit(url).query)]
     if config.redis_url is not None:
@@ -64,6 +67,8 @@ def _secrets(config: ProxyConfig) -> list[str]:
 
 def _rows(config: ProxyConfig) -> Iterator[Row]:
     yield Row("configuration", True, repr(config))
+    for sentence in config.ignored():
+        yield Row("configuration", True, sentence)
     yield _workers(config)
     yield _store(config)
     supervisor = Supervisor(Replica())
@@ -72,7 +77,7 @@ def _rows(config: ProxyConfig) -> Iterator[Row]:
         for server in config.servers():
             if isinstance(server, HttpServer):
                 for url in server.urls:
-                    yield _backend(config, client, server.name, url)
+                    yield _backend(config, client, server, url)
             else:
                 yield _server(config, server, supervisor)
     finally:
@@ -106,12 +111,12 @@ def _store(config: ProxyConfig) -> Row:
     return Row("sessions", True, f"Redis {version}, which takes writes")
 
 
-def _backend(config: ProxyConfig, client: HttpClient, name: str, url: str) -> Row:
+def _backend(config: ProxyConfig, client: HttpClient, server: HttpServer, url: str) -> Row:
     """Initializes one replica of an HTTP server, as a client would through the proxy."""
-    what = f"server {name}"
+    what = f"server {server.name}"
     target = parse_target(url)
     assert target is not None
-    policy = HeaderPolicy(changes=config.forward_headers)
+    policy = HeaderPolicy(changes=(*config.forward_headers, *server.headers))
     headers = policy.outbound({"wsgi.url_scheme": "http"})
     try:
         return Row(what, True, f"{greet(client, target, headers)} ({_shown(target)})")

@@ -185,6 +185,8 @@ class Hooks:
             require_shared_sessions(self.config, server.cfg.workers)
         except ConfigError as error:
             sys.exit(f"mcp-wsgi-proxy: {error}")
+        for sentence in self.config.ignored():
+            log.warning("%s", sentence)
         _answer_signals(server, self.config)
 
     def when_ready(self, server: Any) -> None:
@@ -250,6 +252,8 @@ def _answer_signals(server: Any, config: ProxyConfig) -> None:
         except ConfigError as error:
             log.error("nothing is reloaded, and everything goes on as before: %s", error)
             return
+        for sentence in config.ignored():
+            log.warning("%s", sentence)
         server.good_servers = _copy_of(config)
         reload()
 

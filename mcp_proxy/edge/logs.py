@@ -104,13 +104,14 @@ def log_access(request: ClientRequest, status: int) -> None:
         "reason": escaped(request.reason),
     }
     # What quotes the client stays on one line as a JSON string.
-    quoted = {"tool": tool, "client_name": client_name, "reason": request.reason}
+    quoted = {"tool": tool, "client_name": client_name, "reason": request.reason[:_MAX_REASON]}
     more = "".join(f" {n}={json.dumps(v, ensure_ascii=False)}" for n, v in quoted.items() if v)
     access.info(_ACCESS_LINE, {**fields, "more": more}, extra={"fields": fields})
 
 
 # Characters of what a client said that a log line has at most.
 _MAX_SHOWN = 200
+_MAX_REASON = 500  # in a text line, where the sentence is to be whole
 
 
 def escaped(text: str) -> str:

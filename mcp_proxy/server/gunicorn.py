@@ -254,7 +254,9 @@ def _answer_signals(server: Any, config: ProxyConfig) -> None:
             return
         for sentence in config.ignored():
             log.warning("%s", sentence)
-        server.good_servers = _copy_of(config)
+        before, server.good_servers = server.good_servers, _copy_of(config)
+        if before is not None:
+            os.close(before)  # workers have descriptors of their own
         reload()
 
     def handle_ttin() -> None:
@@ -272,8 +274,7 @@ def _answer_signals(server: Any, config: ProxyConfig) -> None:
 def _copy_of(config: ProxyConfig) -> int | None:
     """A file in memory with what is in the file of servers; None where there is none.
 
-    It is inherited by workers, by no child of theirs, and closed by nobody: a worker that starts
-    later may read it.
+    It is inherited by workers, and by no child of theirs.
     """
     if config.config is None or not hasattr(os, "memfd_create"):
         return None

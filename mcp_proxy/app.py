@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from typing import TYPE_CHECKING
 
-import msgspec
+from msgspec.structs import replace
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.readiness import Part, Readiness, Weight
 from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, with_path
 from mcp_proxy.errors import (
@@ -21,7 +22,7 @@ from mcp_proxy.errors import (
     StorageUnavailable,
 )
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
-from mcp_proxy.servers import Server, StdioServer
+from mcp_proxy.servers import HttpServer, Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
@@ -57,7 +58,9 @@ class Application:
         #: The transports that are asked for a server's health, by the server's name.
         self.proxies = {name: next(iter(mounts.values())) for name, mounts in self._mounts.items()}
         self._front = self._dispatcher()
-        self._endpoints: dict[str, Callable[[], Reply]] = {
+        #: What /readyz says.
+        self.readiness = Readiness(self._look, lambda: self.edge.is_draining)
+        self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {
             "/healthz": _alive,
             "/readyz": self._ready,
             "/health": self._ready,
@@ -109,6 +112,7 @@ class Application:
         self.edge.is_draining = True
         with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
             stack.callback(self._storage.close)
+            stack.callback(self.readiness.stop)
             stack.callback(self.parts.close)
             for transport in self._transports():
                 stack.callback(transport.shut_down)
@@ -123,15 +127,16 @@ class Application:
 
         An HTTP server gets every path, and so does what is left of a stdio server's beside `/mcp`.
         """
+        options = _options_for(server, self.config)
         storage = self._storage.scoped(server.name)
         manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
         if isinstance(server, StdioServer):
-            return self._in_front_of_stdio(server, manager)
+            return self._in_front_of_stdio(server, manager, options)
         proxy = TransparentProxy._shared(
             server.urls,
             manager,
             self.edge,
-            self.config,
+            options,
             allowed_backends=self.config.allowed_backends,
             verify=self.config.ca_file or True,
             workers=self.parts.workers,
@@ -140,13 +145,13 @@ class Application:
         return {"": proxy}
 
     def _in_front_of_stdio(
-        self, server: StdioServer, manager: SessionManager
+        self, server: StdioServer, manager: SessionManager, options: ProxyConfig
     ) -> dict[str, Transport]:
-        owner = Owner(server, manager, self.parts, self.config)
+        owner = Owner(server, manager, self.parts, options)
         mounts: dict[str, Transport] = {}
         for name in self.config.stdio_transports:
             path, kind = _STDIO_TRANSPORTS[name]
-            mounts[path] = kind._shared(owner, self.edge, self.config)
+            mounts[path] = kind._shared(owner, self.edge, options)
         return mounts
 
     def _dispatcher(self) -> WSGIApplication:
@@ -169,28 +174,43 @@ class Application:
         self,
         environ: WSGIEnvironment,
         start_response: StartResponse,
-        answer: Callable[[], Reply],
+        answer: Callable[[ClientRequest], Reply],
     ) -> Iterable[bytes]:
         def handle(request: ClientRequest) -> Reply:
             if request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowed("GET, HEAD")
-            reply = answer()
-            if reply.status >= 400:
-                request.reason = "not ready"
-            return reply
+            return answer(request)
 
         return self.edge.serve(environ, start_response, handle, is_own=True)
 
-    def _ready(self) -> Reply:
-        """/readyz: 200 when every part can do its work, else 503; each with its reason."""
-        reasons: dict[str, str | None] = {
-            "worker": "shutting down" if self.edge.is_draining else None,
-            "threads": self.parts.workers.not_ready_reason(),
-        }
+    def _ready(self, request: ClientRequest) -> Reply:
+        """/readyz: 200 while something can be served, else 503; each part with its reason."""
+        state = self.readiness.wait_for_current()
+        if state.status >= 400:
+            request.reason = state.said
+        return json_reply(state.body(self.edge.allows_host(request.environ)), state.status)
+
+    def _look(self) -> list[Part]:
+        """How the parts of this worker are; waits for the store."""
+        workers = self.parts.workers
+        parts = [
+            Part("threads", workers.ended(is_essential=True), Weight.ESSENTIAL),
+            Part("other threads", workers.ended(is_essential=False), Weight.USEFUL),
+            Part("sessions", _store_reason(self._storage), Weight.ESSENTIAL),
+        ]
         for name, proxy in self.proxies.items():
-            reasons[f"sessions of {name}"] = _store_reason(proxy.manager.storage)
-            reasons[f"server {name}"] = proxy.not_ready_reason()
-        return _readiness(reasons)
+            weight = Weight.USEFUL if proxy.has_sessions else Weight.ONE_OF_MANY
+            parts.append(Part(f"server {name}", proxy.server_reason(), weight))
+        return parts
+
+
+def _options_for(server: Server, config: ProxyConfig) -> ProxyConfig:
+    """The settings of one server, which may have some of its own."""
+    if server.timeout is not None:
+        config = replace(config, request_timeout=server.timeout)
+    if isinstance(server, HttpServer) and server.headers:
+        config = replace(config, forward_headers=(*config.forward_headers, *server.headers))
+    return config
 
 
 def create_app(config: ProxyConfig | None = None) -> Application:
@@ -218,21 +238,14 @@ def storage_of(config: ProxyConfig) -> Storage:
 # --- health --------------------------------------------------------------------------------------
 
 
-def _alive() -> Reply:
+def _alive(request: ClientRequest) -> Reply:
     """/healthz: the process serves requests. Touches nothing, so nothing else can fail it."""
     return json_reply(b'{"status":"ok"}')
-
-
-def _readiness(reasons: Mapping[str, str | None]) -> Reply:
-    is_ready = not any(reasons.values())
-    checks = {part: reason or "ok" for part, reason in reasons.items()}
-    document = {"status": "ready" if is_ready else "not ready", "checks": checks}
-    return json_reply(msgspec.json.encode(document), 200 if is_ready else 503)
 
 
 def _store_reason(store: Storage) -> str | None:
     try:
         store.check()
     except StorageUnavailable as error:
-        return str(error)
+        return error.detail
     return None

@@ -54,8 +54,12 @@ class Workers:
 
     def not_ready_reason(self) -> str | None:
         """Which threads have ended that should run, None if none has."""
+        return self.ended(is_essential=True) or self.ended(is_essential=False)
+
+    def ended(self, is_essential: bool) -> str | None:
+        """Which of the threads have ended without which nothing works, or which of the others."""
         with self._lock:
-            started = list(self._started)
+            started = [worker for worker in self._started if worker.is_essential == is_essential]
         return "; ".join(r for worker in started if (r := worker.not_ready_reason())) or None
 
 
@@ -64,6 +68,9 @@ class Worker(ABC):
 
     `workers` is who misses it when it has ended. Every method may be called from any thread.
     """
+
+    #: Whether nothing can be served when the thread has ended.
+    is_essential = True
 
     def __init__(self, name: str, workers: Workers | None = None) -> None:
         self.name = name

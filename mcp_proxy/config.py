@@ -29,7 +29,15 @@ from msgspec.inspect import (
 )
 
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.servers import HttpServer, Server, StdioServer, as_command, demo_server, read_servers
+from mcp_proxy.servers import (
+    HttpServer,
+    Server,
+    StdioServer,
+    as_command,
+    demo_server,
+    ignored_keys,
+    read_servers,
+)
 from mcp_proxy.wire.headers import FIELD_VALUE
 from mcp_proxy.wire.urls import parse_target
 
@@ -199,11 +207,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             _require_network(peer)
 
     def __repr__(self) -> str:
-        shown = (
-            f"{s.name}={'***' if s.secret and getattr(self, s.name) else getattr(self, s.name)!r}"
-            for s in settings(type(self))
-            if getattr(self, s.name) != s.default
-        )
+        changed = (s for s in settings(type(self)) if getattr(self, s.name) != s.default)
+        shown = (f"{s.name}={_shown(s, getattr(self, s.name))}" for s in changed)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
@@ -318,6 +323,10 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             return [HttpServer("default", self.target_url)]
         return [demo_server()]
 
+    def ignored(self) -> list[str]:
+        """What nobody reads in the file of `config`, each as a sentence. Raises ConfigError."""
+        return ignored_keys(Path(self.config)) if self.config else []
+
 
 # --- the table -----------------------------------------------------------------------------------
 
@@ -326,6 +335,10 @@ _FIRST = (
     *("command", "target_url", "allowed_backends", "ca_file", "config", "env", "cwd"),
     *("stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
 )
+
+
+# The settings whose values are URLs of HTTP servers, which may carry a key in the query.
+_TARGETS = ("target_url", "allowed_backends")
 
 
 class Setting(NamedTuple):
@@ -381,6 +394,11 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 
+def set_in_environment(name: str, value: str) -> None:
+    """Sets a setting for what reads the environment of this process from now on."""
+    os.environ[PREFIX + name.upper()] = value
+
+
 def values_of(texts: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[str, Any]:
     """Values for `from_values` from texts by name, as in environment variables.
 
@@ -415,6 +433,16 @@ def _value(setting: Setting, text: str) -> Any:
     return text
 
 
+_QUERY = re.compile(r"\?[^'\"#\s]+")
+
+
+def _shown(setting: Setting, value: Any) -> str:
+    """A value as text, without what may be a secret: the query of a target's URL, too."""
+    if setting.secret and value:
+        return repr("***")
+    return _QUERY.sub("?***", repr(value)) if setting.name in _TARGETS else repr(value)
+
+
 # --- the checks ----------------------------------------------------------------------------------
 
 
@@ -446,7 +474,7 @@ def _folded(takes: msgspec.inspect.Type, value: Any) -> Any:
 def _complaint(setting: Setting, takes: msgspec.inspect.Type, value: Any) -> str:
     """The allowed values and the given one, which is hidden if it may be a secret."""
     is_hidden = setting.secret or "@" in repr(value)
-    shown = "***" if is_hidden else repr(value)
+    shown = "***" if is_hidden else _shown(setting, value)
     match takes:
         case VarTupleType() if isinstance(value, list | tuple):
             return _complaint(setting, takes.item_type, value[0])

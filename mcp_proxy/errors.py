@@ -176,13 +176,17 @@ class StorageError(ProxyError):
 
 
 class StorageUnavailable(StorageError):
-    """The store cannot be reached, so no session can be said to have ended."""
+    """The store cannot be reached, so no session can be said to have ended.
+
+    `detail` is for the operator: it says which store, and what that said.
+    """
 
     status = 503
     sentence = "The session store cannot be reached; try again shortly"
 
-    def __init__(self, message: str | None = None) -> None:
+    def __init__(self, message: str | None = None, detail: str | None = None) -> None:
         super().__init__(message)
+        self.detail = detail or str(self)
         self.headers = [("Retry-After", "1")]
 
 

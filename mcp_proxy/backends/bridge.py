@@ -75,7 +75,6 @@ class Bridge(Backend):
         max_message: int,
         on_lost: Callable[[Bridge], None],
     ) -> None:
-        self.name = server.name
         self.child_id = secrets.token_hex(8)
         self.started = time.monotonic()
         self._supervisor = supervisor
@@ -103,6 +102,15 @@ class Bridge(Backend):
         self.on_close: Callable[[], object] | None = None
         self._child = supervisor.spawn(server, max_message, self._on_exit)
         supervisor.read(self._child, self._on_line)
+
+    @property
+    def name(self) -> str:
+        """What log lines call the child."""
+        return self._child.label
+
+    def note_session(self, session_id: str) -> None:
+        """Has log lines name the session that the child serves."""
+        self._child.session = session_id
 
     def __repr__(self) -> str:
         return f"<Bridge {self._child!r} {self._switchboard!r} lost={self._lost!r}>"

@@ -68,6 +68,8 @@ class DisconnectWatcher(Worker):
     sleeps while there is none. Thread-safe.
     """
 
+    is_essential = False
+
     def __init__(self, workers: Workers | None = None) -> None:
         super().__init__("mcp-disconnects", workers)
         self._keys = itertools.count()

@@ -40,6 +40,10 @@ class Edge:
         if self.is_draining:
             raise Draining
 
+    def allows_host(self, environ: WSGIEnvironment) -> bool:
+        """Whether a request's Host is one that our MCP endpoints are served under."""
+        return self._guard.allows_host(environ)
+
     def serve(
         self,
         environ: WSGIEnvironment,

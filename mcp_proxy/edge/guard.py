@@ -41,17 +41,24 @@ class Guard:
 
     def check(self, environ: WSGIEnvironment) -> None:
         """Raises Forbidden for a foreign Host or Origin."""
-        host = environ.get("HTTP_HOST")
-        # waitress's name is `waitress.invalid` wherever it listens: the peer's address decides.
-        name: str = environ["SERVER_NAME"]
-        listener = environ.get("REMOTE_ADDR", "") if name.endswith(".invalid") else name
-        if host is not None and not _allows_host(self._hosts, host, listener):
+        if not self.allows_host(environ):
+            host = environ["HTTP_HOST"]
             raise Forbidden(f"Host {host!r} is not allowed; the setting allowed_hosts can allow it")
         origin = environ.get("HTTP_ORIGIN")
         if origin is not None and not self._allows_origin(origin):
             raise Forbidden(
                 f"Origin {origin!r} is not allowed; the setting allowed_origins can allow it"
             )
+
+    def allows_host(self, environ: WSGIEnvironment) -> bool:
+        """Whether the Host header, if there is one, is allowed."""
+        host = environ.get("HTTP_HOST")
+        if host is None:
+            return True
+        # waitress's name is `waitress.invalid` wherever it listens: the peer's address decides.
+        name: str = environ["SERVER_NAME"]
+        listener = environ.get("REMOTE_ADDR", "") if name.endswith(".invalid") else name
+        return _allows_host(self._hosts, host, listener)
 
     def cors_headers(self, environ: WSGIEnvironment) -> Headers:
         """The headers by which the page at an allowed Origin may read the response.
@@ -80,6 +87,16 @@ class Guard:
             return _ANY in self._origins or origin in self._origins
         name = url_host(origin)
         return is_loopback(name) or name in (self._hosts or ())
+
+
+def require_own_site(environ: WSGIEnvironment) -> None:
+    """Raises Forbidden for what a browser asks for on behalf of another site's page.
+
+    For MCP endpoints: an `<img>` begins a session, too, and sends no Origin (W3C Fetch Metadata).
+    """
+    site = environ.get("HTTP_SEC_FETCH_SITE")
+    if site in ("cross-site", "same-site") and "HTTP_ORIGIN" not in environ:
+        raise Forbidden("A page of another site may not ask for this without an Origin header")
 
 
 def _granted(environ: WSGIEnvironment) -> Headers:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import time
+from collections.abc import Iterator
 from contextvars import ContextVar
+from datetime import UTC, datetime
 
+from mcp_proxy.edge.log_writer import LogHandler, LogWriter
 from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.wire import jsonrpc
 
 #: The id of the request that this thread serves, empty between requests.
 current_request: ContextVar[str] = ContextVar("mcp_proxy_request", default="")
@@ -21,20 +24,73 @@ current_request: ContextVar[str] = ContextVar("mcp_proxy_request", default="")
 access = logging.getLogger("mcp_proxy.access")
 
 
-def configure(log_format: str, log_level: str) -> None:
-    """Sends the package's log lines to stderr, as text or as one JSON object a line."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+# gunicorn's own loggers; what has none at all, for example a library's warning, is its last resort.
+_GUNICORN = ("gunicorn.error", "gunicorn.access")
+
+_STDERR = 2
+
+
+def configure(log_format: str, log_level: str) -> LogWriter:
+    """Sends the package's log lines to stderr, as text or as one JSON object a line.
+
+    Returns what writes them. For a process of our own. What gunicorn writes to stderr or stdout
+    goes the same way, in its own form unless the format is `json`. A worker calls `start_writing`.
+    """
+    handler = _handler(_STDERR, JsonFormatter() if log_format == "json" else TextFormatter())
     logger = logging.getLogger("mcp_proxy")
     logger.handlers = [handler]
     logger.setLevel(log_level.upper())
     logger.propagate = False
+    last_resort = LogHandler(handler.writer, handler.formatter or TextFormatter())
+    last_resort.setLevel(logging.WARNING)
+    logging.lastResort = last_resort
+    for logger in map(logging.getLogger, _GUNICORN):
+        logger.handlers = [_taken_over(each, handler, log_format) for each in logger.handlers]
+    return handler.writer
+
+
+def start_writing() -> None:
+    """From now on a thread writes the lines of this process, which does not fork any more."""
+    for writer in {handler.writer for handler in _handlers()}:
+        writer.start()
+
+
+def _taken_over(theirs: logging.Handler, ours: LogHandler, log_format: str) -> logging.Handler:
+    """A handler in place of one of gunicorn's, unless that writes to a file or is the user's."""
+    if type(theirs) is not logging.StreamHandler or not hasattr(theirs, "_gunicorn"):
+        return theirs
+    formatter = ours.formatter if log_format == "json" else theirs.formatter
+    assert formatter is not None
+    descriptor = theirs.stream.fileno()
+    if descriptor == _STDERR:
+        return LogHandler(ours.writer, formatter)
+    return _handler(descriptor, formatter)
+
+
+def _handler(descriptor: int, formatter: logging.Formatter) -> LogHandler:
+    def describe(count: int) -> str:
+        what = "log lines were left out: whoever reads the log was too slow"
+        return formatter.format(
+            logging.LogRecord(__name__, logging.WARNING, "", 0, f"%d {what}", (count,), None)
+        )
+
+    return LogHandler(LogWriter(descriptor, describe), formatter)
+
+
+def _handlers() -> Iterator[LogHandler]:
+    for name in ("mcp_proxy", *_GUNICORN):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, LogHandler):
+                yield handler
 
 
 def log_access(request: ClientRequest, status: int) -> None:
     """Logs the access line of a request whose response, streams included, was sent."""
     if not access.isEnabledFor(logging.INFO):
         return
+    tool = client_name = ""
+    if request.rpc in ("tools/call", "initialize"):
+        tool, client_name = map(escaped, jsonrpc.names_in(request.params))
     fields = {
         "method": escaped(request.method),
         "path": escaped(request.environ.get("SCRIPT_NAME", "") + request.path),
@@ -43,15 +99,19 @@ def log_access(request: ClientRequest, status: int) -> None:
         "client": request.environ.get("REMOTE_ADDR", ""),
         "session": escaped((request.session or "")[-8:]),
         "rpc": escaped(request.rpc or ""),
+        "tool": tool,
+        "client_name": client_name,
         "reason": escaped(request.reason),
     }
-    # A sentence may quote the client: as a JSON string it stays on one line.
-    reason = f" reason={json.dumps(request.reason, ensure_ascii=False)}" if request.reason else ""
-    access.info(_ACCESS_LINE, {**fields, "why": reason}, extra={"fields": fields})
+    # What quotes the client stays on one line as a JSON string.
+    quoted = {"tool": tool, "client_name": client_name, "reason": request.reason[:_MAX_REASON]}
+    more = "".join(f" {n}={json.dumps(v, ensure_ascii=False)}" for n, v in quoted.items() if v)
+    access.info(_ACCESS_LINE, {**fields, "more": more}, extra={"fields": fields})
 
 
 # Characters of what a client said that a log line has at most.
 _MAX_SHOWN = 200
+_MAX_REASON = 500  # in a text line, where the sentence is to be whole
 
 
 def escaped(text: str) -> str:
@@ -63,7 +123,7 @@ def escaped(text: str) -> str:
 
 
 _ACCESS_LINE = (
-    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s%(why)s"
+    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s%(more)s"
 )
 
 
@@ -89,6 +149,10 @@ class TextFormatter(logging.Formatter):
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line; the fields of an access line are members of it."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """ISO 8601 with the zone, which is UTC."""
+        return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {

@@ -10,6 +10,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET, Raw, UnsetType
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.wsgi import get_input_stream
 
@@ -68,9 +69,9 @@ class ClientRequest:
     is compressed, say. `message` is what a POST carried, once it was read, if the answer to it
     leaves on this response: failures then do as well.
 
-    Four are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
-    is the JSON-RPC method, `session` the session that was named or opened, and `reason` says why
-    the request was refused or failed, each once it is known.
+    Five are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
+    is the JSON-RPC method and `params` are its parameters, `session` is the session that was named
+    or opened, and `reason` says why the request was refused or failed, each once it is known.
     """
 
     __slots__ = (
@@ -83,6 +84,7 @@ class ClientRequest:
         "is_encoded",
         "message",
         "method",
+        "params",
         "path",
         "protocol_version",
         "reason",
@@ -111,6 +113,7 @@ class ClientRequest:
         self.message: Message | Batch | None = None
         self.reason = ""
         self.rpc: str | None = None
+        self.params: Raw | UnsetType = UNSET
         self.session = self.session_id
 
     def note(self, error: ProxyError) -> None:

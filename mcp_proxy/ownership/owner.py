@@ -140,6 +140,7 @@ class Owner:
         shortest = min(options.session_ttl, options.idle_timeout or options.session_ttl)
         self._interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
         self._sweeper = Periodic("mcp-sweeper", self._interval, self._sweep_once, parts.workers)
+        self._sweeper.is_essential = False
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
         self._lock = threading.Lock()  # guards _held and _pending
@@ -486,6 +487,7 @@ class Owner:
     def _hold(self, url: str, session: Session, bridge: Bridge) -> None:
         session_log = SessionLog(self.events, session.id, bridge.child_id, self._read_on)
         bridge.log = session_log
+        bridge.note_session(session.id)
         bridge.on_close = partial(self._release, url)
         with self._lock:
             self._held[url] = _Held(session.id, session.type, bridge, session_log)
@@ -515,6 +517,8 @@ class Owner:
             claims.give_back_left(self.manager)
             self._sweeper.interval = self._interval
             self.sweep()
+        except StorageUnavailable:
+            log.debug("[%s] sessions not swept: the store is away", self.server.name)
         except StorageError as error:
             log.warning("[%s] sessions not swept: %s", self.server.name, error)
 
@@ -549,9 +553,14 @@ class Owner:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def not_ready_reason(self) -> str | None:
-        """Why new sessions cannot be expected to begin, None if they can."""
-        return self._workers.not_ready_reason() or self.backoff.not_ready_reason()
+    @property
+    def has_sessions(self) -> bool:
+        """Whether a server of a session runs in this replica."""
+        return bool(self._held)
+
+    def threads_reason(self) -> str | None:
+        """Which threads of this replica have ended, None if none has."""
+        return self._workers.not_ready_reason()
 
     @property
     def is_busy(self) -> bool:

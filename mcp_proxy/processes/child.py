@@ -51,7 +51,8 @@ _LINE_SHOWN = 2000  # characters of a line of noise or stderr that the log gets
 class Child:
     """A running server process.
 
-    The constructor starts the process and raises BackendNotStarted if that fails.
+    The constructor starts the process and raises BackendNotStarted if that fails. `session` is for
+    the log.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Child:
         cpu_affinity: frozenset[int] | None,
     ) -> None:
         self.name = server.name
+        self.session = ""
         self.at_eof = threading.Event()
         #: What its descendants have in their environment.
         self.mark = secrets.token_hex(8)
@@ -83,6 +85,12 @@ class Child:
 
     def __repr__(self) -> str:
         return f"<Child {self.name} pid={self.pid} returncode={self._process.returncode}>"
+
+    @property
+    def label(self) -> str:
+        """What log lines call the process: its server, its id and the end of its session's."""
+        session = f" session={self.session[-8:]}" if self.session else ""
+        return f"{self.name} pid={self.pid}{session}"
 
     # --- output ----------------------------------------------------------------------------------
 
@@ -129,7 +137,7 @@ class Child:
                 self._skip_rest(line)
                 return line[:_LINE_SHOWN]  # it may name the call that it was to answer
         except (OSError, ValueError):
-            log.debug("[%s] reading ended", self.name, exc_info=True)
+            log.debug("[%s] reading ended", self.label, exc_info=True)
         return None
 
     def _skip_rest(self, start: bytes) -> None:
@@ -138,7 +146,7 @@ class Child:
             size += len(piece)
         log.error(
             "[%s] dropped a line of %d bytes, more than max_message_bytes allows: %s",
-            self.name,
+            self.label,
             size + len(piece),
             shown(start),
         )
@@ -164,7 +172,7 @@ class Child:
                 self.is_flooding = True
                 self._stderr_log.leave_out(len(lines) - number - 1)
                 break
-            log.info("[%s] stderr: %s", self.name, shown(line))
+            log.info("[%s] stderr: %s", self.label, shown(line))
         self._tail.extend(line[: _LINE_SHOWN + 1] for line in lines[-_TAIL_LINES:])
         return len(data)
 
@@ -266,7 +274,9 @@ def _start(
             )
     except (OSError, ValueError) as error:
         log.error("[%s] cannot start %s: %s", server.name, server, error)
-        raise BackendNotStarted(f"The server cannot be started: {_reason(error)}") from error
+        is_lost = server.cwd is not None and not os.path.isdir(server.cwd)
+        reason = "its working directory does not exist" if is_lost else _reason(error)
+        raise BackendNotStarted(f"The server cannot be started: {reason}") from error
     _offer_to_oom_killer(process.pid)
     return process
 

@@ -6,11 +6,12 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -40,6 +41,10 @@ _CONNECTIONS = 1 << 20
 _DEFAULT_PORT = 6379
 _SENTINEL_PORT = 26379
 
+# Seconds between two log lines about one outage, and characters of what the server says.
+_LOG_PAUSE = 60.0
+_MAX_WORDS = 300
+
 # Seconds that a blocking command waits at most.
 _MAX_BLOCK = 2.0
 
@@ -67,6 +72,14 @@ _UNUSABLE: dict[str, tuple[type[redis.ResponseError] | None, str]] = {
 }
 
 
+class _Outage(NamedTuple):
+    """Since when the server is not usable, whether it answers, and whether the log says so."""
+
+    since: float
+    is_refusal: bool
+    is_logged: bool
+
+
 class Connection:
     """A redis-py client, made at its first use if a URL was given. Thread-safe.
 
@@ -74,10 +87,19 @@ class Connection:
     answer. Raises ValueError when the URL cannot be read.
     """
 
-    def __init__(self, client: Client | str, timeout: float = 5) -> None:
-        self._lock = threading.Lock()  # guards _client, _failures and _reason
+    def __init__(
+        self,
+        client: Client | str,
+        timeout: float = 5,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()  # guards _client and _failures
         self._failures = 0
-        self._reason: str | None = None  # why the server was not usable, when last looked at
+        self._outages = threading.Lock()  # guards _outage and _logged; held by nobody who waits
+        self._outage: _Outage | None = None
+        self._logged = ("", 0.0)  # what was said last of an outage, and when
+        self._url = client if isinstance(client, str) else None
         #: Whether the server was seen to know GETEX.
         self.has_getex = False
         self._owns_client = isinstance(client, str)
@@ -101,7 +123,7 @@ class Connection:
     def _made(self) -> Client:
         assert self._make is not None
         try:
-            with mapped_errors():
+            with self.mapped_errors():
                 return self._make()
         except BaseException:
             self._failures += 1
@@ -131,14 +153,71 @@ class Connection:
         answer: dict[str, Any] = client.info("server", target_nodes=RedisCluster.PRIMARIES)
         return [answer] if "redis_version" in answer else list(answer.values())
 
-    def note(self, reason: str | None) -> None:
-        """Logs that the server is not usable, and that it is again: one line for each change."""
-        with self._lock:
-            before, self._reason = self._reason, reason
-        if reason is not None and reason != before:
-            log.warning("%s", reason)
-        elif reason is None and before is not None:
-            log.info("The session store is usable again")
+    @contextmanager
+    def mapped_errors(self, is_write: bool = False) -> Iterator[None]:
+        """Turns redis-py's errors into StorageUnavailable, and invalid text into StorageError.
+
+        The log says once a minute that the server is not usable, and when it is again: one that has
+        refused something only after a block that `is_write`.
+        """
+        try:
+            yield
+        except (redis.RedisError, RedisClusterException, OSError) as error:
+            raise self._unavailable(error) from error
+        except UnicodeDecodeError as error:  # from a client with `decode_responses=True`
+            raise StorageError(f"The session record cannot be read: {error}") from error
+        if self._outage is not None and (is_write or not self._outage.is_refusal):
+            self._end_outage()
+
+    def _unavailable(self, error: Exception) -> StorageUnavailable:
+        refusal = _refusal(error)
+        said = self._without_secrets(str(error)) or type(error).__name__
+        found = StorageUnavailable(refusal, f"{self._where()}: {said[:_MAX_WORDS]}")
+        if refusal is not None:
+            found.detail = f"{refusal} ({found.detail})"
+        self._begin_outage(found, refusal is not None)
+        return found
+
+    def _begin_outage(self, error: StorageUnavailable, is_refusal: bool) -> None:
+        now, message = self._clock(), str(error)
+        with self._outages:
+            said, when = self._logged
+            is_due = said != message or now - when >= _LOG_PAUSE
+            since, is_logged = now, is_due
+            if self._outage is not None:
+                since, is_logged = self._outage.since, is_due or self._outage.is_logged
+            self._outage = _Outage(since, is_refusal, is_logged)
+            if is_due:
+                self._logged = (message, now)
+        if is_due:
+            log.warning("The session store is not usable: %s", error.detail)
+
+    def _end_outage(self) -> None:
+        with self._outages:
+            outage, self._outage = self._outage, None
+        if outage is not None and outage.is_logged:
+            seconds = self._clock() - outage.since
+            log.warning("The session store is usable again after %.0f s", seconds)
+
+    def _where(self) -> str:
+        """The server, or the servers, without user and password."""
+        if self._url is not None:
+            scheme, _, rest = self._url.partition("?")[0].partition("://")
+            return f"{scheme}://{rest.rpartition('@')[2]}"
+        if isinstance(self._client, RedisCluster):
+            return "the Cluster"
+        options = self._client.connection_pool.connection_kwargs
+        return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
+
+    def _without_secrets(self, text: str) -> str:
+        """What redis-py says of an error, in one line and without the passwords in the URL."""
+        parts = urlsplit(self._url or "")
+        pairs = parse_qsl(parts.query)
+        secrets = [parts.netloc.rpartition("@")[0].partition(":")[2]]
+        secrets += [value for name, value in pairs if "password" in name]
+        for secret in filter(None, [*secrets, *map(unquote, secrets)]):
+            text = text.replace(secret, "***")
+        return " ".join(text.split())
 
     @property
     def block_time(self) -> float:
@@ -215,6 +294,8 @@ def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
     parts = urlsplit(url)
     if parts.scheme == "unix" and not parts.path:
         raise ValueError("no path")
+    if parts.scheme != "unix" and not re.fullmatch(r"/?|/[0-9]+/?", parts.path):
+        raise ValueError("no database")  # redis-py would take the first one
     client: redis.Redis = redis.Redis.from_url(url, **_options(timeout))
     _try_options(client)
     return lambda: client
@@ -351,17 +432,6 @@ def _addresses(hosts: Sequence[str], default_port: int) -> list[tuple[str, int]]
             raise ValueError("no host")
         addresses.append((parts.hostname, parts.port or default_port))
     return addresses
-
-
-@contextmanager
-def mapped_errors() -> Iterator[None]:
-    """Turns redis-py's errors into StorageUnavailable, and invalid text into StorageError."""
-    try:
-        yield
-    except (redis.RedisError, RedisClusterException, OSError) as error:
-        raise StorageUnavailable(_refusal(error)) from error
-    except UnicodeDecodeError as error:  # from a client with `decode_responses=True`
-        raise StorageError(f"The session record cannot be read: {error}") from error
 
 
 def _refusal(error: BaseException | None) -> str | None:

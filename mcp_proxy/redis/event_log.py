@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mcp_proxy.redis.client import Connection, as_bytes, entries_of, mapped_errors
+from mcp_proxy.redis.client import Connection, as_bytes, entries_of
 from mcp_proxy.storage.event_log import KEPT, MAX_BYTES, MAX_EVENTS, EventLog, LoggedEvent
 
 # The form of an entry's id. XRANGE has wildcards (`-`, `+`) and refuses most other texts.
@@ -47,14 +47,14 @@ class RedisEventLog(EventLog):
     def append(self, session_id: str, stream: str, data: bytes, is_last: bool) -> str:
         bounds = (MAX_EVENTS, MAX_BYTES, self._kept_ms)
         arguments: list[bytes | str | int] = [stream, data, int(is_last), *bounds]
-        with mapped_errors():
+        with self._connection.mapped_errors():
             event_id = self._connection.run(_APPEND, self._key(session_id), arguments)
         return as_bytes(event_id).decode()
 
     def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
         if not _ID.fullmatch(event_id):
             return None
-        with mapped_errors():
+        with self._connection.mapped_errors():
             entries = self._connection.client.xrange(self._key(session_id), event_id, event_id)
         return _event(*entries[0]) if entries else None
 
@@ -62,12 +62,12 @@ class RedisEventLog(EventLog):
         key = self._key(session_id)
         limit = min(timeout, self._connection.block_time)
         block = max(1, int(limit * 1000)) if limit > 0 else None
-        with mapped_errors():
+        with self._connection.mapped_errors():
             answer = self._connection.client.xread({key: after or "0-0"}, count=_COUNT, block=block)
         return [_event(*entry) for entry in entries_of(answer)]
 
     def forget(self, session_id: str) -> None:
-        with mapped_errors():
+        with self._connection.mapped_errors():
             self._connection.client.delete(self._key(session_id))
 
     def _key(self, session_id: str) -> str:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from mcp_proxy.redis.client import Connection, entries_of, mapped_errors
+from mcp_proxy.redis.client import Connection, entries_of
 from mcp_proxy.storage.mailboxes import LEASE, Envelope, Mailboxes
 
 _MAX_COLLECTED = 256  # envelopes
@@ -36,15 +36,15 @@ class RedisMailboxes(Mailboxes):
         return f"<RedisMailboxes prefix={self._prefix!r} lease={self.lease}>"
 
     def renew(self, replica: str) -> bool:
-        with mapped_errors():
+        with self._connection.mapped_errors():
             return bool(self._connection.run(_RENEW, self._key(replica), [int(self.lease * 1000)]))
 
     def is_open(self, replica: str) -> bool:
-        with mapped_errors():
+        with self._connection.mapped_errors():
             return bool(self._connection.client.exists(self._key(replica)))
 
     def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
-        with mapped_errors():
+        with self._connection.mapped_errors():
             if len(envelopes) == 1:
                 return [self._add(self._connection.client, envelopes[0]) is not None]
             pipeline = self._connection.client.pipeline(transaction=False)
@@ -62,7 +62,7 @@ class RedisMailboxes(Mailboxes):
         block = max(1, int(min(timeout, self._block_time) * 1000))
         with self._lock:
             read = self._read.pop(replica, [])
-        with mapped_errors():
+        with self._connection.mapped_errors():
             pipeline = self._connection.client.pipeline(transaction=False)
             if read:
                 pipeline.xdel(key, *read)
@@ -81,11 +81,11 @@ class RedisMailboxes(Mailboxes):
         return envelopes
 
     def remove(self, replica: str) -> None:
-        with mapped_errors():
+        with self._connection.mapped_errors():
             self._connection.client.delete(self._key(replica))
 
     def uptime(self) -> float:
-        with mapped_errors():
+        with self._connection.mapped_errors():
             info = self._connection.client.info("server")
         nodes = [info] if "uptime_in_seconds" in info else list(info.values())
         return float(min(node["uptime_in_seconds"] for node in nodes))

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 import secrets
 
-from mcp_proxy.errors import SessionExists, SessionNotFound, StorageUnavailable
-from mcp_proxy.redis.client import Client, Connection, as_bytes, mapped_errors
+from mcp_proxy.errors import SessionExists, SessionNotFound
+from mcp_proxy.redis.client import Client, Connection, as_bytes
 from mcp_proxy.redis.event_log import RedisEventLog
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.storage.event_log import KEPT, EventLog
@@ -68,7 +68,7 @@ class RedisStorage(Storage):
     def create(self, session: Session) -> None:
         data = _signed(session)
         key = self._session_key(session.id)
-        with mapped_errors():
+        with self.connection.mapped_errors(is_write=True):
             if not self.connection.has_getex:
                 # Else sessions would begin, children and all, that nobody can load.
                 self._require_getex(key)
@@ -81,18 +81,18 @@ class RedisStorage(Storage):
         raise SessionExists(f"Session {session.id} exists already")
 
     def load(self, session_id: str) -> Session:
-        with mapped_errors():
+        with self.connection.mapped_errors():
             data = self.connection.client.getex(self._session_key(session_id), px=self._ttl_ms)
         if data is None:
             raise SessionNotFound
         return _read(as_bytes(data))
 
     def exists(self, session_id: str) -> bool:
-        with mapped_errors():
+        with self.connection.mapped_errors():
             return bool(self.connection.client.exists(self._session_key(session_id)))
 
     def peek(self, session_id: str) -> Session | None:
-        with mapped_errors():
+        with self.connection.mapped_errors():
             data = self.connection.client.get(self._session_key(session_id))
         return None if data is None else _read(as_bytes(data))
 
@@ -101,28 +101,23 @@ class RedisStorage(Storage):
         if before is None:
             before, uncompared = encode(old).removesuffix(b"}"), _SIGNATURE_BYTES
         arguments: list[bytes | int] = [before, _signed(new), self._ttl_ms, uncompared]
-        with mapped_errors():
+        with self.connection.mapped_errors(is_write=True):
             return bool(self.connection.run(_SWAP, self._session_key(old.id), arguments))
 
     def delete(self, session_id: str) -> None:
-        with mapped_errors():
+        with self.connection.mapped_errors():
             self.connection.client.delete(self._session_key(session_id))
 
     def issued(self, session_id: str) -> bool:
-        with mapped_errors():
+        with self.connection.mapped_errors():
             return bool(self.connection.client.exists(self._issued_key(session_id)))
 
     def check(self) -> None:
         key = f"{self.prefix}check"
-        try:
-            with mapped_errors():
-                self.connection.ping()
-                self.connection.client.set(key, b"1", px=_CHECK_MS)
-                self._require_getex(key)
-        except StorageUnavailable as error:
-            self.connection.note(str(error))
-            raise
-        self.connection.note(None)
+        with self.connection.mapped_errors(is_write=True):
+            self.connection.ping()
+            self.connection.client.set(key, b"1", px=_CHECK_MS)
+            self._require_getex(key)
 
     def _require_getex(self, key: str) -> None:
         self.connection.client.getex(key, px=_CHECK_MS)
@@ -130,7 +125,7 @@ class RedisStorage(Storage):
 
     def version(self) -> tuple[int, ...]:
         """The server's version; GETEX needs (6, 2). Raises StorageUnavailable."""
-        with mapped_errors():
+        with self.connection.mapped_errors():
             text = self.connection.client.info("server")["redis_version"]
         return tuple(int(part) for part in text.split(".")[:3])
 

@@ -101,7 +101,7 @@ class Lease(Periodic):
         except StorageUnavailable as error:
             self._was_away = True
             self._in_contact_since = None
-            log.warning("the lease is not renewed: %s", error)
+            log.debug("the lease is not renewed: %s", error)
 
     def look(self) -> None:
         """One look: renews the lease if it is time to; raises StorageUnavailable."""

@@ -190,7 +190,7 @@ class _Running(Worker):
         try:
             envelopes = self._mailboxes.collect(self._own, min(_WAIT, self._mailboxes.lease / 3))
         except StorageUnavailable as error:
-            log.warning("envelopes of other replicas are not read: %s", error)
+            log.debug("envelopes of other replicas are not read: %s", error)
             time.sleep(_PAUSE)
             return
         for envelope in envelopes:

@@ -132,7 +132,7 @@ class Sender(QueueWorker[Call]):
         try:
             accepted = self._mailboxes.post(envelopes)
         except StorageUnavailable as error:
-            log.warning("envelopes for other replicas wait: %s", error)
+            log.debug("envelopes for other replicas wait: %s", error)
             for peer in dict.fromkeys(map(_PEER, envelopes)):
                 self._pause_or_give_up(peer, str(error))
             return False

@@ -120,7 +120,7 @@ class SessionLog:
         try:
             return self._events.append(self._session_id, stream, data, is_last)
         except StorageError as error:
-            log.warning("events cannot be resumed for now: %s", error)
+            log.debug("events cannot be resumed for now: %s", error)
             self._not_before = time.monotonic() + _PAUSE
             return None
 
@@ -142,6 +142,8 @@ class ReadOnWorker(QueueWorker[Exchange]):
 
     One thread, which begins with the first such stream. Thread-safe.
     """
+
+    is_essential = False
 
     def __init__(self, workers: Workers | None = None) -> None:
         super().__init__("mcp-read-on", workers)

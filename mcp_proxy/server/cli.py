@@ -17,7 +17,7 @@ from mcp_proxy.config import (
     settings,
 )
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server.gunicorn import require_shared_sessions, serve
+from mcp_proxy.server.gunicorn import require_shared_sessions, require_worker_class, serve
 from mcp_proxy.servers import as_command
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mcp_proxy.server.check import check
 
             return check(config)
+        require_worker_class(config)
         require_shared_sessions(config, config.workers)
         if config.redis_url is not None:
             _require_readable_url(config)

@@ -6,6 +6,7 @@ Imported in gunicorn's master, so it must not import anything that a worker clas
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -17,13 +18,16 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcp_proxy.config import PREFIX, ProxyConfig
-from mcp_proxy.edge.logs import configure
+from mcp_proxy.config import PREFIX, ProxyConfig, set_in_environment
+from mcp_proxy.edge.guard import is_loopback, url_host
+from mcp_proxy.edge.log_writer import LogWriter
+from mcp_proxy.edge.logs import configure, start_writing
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import Server, StdioServer
 
@@ -60,11 +64,17 @@ _SHARED_MEMORY = "/dev/shm"
 _KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
 
 
-def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
+def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[str, Any]:
     """All settings for gunicorn, hooks included."""
-    hooks = Hooks(config)
+    hooks = hooks or Hooks(config)
+    try:
+        require_worker_class(config)
+    except ConfigError as error:
+        sys.exit(f"mcp-wsgi-proxy: {error}")
     is_gthread = config.worker_class == "gthread"
     return {
+        # gunicorn's own class logs its first line before any hook is called.
+        **({"logger_class": _json_logger(hooks)} if config.log_format == "json" else {}),
         "bind": config.bind,
         "workers": config.workers,
         "threads": config.threads,
@@ -89,25 +99,40 @@ def gunicorn_settings(config: ProxyConfig) -> dict[str, Any]:
         "on_starting": hooks.on_starting,
         "when_ready": hooks.when_ready,
         "pre_fork": hooks.pre_fork,
+        "post_fork": hooks.post_fork,
         "post_worker_init": hooks.post_worker_init,
         "worker_int": hooks.worker_int,
         "worker_exit": hooks.worker_exit,
     }
 
 
+def _json_logger(hooks: Hooks) -> type:
+    """gunicorn's class of the log, whose lines are JSON from the first one on."""
+    from gunicorn.glogging import Logger
+
+    class JsonLogger(Logger):  # type: ignore[misc]
+        def setup(self, cfg: Any) -> None:
+            super().setup(cfg)
+            hooks.begin_log()
+
+    return JsonLogger
+
+
 def serve(config: ProxyConfig) -> None:
     """Runs gunicorn with `config` until it is told to stop; raises SystemExit then."""
     from gunicorn.app.base import BaseApplication
 
+    hooks = Hooks(config)
+
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
-            for name, value in gunicorn_settings(config).items():
+            for name, value in gunicorn_settings(config, hooks).items():
                 self.cfg.set(name, value)
 
         def load(self) -> WSGIApplication:
             from mcp_proxy.app import create_app
 
-            return create_app(within_files(config))
+            return create_app(within_files(hooks.config))
 
     Server().run()
 
@@ -121,46 +146,89 @@ def require_shared_sessions(config: ProxyConfig, worker_count: int) -> None:
         )
 
 
+def require_worker_class(config: ProxyConfig) -> None:
+    """Raises ConfigError where what gunicorn's worker of this kind imports is not installed."""
+    needed = ("gevent", "packaging") if config.worker_class == "gevent" else ()
+    missing = [name for name in needed if not _is_installed(name)]
+    if missing:
+        what = " and ".join(missing)
+        raise ConfigError(f"worker_class gevent needs {what}: pip install 'mcp-wsgi-proxy[gevent]'")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 class Hooks:
     """gunicorn's server hooks, with the parameter names that gunicorn requires."""
 
     def __init__(self, config: ProxyConfig) -> None:
-        self._config = config
+        self.config = config
         self._offset = random.randrange(1024)
+        self._log: LogWriter | None = None
+
+    def begin_log(self) -> LogWriter:
+        """Has the process write its log lines as the settings want; harmless when repeated."""
+        if self._log is None:
+            self._log = configure(self.config.log_format, self.config.log_level)
+        return self._log
 
     def on_starting(self, server: Any) -> None:
         """Exits before anything listens if several workers could not share their sessions."""
-        configure(self._config.log_format, self._config.log_level)
+        self.begin_log()
         _allow_many_files()
-        lowered = within_files(self._config).max_sessions
-        if lowered != self._config.max_sessions:
+        lowered = within_files(self.config).max_sessions
+        if lowered != self.config.max_sessions:
             log.warning(
                 "max_sessions is %d instead of %d: a worker may have %d files open",
-                *(lowered, self._config.max_sessions, files_to_have()),
+                *(lowered, self.config.max_sessions, files_to_have()),
             )
         try:
-            require_shared_sessions(self._config, server.cfg.workers)
+            require_shared_sessions(self.config, server.cfg.workers)
         except ConfigError as error:
             sys.exit(f"mcp-wsgi-proxy: {error}")
+        for sentence in self.config.ignored():
+            log.warning("%s", sentence)
+        _answer_signals(server, self.config)
 
     def when_ready(self, server: Any) -> None:
-        """Prints the banner once the sockets listen."""
+        """Prints the banner once the sockets listen; a JSON log has the URLs in a line of it."""
         addresses = [str(listener) for listener in server.LISTENERS]
-        print(banner(self._config, addresses), file=sys.stderr, flush=True)
+        if self.config.log_format == "json":
+            urls = server_urls(self.config, base_url(self.config, addresses))
+            log.info("serving %s", urls, extra={"fields": {"servers": urls}})
+        else:
+            self.begin_log().write(banner(self.config, addresses))
 
     def pre_fork(self, server: Any, worker: Any) -> None:
         """Chooses the worker's CPU, in the master, which knows the CPUs of the other workers."""
-        cpus = cpus_to_share(self._config, server.cfg.workers)
+        cpus = cpus_to_share(self.config, server.cfg.workers)
         taken = [other.cpu for other in server.WORKERS.values() if other.cpu is not None]
         worker.cpu = least_used(cpus, taken, self._offset) if cpus else None
 
+    def post_fork(self, server: Any, worker: Any) -> None:
+        """Has a worker that finds a mistake in the file of servers use what was in it before."""
+        if self.config.config is None or getattr(server, "good_servers", None) is None:
+            return
+        try:
+            self.config.servers()
+        except ConfigError as error:
+            log.error("%s; this worker starts with what was in the file before", error)
+            path = f"/proc/self/fd/{server.good_servers}"
+            set_in_environment("config", path)
+            self.config = msgspec.structs.replace(self.config, config=path)
+
     def post_worker_init(self, worker: Any) -> None:
         """Sets up the worker, pins it to its CPU, and has SIGTERM drain its application."""
+        start_writing()
         app = worker.wsgi
-        worker.client_timeout = self._config.client_timeout
-        worker.max_header_bytes = self._config.max_header_bytes
-        worker.max_body_bytes = self._config.max_body_bytes
-        worker.request_timeout = self._config.request_timeout
+        worker.client_timeout = self.config.client_timeout
+        worker.max_header_bytes = self.config.max_header_bytes
+        worker.max_body_bytes = self.config.max_body_bytes
+        worker.request_timeout = self.config.request_timeout
         if worker.cpu is not None and hasattr(app, "parts"):
             app.parts.supervisor.cpu_affinity = frozenset(os.sched_getaffinity(0))
             pin(worker.cpu)
@@ -176,6 +244,55 @@ class Hooks:
         drain = getattr(getattr(worker, "wsgi", None), "drain", None)
         if drain is not None:
             drain()
+
+
+# --- signals to the master -----------------------------------------------------------------------
+
+
+def _answer_signals(server: Any, config: ProxyConfig) -> None:
+    """Has SIGHUP and SIGTTIN refused, in a sentence, where gunicorn would end or harm sessions."""
+    reload, add_worker = server.handle_hup, server.handle_ttin
+
+    def handle_hup() -> None:
+        try:
+            config.servers()
+        except ConfigError as error:
+            log.error("nothing is reloaded, and everything goes on as before: %s", error)
+            return
+        for sentence in config.ignored():
+            log.warning("%s", sentence)
+        before, server.good_servers = server.good_servers, _copy_of(config)
+        if before is not None:
+            os.close(before)  # workers have descriptors of their own
+        reload()
+
+    def handle_ttin() -> None:
+        try:
+            require_shared_sessions(config, server.num_workers + 1)
+        except ConfigError as error:
+            log.error("no worker is added: %s", error)
+            return
+        add_worker()
+
+    server.good_servers = _copy_of(config)
+    server.handle_hup, server.handle_ttin = handle_hup, handle_ttin
+
+
+def _copy_of(config: ProxyConfig) -> int | None:
+    """A file in memory with what is in the file of servers; None where there is none.
+
+    It is inherited by workers, and by no child of theirs.
+    """
+    if config.config is None or not hasattr(os, "memfd_create"):
+        return None
+    try:
+        text = Path(config.config).read_bytes()
+    except OSError:  # it was there a moment ago
+        return None
+    descriptor = os.memfd_create("mcp-servers")
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(text)
+    return descriptor
 
 
 # --- the limit of files --------------------------------------------------------------------------
@@ -271,10 +388,9 @@ def _close(worker: Any) -> None:
 
 def banner(config: ProxyConfig, addresses: list[str]) -> str:
     """The URLs and a client configuration block for the servers at `addresses`."""
-    address = addresses[0] if addresses else config.bind
-    if address.startswith("unix:"):
-        return _unix_banner(config, address)
-    base = _reachable(address) if addresses else f"http://{address}"
+    if addresses and addresses[0].startswith("unix:"):
+        return _unix_banner(config, addresses[0])
+    base = base_url(config, addresses)
     urls = server_urls(config, base)
     block = {"mcpServers": {name: _entry(url) for name, url in urls.items()}}
     lines = [
@@ -285,6 +401,7 @@ def banner(config: ProxyConfig, addresses: list[str]) -> str:
         *(f"    {line}" for line in json.dumps(block, indent=2).splitlines()),
         "",
         f"  Health: {base}/healthz and {base}/readyz",
+        *_warnings(config, addresses),
     ]
     return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
 
@@ -299,6 +416,23 @@ def _unix_banner(config: ProxyConfig, address: str) -> str:
         "  Health: /healthz and /readyz",
     ]
     return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
+
+
+def _warnings(config: ProxyConfig, addresses: list[str]) -> list[str]:
+    """What whoever starts this should know, with an empty line before it."""
+    hosts = [host for host in map(url_host, addresses) if host and not is_loopback(host)]
+    if not hosts or config.allowed_hosts is not None:
+        return []
+    return [
+        "",
+        "  Every Host is served beyond this machine: a web page can reach this address under a",
+        "  name of its own (DNS rebinding). Set allowed_hosts to the names that clients use.",
+    ]
+
+
+def base_url(config: ProxyConfig, addresses: list[str]) -> str:
+    """The URL of the proxy that listens at `addresses`, without a path."""
+    return _reachable(addresses[0]) if addresses else f"http://{config.bind}"
 
 
 def server_urls(config: ProxyConfig, base: str) -> dict[str, str]:

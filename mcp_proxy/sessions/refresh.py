@@ -22,6 +22,8 @@ class SessionRefresher(Periodic):
     `ttl` is the storage's, in seconds. Thread-safe.
     """
 
+    is_essential = False
+
     def __init__(self, manager: SessionManager, ttl: float, workers: Workers | None = None) -> None:
         super().__init__("mcp-session-refresher", ttl / _ROUNDS_PER_TTL, self.refresh, workers)
         self._manager = manager
@@ -48,7 +50,7 @@ class SessionRefresher(Periodic):
             except SessionNotFound:
                 log.debug("a session with an open stream has ended")
             except StorageUnavailable as error:
-                log.warning("sessions with open streams were not refreshed: %s", error)
+                log.debug("sessions with open streams were not refreshed: %s", error)
                 return
             except StorageError as error:
                 log.warning("a session with an open stream was not refreshed: %s", error)

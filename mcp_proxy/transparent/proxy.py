@@ -21,7 +21,7 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import HeaderPolicy, mount_of, raw_path
-from mcp_proxy.edge.guard import without_cors
+from mcp_proxy.edge.guard import require_own_site, without_cors
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -66,6 +66,9 @@ KIND = "mcp"
 _ATTEMPTS = 3
 
 # A client that is answered 200 here takes the server for one of the legacy era, for good.
+# Where HTTP+SSE (2024-11-05) usually lives.
+_SSE_PATHS = ("/sse", "/messages")
+
 _DISCOVER = "server/discover"
 
 # Seconds for a backend that was too slow to take the cancellation.
@@ -216,23 +219,27 @@ class TransparentProxy(Transport):
         self.balancer.stop()
         self._client.close()
 
-    def not_ready_reason(self) -> str | None:
-        """Why a thread or every backend fails, None if requests can be served.
+    def threads_reason(self) -> str | None:
+        return self._workers.not_ready_reason()
+
+    def server_reason(self) -> str | None:
+        """Why every backend fails, None if one does not.
 
         Backends are asked for a connection only, by another thread.
         """
-        ended = self._workers.not_ready_reason()
-        if ended is not None:
-            return ended
         return self.reachability.not_ready_reason(self.balancer.candidates(wait=0))
 
     # --- where a request goes --------------------------------------------------------------------
 
     def handle(self, request: ClientRequest) -> Reply:
+        if "HTTP_SEC_FETCH_SITE" in request.environ:
+            path = request.path.rstrip("/")
+            if path in _SSE_PATHS or is_endpoint(self._target, None, request.path):
+                require_own_site(request.environ)
         body = request.read_body(self.options.max_body_bytes)
         inbound = Inbound(request, body, _message_in(request, body))
         if isinstance(inbound.message, (Request, Notification)):
-            request.rpc = inbound.message.method
+            request.rpc, request.params = inbound.message.method, inbound.message.params
         is_discover = inbound.message is not None and request.rpc == _DISCOVER
         request.message = None if is_discover else inbound.message
         try:

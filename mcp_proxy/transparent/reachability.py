@@ -53,6 +53,7 @@ class Reachability:
         self._probe = probe
         self._clock = clock
         self._thread = Periodic("mcp-backend-probe", _LOOK, self.look, workers)
+        self._thread.is_essential = False
         self._probes = KeyedExecutor("mcp-backend-probes", _PROBES)
         self._changed = threading.Condition()  # guards and announces what follows
         self._outages: dict[Address, _Outage] = {}

@@ -92,9 +92,22 @@ class Transport(ABC):
     def shut_down(self) -> None:
         """Ends what is this transport's; what an application shares the application ends."""
 
-    @abstractmethod
+    @property
+    def has_sessions(self) -> bool:
+        """Whether sessions go on here although no new one can be expected to begin."""
+        return False
+
     def not_ready_reason(self) -> str | None:
         """Why new sessions cannot be expected to begin, None if they can."""
+        return self.threads_reason() or self.server_reason()
+
+    @abstractmethod
+    def threads_reason(self) -> str | None:
+        """Which threads of ours have ended that should run, None if none has."""
+
+    @abstractmethod
+    def server_reason(self) -> str | None:
+        """Why the MCP server cannot be expected to begin a session, None if it can."""
 
 
 def drain(transports: Collection[Transport], timeout: float, linger: float = 0.0) -> None:

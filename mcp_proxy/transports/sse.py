@@ -22,6 +22,7 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
+from mcp_proxy.edge.guard import require_own_site
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -73,6 +74,8 @@ class SSEProxy(StdioTransport):
 
     def handle(self, request: ClientRequest) -> Reply:
         path = request.path.rstrip("/")
+        if "HTTP_SEC_FETCH_SITE" in request.environ:
+            require_own_site(request.environ)
         if path == MESSAGES_PATH:
             if request.method != "POST":
                 raise MethodNotAllowed("POST")
@@ -168,6 +171,8 @@ class SSEProxy(StdioTransport):
             else:
                 backend.respond(message)
 
+        if isinstance(message, Request):
+            request.params = message.params
         bridge = self._bridges.get(session_id)
         if bridge is None:
             self._deliver_elsewhere(request, session_id, act, isinstance(message, Request))

@@ -85,14 +85,23 @@ class StdioTransport(Transport):
         if self._own_parts is not None:
             self._own_parts.close()
 
-    def not_ready_reason(self) -> str | None:
+    @property
+    def has_sessions(self) -> bool:
+        return self.owner.has_sessions
+
+    def threads_reason(self) -> str | None:
+        return self.owner.threads_reason()
+
+    def server_reason(self) -> str | None:
         server = self.owner.server
+        if server.cwd is not None and not os.path.isdir(server.cwd):
+            return f"its working directory {server.cwd} does not exist"
         program = server.argv[0]
         if os.path.dirname(program) and server.cwd is not None:  # exec comes after chdir
             program = os.path.join(server.cwd, program)
         if shutil.which(program, path=server.env.get("PATH")) is None:
             return f"{server.argv[0]} is not an executable file"
-        return self.owner.not_ready_reason()
+        return self.owner.backoff.not_ready_reason()
 
     def tell(
         self, request: ClientRequest, session: Session, message: Notification | Response

@@ -17,6 +17,7 @@ from msgspec import UNSET
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.guard import require_own_site
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -59,6 +60,8 @@ class StreamableProxy(StdioTransport):
     def handle(self, request: ClientRequest) -> Reply:
         if request.path not in _PATHS:
             raise NotFound
+        if "HTTP_SEC_FETCH_SITE" in request.environ:
+            require_own_site(request.environ)
         if request.method == "POST":
             return self._post(request)
         if request.method == "GET":
@@ -88,7 +91,7 @@ class StreamableProxy(StdioTransport):
         return empty_reply(202)
 
     def _request(self, request: ClientRequest, message: Request) -> Reply:
-        request.rpc = message.method
+        request.rpc, request.params = message.method, message.params
         self.edge.require_open()
         version = message.meta.protocol_version
         if version is not UNSET:

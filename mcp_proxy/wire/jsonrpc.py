@@ -106,6 +106,16 @@ class _InitializeParams(msgspec.Struct):
     protocol_version: str = msgspec.field(name="protocolVersion")
 
 
+class _ClientInfo(msgspec.Struct):
+    name: str = ""
+    version: str = ""
+
+
+class _NamedParams(msgspec.Struct):
+    name: str = ""
+    client: _ClientInfo = msgspec.field(name="clientInfo", default_factory=_ClientInfo)
+
+
 class _ErrorBody(msgspec.Struct):
     code: int
     message: str
@@ -117,6 +127,7 @@ _meta = msgspec.json.Decoder(_MetaOnly)
 _progress = msgspec.json.Decoder(_ProgressParams)
 _cancel = msgspec.json.Decoder(_CancelParams)
 _initialize = msgspec.json.Decoder(_InitializeParams)
+_named = msgspec.json.Decoder(_NamedParams)
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _encoder = msgspec.json.Encoder()
 
@@ -301,6 +312,18 @@ def cancelled_id_of(notification: Notification) -> RequestId | None:
 def protocol_version_of(payload: Raw | UnsetType) -> str | None:
     """`protocolVersion` of initialize params or of an InitializeResult, None without one."""
     return _field(_initialize, payload, "protocol_version")
+
+
+def names_in(params: Raw | UnsetType) -> tuple[str, str]:
+    """The name that a request's params have, as a tool's, and the client's name and version.
+
+    Each is empty where there is none, or where its type is wrong.
+    """
+    try:
+        found = _NamedParams() if params is UNSET else _named.decode(params)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = _NamedParams()
+    return found.name, f"{found.client.name} {found.client.version}".strip()
 
 
 def _field(decoder: msgspec.json.Decoder[T], payload: Raw | UnsetType, name: str) -> str | None:

@@ -327,7 +327,7 @@ def test_proxy_told_to_stop_says_so_to_whoever_comes_while_a_call_still_runs() -
             await _until(lambda: "Handling signal: term" in talk.proxy.log())
             async with httpx2.AsyncClient(timeout=1) as http:
                 ready = await http.get(f"{talk.proxy.base}/readyz")
-                assert (ready.status_code, "shutting down" in ready.text) == (503, True)
+                assert (ready.status_code, "draining" in ready.text) == (503, True)
                 opened = await http.post(talk.proxy.url, headers=_ACCEPT, json=_INITIALIZE)
                 assert (opened.status_code, opened.headers["Retry-After"]) == (200, "5")
                 assert opened.headers["X-MCP-Proxy-Error"] == "draining"

@@ -19,7 +19,7 @@ from mcp_proxy import config
 from mcp_proxy.config import ProxyConfig, ProxyOptions
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.errors import ConfigError, Forbidden
-from mcp_proxy.servers import StdioServer, read_servers
+from mcp_proxy.servers import HttpServer, StdioServer, read_servers
 from tests.config.samples import NEED_COMMAND, SAMPLES
 
 
@@ -695,7 +695,7 @@ def test_the_servers_of_a_configuration_come_from_its_file(
 
 
 def test_keys_of_other_programs_are_left_alone(file: File) -> None:
-    entry = {"command": "x", "type": "stdio", "autoApprove": ["${NO_SUCH}"], "timeout": 5}
+    entry = {"command": "x", "type": "stdio", "autoApprove": ["${NO_SUCH}"]}
     file.write({"mcpServers": {"a": entry}, "inputs": [{"id": "${NO_SUCH}"}], "theme": None})
     assert read_servers(file.path, {}) == [StdioServer("a", ("x",))]
 
@@ -712,7 +712,8 @@ def test_keys_of_other_programs_are_left_alone(file: File) -> None:
         ("${EMPTY}", ""),
         ("$V", "$V"),
         ("${}", "${}"),
-        ("${input:token}", "${input:token}"),
+        ("${env:V}", "value"),
+        ("${env:NO_SUCH:-other}", "other"),
         ("${NESTED}", "${V}"),
     ],
 )
@@ -734,6 +735,51 @@ def test_a_variable_that_is_not_set_is_refused_by_name(file: File, where: str) -
         file.servers({"weather": entry})
     assert str(file.path) in str(caught.value)
     assert "weather" in str(caught.value)
+
+
+def test_an_http_server_has_headers_and_every_server_a_time_limit(file: File) -> None:
+    url = "http://h/mcp"
+    entry = {"url": url, "headers": {"Authorization": "Bearer ${T}", "x-a": "1:2"}, "timeout": 5}
+    http, stdio = file.servers({"a": entry, "b": {"command": "x", "timeout": 2.5}}, T="secret")
+    assert http == HttpServer("a", (url,), ("Authorization: Bearer secret", "x-a: 1:2"), 5)
+    assert stdio == StdioServer("b", ("x",), timeout=2.5)
+    assert "secret" not in repr(http)
+    assert "secret" not in str(http)
+
+
+def test_comments_and_commas_that_are_too_many_are_skipped(file: File) -> None:
+    file.write(
+        """// my servers
+        {"mcpServers": { /* one
+          */ "a": {"command": "x", // it's "quoted"
+                   "args": ["//no", "/*no*/", ",]", "\\\\", "\\",}",],},
+        },}"""
+    )
+    (server,) = read_servers(file.path, {})
+    assert server == StdioServer("a", ("x", "//no", "/*no*/", ",]", "\\", '",}'))
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("arg", "args"), ("Args", "args"), ("comand", "command"), ("header", "headers")],
+)
+def test_a_key_that_is_nearly_known_is_refused_with_what_is_meant(
+    file: File, key: str, meant: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"a: '{key}' is not known; '{meant}' is meant"):
+        file.servers({"a": {"command": "python", key: ["-m", "x"]}})
+
+
+def test_a_key_that_nobody_knows_is_named_with_its_line(file: File) -> None:
+    file.write('{"mcpServers": {\n"a": {"command": "x"},\n"b": {"command": "y",\n"color": 1}}}')
+    assert len(read_servers(file.path, {})) == 2
+    sentence = f"{file.path}, line 4: b: 'color' is not known and is ignored"
+    assert from_env(config=str(file.path)).ignored() == [sentence]
+
+
+def test_an_input_of_an_editor_is_refused(file: File) -> None:
+    with pytest.raises(ConfigError, match=r"a: \$\{input:token\} asks the user of an editor"):
+        file.servers({"a": {"command": "x", "env": {"T": "${input:token}"}}})
 
 
 @pytest.mark.parametrize("switch", [{"disabled": True}, {"enabled": False}])
@@ -781,6 +827,10 @@ def test_a_name_that_cannot_be_part_of_a_path_is_refused(file: File, name: str) 
         ({"command": "x", "env": ["A=1"]}, "object"),
         ({"command": "x", "env": {"A": 1}}, "str"),
         ({"command": "x", "disabled": "no"}, "bool"),
+        ({"command": "x", "headers": {"A": "b"}}, "headers belong to a url"),
+        ({"url": "http://h", "headers": {"A": "b\r\nC: d"}}, "the header 'A'"),
+        ({"url": "http://h", "headers": {"A b": "c"}}, "the header 'A b'"),
+        ({"command": "x", "timeout": 0}, "> 0"),
         (None, "object"),
         ("x", "object"),
     ],
@@ -798,7 +848,7 @@ def test_a_server_that_cannot_be_served_is_refused_by_file_and_name(
     "document",
     [
         *(b"", b"{", b"[]", b"null", b"{}", b'{"mcpServers": []}', b'{"mcpServers": {}}'),
-        *(b"\xff\xfe{}", b"// no comments\n{}", b"[" * 100_000),
+        *(b"\xff\xfe{}", b"// a comment\n{}", b"[" * 100_000),
     ],
     ids=lambda document: repr(document[:20]),
 )

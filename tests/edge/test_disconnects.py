@@ -130,6 +130,7 @@ def test_the_thread_is_missed_when_it_has_ended_and_started_again_with_the_next_
     monkeypatch.setattr(watcher, "look", end)
     reason = eventually(workers.not_ready_reason)
     assert reason == "the thread mcp-disconnects has ended"
+    assert workers.ended(is_essential=True) is None
     monkeypatch.undo()
     client = Visitor()
     watcher.watch(client.connection, lambda: None)

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -247,6 +248,13 @@ def test_lines_of_a_request_carry_its_id() -> None:
     assert "request" not in json.loads(logs.JsonFormatter().format(record))
 
 
+def test_the_time_of_json_lines_has_a_zone() -> None:
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", (), None)
+    time = datetime.fromisoformat(json.loads(logs.JsonFormatter().format(record))["time"])
+    assert time.utcoffset() == timedelta(0)
+    assert abs(time.timestamp() - record.created) < 0.01
+
+
 def test_json_lines_carry_the_exception() -> None:
     try:
         raise ValueError("oh")
@@ -256,14 +264,17 @@ def test_json_lines_carry_the_exception() -> None:
     assert "ValueError: oh" in json.loads(logs.JsonFormatter().format(record))["exception"]
 
 
-def test_configure_replaces_what_it_set_before(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configure_replaces_what_it_set_before(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     logger = logging.getLogger("mcp_proxy")
     before = (logger.handlers, logger.level, logger.propagate)
+    monkeypatch.setattr(logging, "lastResort", logging.lastResort)
     try:
         logs.configure("json", "warning")
         logs.configure("text", "info")
         logging.getLogger("mcp_proxy.x").info("once")
-        assert capsys.readouterr().err.count("once") == 1
+        assert capfd.readouterr().err.count("once") == 1
     finally:
         logger.handlers, logger.level, logger.propagate = before
 

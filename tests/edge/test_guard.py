@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from contextlib import closing
 
+import pytest
+from werkzeug.test import Client
+
+from mcp_proxy import ProxyConfig, create_app
 from mcp_proxy.edge.guard import Guard, is_loopback
 from mcp_proxy.errors import Forbidden
 
@@ -155,3 +159,24 @@ def test_a_server_that_does_not_say_where_it_listens_is_judged_by_its_peer(
     else:
         with pytest.raises(Forbidden):
             Guard().check(asked)
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/sse"), ("GET", "/mcp"), ("POST", "/mcp")])
+def test_an_image_of_another_site_begins_nothing(site: str, method: str, path: str) -> None:
+    with closing(create_app(ProxyConfig(command=("/no/such/server",)))) as app:
+        headers = {"Sec-Fetch-Site": site, "Accept": "text/event-stream"}
+        answer = Client(app).open(path, method=method, headers=headers)
+        assert (answer.status_code, answer.json["error"]["code"]) == (403, -32600)
+        own = Client(app).open(path, method=method, headers={**headers, "Sec-Fetch-Site": "none"})
+        assert own.status_code != 403
+
+
+def test_only_the_mcp_endpoints_of_an_http_server_ask_for_the_site() -> None:
+    with closing(create_app(ProxyConfig(target_url=("http://127.0.0.1:1",)))) as app:
+        headers = {"Sec-Fetch-Site": "cross-site"}
+        found = {p: Client(app).get(p, headers=headers).status_code for p in _PATHS_OF_HTTP}
+    assert found == _PATHS_OF_HTTP
+
+
+_PATHS_OF_HTTP = {"/mcp": 403, "/sse": 403, "/messages/": 403, "/authorize": 502, "/": 502}

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,7 @@ def functions_of(path: Path) -> Iterator[tuple[str, int]]:
 MODULES = {module_of(path): path for path in FILES}
 
 
+@cache
 def inner_imports(path: Path) -> set[str]:
     """The modules of ours that a file imports, those of functions and of type checks included."""
     found = {module for module, _ in imports_of(path) if module in MODULES}

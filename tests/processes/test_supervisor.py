@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def test_stderr_goes_to_the_log_and_its_end_is_kept(
     caplog.set_level(logging.INFO)
     spawned = Spawned(supervisor)
     spawned.ask("complain", lines=50, length=3000)
-    eventually(lambda: caplog.text.count("[test] stderr: !!!") >= 50)
+    eventually(lambda: len(re.findall(r"\[test pid=\d+\] stderr: !!!", caplog.text)) >= 50)
     assert len(spawned.child.stderr_tail) == 20
     assert all(len(line) < 2100 for line in spawned.child.stderr_tail)
 

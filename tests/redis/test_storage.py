@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
-from mcp_proxy.redis.client import Connection, mapped_errors
+from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import ISSUED_TTL
@@ -194,6 +194,87 @@ def test_a_store_that_refuses_writes_is_not_ready_and_says_why(
         admin.execute_command("REPLICAOF", "NO", "ONE")
         admin.config_set("maxmemory", "0")
     storage.check()
+    assert "usable again after" in caplog.records[-1].getMessage()
+
+
+def test_any_command_says_in_the_log_that_writes_are_refused(
+    own_redis: OwnRedis, make_storage: MakeStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = own_redis()
+    storage = make_storage(server.url)
+    with server.client() as admin:
+        _full(admin)
+        for _ in range(3):
+            with pytest.raises(StorageUnavailable) as caught:
+                storage.create(record("t"))
+        (line,) = (line.getMessage() for line in caplog.records)
+        assert f"127.0.0.1:{server.port}" in line
+        assert "OOM" in line
+        assert f"127.0.0.1:{server.port}" in caught.value.detail
+        assert "127.0.0.1" not in caught.value.message, "clients need not know"
+        storage.exists("t")  # reading works, and says nothing about writing
+        admin.config_set("maxmemory", "0")
+    assert len(caplog.records) == 1
+    storage.create(record("t"))
+    assert "usable again after" in caplog.records[-1].getMessage()
+
+
+def test_an_outage_is_logged_at_once_then_once_a_minute_then_when_it_is_over(
+    own_redis: OwnRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    server = own_redis()
+    storage = RedisStorage(Connection(server.url, 5, lambda: now[0]))
+    server.stop()
+    for now[0] in (0, 1, 59, 60, 61):
+        for command in (storage.exists, storage.load, storage.delete):
+            with pytest.raises(StorageUnavailable):
+                command("s")
+    lines = [line.getMessage() for line in caplog.records]
+    assert len(lines) == 2
+    assert all("Connection refused" in line for line in lines)
+    assert all(f"127.0.0.1:{server.port}" in line for line in lines)
+    server.start()
+    now[0] = 75
+    storage.exists("s")
+    assert caplog.records[-1].getMessage() == "The session store is usable again after 75 s"
+    storage.exists("s")
+    assert len(caplog.records) == 3
+    storage.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://me:hunter22@127.0.0.1:1/0", ["redis://127.0.0.1:1/0", "Connection refused"]),
+        ("redis://:hunter22@no.such.host.invalid:6379", ["no.such.host.invalid:6379"]),
+        ("unix://me:hunter22@/no/such.sock", ["unix:///no/such.sock", "No such file"]),
+        ("redis+sentinel://:hunter22@127.0.0.1:1/mine", ["sentinel://127.0.0.1:1/mine", "mine"]),
+        ("redis+cluster://:hunter22@127.0.0.1:1", ["cluster://127.0.0.1:1"]),
+    ],
+)
+def test_the_operator_is_told_which_store_and_what_it_said_but_no_password(
+    url: str, said: list[str], make_storage: MakeStorage
+) -> None:
+    with pytest.raises(StorageUnavailable) as caught:
+        make_storage(url).check()
+    assert all(part in caught.value.detail for part in said), caught.value.detail
+    assert "hunter22" not in caught.value.detail
+    assert caught.value.message == StorageUnavailable.sentence
+
+
+def test_a_database_that_is_not_there_is_named(
+    redis_server: RedisServer, make_storage: MakeStorage
+) -> None:
+    with pytest.raises(StorageUnavailable) as caught:
+        make_storage(f"redis://127.0.0.1:{redis_server.port}/999").check()
+    assert "DB index is out of range" in caught.value.detail
+
+
+@pytest.mark.parametrize("url", ["redis://h/abc", "rediss://h/0/1", "redis://h//"])
+def test_a_path_that_is_no_database_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        Connection(url)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +286,8 @@ def test_a_store_that_refuses_writes_is_not_ready_and_says_why(
     ],
 )
 def test_the_sentence_names_what_is_wrong(error: str, named: str) -> None:
-    with pytest.raises(StorageUnavailable, match=named), mapped_errors():
+    connection = Connection("redis://127.0.0.1:1")
+    with pytest.raises(StorageUnavailable, match=named), connection.mapped_errors():
         raise redis.ResponseError(error)
 
 

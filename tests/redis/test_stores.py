@@ -103,7 +103,7 @@ def test_the_store_says_that_it_is_there_and_which_version(storage: RedisStorage
 
 
 def test_the_command_that_checks_finds_it(form: Form, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(configured(SCRIPTED, redis_url=form.url)) == 0
+    assert check(configured(SCRIPTED, redis_url=form.url, redis_prefix="test-check:")) == 0
     found = capsys.readouterr().out
     assert "Redis 6." in found or "Redis 7." in found or "Redis 8." in found
     assert "p@ss" not in found

@@ -75,5 +75,24 @@ def test_every_interface_is_shown_as_this_machine(address: str) -> None:
     assert address not in printed
 
 
+@pytest.mark.parametrize(
+    ("address", "hosts", "warns"),
+    [
+        ("http://0.0.0.0:80", None, True),
+        ("http://[::]:80", None, True),
+        ("http://10.0.0.1:80", None, True),
+        ("http://10.0.0.1:80", ("www.example.com",), False),
+        ("http://127.0.0.1:80", None, False),
+        ("http://[::1]:80", None, False),
+        ("unix:/run/proxy.sock", None, False),
+    ],
+)
+def test_beyond_loopback_the_banner_names_rebinding(
+    address: str, hosts: tuple[str, ...] | None, warns: bool
+) -> None:
+    printed = banner(ProxyConfig(allowed_hosts=hosts), [address])
+    assert ("rebinding" in printed and "allowed_hosts" in printed) is warns
+
+
 def test_without_an_address_the_setting_is_shown() -> None:
     assert "http://127.0.0.1:8080/mcp" in banner(ProxyConfig(), [])

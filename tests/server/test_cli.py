@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.server.cli import main, read_config
 from tests.config.samples import NEED_COMMAND, SAMPLES
+from tests.support.proxy_process import GUNICORN
 
 
 def spelled(name: str, dash: str) -> str:
@@ -243,3 +245,38 @@ def test_lists_may_be_separated_by_commas_or_repeated() -> None:
     made = read_config(["--allowed-hosts", "a,b", "--allowed-hosts", "c", "--env=A=1,2", "--", "x"])
     assert made.allowed_hosts == ("a", "b", "c")
     assert made.env == ("A=1,2",)
+
+
+@pytest.mark.parametrize("missing", ["gevent", "packaging"])
+@pytest.mark.parametrize("way", [["mcp_proxy"], [*GUNICORN[1:]]], ids=["command", "gunicorn"])
+def test_without_gevent_a_sentence_has_the_pip_line(
+    tmp_path: Path, missing: str, way: list[str]
+) -> None:
+    """Without pytest, which brings packaging along, as in a fresh environment."""
+    (tmp_path / "sitecustomize.py").write_text(_HIDES.format(missing))
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = {"PYTHONPATH": path, "MCP_PROXY_WORKER_CLASS": "gevent"}
+    refused = subprocess.run(
+        [sys.executable, "-m", *way],
+        env={**os.environ, **environment, "MCP_PROXY_BIND": "127.0.0.1:0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert refused.returncode != 0
+    assert f"needs {missing}: pip install 'mcp-wsgi-proxy[gevent]'" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+_HIDES = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "{}":
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""

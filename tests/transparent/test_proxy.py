@@ -491,7 +491,7 @@ def test_a_store_that_is_away_is_503(
                 client.initialize().failure == "store-unavailable"
             )  # the backend's session is given up
             assert proxy.request("GET", "/healthz").status == 200
-            assert proxy.request("GET", "/readyz").status == 503
+            eventually(lambda: proxy.request("GET", "/readyz").status == 503)
             server.start()
             client.session = target.calls("tools/call")[-1:] and client.session
         monkeypatch.undo()
@@ -673,7 +673,7 @@ def test_no_target_is_an_error_and_not_ready(way: str, redis_url: str) -> None:
         assert proxy.request("GET", "/readyz").status == 503
         gone.start()
         assert proxy.client().initialize().has_succeeded
-        assert proxy.request("GET", "/readyz").status == 200
+        eventually(lambda: proxy.request("GET", "/readyz").status == 200)
         gone.stop()
 
 

@@ -381,8 +381,7 @@ def test_a_server_that_dies_at_once_ends_the_stream_and_is_not_ready() -> None:
             assert list(client.events()) == []
             client.close()
         ready = proxy.client().front.request("GET", "/readyz", {}, None)
-        assert ready.status == 503
-        assert "exit code 3" in ready.body().decode()
+        assert (ready.status, "exit code 3" in ready.body().decode()) == (503, True)
 
 
 def test_a_command_that_does_not_exist_is_a_503_and_takes_no_place() -> None:

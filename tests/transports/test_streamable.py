@@ -107,9 +107,7 @@ def test_a_server_that_dies_at_once_is_an_error_that_says_so(way: str) -> None:
         assert error["code"] == -32000
         assert "exit code 3" in error["message"]
         assert "database" not in error["message"]  # stderr is for the log
-        ready = client.front.request("GET", "/readyz", {}, None)
-        assert ready.status == 503
-        assert "exit code 3" in ready.body().decode()
+        assert "exit code 3" in not_ready(client)
 
 
 @pytest.mark.parametrize("way", BOTH)
@@ -119,9 +117,28 @@ def test_a_command_that_does_not_exist_is_an_error_and_not_ready(way: str) -> No
         answer = client.initialize()
         assert (answer.status, answer.failure) == (200, "server-start-failed")
         assert answer.error()["code"] == -32000
+        assert "/no/such/server" in not_ready(client)
+
+
+def test_a_working_directory_that_does_not_exist_is_named() -> None:
+    from tests.support.front import SCRIPTED
+
+    with running("gunicorn", SCRIPTED, cwd="/no/such/directory") as proxy:
+        client = proxy.client()
+        message = client.initialize().error()["message"]
+        assert message == "The server cannot be started: its working directory does not exist"
+        assert "its working directory /no/such/directory does not exist" in not_ready(client)
+
+
+def not_ready(client: McpClient) -> str:
+    """What /readyz says once it is red."""
+
+    def said() -> str:
         ready = client.front.request("GET", "/readyz", {}, None)
-        assert ready.status == 503
-        assert "/no/such/server" in ready.body().decode()
+        body = ready.body().decode()
+        return body if ready.status == 503 else ""
+
+    return eventually(said)
 
 
 @pytest.mark.parametrize("way", BOTH)

@@ -1,0 +1,57 @@
+"""What an entry of the file of servers says is what its server is served with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mcp_proxy import ProxyConfig, create_app
+from mcp_proxy.server.check import check
+from tests.servers.http_backend import HttpBackend
+from tests.support.front import SCRIPTED, McpClient, WsgiFront
+
+
+@pytest.fixture
+def backend() -> Iterator[HttpBackend]:
+    with HttpBackend() as made:
+        yield made
+
+
+@pytest.fixture
+def config(backend: HttpBackend, tmp_path: Path) -> ProxyConfig:
+    """An HTTP server with headers, and a stdio server whose calls may take half a second."""
+    headers = {"Authorization": "Bearer of-the-file", "X-Mine": "yes"}
+    entries = {
+        "http": {"url": f"{backend.url}/mcp", "headers": headers},
+        "stdio": {"command": SCRIPTED[0], "args": list(SCRIPTED[1:]), "timeout": 0.5},
+    }
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": entries}))
+    return ProxyConfig(config=str(file))
+
+
+def test_headers_are_set_on_every_request(backend: HttpBackend, config: ProxyConfig) -> None:
+    with closing(create_app(config)) as app:
+        client = McpClient(WsgiFront(app), "/servers/http/mcp").open()
+        client.call("tools/call", Authorization="Bearer of-the-client").close()
+    assert {seen.header("Authorization") for seen in backend.seen} == {"Bearer of-the-file"}
+    assert {seen.header("X-Mine") for seen in backend.seen} == {"yes"}
+
+
+def test_a_time_limit_is_that_of_its_server(config: ProxyConfig) -> None:
+    with closing(create_app(config)) as app:
+        client = McpClient(WsgiFront(app), "/servers/stdio/mcp").open()
+        answer = client.call("sleep", {"seconds": 60})
+        assert answer.failure == "server-timeout"
+
+
+def test_check_sends_the_headers_and_prints_none(
+    backend: HttpBackend, config: ProxyConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(config) == 0
+    assert backend.seen[0].header("Authorization") == "Bearer of-the-file"
+    assert "of-the-file" not in capsys.readouterr().out

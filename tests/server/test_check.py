@@ -1,0 +1,141 @@
+"""`mcp-wsgi-proxy check`: every server is initialized, every failure told, no secret printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mcp_proxy import ProxyConfig
+from mcp_proxy.config import from_values
+from mcp_proxy.server.check import check
+from tests.servers.http_backend import HttpBackend, Turn
+from tests.support.front import SCRIPTED
+from tests.support.sse_servers import SseServer, python_2
+from tests.support.tls import Certificates
+
+Printed = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def backend() -> Iterator[HttpBackend]:
+    with HttpBackend() as made:
+        yield made
+
+
+def checked(printed: Printed, **values: object) -> tuple[int, str]:
+    """The exit code, and what was printed."""
+    code = check(from_values(values))
+    return code, printed.readouterr().out
+
+
+def test_an_http_server_is_initialized_and_its_session_ended(
+    backend: HttpBackend, capsys: Printed
+) -> None:
+    code, said = checked(capsys, target_url=[f"{backend.url}/mcp"])
+    assert code == 0
+    assert re.search(r"ok +server default +backend \S+, revision 2025-11-25 \(http://", said)
+    assert len(backend.ended) == 1
+    assert not backend.sessions
+
+
+def test_an_answer_may_be_an_event_stream(backend: HttpBackend, capsys: Printed) -> None:
+    def answer(turn: Turn) -> None:
+        result = {"protocolVersion": "2025-06-18", "serverInfo": {"name": "s", "version": "7"}}
+        said = {"jsonrpc": "2.0", "method": "notifications/message", "params": {}}
+        found = {"jsonrpc": "2.0", "id": turn.seen.json["id"], "result": result}
+        events = "".join(f"data: {json.dumps(each)}\n\n" for each in (said, found))
+        turn.reply(200, events.encode(), "Content-Type: text/event-stream")
+
+    backend.rpc["initialize"] = answer
+    code, said = checked(capsys, target_url=[f"{backend.url}/mcp"])
+    assert (code, "s 7, revision 2025-06-18" in said) == (0, True)
+
+
+def test_headers_are_sent_and_no_secret_is_printed(backend: HttpBackend, capsys: Printed) -> None:
+    def refuse(turn: Turn) -> None:
+        assert turn.seen.header("Authorization") == "Bearer hunter22"
+        turn.error(200, -32000, f"no: {turn.seen.header('Authorization')} {turn.seen.target}")
+
+    backend.rpc["initialize"] = refuse
+    url = f"{backend.url}/mcp?key=swordfish"
+    changes = ["Authorization: Bearer hunter22"]
+    code, said = checked(capsys, target_url=[url], forward_headers=changes)
+    assert code == 1
+    assert "FAIL  server default" in said
+    assert "refused initialize" in said
+    assert "hunter22" not in said
+    assert "swordfish" not in said
+
+
+def test_a_certificate_that_is_refused_is_told(tmp_path: Path, capsys: Printed) -> None:
+    with HttpBackend(tls=Certificates(tmp_path).for_servers()) as backend:
+        code, said = checked(capsys, target_url=[f"{backend.url}/mcp"])
+    assert code == 1
+    assert re.search("FAIL +server default +The server's certificate or TLS", said)
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, 0), (403, 1), (500, 1)])
+def test_a_status_is_told(backend: HttpBackend, capsys: Printed, status: int, code: int) -> None:
+    backend.rpc["initialize"] = lambda turn: turn.reply(status)
+    found, said = checked(capsys, target_url=[f"{backend.url}/mcp"])
+    assert (found, str(status) in said) == (code, True)
+
+
+def test_credentials_of_ours_that_are_refused_are_a_failure(
+    backend: HttpBackend, capsys: Printed
+) -> None:
+    backend.rpc["initialize"] = lambda turn: turn.reply(401)
+    changes = ["authorization: Bearer hunter22"]
+    assert checked(capsys, target_url=[backend.url], forward_headers=changes)[0] == 1
+
+
+@pytest.mark.parametrize("path", ["", "/sse"])
+def test_a_server_of_2024_11_05_is_initialized(capsys: Printed, path: str) -> None:
+    with SseServer(python_2, "older") as server:
+        code, said = checked(capsys, target_url=[f"{server.url}{path}"])
+    assert code == 0, said
+    assert "older" in said
+
+
+def test_every_server_is_tried(backend: HttpBackend, capsys: Printed, tmp_path: Path) -> None:
+    python, *arguments = SCRIPTED
+    entries = {
+        "absent": {"command": "no-such-program"},
+        "broken": {"command": python, "args": [*arguments, "--die-on-initialize"]},
+        "closed": {"url": "http://127.0.0.1:1/mcp"},
+        "good": {"command": python, "args": arguments},
+        "http": {"url": f"{backend.url}/mcp"},
+    }
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": entries}))
+    code, said = checked(capsys, config=str(file))
+    assert code == 1
+    found = dict(re.findall(r"^(\S+) +server (\S+)", said, re.MULTILINE)[i][::-1] for i in range(5))
+    assert found == {
+        "absent": "FAIL",
+        "broken": "FAIL",
+        "closed": "FAIL",
+        "good": "ok",
+        "http": "ok",
+    }
+
+
+def test_a_store_that_takes_no_writes_is_no_store(capsys: Printed) -> None:
+    code, said = checked(
+        capsys, redis_url="redis://:hunter22@127.0.0.1:1", command=[sys.executable, "-c", ""]
+    )
+    assert code == 1
+    assert "FAIL  sessions" in said
+    assert "hunter22" not in said
+
+
+def test_a_configuration_shows_no_query_of_a_target() -> None:
+    made = ProxyConfig(target_url=("http://h/mcp?key=swordfish",))
+    assert "swordfish" not in repr(made)
+    assert "http://h/mcp?***" in repr(made)
+    assert "swordfish" not in repr(made.servers())

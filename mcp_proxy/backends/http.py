@@ -104,7 +104,8 @@ class HttpCall:
     """One request to one backend, and its response.
 
     `send` and `pieces` belong to one thread; `abort` and `close` may come from any. `target` is
-    path and query; anything else raises InvalidRequest, since it would change the host.
+    path and query; anything else raises InvalidRequest, since it would change the host. A fresh
+    call is sent over a new connection.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class HttpCall:
         target: str,
         headers: Mapping[str, str],
         body: bytes,
+        is_fresh: bool = False,
     ) -> None:
         if not target.startswith("/"):
             raise InvalidRequest("The path of a request must begin with /")
@@ -123,6 +125,7 @@ class HttpCall:
         self.target = target
         self.request_headers = headers
         self.request_body = body
+        self.is_fresh = is_fresh
         #: Of the response; 0 and empty before `send`.
         self.status = 0
         self.headers: Headers = []
@@ -456,9 +459,11 @@ class _FreshConnections:
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection: Any = super()._get_conn(timeout)  # type: ignore[misc]
-        if connection.sock is not None and time.monotonic() - connection.idle_since > MAX_IDLE:
+        call = connection.call = getattr(_calling, "call", None)
+        if connection.sock is not None and (
+            time.monotonic() - connection.idle_since > MAX_IDLE or (call and call.is_fresh)
+        ):
             connection.close()
-        connection.call = getattr(_calling, "call", None)
         if connection.call is not None and connection.sock is not None:
             connection.call.connected(connection.sock)
         return connection

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from contextvars import ContextVar
 
@@ -29,6 +30,23 @@ def configure(log_format: str, log_level: str) -> None:
     logger.handlers = [handler]
     logger.setLevel(log_level.upper())
     logger.propagate = False
+
+
+class OnceAMinute:
+    """Lets the first of many equal lines through, then one a minute. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _next
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        """Whether the line is to be logged now."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next:
+                return False
+            self._next = now + 60
+            return True
 
 
 def log_access(request: ClientRequest, status: int) -> None:

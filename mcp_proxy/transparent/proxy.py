@@ -52,8 +52,9 @@ from mcp_proxy.transparent.forwarding import (
     relocated,
     unbuffered,
 )
+from mcp_proxy.transparent.own_calls import OwnCalls
 from mcp_proxy.transparent.reachability import Reachability
-from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Route, SessionAffinity
+from mcp_proxy.transparent.session_affinity import Route, SessionAffinity
 from mcp_proxy.transports.base import Transport, scoped
 from mcp_proxy.wire import headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE
@@ -172,10 +173,9 @@ class TransparentProxy(Transport):
         self._affinity = SessionAffinity(
             targets[0],
             self.balancer,
-            self._client,
+            OwnCalls(self._client, targets[0], options.request_timeout),
             manager,
             allowed_backends,
-            min(options.request_timeout, HANDSHAKE_TIME),
             replica,
         )
         self._sse = sse_sessions.SseSessions(
@@ -302,56 +302,77 @@ class TransparentProxy(Transport):
             return self._delete(inbound, session)
         for _ in range(_ATTEMPTS - 1):
             try:
-                return self._attempt(inbound, session)
-            except (BackendUnreached, SessionEnded):
+                return self._reply(inbound, self._answer_in(inbound, session), session)
+            except SessionEnded:
                 outbound = self._policy.outbound(inbound.request.environ)
                 session = self._affinity.reinitialize(session, outbound)
+            except BackendUnreached:
+                raise
             except BackendLost:
                 # The request may have been executed. If the backend is lost, the next request finds
                 # out; if not, the session still exists. Only a GET is harmless to repeat.
                 if inbound.request.method != "GET":
                     raise
         try:
-            return self._attempt(inbound, session)
+            return self._reply(inbound, self._answer_in(inbound, session), session)
         except SessionEnded:
             self._affinity.forget(session.id)  # no backend keeps it: the client must initialize
             raise
 
-    def _attempt(self, inbound: Inbound, session: Session) -> Reply:
-        """The backend's answer; raises SessionEnded where the backend does not know the session."""
-        try:
-            route = self._affinity.route(session)
-            call = self._call(inbound, route)
-        except BackendTimeout:
-            self._cancel(inbound, session)
-            raise
-        except BackendUnreached as error:
-            self.balancer.note_failure(route.address, error)
-            raise
-        with _closed_on_error(call):
-            if is_lost_session(call):
-                raise SessionEnded
-        return self._reply(inbound, call, session)
+    def _answer_in(self, inbound: Inbound, session: Session) -> HttpCall:
+        """The answer of the session's backend, or of another one that knows the session.
+
+        Raises SessionEnded where those that were reached do not know it.
+        """
+        route = self._affinity.route(session)
+        if route.is_usable:
+            try:
+                return self._asked(inbound, route)
+            except BackendUnreached as error:
+                self.balancer.note_failure(route.address, error)
+        return self._elsewhere(inbound, session, route)
+
+    def _elsewhere(self, inbound: Inbound, session: Session, route: Route) -> HttpCall:
+        """As `_answer_in`, where the session's backend cannot be reached."""
+        failure: ProxyError = BackendUnreached("The server cannot be reached")
+        for address in self.balancer.instead_of(route.address):
+            try:
+                call = self._asked(inbound, route._replace(address=address, backend=None))
+            except BackendUnreached as error:
+                self.balancer.note_failure(address, error)
+                if not isinstance(failure, SessionEnded):
+                    failure = error
+            except SessionEnded as error:
+                failure = error
+            else:
+                if call.status < 300:
+                    self._affinity.move(session, address)
+                return call
+        raise failure
+
+    def _asked(self, inbound: Inbound, route: Route) -> HttpCall:
+        """The answer of one backend; raises SessionEnded where it does not know the session."""
+        call = self._call(inbound, route)
+        if call.status in (400, 404):
+            with _closed_on_error(call):
+                if is_lost_session(call):
+                    raise SessionEnded
+        return call
 
     def _delete(self, inbound: Inbound, session: Session) -> Reply:
         """Ends the session at its backend; one that cannot be reached has ended it already."""
         try:
-            call = self._call(inbound, self._affinity.route(session))
+            call = self._answer_in(inbound, session)
+        except SessionEnded:
+            self._affinity.forget(session.id)
+            raise
         except BackendError:
             self._affinity.forget(session.id)
             return empty_reply(204)
         with _closed_on_error(call):
-            if call.status < 300 or call.status == 404 or is_lost_session(call):
+            if call.status < 300 or call.status == 404:
                 self._affinity.forget(session.id)
         return self._reply(inbound, call, session)
-
-    def _cancel(self, inbound: Inbound, session: Session | None) -> None:
-        """Sends the backend a cancellation of a request that has timed out."""
-        if session is None or not isinstance(inbound.message, Request):
-            return
-        notice = inbound._replace(body=_cancellation_of(inbound.message), message=None)
-        with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
-            self._call(notice, self._affinity.route(session), limit=_CANCEL_TIME).close()
 
     # --- one call --------------------------------------------------------------------------------
 
@@ -360,12 +381,11 @@ class TransparentProxy(Transport):
         inbound: Inbound,
         route: Route,
         target: str | None = None,
-        limit: float | None = None,
     ) -> HttpCall:
         """The call, its response received up to the body; redirects of the MCP endpoint followed.
 
-        `target` is path and query where they differ from the request's. A call with a `limit`, in
-        seconds, goes on when the client has left. Raises BackendError, ClientLeft or Draining.
+        `target` is path and query where they differ from the request's. Raises BackendError,
+        ClientLeft or Draining.
         """
         request = inbound.request
         outbound = self._policy.outbound(request.environ)
@@ -380,25 +400,44 @@ class TransparentProxy(Transport):
             target = request_target(self._target, route.backend, path, query)
             is_followed = is_endpoint(self._target, route.backend, path)
         call = HttpCall(self._client, route.address, request.method, target, outbound, inbound.body)
-        return self._sent(request, call, limit, is_followed)
+        return self._sent(inbound, call, is_followed)
 
-    def _sent(
-        self, request: ClientRequest, call: HttpCall, limit: float | None, is_followed: bool
-    ) -> HttpCall:
+    def _sent(self, inbound: Inbound, call: HttpCall, is_followed: bool) -> HttpCall:
+        request = inbound.request
         is_standing = request.method == "GET" and request.accepts_stream
         while True:
             self._track(call, is_standing)
             call.on_close(partial(self._untrack, call))
             with _closed_on_error(call):
-                if limit is None:
-                    connection = ClientConnection(request.environ)
-                    call.on_close(self.disconnects.watch(connection, call.abort))
-                call.send(limit or self.options.request_timeout)
+                connection = ClientConnection(request.environ)
+                call.on_close(self.disconnects.watch(connection, call.abort))
+                try:
+                    call.send(self.options.request_timeout)
+                except BackendTimeout:
+                    self._cancel(inbound, call)
+                    raise
             successor = call.redirected() if is_followed else None
             if successor is None:
                 return call
             call.close()
             call = successor
+
+    def _cancel(self, inbound: Inbound, call: HttpCall) -> None:
+        """Sends the backend a cancellation of a session's request that has timed out."""
+        if headers.SESSION_ID not in call.request_headers or inbound.id is None:
+            return
+        assert isinstance(inbound.message, Request)
+        notice = HttpCall(
+            self._client,
+            call.address,
+            "POST",
+            call.target,
+            call.request_headers,
+            _cancellation_of(inbound.message),
+        )
+        with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
+            notice.send(_CANCEL_TIME)
+        notice.close()
 
     def _track(self, call: HttpCall, is_standing: bool) -> None:
         with self._lock:
@@ -443,7 +482,7 @@ class TransparentProxy(Transport):
 
         def on_timeout() -> None:
             inbound.request.note(no_answer(self.options.request_timeout))
-            self._cancel(inbound, session)
+            self._cancel(inbound, call)
 
         body = ForwardedBody(
             call,

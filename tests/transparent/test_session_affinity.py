@@ -235,7 +235,7 @@ def test_a_session_that_stays_lost_is_not_tried_for_ever(
     client = proxy.client().open()
     backend.rpc["x"] = lambda turn: turn.error(404, -32001, "Session not found")
     assert client.call("x").status == 404
-    assert backend.executed["initialize"] == 3
+    assert backend.executed["initialize"] == 2
     assert client.call("tools/call").status == 404  # the client begins anew
 
 

@@ -98,7 +98,7 @@ class Application:
         An HTTP server gets every path, and so does what is left of a stdio server's beside `/mcp`.
         """
         storage = self._storage.scoped(server.name)
-        manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
+        manager = SessionManager(storage, unknown_status=self.config.unknown_status)
         if isinstance(server, StdioServer):
             return self._in_front_of_stdio(server, manager)
         proxy = TransparentProxy._shared(

@@ -83,7 +83,11 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Seconds, Meta(description="how long an unused session and its server live")
     ] = 7200
     unknown_session_status: Annotated[
-        Literal[400, 404], Meta(description="HTTP status for an id that was never issued here")
+        Literal[400, 404, "ask"],
+        Meta(
+            description="HTTP status for a session id that was never issued here; ask: an HTTP "
+            "server that knows the id goes on with its session"
+        ),
     ] = 400
     failure_status: Annotated[
         Literal["json-rpc", "http"],
@@ -160,6 +164,17 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if getattr(self, s.name) != s.default
         )
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def asks(self) -> bool:
+        """Whether HTTP servers are asked about session ids that are not known."""
+        return self.unknown_session_status == "ask"
+
+    @property
+    def unknown_status(self) -> int:
+        """The HTTP status for such an id where no server is asked."""
+        status = self.unknown_session_status
+        return 400 if status == "ask" else status
 
     @property
     def stream_limit(self) -> int:
@@ -255,6 +270,14 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
     def servers(self) -> list[Server]:
         """The servers to serve; without any setting the bundled demo. Raises ConfigError."""
+        servers = self._servers()
+        if self.asks and not any(isinstance(server, HttpServer) for server in servers):
+            raise ConfigError(
+                "unknown_session_status=ask asks HTTP servers, and none is served: take 400 or 404"
+            )
+        return servers
+
+    def _servers(self) -> list[Server]:
         if self.config:
             return read_servers(Path(self.config), os.environ)
         if self.command:

@@ -168,7 +168,7 @@ class Balancer:
         Raises the errors of `act`, but BackendUnreached only where no backend can be reached.
         """
         failure = BackendUnreached("The server cannot be reached")
-        for address in self._in_turn(self.candidates()):
+        for address in self.one_by_one():
             with self._lock:
                 self._count(address, 1)
             try:
@@ -184,6 +184,10 @@ class Balancer:
                 with self._lock:
                     self._count(address, -1)
         raise failure
+
+    def one_by_one(self) -> Iterator[Address]:
+        """Every backend that can be tried, in order; those left out only if they are back."""
+        return self._in_turn(self.candidates())
 
     def instead_of(self, address: Address) -> Iterator[Address]:
         """The backends for a session's request that cannot go to `address`, one by one.

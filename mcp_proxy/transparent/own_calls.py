@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.errors import BackendTimeout
 from mcp_proxy.sessions import claims
@@ -51,6 +53,11 @@ class Answered(NamedTuple):
     session_id: str | None
     response: Response | None
     is_lost: bool
+
+    @property
+    def has_result(self) -> bool:
+        """Whether this is a JSON-RPC result."""
+        return self.response is not None and self.response.result is not UNSET
 
 
 class OwnCalls:

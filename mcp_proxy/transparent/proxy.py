@@ -9,6 +9,7 @@ as a modern one (2026-07-28), goes to a target without a look-up.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import HeaderPolicy, mount_of, raw_path
 from mcp_proxy.edge.guard import without_cors
+from mcp_proxy.edge.logs import OnceAMinute
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -36,6 +38,7 @@ from mcp_proxy.errors import (
     ProxyError,
     RequestId,
     SessionEnded,
+    SessionUnknown,
 )
 from mcp_proxy.replica import Replica
 from mcp_proxy.sessions import handshake
@@ -54,14 +57,15 @@ from mcp_proxy.transparent.forwarding import (
 )
 from mcp_proxy.transparent.own_calls import OwnCalls
 from mcp_proxy.transparent.reachability import Reachability
-from mcp_proxy.transparent.session_affinity import Route, SessionAffinity
+from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
+from mcp_proxy.transparent.unknown_sessions import UnknownSessions
 from mcp_proxy.transports.base import Transport, scoped
 from mcp_proxy.wire import headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
 from mcp_proxy.wire.urls import Target, is_endpoint, parse_target, request_target
 
-KIND = "mcp"
+log = logging.getLogger(__name__)
 
 # The most attempts for a request while backends lose its session.
 _ATTEMPTS = 3
@@ -113,7 +117,7 @@ class TransparentProxy(Transport):
             storage = LocalStorage(options.session_ttl)
         manager = SessionManager(
             scoped(storage, name, [target.url for target in targets]),
-            unknown_status=options.unknown_session_status,
+            unknown_status=options.unknown_status,
         )
         self._set_up(
             targets,
@@ -170,10 +174,13 @@ class TransparentProxy(Transport):
         self.disconnects = DisconnectWatcher(workers)
         self.refresher = SessionRefresher(manager, manager.storage.ttl, workers)
         self._target = targets[0]
+        calls = OwnCalls(self._client, targets[0], options.request_timeout)
+        self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
+        self._warning = OnceAMinute()
         self._affinity = SessionAffinity(
             targets[0],
             self.balancer,
-            OwnCalls(self._client, targets[0], options.request_timeout),
+            calls,
             manager,
             allowed_backends,
             replica,
@@ -257,9 +264,13 @@ class TransparentProxy(Transport):
         if isinstance(message, Request) and message.method == INITIALIZE:
             self.edge.require_open()
             return self._initialize(inbound, message)
-        if request.session_id is not None:
-            return self._in_session(inbound, self.manager.load(request.session_id))
-        return self._without_session(inbound)
+        if request.session_id is None:
+            return self._without_session(inbound)
+        try:
+            session = self.manager.load(request.session_id)
+        except SessionUnknown as error:
+            return self._in_unknown_session(inbound, request.session_id, error)
+        return self._in_session(inbound, session)
 
     def _without_session(self, inbound: Inbound) -> Reply:
         """Sends a request to a target; nothing is looked up, stored or minted."""
@@ -294,6 +305,25 @@ class TransparentProxy(Transport):
             call.media_type, lambda answer: self._affinity.complete(session, answer)
         )
         return self._reply(inbound, call, session, reader)
+
+    def _in_unknown_session(
+        self, inbound: Inbound, session_id: str, error: SessionUnknown
+    ) -> Reply:
+        """Serves a session without a record where a backend knows it; raises `error` otherwise."""
+        if not self.options.asks:
+            if error.status == 400 and self._warning.is_due():
+                log.warning(
+                    "a session id that was never issued here was refused with 400; if this proxy "
+                    "has restarted, unknown_session_status=ask takes up what the server still knows"
+                )
+            raise error
+        if inbound.request.method != "GET" and not isinstance(inbound.message, Request):
+            raise error
+        outbound = self._policy.outbound(inbound.request.environ)
+        found = self._unknown.find(session_id, outbound)
+        if isinstance(found, Session):
+            return self._in_session(inbound, found)
+        return self._reply(inbound, self._call(inbound, Route(found, None, session_id)))
 
     # --- in a session ----------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
-from msgspec import UNSET
 
 from mcp_proxy.edge.logs import OnceAMinute
 from mcp_proxy.errors import (
@@ -46,6 +45,9 @@ from mcp_proxy.wire.jsonrpc import Request, Response
 from mcp_proxy.wire.urls import Address, Target, parse_target
 
 log = logging.getLogger(__name__)
+
+#: The type of the records.
+KIND = "mcp"
 
 # A session that is lost twice within so many seconds may have several servers behind one address.
 _LOST_AGAIN = 60.0
@@ -263,7 +265,7 @@ class SessionAffinity:
     def _initialize(self, address: Address, body: bytes, given: Mapping[str, str]) -> _Initialized:
         answer = self._calls.ask(address, given, body)
         response = answer.response
-        if answer.status >= 300 or response is None or response.result is UNSET:
+        if answer.status >= 300 or response is None or not answer.has_result:
             raise BadAnswer(f"The server refused to be initialized again (status {answer.status})")
         version = jsonrpc.protocol_version_of(response.result)
         named = {headers.SESSION_ID: answer.session_id, headers.PROTOCOL_VERSION: version}

@@ -80,7 +80,7 @@ class HttpClient:
             return self._adapter.send(
                 _prepared(call),
                 stream=True,
-                timeout=(self.connect_timeout, timeout),
+                timeout=(min(self.connect_timeout, timeout), timeout),
                 verify=self.verify,
             )
         finally:

@@ -22,6 +22,7 @@ PROTOCOL_VERSION = "protocol_version"
 RESUME = "resume"
 CLAIM = "claim"
 LOST_AT = "lost_at"
+UNSENT = "unsent"
 
 
 #: The member that a shared store adds to a record: a nonce of the write.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Self
@@ -32,6 +33,7 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
     BackendUnreached,
+    BadAnswer,
     ClientError,
     ConfigError,
     Draining,
@@ -45,7 +47,7 @@ from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
 from mcp_proxy.storage.records import LocalStorage, Storage
-from mcp_proxy.storage.session import Session
+from mcp_proxy.storage.session import UNSENT, Session
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
 from mcp_proxy.transparent.forwarding import (
@@ -61,8 +63,8 @@ from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
 from mcp_proxy.transparent.unknown_sessions import UnknownSessions
 from mcp_proxy.transports.base import Transport, scoped
 from mcp_proxy.wire import headers, jsonrpc, revisions
-from mcp_proxy.wire.handshake import INITIALIZE
-from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
 from mcp_proxy.wire.urls import Target, is_endpoint, parse_target, request_target
 
 log = logging.getLogger(__name__)
@@ -73,16 +75,22 @@ _ATTEMPTS = 3
 # A client that is answered 200 here takes the server for one of the legacy era, for good.
 _DISCOVER = "server/discover"
 
+_CANCELLED = "notifications/cancelled"
+
 # Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
 
 
 class Inbound(NamedTuple):
-    """A client's request. `message` is None where the body has no JSON-RPC message."""
+    """A client's request. `message` is None where the body has no JSON-RPC message.
+
+    `until` is when it is given up, by the monotonic clock: None for what is answered.
+    """
 
     request: ClientRequest
     body: bytes
     message: Message | Batch | None
+    until: float | None = None
 
     @property
     def id(self) -> RequestId | None:
@@ -234,7 +242,11 @@ class TransparentProxy(Transport):
 
     def handle(self, request: ClientRequest) -> Reply:
         body = request.read_body(self.options.max_body_bytes)
-        inbound = Inbound(request, body, _message_in(request, body))
+        message = _message_in(request, body)
+        inbound = Inbound(request, body, message)
+        if not (message is None or isinstance(message, Request) or _has_request(message)):
+            until = time.monotonic() + self.options.connect_timeout
+            inbound = inbound._replace(until=until)
         if isinstance(inbound.message, (Request, Notification)):
             request.rpc = inbound.message.method
         is_discover = inbound.message is not None and request.rpc == _DISCOVER
@@ -243,12 +255,14 @@ class TransparentProxy(Transport):
             return self._dispatch(inbound)
         except ProxyError as error:
             error.request_id = inbound.id
+            if error.kind and request.session_id is not None and request.rpc == INITIALIZED:
+                self._affinity.unsent.keep(request.session_id)
             if is_discover:
                 error.code = INTERNAL_ERROR
             raise
 
     def _dispatch(self, inbound: Inbound) -> Reply:
-        request, _, message = inbound
+        request, message = inbound.request, inbound.message
         if request.method == "GET" and request.accepts_stream:
             self.edge.require_open()  # a standing stream, which would outlast the drain
         if _is_modern(request, message):
@@ -333,9 +347,12 @@ class TransparentProxy(Transport):
         for _ in range(_ATTEMPTS - 1):
             try:
                 return self._reply(inbound, self._answer_in(inbound, session), session)
-            except SessionEnded:
+            except SessionEnded as error:
+                if _is_about_the_past(inbound.message):
+                    raise BadAnswer("The server has lost the session") from error
                 outbound = self._policy.outbound(inbound.request.environ)
-                session = self._affinity.reinitialize(session, outbound)
+                limit = None if inbound.until is None else self._time_left(inbound.until)
+                session = self._affinity.reinitialize(session, outbound, limit)
             except BackendUnreached:
                 raise
             except BackendLost:
@@ -357,7 +374,7 @@ class TransparentProxy(Transport):
         route = self._affinity.route(session)
         if route.is_usable:
             try:
-                return self._asked(inbound, route)
+                return self._asked(inbound, session, route)
             except BackendUnreached as error:
                 self.balancer.note_failure(route.address, error)
         return self._elsewhere(inbound, session, route)
@@ -367,7 +384,8 @@ class TransparentProxy(Transport):
         failure: ProxyError = BackendUnreached("The server cannot be reached")
         for address in self.balancer.instead_of(route.address):
             try:
-                call = self._asked(inbound, route._replace(address=address, backend=None))
+                there = route._replace(address=address, backend=None)
+                call = self._asked(inbound, session, there)
             except BackendUnreached as error:
                 self.balancer.note_failure(address, error)
                 if not isinstance(failure, SessionEnded):
@@ -380,8 +398,12 @@ class TransparentProxy(Transport):
                 return call
         raise failure
 
-    def _asked(self, inbound: Inbound, route: Route) -> HttpCall:
+    def _asked(self, inbound: Inbound, session: Session, route: Route) -> HttpCall:
         """The answer of one backend; raises SessionEnded where it does not know the session."""
+        is_untold = UNSENT in session.metadata or session.id in self._affinity.unsent.ids
+        if is_untold and inbound.message is not None and inbound.request.rpc != INITIALIZED:
+            outbound = self._policy.outbound(inbound.request.environ)
+            self._affinity.send_initialized(session, route, outbound)
         call = self._call(inbound, route)
         if call.status in (400, 404):
             with _closed_on_error(call):
@@ -441,8 +463,11 @@ class TransparentProxy(Transport):
             with _closed_on_error(call):
                 connection = ClientConnection(request.environ)
                 call.on_close(self.disconnects.watch(connection, call.abort))
+                limit = self.options.request_timeout
+                if inbound.until is not None:
+                    limit = min(limit, self._time_left(inbound.until))
                 try:
-                    call.send(self.options.request_timeout)
+                    call.send(limit)
                 except BackendTimeout:
                     self._cancel(inbound, call)
                     raise
@@ -451,6 +476,15 @@ class TransparentProxy(Transport):
                 return call
             call.close()
             call = successor
+
+    def _time_left(self, until: float) -> float:
+        """Seconds for a message that nobody waits for; raises BackendTimeout when they are over."""
+        left = until - time.monotonic()
+        if left <= 0:
+            raise BackendTimeout(
+                f"The server did not take it within {self.options.connect_timeout:g} seconds"
+            )
+        return max(round(left, 1), 0.1)  # a sentence may name it
 
     def _cancel(self, inbound: Inbound, call: HttpCall) -> None:
         """Sends the backend a cancellation of a session's request that has timed out."""
@@ -577,7 +611,21 @@ def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:
     return isinstance(version, str) and revisions.is_modern(version)
 
 
+def _has_request(message: Message | Batch) -> bool:
+    """Whether there is a request in a batch."""
+    return isinstance(message, list) and any(isinstance(part, Request) for part in message)
+
+
+def _is_about_the_past(message: Message | Batch | None) -> bool:
+    """Whether a message concerns requests that a lost server took along: a new one knows none."""
+    if isinstance(message, list):
+        return all(map(_is_about_the_past, message))
+    if isinstance(message, Notification):
+        return message.method == _CANCELLED
+    return isinstance(message, Response)
+
+
 def _cancellation_of(request: Request) -> bytes:
     """The notification that cancels a request after its time limit."""
     params = {"requestId": request.id, "reason": "The proxy's time limit has passed"}
-    return jsonrpc.encode(Notification("notifications/cancelled", jsonrpc.as_payload(params)))
+    return jsonrpc.encode(Notification(_CANCELLED, jsonrpc.as_payload(params)))

@@ -26,6 +26,7 @@ from mcp_proxy.errors import (
 )
 from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.sessions import claims
+from mcp_proxy.sessions.handshake import UnsentInitialized
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.session import (
     BACKEND_HOST,
@@ -35,6 +36,7 @@ from mcp_proxy.storage.session import (
     INIT_BODY,
     LOST_AT,
     PROTOCOL_VERSION,
+    UNSENT,
     Session,
 )
 from mcp_proxy.transparent.balancing import Balancer
@@ -101,6 +103,7 @@ class SessionAffinity:
         self._allows_any = "*" in allowed
         self._allowed = {found.origin for url in allowed if (found := parse_target(url))}
         self._warning = OnceAMinute()
+        self.unsent = UnsentInitialized(manager)
 
     # --- recorded --------------------------------------------------------------------------------
 
@@ -184,10 +187,23 @@ class SessionAffinity:
         except StorageError as error:  # the request was served all the same
             log.warning("a session's new address was not recorded: %s", error)
 
+    def send_initialized(
+        self, session: Session, route: Route, request_headers: Mapping[str, str]
+    ) -> None:
+        """Sends the backend the `notifications/initialized` that did not reach it."""
+        version = session.metadata.get(PROTOCOL_VERSION)
+        given = _within(taken_along(request_headers), route.session_id, version)
+        self._calls.send_initialized(route.address, given)
+        self.unsent.sent(session)
+
     # --- initialized again -----------------------------------------------------------------------
 
-    def reinitialize(self, session: Session, request_headers: Mapping[str, str]) -> Session:
+    def reinitialize(
+        self, session: Session, request_headers: Mapping[str, str], timeout: float | None = None
+    ) -> Session:
         """The session's record after its backend was replaced, by this caller or a faster one.
+
+        `timeout` in seconds is for each step, where it is to be shorter than usual.
 
         Raises SessionEnded when the session has ended or cannot be initialized again, BackendError
         when no backend could be initialized now.
@@ -196,9 +212,11 @@ class SessionAffinity:
         if claimed is None:
             return self._manager.load(session.id)
         with claims.released_on_failure(self._manager, claimed):
-            return self._replace(claimed, request_headers)
+            return self._replace(claimed, request_headers, timeout)
 
-    def _replace(self, claimed: Session, request_headers: Mapping[str, str]) -> Session:
+    def _replace(
+        self, claimed: Session, request_headers: Mapping[str, str], timeout: float | None
+    ) -> Session:
         body = claimed.metadata.get(INIT_BODY, "").encode("utf-8", "replace")
         if not _is_initialize(body):
             self._manager.end(claimed.id)
@@ -207,7 +225,9 @@ class SessionAffinity:
         if self._is_shared_address(claimed, given):
             self._manager.end(claimed.id)
             raise SessionEnded
-        new = self._balancer.first_reached(lambda address: self._initialize(address, body, given))
+        new = self._balancer.first_reached(
+            lambda address: self._initialize(address, body, given, timeout)
+        )
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
             self._manager.end(claimed.id)
@@ -216,11 +236,12 @@ class SessionAffinity:
         return self._settle(claimed, new, given)
 
     def _settle(self, claimed: Session, new: _Initialized, given: Mapping[str, str]) -> Session:
-        result = {
+        result: dict[str, str | None] = {
             BACKEND_URL: new.address.url,
             BACKEND_HOST: new.address.name,
             BACKEND_SID: new.session_id or "",
             LOST_AT: f"{time.time():.3f}",
+            UNSENT: None,
         }
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
@@ -262,15 +283,16 @@ class SessionAffinity:
             return False
         return answer.response is not None and not answer.is_lost
 
-    def _initialize(self, address: Address, body: bytes, given: Mapping[str, str]) -> _Initialized:
-        answer = self._calls.ask(address, given, body)
+    def _initialize(
+        self, address: Address, body: bytes, given: Mapping[str, str], timeout: float | None
+    ) -> _Initialized:
+        answer = self._calls.ask(address, given, body, timeout)
         response = answer.response
         if answer.status >= 300 or response is None or not answer.has_result:
             raise BadAnswer(f"The server refused to be initialized again (status {answer.status})")
         version = jsonrpc.protocol_version_of(response.result)
-        named = {headers.SESSION_ID: answer.session_id, headers.PROTOCOL_VERSION: version}
-        given = {**given, **{name: value for name, value in named.items() if value is not None}}
-        self._calls.send_initialized(address, given)
+        given = _within(given, answer.session_id, version)
+        self._calls.send_initialized(address, given, timeout)
         return _Initialized(address, answer.session_id, version)
 
     def _discard(self, new: _Initialized, given: Mapping[str, str]) -> None:
@@ -281,6 +303,14 @@ class SessionAffinity:
             self._calls.end(new.address, given, new.session_id)
         except BackendError as error:
             log.info("an unused session was not ended at its backend: %s", error)
+
+
+def _within(
+    given: Mapping[str, str], session_id: str | None, version: str | None
+) -> dict[str, str]:
+    """Headers for a message in a session."""
+    named = {headers.SESSION_ID: session_id, headers.PROTOCOL_VERSION: version}
+    return {**given, **{name: value for name, value in named.items() if value is not None}}
 
 
 def _is_initialize(body: bytes) -> bool:

@@ -178,7 +178,6 @@ def test_servers_that_share_an_address_and_no_sessions_are_told_of(
             client = McpClient(front)
             assert client.initialize().status == 200
             eventually(lambda client=client: client.call("tools/call").status == 404)
-        assert one.executed["initialize"] + two.executed["initialize"] <= 2 * 3
     warnings = [line for line in caplog.messages if "several servers" in line]
     assert len(warnings) == 1  # a minute
     assert both.url in warnings[0]

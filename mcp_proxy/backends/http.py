@@ -31,7 +31,9 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
     BackendUnreached,
+    BadAnswer,
     ClientLeft,
+    ConnectionBroken,
     InvalidRequest,
     ProxyError,
 )
@@ -150,7 +152,7 @@ class HttpCall:
 
         Raises the reason given to `abort` when the call was aborted, BackendUnreached when the
         backend got nothing of the request, BackendTimeout when no answer begins within `timeout`
-        seconds, BackendLost otherwise.
+        seconds, ConnectionBroken otherwise.
         """
         self._read_timeout = timeout
         try:
@@ -193,7 +195,7 @@ class HttpCall:
         """The body, each piece as soon as it arrives, its content encoding unchanged.
 
         An empty piece says that nothing came for another `pulse` seconds, where that is given.
-        Raises BackendLost when it ends before it is complete, BackendTimeout when it stalls, and
+        Raises BadAnswer when it ends before it is complete, BackendTimeout when it stalls, and
         the reason given to `abort` when the call was aborted.
         """
         assert self._response is not None
@@ -214,11 +216,11 @@ class HttpCall:
                 raise self._abort_reason from error
             if isinstance(error, urllib3.exceptions.ReadTimeoutError):
                 raise BackendTimeout("The server stopped in the middle of its answer") from error
-            raise BackendLost("The server broke off in the middle of its answer") from error
+            raise BadAnswer("The server broke off in the middle of its answer") from error
         # read1 raises nothing at an early end; without length and chunks not even after an abort.
         missing = raw.length_remaining
         if missing:
-            raise self._abort_reason or BackendLost(f"The server closed {missing} bytes too early")
+            raise self._abort_reason or BadAnswer(f"The server closed {missing} bytes too early")
         if missing is None and not raw.chunked and self._abort_reason is not None:
             raise self._abort_reason
 
@@ -263,10 +265,10 @@ class HttpCall:
                 sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
     def read(self, limit: int) -> bytes:
-        """The whole body; raises as `pieces` does, and BackendLost over `limit` bytes."""
+        """The whole body; raises as `pieces` does, and BadAnswer over `limit` bytes."""
         found = self.read_ahead(limit)
         if found is None:
-            raise BackendLost(f"The server answered with more than {limit} bytes")
+            raise BadAnswer(f"The server answered with more than {limit} bytes")
         return found
 
     def read_ahead(self, limit: int) -> bytes | None:
@@ -502,4 +504,11 @@ def _translated(
         return BackendUnreached("The server cannot be reached: the connection was refused")
     if isinstance(error, requests.Timeout):
         return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
-    return BackendLost("The server closed the connection before it answered")
+    if isinstance(reason, urllib3.exceptions.ProtocolError) and _is_nonsense(reason.args[-1]):
+        return BadAnswer("The server answered something that is not HTTP")
+    return ConnectionBroken("The server closed the connection before it answered")
+
+
+def _is_nonsense(cause: object) -> bool:
+    is_silent = isinstance(cause, http.client.RemoteDisconnected | http.client.IncompleteRead)
+    return isinstance(cause, http.client.HTTPException) and not is_silent

@@ -13,7 +13,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.edge import as_message
-from mcp_proxy.errors import BackendLost, BackendTimeout, ClientLeft, Draining, RequestId
+from mcp_proxy.errors import BackendLost, BackendTimeout, BadAnswer, ClientLeft, Draining, RequestId
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Response
@@ -129,7 +129,7 @@ class ForwardedBody:
                 yield sent
         passed = self._passed
         if passed is not None and passed.is_missed and self._call.ends_with_connection:
-            raise BackendLost("The server broke off in the middle of its answer")
+            raise BadAnswer("The server broke off in the middle of its answer")
 
     def _can_be_ended(self, error: BackendLost | BackendTimeout) -> bool:
         """Whether the stream has a proper end although the backend broke off."""

@@ -120,7 +120,7 @@ class Turn:
     def _peek(self) -> bytes:
         try:
             return self._sock.recv(1, socket.MSG_PEEK)
-        except OSError:
+        except (OSError, ValueError):  # TLS cannot be peeked: nothing but its end is to come
             return b""
 
 

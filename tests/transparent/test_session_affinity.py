@@ -199,7 +199,7 @@ def test_a_reset_is_an_error_and_the_next_request_works(
     client = proxy.client().open()
     backend.rpc["crash"] = reset
     answer = client.call("crash", key="k")
-    assert (answer.status, answer.failure) == (200, "server-exited")
+    assert (answer.status, answer.failure) == (200, "server-unreachable")
     message = answer.message()
     assert (message["id"], message["error"]["code"]) == ("k", -32000)
     client.result("tools/call")

@@ -41,6 +41,7 @@ from mcp_proxy.errors import (
     RequestId,
     SessionEnded,
     SessionUnknown,
+    StorageError,
 )
 from mcp_proxy.replica import Replica
 from mcp_proxy.sessions import handshake
@@ -313,7 +314,13 @@ class TransparentProxy(Transport):
             return self._reply(inbound, call)
         with _closed_on_error(call):
             opened = handshake.opened(backend_sid, KIND, message, None)
-            session = self._affinity.record(opened, call.address, backend_sid)
+            try:
+                session = self._affinity.record(opened, call.address, backend_sid)
+            except StorageError:
+                call.close()
+                outbound = self._policy.outbound(inbound.request.environ)
+                self._affinity.discard(call.address, backend_sid, outbound)
+                raise
         inbound.request.session = session.id
         reader = InitializeReader(
             call.media_type, lambda answer: self._affinity.complete(session, answer)

@@ -132,18 +132,33 @@ class SessionAffinity:
     def complete(self, session: Session, answer: Response | None) -> None:
         """Adds the protocol version to the record, or ends the session if the server refused.
 
-        An answer that could not be read (it is compressed or too long) counts as acceptance.
+        An answer that could not be read (it is compressed or too long) counts as acceptance. The
+        client gets its answer whatever becomes of the record.
         """
         version = None if answer is None else jsonrpc.protocol_version_of(answer.result)
-        if answer is not None and version is None:
-            self.forget(session.id)
-        elif version is not None:
-            self._manager.swap(session, session.with_metadata(**{PROTOCOL_VERSION: version}))
+        try:
+            if answer is not None and version is None:
+                self.forget(session.id)
+            elif version is not None:
+                self._manager.swap(session, session.with_metadata(**{PROTOCOL_VERSION: version}))
+        except StorageError as error:
+            log.warning("the end of a handshake was not recorded: %s", error)
 
     def forget(self, session_id: str) -> None:
         """Ends the session in the balancer and the store."""
         self._balancer.remove(session_id)
         self._manager.end(session_id)
+
+    def discard(
+        self, address: Address, session_id: str | None, request_headers: Mapping[str, str]
+    ) -> None:
+        """Ends a session at its backend that no record names."""
+        if session_id is None:
+            return
+        try:
+            self._calls.end(address, taken_along(request_headers), session_id)
+        except BackendError as error:
+            log.info("an unused session was not ended at its backend: %s", error)
 
     # --- looked up -------------------------------------------------------------------------------
 
@@ -231,7 +246,7 @@ class SessionAffinity:
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
             self._manager.end(claimed.id)
-            self._discard(new, given)
+            self.discard(new.address, new.session_id, given)
             raise SessionEnded
         return self._settle(claimed, new, given)
 
@@ -245,7 +260,7 @@ class SessionAffinity:
         }
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
-            self._discard(new, given)
+            self.discard(new.address, new.session_id, given)
             return claims.unclaimed(self._manager, self._manager.load(claimed.id), has_ended)
         self._balancer.add(claimed.id, new.address)
         log.info("a session was initialized again at %s", new.address.url)
@@ -294,15 +309,6 @@ class SessionAffinity:
         given = _within(given, answer.session_id, version)
         self._calls.send_initialized(address, given, timeout)
         return _Initialized(address, answer.session_id, version)
-
-    def _discard(self, new: _Initialized, given: Mapping[str, str]) -> None:
-        """Ends a backend's session that is not used."""
-        if new.session_id is None:
-            return
-        try:
-            self._calls.end(new.address, given, new.session_id)
-        except BackendError as error:
-            log.info("an unused session was not ended at its backend: %s", error)
 
 
 def _within(

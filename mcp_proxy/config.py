@@ -73,6 +73,11 @@ Host = Annotated[  # with a port too: the guard also compares the Host header as
 ]
 
 
+Cookie = Annotated[
+    str, _only("names of cookies, a * at the end stands for any more", r"[!#$%&'+.^`|~\w-]+\*?")
+]
+
+
 class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of one transport, wherever it is mounted. Times in seconds, sizes in bytes.
 
@@ -148,6 +153,11 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             extra=SECRET,
         ),
     ] = ()
+
+    sticky_cookies: Annotated[
+        tuple[Cookie, ...],
+        Meta(description="cookies of a balancer that keep a session at one HTTP server"),
+    ] = (*("AWSALB*", "AWSALBTG*", "GCLB", "ARRAffinity*", "INGRESSCOOKIE", "SERVERID", "route"),)
 
     def __post_init__(self) -> None:
         for setting in settings(type(self)):

@@ -132,6 +132,7 @@ class HttpCall:
         self.status = 0
         self.headers: Headers = []
         self.media_type = ""
+        self.sets_cookie = False
         self._client = client
         self._hops = 0
         self._ahead: list[bytes] = []
@@ -165,6 +166,7 @@ class HttpCall:
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
         self.media_type = media_type(self.header("Content-Type") or "")
+        self.sets_cookie = "Set-Cookie" in raw.headers
 
     def header(self, name: str) -> str | None:
         """The first value of a response header, None where it is absent."""

@@ -23,6 +23,7 @@ RESUME = "resume"
 CLAIM = "claim"
 LOST_AT = "lost_at"
 UNSENT = "unsent"
+COOKIES = "cookies"
 
 
 #: The member that a shared store adds to a record: a nonce of the write.

@@ -18,6 +18,7 @@ from mcp_proxy.sessions import claims
 from mcp_proxy.transparent.forwarding import InitializeReader, is_lost_session
 from mcp_proxy.wire import headers, jsonrpc
 from mcp_proxy.wire.handshake import INITIALIZED
+from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from mcp_proxy.wire.urls import Address, Target, request_target
 
@@ -53,6 +54,7 @@ class Answered(NamedTuple):
     session_id: str | None
     response: Response | None
     is_lost: bool
+    headers: Headers
 
     @property
     def has_result(self) -> bool:
@@ -87,7 +89,8 @@ class OwnCalls:
             response = _response_in(call, time.monotonic() + timeout)
         finally:
             call.close()
-        return Answered(call.status, call.header(headers.SESSION_ID), response, is_lost)
+        session_id = call.header(headers.SESSION_ID)
+        return Answered(call.status, session_id, response, is_lost, call.headers)
 
     def ping(
         self, address: Address, given: Mapping[str, str], session_id: str, is_fresh: bool = False

@@ -48,7 +48,7 @@ from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
 from mcp_proxy.storage.records import LocalStorage, Storage
-from mcp_proxy.storage.session import UNSENT, Session
+from mcp_proxy.storage.session import COOKIES, UNSENT, Session
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
 from mcp_proxy.transparent.forwarding import (
@@ -63,7 +63,7 @@ from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
 from mcp_proxy.transparent.unknown_sessions import UnknownSessions
 from mcp_proxy.transports.base import Transport, scoped
-from mcp_proxy.wire import headers, jsonrpc, revisions
+from mcp_proxy.wire import cookies, headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
 from mcp_proxy.wire.urls import Target, is_endpoint, parse_target, request_target
@@ -193,6 +193,7 @@ class TransparentProxy(Transport):
             manager,
             allowed_backends,
             replica,
+            options.sticky_cookies,
         )
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies
@@ -314,6 +315,9 @@ class TransparentProxy(Transport):
             return self._reply(inbound, call)
         with _closed_on_error(call):
             opened = handshake.opened(backend_sid, KIND, message, None)
+            if call.sets_cookie:
+                found = cookies.kept("", call.headers, self.options.sticky_cookies)
+                opened = opened.with_metadata(**{COOKIES: found or None})
             try:
                 session = self._affinity.record(opened, call.address, backend_sid)
             except StorageError:
@@ -412,6 +416,8 @@ class TransparentProxy(Transport):
             outbound = self._policy.outbound(inbound.request.environ)
             self._affinity.send_initialized(session, route, outbound)
         call = self._call(inbound, route)
+        if call.sets_cookie:
+            self._affinity.follow_cookies(session, call.headers)
         if call.status in (400, 404):
             with _closed_on_error(call):
                 if is_lost_session(call):
@@ -451,6 +457,8 @@ class TransparentProxy(Transport):
         outbound.pop(headers.SESSION_ID, None)
         if route.session_id is not None:
             outbound[headers.SESSION_ID] = route.session_id
+        if route.cookies is not None:
+            outbound["Cookie"] = cookies.sent_with(outbound.get("Cookie"), route.cookies)
         if request.method == "GET":
             sse_sessions.withhold(request, outbound)
         is_followed = False

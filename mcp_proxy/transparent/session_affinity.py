@@ -33,6 +33,7 @@ from mcp_proxy.storage.session import (
     BACKEND_SID,
     BACKEND_URL,
     CLAIM,
+    COOKIES,
     INIT_BODY,
     LOST_AT,
     PROTOCOL_VERSION,
@@ -41,8 +42,9 @@ from mcp_proxy.storage.session import (
 )
 from mcp_proxy.transparent.balancing import Balancer
 from mcp_proxy.transparent.own_calls import OwnCalls, taken_along
-from mcp_proxy.wire import headers, jsonrpc
+from mcp_proxy.wire import cookies, headers, jsonrpc
 from mcp_proxy.wire.handshake import INITIALIZE
+from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Request, Response
 from mcp_proxy.wire.urls import Address, Target, parse_target
 
@@ -63,12 +65,14 @@ class Route(NamedTuple):
 
     `backend` is the target that the session's record names, None for the static target. Where
     the address is not usable the request goes elsewhere: it was left out, or its name has lost it.
+    `cookies` are those of a balancer.
     """
 
     address: Address
     backend: Target | None
     session_id: str | None
     is_usable: bool = True
+    cookies: str | None = None
 
 
 class _Initialized(NamedTuple):
@@ -77,13 +81,14 @@ class _Initialized(NamedTuple):
     address: Address
     session_id: str | None
     version: str | None
+    cookies: str
 
 
 class SessionAffinity:
     """The backends of a transport's sessions. Thread-safe; raises StorageError.
 
     `allowed` are the URLs that a record may name besides the targets, `*` all. `replica` is who
-    claims a session here.
+    claims a session here, `sticky` are the names of cookies that a record keeps.
     """
 
     def __init__(
@@ -94,7 +99,9 @@ class SessionAffinity:
         manager: SessionManager,
         allowed: Sequence[str],
         replica: Replica,
+        sticky: Sequence[str],
     ) -> None:
+        self._sticky = sticky
         self._replica = replica
         self._target = target
         self._balancer = balancer
@@ -173,7 +180,7 @@ class SessionAffinity:
             return Route(address, None, session_id, is_usable)
         address = Address(backend.scheme, backend.host, backend.port, name)
         is_usable = self._balancer.touch(session.id, address)
-        return Route(address, backend, session_id, is_usable)
+        return Route(address, backend, session_id, is_usable, session.metadata.get(COOKIES))
 
     def _backend_of(self, session: Session) -> Target | None:
         url = session.metadata.get(BACKEND_URL)
@@ -207,9 +214,20 @@ class SessionAffinity:
     ) -> None:
         """Sends the backend the `notifications/initialized` that did not reach it."""
         version = session.metadata.get(PROTOCOL_VERSION)
-        given = _within(taken_along(request_headers), route.session_id, version)
+        given = _within(taken_along(request_headers), route.session_id, version, route.cookies)
         self._calls.send_initialized(route.address, given)
         self.unsent.sent(session)
+
+    def follow_cookies(self, session: Session, received: Headers) -> None:
+        """Records the balancer's cookies in an answer; another change of the record wins."""
+        before = session.metadata.get(COOKIES, "")
+        found = cookies.kept(before, received, self._sticky)
+        if found == before or CLAIM in session.metadata:
+            return
+        try:
+            self._manager.swap(session, session.with_metadata(**{COOKIES: found or None}))
+        except StorageError as error:  # the request was served all the same
+            log.warning("a balancer's cookie was not recorded: %s", error)
 
     # --- initialized again -----------------------------------------------------------------------
 
@@ -257,6 +275,7 @@ class SessionAffinity:
             BACKEND_SID: new.session_id or "",
             LOST_AT: f"{time.time():.3f}",
             UNSENT: None,
+            COOKIES: new.cookies or None,
         }
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
@@ -306,16 +325,18 @@ class SessionAffinity:
         if answer.status >= 300 or response is None or not answer.has_result:
             raise BadAnswer(f"The server refused to be initialized again (status {answer.status})")
         version = jsonrpc.protocol_version_of(response.result)
-        given = _within(given, answer.session_id, version)
+        sticky = cookies.kept("", answer.headers, self._sticky)
+        given = _within(given, answer.session_id, version, sticky)
         self._calls.send_initialized(address, given, timeout)
-        return _Initialized(address, answer.session_id, version)
+        return _Initialized(address, answer.session_id, version, sticky)
 
 
 def _within(
-    given: Mapping[str, str], session_id: str | None, version: str | None
+    given: Mapping[str, str], session_id: str | None, version: str | None, sticky: str | None
 ) -> dict[str, str]:
     """Headers for a message in a session."""
-    named = {headers.SESSION_ID: session_id, headers.PROTOCOL_VERSION: version}
+    cookie = cookies.sent_with(given.get("Cookie"), sticky) if sticky else None
+    named = {headers.SESSION_ID: session_id, headers.PROTOCOL_VERSION: version, "Cookie": cookie}
     return {**given, **{name: value for name, value in named.items() if value is not None}}
 
 

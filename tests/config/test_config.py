@@ -79,7 +79,7 @@ def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
         "connect_timeout",
         *("keepalive_interval", "sse_after", "max_body_bytes", "max_message_bytes"),
         *("max_sessions", "max_streams", "threads", "allowed_origins", "allowed_hosts"),
-        *("trusted_proxies", "forward_headers"),
+        *("trusted_proxies", "forward_headers", "sticky_cookies"),
     ]
     assert [setting for setting in config.settings() if setting in options] == list(options)
     assert isinstance(ProxyConfig(), ProxyOptions)

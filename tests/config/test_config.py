@@ -53,6 +53,7 @@ def test_lists_and_secrets_are_marked() -> None:
     assert lists == {
         *("command", "env", "target_url", "allowed_origins", "allowed_hosts"),
         *("allowed_backends", "trusted_proxies", "forward_headers", "stdio_transports"),
+        "sticky_cookies",
     }
     assert "redis_url" in {setting.name for setting in config.settings() if setting.secret}
 

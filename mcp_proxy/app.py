@@ -129,7 +129,7 @@ class Application:
         """
         options = _options_for(server, self.config)
         storage = self._storage.scoped(server.name)
-        manager = SessionManager(storage, unknown_status=self.config.unknown_session_status)
+        manager = SessionManager(storage, unknown_status=self.config.unknown_status)
         if isinstance(server, StdioServer):
             return self._in_front_of_stdio(server, manager, options)
         proxy = TransparentProxy._shared(

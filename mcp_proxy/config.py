@@ -99,6 +99,11 @@ Host = Annotated[  # with a port too: the guard also compares the Host header as
 ]
 
 
+Cookie = Annotated[
+    str, _only("names of cookies, a * at the end stands for any more", r"[!#$%&'+.^`|~\w-]+\*?")
+]
+
+
 class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of one transport, wherever it is mounted. Times in seconds, sizes in bytes.
 
@@ -109,7 +114,11 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Seconds, Meta(description="how long an unused session and its server live")
     ] = 7200
     unknown_session_status: Annotated[
-        Literal[400, 404], Meta(description="HTTP status for an id that was never issued here")
+        Literal[400, 404, "ask"],
+        Meta(
+            description="HTTP status for a session id that was never issued here; ask: an HTTP "
+            "server that knows the id goes on with its session"
+        ),
     ] = 400
     failure_status: Annotated[
         Literal["json-rpc", "http"],
@@ -198,6 +207,11 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = False
 
+    sticky_cookies: Annotated[
+        tuple[Cookie, ...],
+        Meta(description="cookies of a balancer that keep a session at one HTTP server"),
+    ] = (*("AWSALB*", "AWSALBTG*", "GCLB", "ARRAffinity*", "INGRESSCOOKIE", "SERVERID", "route"),)
+
     def __post_init__(self) -> None:
         for setting in settings(type(self)):
             value = getattr(self, setting.name)
@@ -210,6 +224,17 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         changed = (s for s in settings(type(self)) if getattr(self, s.name) != s.default)
         shown = (f"{s.name}={_shown(s, getattr(self, s.name))}" for s in changed)
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def asks(self) -> bool:
+        """Whether HTTP servers are asked about session ids that are not known."""
+        return self.unknown_session_status == "ask"
+
+    @property
+    def unknown_status(self) -> int:
+        """The HTTP status for such an id where no server is asked."""
+        status = self.unknown_session_status
+        return 400 if status == "ask" else status
 
     @property
     def stream_limit(self) -> int:
@@ -314,6 +339,14 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
     def servers(self) -> list[Server]:
         """The servers to serve; without any setting the bundled demo. Raises ConfigError."""
+        servers = self._servers()
+        if self.asks and not any(isinstance(server, HttpServer) for server in servers):
+            raise ConfigError(
+                "unknown_session_status=ask asks HTTP servers, and none is served: take 400 or 404"
+            )
+        return servers
+
+    def _servers(self) -> list[Server]:
         if self.config:
             return read_servers(Path(self.config), os.environ)
         if self.command:

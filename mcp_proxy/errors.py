@@ -231,6 +231,15 @@ class BadAnswer(BackendLost):
     kind = "bad-answer"
 
 
+class ConnectionBroken(BackendLost):
+    """The connection to an HTTP server broke before it answered; it may have executed the request.
+
+    Whether the server has ended, nobody knows.
+    """
+
+    kind = "server-unreachable"
+
+
 class BackendUnreached(BackendLost):
     """The backend got nothing of the request, which may be sent again, there or elsewhere."""
 

@@ -34,6 +34,7 @@ from mcp_proxy.errors import (
     BackendUnreached,
     BadAnswer,
     ClientLeft,
+    ConnectionBroken,
     InvalidRequest,
     ProxyError,
 )
@@ -83,7 +84,7 @@ class HttpClient:
             return self._adapter.send(
                 _prepared(call),
                 stream=True,
-                timeout=(self.connect_timeout, timeout),
+                timeout=(min(self.connect_timeout, timeout), timeout),
                 verify=self.verify,
             )
         finally:
@@ -107,7 +108,8 @@ class HttpCall:
     """One request to one backend, and its response.
 
     `send` and `pieces` belong to one thread; `abort` and `close` may come from any. `target` is
-    path and query; anything else raises InvalidRequest, since it would change the host.
+    path and query; anything else raises InvalidRequest, since it would change the host. A fresh
+    call is sent over a new connection.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class HttpCall:
         target: str,
         headers: Mapping[str, str],
         body: bytes,
+        is_fresh: bool = False,
     ) -> None:
         if not target.startswith("/"):
             raise InvalidRequest("The path of a request must begin with /")
@@ -126,10 +129,12 @@ class HttpCall:
         self.target = target
         self.request_headers = headers
         self.request_body = body
+        self.is_fresh = is_fresh
         #: Of the response; 0 and empty before `send`.
         self.status = 0
         self.headers: Headers = []
         self.media_type = ""
+        self.sets_cookie = False
         self._client = client
         self._hops = 0
         self._ahead: list[bytes] = []
@@ -155,7 +160,7 @@ class HttpCall:
 
         Raises the reason given to `abort` when the call was aborted, BackendUnreached when the
         backend got nothing of the request, BackendTimeout when no answer begins within `timeout`
-        seconds, BadAnswer when its head cannot be used, BackendLost otherwise.
+        seconds, BadAnswer when its head cannot be used, ConnectionBroken otherwise.
         """
         self._read_timeout = timeout
         try:
@@ -167,7 +172,8 @@ class HttpCall:
         raw = self._response.raw
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
-        self.media_type = media_type(next(iter(raw.headers.getlist("Content-Type")), ""))
+        self.media_type = media_type(self.header("Content-Type") or "")
+        self.sets_cookie = "Set-Cookie" in raw.headers
 
     def header(self, name: str) -> str | None:
         """The first value of a response header, None where it is absent."""
@@ -198,7 +204,7 @@ class HttpCall:
         """The body, each piece as soon as it arrives, its content encoding unchanged.
 
         An empty piece says that nothing came for another `pulse` seconds, where that is given.
-        Raises BackendLost when it ends before it is complete, BackendTimeout when it stalls, and
+        Raises BadAnswer when it ends before it is complete, BackendTimeout when it stalls, and
         the reason given to `abort` when the call was aborted.
         """
         assert self._response is not None
@@ -219,11 +225,11 @@ class HttpCall:
                 raise self._abort_reason from error
             if isinstance(error, urllib3.exceptions.ReadTimeoutError):
                 raise BackendTimeout("The server stopped in the middle of its answer") from error
-            raise BackendLost("The server broke off in the middle of its answer") from error
+            raise BadAnswer("The server broke off in the middle of its answer") from error
         # read1 raises nothing at an early end; without length and chunks not even after an abort.
         missing = raw.length_remaining
         if missing:
-            raise self._abort_reason or BackendLost(f"The server closed {missing} bytes too early")
+            raise self._abort_reason or BadAnswer(f"The server closed {missing} bytes too early")
         if missing is None and not raw.chunked and self._abort_reason is not None:
             raise self._abort_reason
 
@@ -268,10 +274,10 @@ class HttpCall:
                 sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
     def read(self, limit: int) -> bytes:
-        """The whole body; raises as `pieces` does, and BackendLost over `limit` bytes."""
+        """The whole body; raises as `pieces` does, and BadAnswer over `limit` bytes."""
         found = self.read_ahead(limit)
         if found is None:
-            raise BackendLost(f"The server answered with more than {limit} bytes")
+            raise BadAnswer(f"The server answered with more than {limit} bytes")
         return found
 
     def read_ahead(self, limit: int) -> bytes | None:
@@ -485,9 +491,11 @@ class _FreshConnections:
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection: Any = super()._get_conn(timeout)  # type: ignore[misc]
-        if connection.sock is not None and time.monotonic() - connection.idle_since > MAX_IDLE:
+        call = connection.call = getattr(_calling, "call", None)
+        if connection.sock is not None and (
+            time.monotonic() - connection.idle_since > MAX_IDLE or (call and call.is_fresh)
+        ):
             connection.close()
-        connection.call = getattr(_calling, "call", None)
         if connection.call is not None and connection.sock is not None:
             connection.call.connected(connection.sock)
         return connection
@@ -528,4 +536,11 @@ def _translated(
         return BadAnswer("The server answered with a head that is not valid HTTP")
     if isinstance(error, requests.Timeout):
         return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
-    return BackendLost("The server closed the connection before it answered")
+    if isinstance(reason, urllib3.exceptions.ProtocolError) and _is_nonsense(reason.args[-1]):
+        return BadAnswer("The server answered something that is not HTTP")
+    return ConnectionBroken("The server closed the connection before it answered")
+
+
+def _is_nonsense(cause: object) -> bool:
+    is_silent = isinstance(cause, http.client.RemoteDisconnected | http.client.IncompleteRead)
+    return isinstance(cause, http.client.HTTPException) and not is_silent

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -24,12 +26,16 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[ClientRequest], Reply]
 
+_ASKS = 10  # a second
+
 
 class Edge:
     """The edge of a worker's application, shared by its transports. Thread-safe."""
 
     def __init__(self, options: ProxyOptions) -> None:
         self.streams = StreamLimit(options.stream_limit)
+        #: Questions of ours about session ids that are not known.
+        self.asks = RateLimit(_ASKS)
         self.is_draining = False
         self._failure_status = options.failure_status
         self._ids = RequestIds()
@@ -162,7 +168,7 @@ def as_message(error: ProxyError) -> bytes:
     return jsonrpc.encode_error(error.code, error.message, error.request_id)
 
 
-# --- standing streams ----------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------
 
 
 class StreamLimit:
@@ -190,3 +196,19 @@ class StreamLimit:
         """Counts one stream less; called once for each `acquire`."""
         with self._lock:
             self._open -= 1
+
+
+class RateLimit:
+    """At most `limit` of something within a second. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self._lock = threading.Lock()  # guards _times
+        self._times: deque[float] = deque([float("-inf")] * limit, maxlen=limit)
+
+    def acquire(self) -> None:
+        """Counts one more; raises Overloaded at the limit."""
+        now = time.monotonic()
+        with self._lock:
+            if self._times[0] + 1 > now:
+                raise Overloaded("Too many sessions are asked for at once; try again shortly")
+            self._times.append(now)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -82,6 +83,23 @@ def _handlers() -> Iterator[LogHandler]:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, LogHandler):
                 yield handler
+
+
+class OnceAMinute:
+    """Lets the first of many equal lines through, then one a minute. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _next
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        """Whether the line is to be logged now."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next:
+                return False
+            self._next = now + 60
+            return True
 
 
 def log_access(request: ClientRequest, status: int) -> None:

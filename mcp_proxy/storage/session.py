@@ -21,6 +21,9 @@ INIT_BODY = "init_body"
 PROTOCOL_VERSION = "protocol_version"
 RESUME = "resume"
 CLAIM = "claim"
+LOST_AT = "lost_at"
+UNSENT = "unsent"
+COOKIES = "cookies"
 
 
 #: The member that a shared store adds to a record: a nonce of the write.

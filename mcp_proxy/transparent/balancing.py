@@ -6,11 +6,11 @@ import socket
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from mcp_proxy.background import KeyedExecutor
-from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
+from mcp_proxy.errors import BackendUnreached
 from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.wire.urls import Address, Origin, Target
 
@@ -26,9 +26,12 @@ _KEPT = 300.0  # seconds for which addresses serve while the resolver fails
 
 
 class _Found(NamedTuple):
+    """`seen`: when each address was last found, those of the last five minutes and of now."""
+
     hosts: tuple[str, ...]
     looked_up: float
     was_good: float
+    seen: dict[str, float]
 
 
 #: The addresses of a host name, as strings; raises OSError.
@@ -77,6 +80,16 @@ class Names:
             found = self._found.get(key)
             return () if found is None else found.hosts
 
+    def has(self, host: str, port: int, address: str) -> bool:
+        """Whether a name has an address: by its last good look-up, or one within five minutes.
+
+        True as well where nothing is known of the name. Waits for nobody.
+        """
+        found = self._found.get((host, port))
+        if found is None or not found.hosts or address in found.hosts:
+            return True
+        return found.seen.get(address, float("-inf")) + _KEPT > self._clock()
+
     def stop(self) -> None:
         """Ends the thread; harmless when repeated."""
         self._thread.close()
@@ -92,11 +105,14 @@ class Names:
             with self._changed:
                 old = self._found.get(key)
                 if hosts is not None:
-                    self._found[key] = _Found(tuple(hosts), now, now)
+                    before = {} if old is None else old.seen
+                    seen = {host: when for host, when in before.items() if when + _KEPT > now}
+                    seen.update(dict.fromkeys(hosts, now))
+                    self._found[key] = _Found(tuple(hosts), now, now, seen)
                 elif old is not None and old.was_good + _KEPT > now:
                     self._found[key] = old._replace(looked_up=now)
                 else:
-                    self._found[key] = _Found((), now, now)
+                    self._found[key] = _Found((), now, now, {})
                 self._asked.discard(key)
                 self._changed.notify_all()
 
@@ -104,9 +120,9 @@ class Names:
 class Balancer:
     """Orders backends by their sessions of this replica, fewest first, ties in turn. Thread-safe.
 
-    A host name is resolved by `Names`. If it has several addresses, each is a backend; if it
-    has one, the name is used, so that the address may change. `ttl` is the sessions', in seconds.
-    Those that `reachability` leaves out come last.
+    A host name is resolved by `Names`, and each of its addresses is a backend; the name itself is
+    one only while no address is known. `ttl` is the sessions', in seconds. Those that
+    `reachability` leaves out come last.
     """
 
     def __init__(
@@ -151,8 +167,8 @@ class Balancer:
         Meanwhile the attempt counts as a session there, so that simultaneous ones are spread.
         Raises the errors of `act`, but BackendUnreached only where no backend can be reached.
         """
-        failure: BackendError = BackendLost("No backend is configured")
-        for address in self.candidates():
+        failure = BackendUnreached("The server cannot be reached")
+        for address in self.one_by_one():
             with self._lock:
                 self._count(address, 1)
             try:
@@ -169,6 +185,34 @@ class Balancer:
                     self._count(address, -1)
         raise failure
 
+    def one_by_one(self) -> Iterator[Address]:
+        """Every backend that can be tried, in order; those left out only if they are back."""
+        return self._in_turn(self.candidates())
+
+    def instead_of(self, address: Address) -> Iterator[Address]:
+        """The backends for a session's request that cannot go to `address`, one by one.
+
+        First come those of its name, then the other targets, and at last those that were left out
+        and can be reached again, `address` among them.
+        """
+        others = [found for found in self.candidates() if found[:3] != address[:3]]
+        others.sort(key=lambda found: _named(found) != _named(address))
+        yield from self._in_turn([*others, *([address] if self._is_left_out(address) else [])])
+
+    def _in_turn(self, addresses: Iterable[Address]) -> Iterator[Address]:
+        """Those that are not left out, then those of the others that can be reached again.
+
+        That is found out by another thread, so that no request waits for a host that is silent.
+        """
+        left_out: list[Address] = []
+        for address in addresses:
+            if self._is_left_out(address):
+                left_out.append(address)
+            else:
+                yield address
+        if self._reachability is not None and left_out:
+            yield from self._reachability.back(left_out)
+
     def note_failure(self, address: Address, error: BackendUnreached) -> None:
         """Has a backend left out that could not be reached."""
         if self._reachability is not None:
@@ -184,13 +228,19 @@ class Balancer:
             self._sessions[session_id] = (address, self._clock() + self._ttl)
             self._count(address, 1)
 
-    def touch(self, session_id: str) -> None:
-        """Restarts the time to live of a session, if it is counted here."""
+    def touch(self, session_id: str, address: Address) -> bool:
+        """Restarts the time to live of a session, if it is counted here.
+
+        False where `address`, its backend, is left out, or its name has it no more.
+        """
         with self._lock:
             entry = self._sessions.get(session_id)
             if entry is not None:
                 self._sessions[session_id] = (entry[0], self._clock() + self._ttl)
                 self._sessions.move_to_end(session_id)
+        if address.name and not self._names.has(address.name, address.port, address.host):
+            return False
+        return not self._is_left_out(address)
 
     def remove(self, session_id: str) -> None:
         """Removes a session, which has ended."""
@@ -205,6 +255,10 @@ class Balancer:
             self._addresses(each, NAME_WAIT)
         return self._is_known(target.origin)
 
+    def has_name(self, name: str | None) -> bool:
+        """Whether a target has this name."""
+        return any(target.host == name for target in self._targets)
+
     def _is_known(self, origin: Origin) -> bool:
         with self._lock:
             return self._known.get(origin, 0.0) > self._clock()
@@ -216,7 +270,7 @@ class Balancer:
     def _addresses(self, target: Target, wait: float) -> list[Address]:
         hosts = self._names.addresses(target.host, target.port, wait)
         self._remember(target, hosts)
-        if len(hosts) < 2:
+        if not hosts or list(hosts) == [target.host]:
             return [target.address]
         return [Address(target.scheme, host, target.port, target.host) for host in hosts]
 
@@ -243,3 +297,7 @@ class Balancer:
         self._load[address] += change
         if not self._load[address]:
             del self._load[address]
+
+
+def _named(address: Address) -> Origin:
+    return address.scheme, address.name or address.host, address.port

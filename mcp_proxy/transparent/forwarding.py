@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -12,7 +13,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.edge import as_message
-from mcp_proxy.errors import BackendLost, BackendTimeout, ClientLeft, Draining, RequestId
+from mcp_proxy.errors import BackendLost, BackendTimeout, BadAnswer, ClientLeft, Draining, RequestId
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Response
@@ -22,7 +23,13 @@ from mcp_proxy.wire.urls import local_reference
 MAX_EXPLANATION = 1024 * 1024
 
 # By the status of a refusal: the media types of those that are about a session.
-_EXPLAINED = {404: (headers.JSON,), 400: (headers.JSON, "text/plain", "")}
+_EXPLAINED = {404: (headers.JSON, "text/plain"), 400: (headers.JSON, "text/plain", "")}
+
+# What a 400 says of a session that is not known: the TypeScript SDK, and Python's first ones in
+# plain text; the TypeScript SDK where a server with one session was started anew.
+_LOST = (b"no valid session id", b"server not initialized")
+
+_EITHER = zlib.MAX_WBITS | 32  # gzip or zlib, whichever it is
 
 #: The longest initialize response that is parsed, in bytes; a longer one is only forwarded.
 MAX_INITIALIZE = 4 * 1024 * 1024
@@ -122,7 +129,7 @@ class ForwardedBody:
                 yield sent
         passed = self._passed
         if passed is not None and passed.is_missed and self._call.ends_with_connection:
-            raise BackendLost("The server broke off in the middle of its answer")
+            raise BadAnswer("The server broke off in the middle of its answer")
 
     def _can_be_ended(self, error: BackendLost | BackendTimeout) -> bool:
         """Whether the stream has a proper end although the backend broke off."""
@@ -232,13 +239,15 @@ def is_open_stream(call: HttpCall) -> bool:
 def is_lost_session(call: HttpCall) -> bool:
     """Whether an answer says that the backend does not know the session. Its body stays unread.
 
-    That is 404 with a JSON-RPC error that mentions a session, or 400 with "No valid session ID", as
-    the TypeScript SDK has it, and the first ones of Python in plain text. A 404 may also be about
-    an unknown path or method. SDKs put the request's id, null or no id into such an error.
+    That is 404 with a JSON-RPC error that mentions a session, or with the Go SDK's plain text, or
+    400 with a sentence of `_LOST`. A 404 may also be about an unknown path or method. SDKs put the
+    request's id, null or no id into such an error, which may be compressed.
     """
     if call.status not in (400, 404) or call.media_type not in _EXPLAINED[call.status]:
         return False
     explanation = call.read_ahead(MAX_EXPLANATION)
+    if explanation is not None and (coding := call.header("Content-Encoding")):
+        explanation = _decompressed(explanation, coding)
     if explanation is None:
         return False
     if call.media_type == headers.JSON:
@@ -246,8 +255,22 @@ def is_lost_session(call: HttpCall) -> bool:
             explanation = bytes(_refusal.decode(explanation).error)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
-    sought = b"session" if call.status == 404 else b"no valid session id"
-    return sought in explanation.lower()
+    said = explanation.lower()
+    if call.status == 400:
+        return any(each in said for each in _LOST)
+    return (b"session" if call.media_type == headers.JSON else b"session not found") in said
+
+
+def _decompressed(data: bytes, coding: str) -> bytes | None:
+    """The content of a body, None where the coding is not known, or it is too long."""
+    if coding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
+        return data if coding.strip().lower() == "identity" else None
+    reader = zlib.decompressobj(_EITHER)
+    try:
+        found = reader.decompress(data, MAX_EXPLANATION)
+    except zlib.error:
+        return None
+    return found if reader.eof else None
 
 
 def relocated(given: Headers, call: HttpCall, mount: str) -> Headers:

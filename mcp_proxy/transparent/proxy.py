@@ -9,7 +9,9 @@ as a modern one (2026-07-28), goes to a target without a look-up.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Self
@@ -22,6 +24,7 @@ from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import HeaderPolicy, mount_of, raw_path
 from mcp_proxy.edge.guard import require_own_site, without_cors
+from mcp_proxy.edge.logs import OnceAMinute
 from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -30,19 +33,22 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
     BackendUnreached,
+    BadAnswer,
     ClientError,
     ConfigError,
     Draining,
     ProxyError,
     RequestId,
     SessionEnded,
+    SessionUnknown,
+    StorageError,
 )
 from mcp_proxy.replica import Replica
 from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
 from mcp_proxy.storage.records import LocalStorage, Storage
-from mcp_proxy.storage.session import Session
+from mcp_proxy.storage.session import COOKIES, UNSENT, Session
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
 from mcp_proxy.transparent.forwarding import (
@@ -52,15 +58,17 @@ from mcp_proxy.transparent.forwarding import (
     relocated,
     unbuffered,
 )
+from mcp_proxy.transparent.own_calls import OwnCalls
 from mcp_proxy.transparent.reachability import Reachability
-from mcp_proxy.transparent.session_affinity import HANDSHAKE_TIME, Route, SessionAffinity
+from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
+from mcp_proxy.transparent.unknown_sessions import UnknownSessions
 from mcp_proxy.transports.base import Transport, scoped
-from mcp_proxy.wire import headers, jsonrpc, revisions
-from mcp_proxy.wire.handshake import INITIALIZE
-from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
+from mcp_proxy.wire import cookies, headers, jsonrpc, revisions
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
 from mcp_proxy.wire.urls import Target, is_endpoint, parse_target, request_target
 
-KIND = "mcp"
+log = logging.getLogger(__name__)
 
 # The most attempts for a request while backends lose its session.
 _ATTEMPTS = 3
@@ -76,11 +84,15 @@ _CANCEL_TIME = 1.0
 
 
 class Inbound(NamedTuple):
-    """A client's request. `message` is None where the body has no JSON-RPC message."""
+    """A client's request. `message` is None where the body has no JSON-RPC message.
+
+    `until` is when it is given up, by the monotonic clock: None for what is answered.
+    """
 
     request: ClientRequest
     body: bytes
     message: Message | Batch | None
+    until: float | None = None
 
     @property
     def id(self) -> RequestId | None:
@@ -115,7 +127,7 @@ class TransparentProxy(Transport):
             storage = LocalStorage(options.session_ttl)
         manager = SessionManager(
             scoped(storage, name, [target.url for target in targets]),
-            unknown_status=options.unknown_session_status,
+            unknown_status=options.unknown_status,
         )
         self._set_up(
             targets,
@@ -173,14 +185,17 @@ class TransparentProxy(Transport):
         self.disconnects = DisconnectWatcher(workers)
         self.refresher = SessionRefresher(manager, manager.storage.ttl, workers)
         self._target = targets[0]
+        calls = OwnCalls(self._client, targets[0], options.request_timeout)
+        self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
+        self._warning = OnceAMinute()
         self._affinity = SessionAffinity(
             targets[0],
             self.balancer,
-            self._client,
+            calls,
             manager,
             allowed_backends,
-            min(options.request_timeout, HANDSHAKE_TIME),
             replica,
+            options.sticky_cookies,
         )
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies
@@ -237,7 +252,11 @@ class TransparentProxy(Transport):
             if path in _SSE_PATHS or is_endpoint(self._target, None, request.path):
                 require_own_site(request.environ)
         body = request.read_body(self.options.max_body_bytes)
-        inbound = Inbound(request, body, _message_in(request, body))
+        message = _message_in(request, body)
+        inbound = Inbound(request, body, message)
+        if not (message is None or isinstance(message, Request) or _has_request(message)):
+            until = time.monotonic() + self.options.connect_timeout
+            inbound = inbound._replace(until=until)
         if isinstance(inbound.message, (Request, Notification)):
             request.rpc, request.params = inbound.message.method, inbound.message.params
         is_discover = inbound.message is not None and request.rpc == _DISCOVER
@@ -246,12 +265,14 @@ class TransparentProxy(Transport):
             return self._dispatch(inbound)
         except ProxyError as error:
             error.request_id = inbound.id
+            if error.kind and request.session_id is not None and request.rpc == INITIALIZED:
+                self._affinity.unsent.keep(request.session_id)
             if is_discover:
                 error.code = INTERNAL_ERROR
             raise
 
     def _dispatch(self, inbound: Inbound) -> Reply:
-        request, _, message = inbound
+        request, message = inbound.request, inbound.message
         if request.method == "GET" and request.accepts_stream:
             self.edge.require_open()  # a standing stream, which would outlast the drain
         if _is_modern(request, message):
@@ -267,9 +288,13 @@ class TransparentProxy(Transport):
         if isinstance(message, Request) and message.method == INITIALIZE:
             self.edge.require_open()
             return self._initialize(inbound, message)
-        if request.session_id is not None:
-            return self._in_session(inbound, self.manager.load(request.session_id))
-        return self._without_session(inbound)
+        if request.session_id is None:
+            return self._without_session(inbound)
+        try:
+            session = self.manager.load(request.session_id)
+        except SessionUnknown as error:
+            return self._in_unknown_session(inbound, request.session_id, error)
+        return self._in_session(inbound, session)
 
     def _without_session(self, inbound: Inbound) -> Reply:
         """Sends a request to a target; nothing is looked up, stored or minted."""
@@ -300,12 +325,40 @@ class TransparentProxy(Transport):
             return self._reply(inbound, call)
         with _closed_on_error(call):
             opened = handshake.opened(backend_sid, KIND, message, None)
-            session = self._affinity.record(opened, call.address, backend_sid)
+            if call.sets_cookie:
+                found = cookies.kept("", call.headers, self.options.sticky_cookies)
+                opened = opened.with_metadata(**{COOKIES: found or None})
+            try:
+                session = self._affinity.record(opened, call.address, backend_sid)
+            except StorageError:
+                call.close()
+                outbound = self._policy.outbound(inbound.request.environ)
+                self._affinity.discard(call.address, backend_sid, outbound)
+                raise
         inbound.request.session = session.id
         reader = InitializeReader(
             call.media_type, lambda answer: self._affinity.complete(session, answer)
         )
         return self._reply(inbound, call, session, reader)
+
+    def _in_unknown_session(
+        self, inbound: Inbound, session_id: str, error: SessionUnknown
+    ) -> Reply:
+        """Serves a session without a record where a backend knows it; raises `error` otherwise."""
+        if not self.options.asks:
+            if error.status == 400 and self._warning.is_due():
+                log.warning(
+                    "a session id that was never issued here was refused with 400; if this proxy "
+                    "has restarted, unknown_session_status=ask takes up what the server still knows"
+                )
+            raise error
+        if inbound.request.method != "GET" and not isinstance(inbound.message, Request):
+            raise error
+        outbound = self._policy.outbound(inbound.request.environ)
+        found = self._unknown.find(session_id, outbound)
+        if isinstance(found, Session):
+            return self._in_session(inbound, found)
+        return self._reply(inbound, self._call(inbound, Route(found, None, session_id)))
 
     # --- in a session ----------------------------------------------------------------------------
 
@@ -314,56 +367,87 @@ class TransparentProxy(Transport):
             return self._delete(inbound, session)
         for _ in range(_ATTEMPTS - 1):
             try:
-                return self._attempt(inbound, session)
-            except (BackendUnreached, SessionEnded):
+                return self._reply(inbound, self._answer_in(inbound, session), session)
+            except SessionEnded as error:
+                if _is_about_the_past(inbound.message):
+                    raise BadAnswer("The server has lost the session") from error
                 outbound = self._policy.outbound(inbound.request.environ)
-                session = self._affinity.reinitialize(session, outbound)
+                limit = None if inbound.until is None else self._time_left(inbound.until)
+                session = self._affinity.reinitialize(session, outbound, limit)
+            except BackendUnreached:
+                raise
             except BackendLost:
                 # The request may have been executed. If the backend is lost, the next request finds
                 # out; if not, the session still exists. Only a GET is harmless to repeat.
                 if inbound.request.method != "GET":
                     raise
         try:
-            return self._attempt(inbound, session)
+            return self._reply(inbound, self._answer_in(inbound, session), session)
         except SessionEnded:
             self._affinity.forget(session.id)  # no backend keeps it: the client must initialize
             raise
 
-    def _attempt(self, inbound: Inbound, session: Session) -> Reply:
-        """The backend's answer; raises SessionEnded where the backend does not know the session."""
-        try:
-            route = self._affinity.route(session)
-            call = self._call(inbound, route)
-        except BackendTimeout:
-            self._cancel(inbound, session)
-            raise
-        except BackendUnreached as error:
-            self.balancer.note_failure(route.address, error)
-            raise
-        with _closed_on_error(call):
-            if is_lost_session(call):
-                raise SessionEnded
-        return self._reply(inbound, call, session)
+    def _answer_in(self, inbound: Inbound, session: Session) -> HttpCall:
+        """The answer of the session's backend, or of another one that knows the session.
+
+        Raises SessionEnded where those that were reached do not know it.
+        """
+        route = self._affinity.route(session)
+        if route.is_usable:
+            try:
+                return self._asked(inbound, session, route)
+            except BackendUnreached as error:
+                self.balancer.note_failure(route.address, error)
+        return self._elsewhere(inbound, session, route)
+
+    def _elsewhere(self, inbound: Inbound, session: Session, route: Route) -> HttpCall:
+        """As `_answer_in`, where the session's backend cannot be reached."""
+        failure: ProxyError = BackendUnreached("The server cannot be reached")
+        for address in self.balancer.instead_of(route.address):
+            try:
+                there = route._replace(address=address, backend=None)
+                call = self._asked(inbound, session, there)
+            except BackendUnreached as error:
+                self.balancer.note_failure(address, error)
+                if not isinstance(failure, SessionEnded):
+                    failure = error
+            except SessionEnded as error:
+                failure = error
+            else:
+                if call.status < 300:
+                    self._affinity.move(session, address)
+                return call
+        raise failure
+
+    def _asked(self, inbound: Inbound, session: Session, route: Route) -> HttpCall:
+        """The answer of one backend; raises SessionEnded where it does not know the session."""
+        is_untold = UNSENT in session.metadata or session.id in self._affinity.unsent.ids
+        if is_untold and inbound.message is not None and inbound.request.rpc != INITIALIZED:
+            outbound = self._policy.outbound(inbound.request.environ)
+            self._affinity.send_initialized(session, route, outbound)
+        call = self._call(inbound, route)
+        if call.sets_cookie:
+            self._affinity.follow_cookies(session, call.headers)
+        if call.status in (400, 404):
+            with _closed_on_error(call):
+                if is_lost_session(call):
+                    raise SessionEnded
+        return call
 
     def _delete(self, inbound: Inbound, session: Session) -> Reply:
         """Ends the session at its backend; one that cannot be reached has ended it already."""
         try:
-            call = self._call(inbound, self._affinity.route(session))
-        except (BackendError, SessionEnded):
+            call = self._answer_in(inbound, session)
+        except SessionEnded:
+            self._affinity.forget(session.id)
+            raise
+        except BackendError:
             self._affinity.forget(session.id)
             return empty_reply(204)
         with _closed_on_error(call):
-            if call.status < 300 or call.status == 404 or is_lost_session(call):
+            if call.status < 300 or call.status == 404:
                 self._affinity.forget(session.id)
         return self._reply(inbound, call, session)
-
-    def _cancel(self, inbound: Inbound, session: Session | None) -> None:
-        """Sends the backend a cancellation of a request that has timed out."""
-        if session is None or not isinstance(inbound.message, Request):
-            return
-        notice = inbound._replace(body=_cancellation_of(inbound.message), message=None)
-        with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
-            self._call(notice, self._affinity.route(session), limit=_CANCEL_TIME).close()
 
     # --- one call --------------------------------------------------------------------------------
 
@@ -372,13 +456,11 @@ class TransparentProxy(Transport):
         inbound: Inbound,
         route: Route,
         target: str | None = None,
-        limit: float | None = None,
     ) -> HttpCall:
         """The call, its response received up to the body; redirects of the MCP endpoint followed.
 
-        `target` is path and query where they differ from the request's. A call with a `limit`, in
-        seconds, goes on when the client has left. Raises BackendError, ClientLeft, Draining, and
-        SessionEnded where the backend's id of the session cannot be sent.
+        `target` is path and query where they differ from the request's. Raises BackendError,
+        ClientLeft, Draining, and SessionEnded where the backend's id of the session cannot be sent.
         """
         request = inbound.request
         outbound = self._policy.outbound(request.environ)
@@ -387,6 +469,8 @@ class TransparentProxy(Transport):
             if not headers.FIELD_VALUE.fullmatch(route.session_id):
                 raise SessionEnded  # no backend can be asked for it
             outbound[headers.SESSION_ID] = route.session_id
+        if route.cookies is not None:
+            outbound["Cookie"] = cookies.sent_with(outbound.get("Cookie"), route.cookies)
         if request.method == "GET":
             sse_sessions.withhold(request, outbound)
         is_followed = False
@@ -395,25 +479,56 @@ class TransparentProxy(Transport):
             target = request_target(self._target, route.backend, path, query)
             is_followed = is_endpoint(self._target, route.backend, path)
         call = HttpCall(self._client, route.address, request.method, target, outbound, inbound.body)
-        return self._sent(request, call, limit, is_followed)
+        return self._sent(inbound, call, is_followed)
 
-    def _sent(
-        self, request: ClientRequest, call: HttpCall, limit: float | None, is_followed: bool
-    ) -> HttpCall:
+    def _sent(self, inbound: Inbound, call: HttpCall, is_followed: bool) -> HttpCall:
+        request = inbound.request
         is_standing = request.method == "GET" and request.accepts_stream
         while True:
             self._track(call, is_standing)
             call.on_close(partial(self._untrack, call))
             with _closed_on_error(call):
-                if limit is None:
-                    connection = ClientConnection(request.environ)
-                    call.on_close(self.disconnects.watch(connection, call.abort))
-                call.send(limit or self.options.request_timeout)
+                connection = ClientConnection(request.environ)
+                call.on_close(self.disconnects.watch(connection, call.abort))
+                limit = self.options.request_timeout
+                if inbound.until is not None:
+                    limit = min(limit, self._time_left(inbound.until))
+                try:
+                    call.send(limit)
+                except BackendTimeout:
+                    self._cancel(inbound, call)
+                    raise
             successor = call.redirected() if is_followed else None
             if successor is None:
                 return call
             call.close()
             call = successor
+
+    def _time_left(self, until: float) -> float:
+        """Seconds for a message that nobody waits for; raises BackendTimeout when they are over."""
+        left = until - time.monotonic()
+        if left <= 0:
+            raise BackendTimeout(
+                f"The server did not take it within {self.options.connect_timeout:g} seconds"
+            )
+        return max(round(left, 1), 0.1)  # a sentence may name it
+
+    def _cancel(self, inbound: Inbound, call: HttpCall) -> None:
+        """Sends the backend a cancellation of a session's request that has timed out."""
+        if headers.SESSION_ID not in call.request_headers or inbound.id is None:
+            return
+        assert isinstance(inbound.message, Request)
+        notice = HttpCall(
+            self._client,
+            call.address,
+            "POST",
+            call.target,
+            call.request_headers,
+            _cancellation_of(inbound.message),
+        )
+        with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
+            notice.send(_CANCEL_TIME)
+        notice.close()
 
     def _track(self, call: HttpCall, is_standing: bool) -> None:
         with self._lock:
@@ -458,7 +573,7 @@ class TransparentProxy(Transport):
 
         def on_timeout() -> None:
             inbound.request.note(no_answer(self.options.request_timeout))
-            self._cancel(inbound, session)
+            self._cancel(inbound, call)
 
         body = ForwardedBody(
             call,
@@ -523,7 +638,21 @@ def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:
     return isinstance(version, str) and revisions.is_modern(version)
 
 
+def _has_request(message: Message | Batch) -> bool:
+    """Whether there is a request in a batch."""
+    return isinstance(message, list) and any(isinstance(part, Request) for part in message)
+
+
+def _is_about_the_past(message: Message | Batch | None) -> bool:
+    """Whether a message concerns requests that a lost server took along: a new one knows none."""
+    if isinstance(message, list):
+        return all(map(_is_about_the_past, message))
+    if isinstance(message, Notification):
+        return message.method == jsonrpc.CANCELLED
+    return isinstance(message, Response)
+
+
 def _cancellation_of(request: Request) -> bytes:
     """The notification that cancels a request after its time limit."""
     params = {"requestId": request.id, "reason": "The proxy's time limit has passed"}
-    return jsonrpc.encode(Notification("notifications/cancelled", jsonrpc.as_payload(params)))
+    return jsonrpc.encode(Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(params)))

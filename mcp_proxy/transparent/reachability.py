@@ -18,7 +18,7 @@ from mcp_proxy.wire.urls import Address
 FIRST_PAUSE = 10.0
 LAST_PAUSE = 60.0
 
-#: Seconds that readiness waits for what is not known yet.
+#: Seconds that readiness, and a request, wait for what is not known yet.
 READY_WAIT = 0.4
 
 _LOOK = 1.0  # seconds between looks at whose pause is over
@@ -83,6 +83,22 @@ class Reachability:
             if len(self._reached) > _MANY:
                 self._reached = {a: t for a, t in self._reached.items() if t > now - _FRESH}
             self._changed.notify_all()
+
+    def back(self, addresses: Sequence[Address]) -> list[Address]:
+        """Which of these, all left out, can be reached again; waits `READY_WAIT` for the first.
+
+        A thread of ours connects to each. One that is slower is found by the next question.
+        """
+        for address in addresses:
+            self._submit(address)
+
+        def is_known() -> bool:
+            found = any(address not in self._outages for address in addresses)
+            return found or self._trying.isdisjoint(addresses)
+
+        with self._changed:
+            self._changed.wait_for(is_known, READY_WAIT)
+            return [address for address in addresses if address not in self._outages]
 
     def not_ready_reason(self, addresses: Sequence[Address]) -> str | None:
         """Why none of the backends can be reached, None if one can; waits `READY_WAIT` at most."""

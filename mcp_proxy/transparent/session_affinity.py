@@ -9,64 +9,70 @@ of the request that noticed the loss. The client keeps its session id.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
-from msgspec import UNSET
 
-from mcp_proxy.backends.http import HttpCall, HttpClient
-from mcp_proxy.errors import BackendError, BadAnswer, ClientError, SessionEnded, SessionExists
+from mcp_proxy.edge.logs import OnceAMinute
+from mcp_proxy.errors import (
+    BackendError,
+    BadAnswer,
+    ClientError,
+    SessionEnded,
+    SessionExists,
+    StorageError,
+)
 from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.sessions import claims
+from mcp_proxy.sessions.handshake import UnsentInitialized
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.session import (
     BACKEND_HOST,
     BACKEND_SID,
     BACKEND_URL,
+    CLAIM,
+    COOKIES,
     INIT_BODY,
+    LOST_AT,
     PROTOCOL_VERSION,
+    UNSENT,
     Session,
 )
 from mcp_proxy.transparent.balancing import Balancer
-from mcp_proxy.transparent.forwarding import InitializeReader
-from mcp_proxy.wire import headers, jsonrpc
-from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
-from mcp_proxy.wire.jsonrpc import Notification, Request, Response
-from mcp_proxy.wire.urls import Address, Target, ascii_host, parse_target, request_target
+from mcp_proxy.transparent.own_calls import OwnCalls, taken_along
+from mcp_proxy.wire import cookies, headers, jsonrpc
+from mcp_proxy.wire.handshake import INITIALIZE
+from mcp_proxy.wire.headers import Headers
+from mcp_proxy.wire.jsonrpc import Request, Response
+from mcp_proxy.wire.urls import Address, Target, ascii_host, parse_target
 
 log = logging.getLogger(__name__)
 
-#: Seconds for each step of a handshake, so that all of them fit well into a claim.
-HANDSHAKE_TIME = claims.CLAIM_TIME / 6
+#: The type of the records.
+KIND = "mcp"
 
-_INITIALIZED = jsonrpc.encode(Notification(INITIALIZED))
+# A session that is lost twice within so many seconds may have several servers behind one address.
+_LOST_AGAIN = 60.0
 
-# Request headers that belong to one session or body, and those that we set ourselves, since we read
-# the answer.
-_NOT_TAKEN_ALONG = frozenset(
-    {
-        "Mcp-Session-Id",
-        "Mcp-Protocol-Version",
-        "Last-Event-Id",
-        "Accept",
-        "Accept-Encoding",
-        "Content-Type",
-        "Content-Encoding",
-    }
-)
-_OURS = {"Accept": f"{headers.JSON}, {headers.EVENT_STREAM}", "Content-Type": headers.JSON}
+# How often such an address is asked, over another connection each time, whether it knows a session.
+_PINGS = 3
 
 
 class Route(NamedTuple):
     """The address for a request, and the backend's session id, None for none.
 
-    `backend` is the target that the session's record names, None for the static target.
+    `backend` is the target that the session's record names, None for the static target. Where
+    the address is not usable the request goes elsewhere: it was left out, or its name has lost it.
+    `cookies` are those of a balancer.
     """
 
     address: Address
     backend: Target | None
     session_id: str | None
+    is_usable: bool = True
+    cookies: str | None = None
 
 
 class _Initialized(NamedTuple):
@@ -75,33 +81,36 @@ class _Initialized(NamedTuple):
     address: Address
     session_id: str | None
     version: str | None
+    cookies: str
 
 
 class SessionAffinity:
     """The backends of a transport's sessions. Thread-safe; raises StorageError.
 
-    `allowed` are the URLs that a record may name besides the targets, `*` all; `timeout`, in
-    seconds, is for each step of a handshake. `replica` is who claims a session here.
+    `allowed` are the URLs that a record may name besides the targets, `*` all. `replica` is who
+    claims a session here, `sticky` are the names of cookies that a record keeps.
     """
 
     def __init__(
         self,
         target: Target,
         balancer: Balancer,
-        client: HttpClient,
+        calls: OwnCalls,
         manager: SessionManager,
         allowed: Sequence[str],
-        timeout: float,
         replica: Replica,
+        sticky: Sequence[str],
     ) -> None:
+        self._sticky = sticky
         self._replica = replica
         self._target = target
         self._balancer = balancer
-        self._client = client
+        self._calls = calls
         self._manager = manager
         self._allows_any = "*" in allowed
         self._allowed = {found.origin for url in allowed if (found := parse_target(url))}
-        self._timeout = timeout
+        self._warning = OnceAMinute()
+        self.unsent = UnsentInitialized(manager)
 
     # --- recorded --------------------------------------------------------------------------------
 
@@ -130,30 +139,48 @@ class SessionAffinity:
     def complete(self, session: Session, answer: Response | None) -> None:
         """Adds the protocol version to the record, or ends the session if the server refused.
 
-        An answer that could not be read (it is compressed or too long) counts as acceptance.
+        An answer that could not be read (it is compressed or too long) counts as acceptance. The
+        client gets its answer whatever becomes of the record.
         """
         version = None if answer is None else jsonrpc.protocol_version_of(answer.result)
-        if answer is not None and version is None:
-            self.forget(session.id)
-        elif version is not None:
-            self._manager.swap(session, session.with_metadata(**{PROTOCOL_VERSION: version}))
+        try:
+            if answer is not None and version is None:
+                self.forget(session.id)
+            elif version is not None:
+                self._manager.swap(session, session.with_metadata(**{PROTOCOL_VERSION: version}))
+        except StorageError as error:
+            log.warning("the end of a handshake was not recorded: %s", error)
 
     def forget(self, session_id: str) -> None:
         """Ends the session in the balancer and the store."""
         self._balancer.remove(session_id)
         self._manager.end(session_id)
 
+    def discard(
+        self, address: Address, session_id: str | None, request_headers: Mapping[str, str]
+    ) -> None:
+        """Ends a session at its backend that no record names."""
+        if session_id is None:
+            return
+        try:
+            self._calls.end(address, taken_along(request_headers), session_id)
+        except BackendError as error:
+            log.info("an unused session was not ended at its backend: %s", error)
+
     # --- looked up -------------------------------------------------------------------------------
 
     def route(self, session: Session) -> Route:
         """The route of the session's requests; the session counts as used."""
-        self._balancer.touch(session.id)
         session_id = session.metadata.get(BACKEND_SID, session.id) or None
+        name = session.metadata.get(BACKEND_HOST)
         backend = self._backend_of(session)
         if backend is None:
-            return Route(self._target.address, None, session_id)
-        name = session.metadata.get(BACKEND_HOST)
-        return Route(Address(backend.scheme, backend.host, backend.port, name), backend, session_id)
+            address, has_moved = self._target.address, self._balancer.has_name(name)
+            is_usable = self._balancer.touch(session.id, address) and not has_moved
+            return Route(address, None, session_id, is_usable)
+        address = Address(backend.scheme, backend.host, backend.port, name)
+        is_usable = self._balancer.touch(session.id, address)
+        return Route(address, backend, session_id, is_usable, session.metadata.get(COOKIES))
 
     def _backend_of(self, session: Session) -> Target | None:
         url = session.metadata.get(BACKEND_URL)
@@ -168,10 +195,48 @@ class SessionAffinity:
         log.warning("a session's backend_url is not an allowed backend; using the static target")
         return None
 
+    def move(self, session: Session, address: Address) -> None:
+        """Records that the session is known at another address.
+
+        A record that is claimed, or has changed, stays: the next request may find out again.
+        """
+        if CLAIM in session.metadata:
+            return
+        where = {BACKEND_URL: address.url, BACKEND_HOST: address.name}
+        try:
+            if self._manager.swap(session, session.with_metadata(**where)):
+                self._balancer.add(session.id, address)
+        except StorageError as error:  # the request was served all the same
+            log.warning("a session's new address was not recorded: %s", error)
+
+    def send_initialized(
+        self, session: Session, route: Route, request_headers: Mapping[str, str]
+    ) -> None:
+        """Sends the backend the `notifications/initialized` that did not reach it."""
+        version = session.metadata.get(PROTOCOL_VERSION)
+        given = _within(taken_along(request_headers), route.session_id, version, route.cookies)
+        self._calls.send_initialized(route.address, given)
+        self.unsent.sent(session)
+
+    def follow_cookies(self, session: Session, received: Headers) -> None:
+        """Records the balancer's cookies in an answer; another change of the record wins."""
+        before = session.metadata.get(COOKIES, "")
+        found = cookies.kept(before, received, self._sticky)
+        if found == before or CLAIM in session.metadata:
+            return
+        try:
+            self._manager.swap(session, session.with_metadata(**{COOKIES: found or None}))
+        except StorageError as error:  # the request was served all the same
+            log.warning("a balancer's cookie was not recorded: %s", error)
+
     # --- initialized again -----------------------------------------------------------------------
 
-    def reinitialize(self, session: Session, request_headers: Mapping[str, str]) -> Session:
+    def reinitialize(
+        self, session: Session, request_headers: Mapping[str, str], timeout: float | None = None
+    ) -> Session:
         """The session's record after its backend was replaced, by this caller or a faster one.
+
+        `timeout` in seconds is for each step, where it is to be shorter than usual.
 
         Raises SessionEnded when the session has ended or cannot be initialized again, BackendError
         when no backend could be initialized now.
@@ -180,74 +245,101 @@ class SessionAffinity:
         if claimed is None:
             return self._manager.load(session.id)
         with claims.released_on_failure(self._manager, claimed):
-            return self._replace(claimed, request_headers)
+            return self._replace(claimed, request_headers, timeout)
 
-    def _replace(self, claimed: Session, request_headers: Mapping[str, str]) -> Session:
+    def _replace(
+        self, claimed: Session, request_headers: Mapping[str, str], timeout: float | None
+    ) -> Session:
         body = claimed.metadata.get(INIT_BODY, "").encode("utf-8", "replace")
         if not _is_initialize(body):
             self._manager.end(claimed.id)
             raise SessionEnded
-        kept = {n: v for n, v in request_headers.items() if n.title() not in _NOT_TAKEN_ALONG}
-        given = {**kept, **_OURS}
-        new = self._balancer.first_reached(lambda address: self._initialize(address, body, given))
+        given = taken_along(request_headers)
+        if self._is_shared_address(claimed, given):
+            self._manager.end(claimed.id)
+            raise SessionEnded
+        new = self._balancer.first_reached(
+            lambda address: self._initialize(address, body, given, timeout)
+        )
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
             self._manager.end(claimed.id)
-            self._discard(new, given)
+            self.discard(new.address, new.session_id, given)
             raise SessionEnded
         return self._settle(claimed, new, given)
 
     def _settle(self, claimed: Session, new: _Initialized, given: Mapping[str, str]) -> Session:
-        result = {
+        result: dict[str, str | None] = {
             BACKEND_URL: new.address.url,
             BACKEND_HOST: new.address.name,
             BACKEND_SID: new.session_id or "",
+            LOST_AT: f"{time.time():.3f}",
+            UNSENT: None,
+            COOKIES: new.cookies or None,
         }
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
-            self._discard(new, given)
+            self.discard(new.address, new.session_id, given)
             return claims.unclaimed(self._manager, self._manager.load(claimed.id), has_ended)
         self._balancer.add(claimed.id, new.address)
         log.info("a session was initialized again at %s", new.address.url)
         return self._manager.load(claimed.id)
 
-    def _initialize(self, address: Address, body: bytes, given: Mapping[str, str]) -> _Initialized:
-        call = self._send(address, "POST", given, body)
+    def _is_shared_address(self, claimed: Session, given: Mapping[str, str]) -> bool:
+        """Whether a session that is lost again so soon is known behind the same address after all.
+
+        A server that was started anew twice has really forgotten it. Where several servers share an
+        address and no sessions, other connections lead to one that knows it.
+        """
+        lost_at = float(claimed.metadata.get(LOST_AT, "-inf"))
+        session_id = claimed.metadata.get(BACKEND_SID, claimed.id)
+        backend = self._backend_of(claimed)
+        if abs(time.time() - lost_at) > _LOST_AGAIN or not session_id or backend is None:
+            return False
+        address = Address(
+            backend.scheme, backend.host, backend.port, claimed.metadata.get(BACKEND_HOST)
+        )
+        if not any(self._knows(address, given, session_id) for _ in range(_PINGS)):
+            return False
+        if self._warning.is_due():
+            log.warning(
+                "a session was lost twice within a minute at %s, and is known there all the same: "
+                "one address seems to stand for several servers that share no sessions; use a "
+                "headless Service, or a balancer that is sticky",
+                address.url,
+            )
+        return True
+
+    def _knows(self, address: Address, given: Mapping[str, str], session_id: str) -> bool:
         try:
-            answer = _answer_of(call)
-        finally:
-            call.close()
-        if call.status >= 300 or answer is None or answer.result is UNSET:
-            raise BadAnswer(f"The server refused to be initialized again (status {call.status})")
-        version = jsonrpc.protocol_version_of(answer.result)
-        session_id = call.header(headers.SESSION_ID)
-        if not headers.FIELD_VALUE.fullmatch(f"{version}{session_id}"):
+            answer = self._calls.ping(address, given, session_id, is_fresh=True)
+        except BackendError:
+            return False
+        return answer.response is not None and not answer.is_lost
+
+    def _initialize(
+        self, address: Address, body: bytes, given: Mapping[str, str], timeout: float | None
+    ) -> _Initialized:
+        answer = self._calls.ask(address, given, body, timeout)
+        response = answer.response
+        if answer.status >= 300 or response is None or not answer.has_result:
+            raise BadAnswer(f"The server refused to be initialized again (status {answer.status})")
+        version = jsonrpc.protocol_version_of(response.result)
+        if not headers.FIELD_VALUE.fullmatch(f"{version}{answer.session_id}"):
             raise BadAnswer("The server answered with a session id or version that cannot be sent")
-        named = {headers.SESSION_ID: session_id, headers.PROTOCOL_VERSION: version}
-        given = {**given, **{name: value for name, value in named.items() if value is not None}}
-        self._send(address, "POST", given, _INITIALIZED).close()
-        return _Initialized(address, session_id, version)
+        sticky = cookies.kept("", answer.headers, self._sticky)
+        given = _within(given, answer.session_id, version, sticky)
+        self._calls.send_initialized(address, given, timeout)
+        return _Initialized(address, answer.session_id, version, sticky)
 
-    def _discard(self, new: _Initialized, given: Mapping[str, str]) -> None:
-        """Ends a backend's session that is not used."""
-        if new.session_id is None:
-            return
-        try:
-            self._send(new.address, "DELETE", {**given, headers.SESSION_ID: new.session_id}).close()
-        except BackendError as error:
-            log.info("an unused session was not ended at its backend: %s", error)
 
-    def _send(
-        self, address: Address, method: str, given: Mapping[str, str], body: bytes = b""
-    ) -> HttpCall:
-        target = request_target(self._target, None, "/mcp", "")
-        call = HttpCall(self._client, address, method, target, given, body)
-        call.send(self._timeout)
-        while (successor := call.redirected()) is not None:
-            call.close()
-            call = successor
-            call.send(self._timeout)
-        return call
+def _within(
+    given: Mapping[str, str], session_id: str | None, version: str | None, sticky: str | None
+) -> dict[str, str]:
+    """Headers for a message in a session."""
+    cookie = cookies.sent_with(given.get("Cookie"), sticky) if sticky else None
+    named = {headers.SESSION_ID: session_id, headers.PROTOCOL_VERSION: version, "Cookie": cookie}
+    return {**given, **{name: value for name, value in named.items() if value is not None}}
 
 
 def _is_initialize(body: bytes) -> bool:
@@ -257,14 +349,3 @@ def _is_initialize(body: bytes) -> bool:
     except ClientError:
         return False
     return isinstance(message, Request) and message.method == INITIALIZE
-
-
-def _answer_of(call: HttpCall) -> Response | None:
-    """The response to an initialize, as soon as it arrives; None where the body has none."""
-    answers: list[Response | None] = []
-    reader = InitializeReader(call.media_type, answers.append)
-    for piece in call.pieces():
-        reader.feed(piece)
-        if answers:
-            break
-    return answers[0] if answers else None

@@ -10,6 +10,7 @@ from typing import Self
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.errors import ConfigError
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager
@@ -39,6 +40,8 @@ class StdioTransport(Transport):
         name: str | None = None,
         options: ProxyOptions = ProxyOptions(),
     ) -> None:
+        if options.asks:
+            raise ConfigError("unknown_session_status=ask is for HTTP servers: take 400 or 404")
         server = as_server(command, name)
         storage = session_storage
         if storage is None:
@@ -46,7 +49,7 @@ class StdioTransport(Transport):
         env = [f"{variable}={value}" for variable, value in sorted(server.env.items())]
         manager = SessionManager(
             scoped(storage, name, [*server.argv, server.cwd or "", *env]),
-            unknown_status=options.unknown_session_status,
+            unknown_status=options.unknown_status,
         )
         self._own_parts: ReplicaParts | None = ReplicaParts(storage.mailboxes())
         self._set_up(Owner(server, manager, self._own_parts, options), Edge(options), options)

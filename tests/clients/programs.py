@@ -5,10 +5,13 @@ A missing program is a failure: a test that was skipped has proved nothing.
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ _EVERYTHING = _MODULES / "@modelcontextprotocol" / "server-everything" / "dist" 
 _MCP1 = ROOT / ".venv-mcp1" / "bin" / "python"
 
 _CLIENT_TIME = 60.0
+_BUILD_TIME = 300.0
 
 
 def node() -> str:
@@ -50,6 +54,21 @@ def python_with_mcp1() -> str:
     requirements = "tests/clients/requirements-mcp1.txt"
     mend = f"`python -m venv .venv-mcp1` and `.venv-mcp1/bin/pip install -r {requirements}`"
     return str(_present(_MCP1, mend))
+
+
+@cache
+def go_program(name: str) -> str:
+    """The program in tests/servers/<name>, built. Without Go its tests are skipped, and say so."""
+    go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
+    if go is None:
+        pytest.skip("go is missing: install Go 1.25 or later to test servers of the Go SDK")
+    built = Path(tempfile.mkdtemp(prefix="mcp-go-"), name)
+    atexit.register(shutil.rmtree, built.parent, ignore_errors=True)
+    command = [go, "build", "-o", str(built), "."]
+    source = ROOT / "tests" / "servers" / name
+    ran = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=_BUILD_TIME)
+    assert ran.returncode == 0, f"{command} ended with {ran.returncode}:\n{ran.stderr}"
+    return str(built)
 
 
 def run_client(*command: str) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 from mcp_proxy import TransparentProxy
-from tests.clients.programs import everything_server, node, python_with_mcp1
+from tests.clients.programs import (
+    everything_server,
+    go_program,
+    node,
+    node_modules,
+    python_with_mcp1,
+)
 from tests.support.front import McpClient
 from tests.support.startable import Startable
 from tests.support.transparent import LocalFront
@@ -36,7 +42,27 @@ def python_2(port: int) -> list[str]:
     return [sys.executable, str(_SERVERS / "streamable_python.py"), str(port)]
 
 
-def typescript(port: int) -> list[str]:
+def typescript_1(port: int) -> list[str]:
+    """SDK 1.x."""
+    return _typescript("1", port)
+
+
+def typescript_2(port: int) -> list[str]:
+    """SDK 2.x."""
+    return _typescript("2", port)
+
+
+def _typescript(version: str, port: int) -> list[str]:
+    node_modules()
+    return [node(), str(_SERVERS / "streamable_typescript.mjs"), version, str(port)]
+
+
+def go(port: int) -> list[str]:
+    """The Go SDK."""
+    return [go_program("go"), str(port)]
+
+
+def everything(port: int) -> list[str]:
     """@modelcontextprotocol/server-everything, made with the TypeScript SDK."""
     _, script, _ = everything_server()
     return [node(), "--require", str(_SERVERS / "loopback.cjs"), script, "streamableHttp"]
@@ -87,7 +113,10 @@ class HttpServer(Startable):
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode("utf-8", "replace")
 
 
-@pytest.fixture(scope="module", params=[python_1, python_2, typescript], ids=lambda m: m.__name__)
+_KINDS = [python_1, python_2, typescript_1, typescript_2, everything, go]
+
+
+@pytest.fixture(scope="module", params=_KINDS, ids=lambda kind: kind.__name__)
 def server(request: pytest.FixtureRequest) -> Iterator[HttpServer]:
     with HttpServer(request.param) as server:
         yield server

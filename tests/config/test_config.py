@@ -53,6 +53,7 @@ def test_lists_and_secrets_are_marked() -> None:
     assert lists == {
         *("command", "env", "target_url", "allowed_origins", "allowed_hosts"),
         *("allowed_backends", "trusted_proxies", "forward_headers", "stdio_transports"),
+        "sticky_cookies",
     }
     assert "redis_url" in {setting.name for setting in config.settings() if setting.secret}
 
@@ -80,7 +81,7 @@ def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
         *("keepalive_interval", "sse_after", "max_body_bytes", "max_message_bytes"),
         *("max_sessions", "evict_after", "idle_timeout", "keep_detached"),
         *("max_streams", "threads", "allowed_origins", "allowed_hosts"),
-        *("trusted_proxies", "forward_headers", "preserve_host"),
+        *("trusted_proxies", "forward_headers", "preserve_host", "sticky_cookies"),
     ]
     assert [setting for setting in config.settings() if setting in options] == list(options)
     assert isinstance(ProxyConfig(), ProxyOptions)
@@ -375,8 +376,8 @@ def test_no_text_is_a_list(name: str, text: str) -> None:
         ("session_ttl", 0, "expected a number above 0 and at most 315360000, got 0"),
         ("sse_after", None, "expected a number above 0 and at most 315360000, got None"),
         ("bind", 8080, "expected a text, got 8080"),
-        ("unknown_session_status", 403, "403 is not one of 400, 404"),
-        ("unknown_session_status", "404", "'404' is not one of 400, 404"),
+        ("unknown_session_status", 403, "403 is not one of 400, 404, ask"),
+        ("unknown_session_status", "404", "'404' is not one of 400, 404, ask"),
         ("stdio_mode", "shared", "'shared' is not one of per-session"),
         ("log_level", "INFO", "'INFO' is not one of debug, error, info, warning"),
         ("stdio_transports", ["sse", "http"], "'http' is not one of sse, streamable"),

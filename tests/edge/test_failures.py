@@ -54,6 +54,7 @@ FAILURES = [
     (errors.BackendNotStarted("x"), "server-start-failed", 502),
     (errors.BackendTimeout("x"), "server-timeout", 504),
     (errors.BadAnswer("x"), "bad-answer", 502),
+    (errors.ConnectionBroken("x"), "server-unreachable", 502),
     (errors.StorageUnavailable("x"), "store-unavailable", 503),
     (errors.Overloaded("x"), "overloaded", 503),
     (errors.Draining(), "draining", 503),

@@ -120,7 +120,7 @@ class Turn:
     def _peek(self) -> bytes:
         try:
             return self._sock.recv(1, socket.MSG_PEEK)
-        except OSError:
+        except (OSError, ValueError):  # TLS cannot be peeked: nothing but its end is to come
             return b""
 
 
@@ -128,12 +128,13 @@ Act = Callable[[Turn], None]
 
 
 class HttpBackend:
-    """Listens on 127.0.0.1:`port` until `stop`; `start` begins anew on the same port."""
+    """Listens on `host`:`port` until `stop`; `start` begins anew on the same port."""
 
     def __init__(
         self,
         port: int = 0,
         *,
+        host: str = "127.0.0.1",
         lost: str = LOST_404,
         issues_sessions: bool = True,
         requests_per_connection: int = 1_000_000,
@@ -142,6 +143,7 @@ class HttpBackend:
         first_id: int | None = None,
         name: str = "backend",
     ) -> None:
+        self.host = host
         self.port = port
         self.name = name
         self.lost = lost
@@ -178,12 +180,12 @@ class HttpBackend:
     @property
     def url(self) -> str:
         """The address without a path."""
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Listens; a server that was stopped has forgotten its sessions."""
         self.is_stopping = False
-        listener = socket.create_server(("127.0.0.1", self.port), backlog=256)
+        listener = socket.create_server((self.host, self.port), backlog=256)
         self.port = listener.getsockname()[1]
         self._listener = listener
         self._open: set[socket.socket] = set()

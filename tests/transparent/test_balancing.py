@@ -72,8 +72,13 @@ def balancer(names: Names, clock: Clock) -> Iterator[Make]:
         made.stop()
 
 
-def test_a_name_with_one_address_stays_a_name(balancer: Make) -> None:
-    assert balancer("http://one:5").candidates() == [Address("http", "one", 5)]
+def test_the_address_of_a_name_is_a_backend_if_it_is_the_only_one_too(balancer: Make) -> None:
+    assert balancer("http://one:5").candidates() == [Address("http", "10.0.0.1", 5, "one")]
+
+
+def test_an_address_is_itself(balancer: Make, names: Names) -> None:
+    names.known["10.0.0.1"] = ["10.0.0.1"]
+    assert balancer("http://10.0.0.1:5").candidates() == [Address("http", "10.0.0.1", 5)]
 
 
 def test_each_address_of_a_name_is_a_backend(balancer: Make) -> None:
@@ -171,8 +176,8 @@ def test_sessions_that_nobody_uses_stop_counting(balancer: Make, clock: Clock) -
     made.add("unused", b)
     made.add("unused-2", b)
     clock.now = 60
-    made.touch("used")
-    made.touch("never-here")
+    made.touch("used", a)
+    made.touch("never-here", a)
     clock.now = 120
     assert [made.candidates()[0] for _ in range(2)] == [b, b]
     clock.now = 200
@@ -272,3 +277,34 @@ def test_the_systems_own_resolver() -> None:
     assert resolve("127.0.0.1", 80) == ["127.0.0.1"]
     with pytest.raises(OSError, match=r"."):
         resolve("no-such-name.invalid", 80)
+
+
+def test_an_address_belongs_to_its_name_for_five_minutes(
+    balancer: Make, names: Names, clock: Clock
+) -> None:
+    made = balancer("http://many:1")
+    old = Address("http", "10.0.0.2", 1, "many")
+    assert made.touch("s", old)  # nothing is known of the name
+    made.candidates()
+    names.known["many"] = ["10.0.0.7"]
+    clock.now = 299
+    made.candidates()
+    assert made.touch("s", old)
+    clock.now = 301
+    assert made.touch("s", Address("http", "10.0.0.7", 1, "many"))
+    assert not made.touch("s", old)
+    del names.known["many"]
+    clock.now = 320
+    made.candidates()
+    assert not made.touch("s", old)
+
+
+def test_who_serves_instead_is_of_the_same_name_first(balancer: Make) -> None:
+    made = balancer("http://many:5", "http://one:5", "http://many:6")
+    pinned = Address("http", "10.0.0.2", 5, "many")
+    for _ in range(5):
+        found = list(made.instead_of(pinned))
+        assert {address.host for address in found[:2]} == {"10.0.0.1", "::3"}
+        assert {address.port for address in found[:2]} == {5}
+        assert len(found) == 6
+        assert pinned not in found

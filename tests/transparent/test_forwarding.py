@@ -366,9 +366,16 @@ def test_a_length_beside_chunks_means_nothing(proxy: Transparent, target: HttpBa
     assert proxy.request("GET", "/both").body() == b"hello world"
 
 
-@pytest.mark.parametrize("data", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nX"])
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "server-unreachable"),
+        (b"nonsense\r\n\r\n", "bad-answer"),
+        (b"HTTP/1.1 200 OK\r\nX", ""),
+    ],
+)
 def test_what_is_no_answer_is_a_failure(
-    proxy: Transparent, target: HttpBackend, data: bytes
+    proxy: Transparent, target: HttpBackend, data: bytes, kind: str
 ) -> None:
     target.on("POST", "/mcp", raw(data))
     answer = proxy.request(
@@ -377,7 +384,7 @@ def test_what_is_no_answer_is_a_failure(
     if data.startswith(b"HTTP"):
         assert answer.status == 200
         return
-    assert (answer.status, answer.failure) == (200, "server-exited")
+    assert (answer.status, answer.failure) == (200, kind)
     message = answer.message()
     assert (message["id"], message["error"]["code"]) == (7, -32000)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import time
@@ -516,6 +517,46 @@ def test_a_store_that_is_away_leaves_no_call_behind(
             assert answer.failure == "store-unavailable"
             assert not proxy.is_busy
             monkeypatch.undo()
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_a_session_that_cannot_be_recorded_is_ended_at_its_backend(
+    way: str, own_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> Any:
+        raise StorageUnavailable
+
+    server: RedisServer = own_redis()
+    with (
+        HttpBackend() as backend,
+        transparent(way, backend.url, server.url, connect_timeout=1) as proxy,
+    ):
+        if way == "gunicorn":
+            server.stop()
+        else:
+            monkeypatch.setattr(proxy.manager.storage, "create", away)
+        answer = proxy.client().initialize(Authorization="Bearer mine")
+        assert (answer.status, answer.failure) == (200, "store-unavailable")
+        assert len(backend.ended) == 1
+        assert backend.sessions == set()
+        assert (backend.last.method, backend.last.header("Authorization")) == (
+            "DELETE",
+            "Bearer mine",
+        )
+
+
+def test_a_handshake_of_which_the_end_cannot_be_recorded_is_answered(
+    target: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> Any:
+        raise StorageUnavailable
+
+    with TransparentProxy(target.url) as proxy, contextlib.closing(LocalFront(proxy)) as front:
+        client = McpClient(front)
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy.manager.storage, "swap", away)
+            assert client.initialize().message()["result"]
+        assert client.result("tools/call")["backend"] == "target"
 
 
 @pytest.mark.parametrize("content_type", [JSON, "text/event-stream"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 from mcp_proxy import TransparentProxy
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.transparent.balancing import Balancer, Names
-from mcp_proxy.transparent.reachability import Reachability
+from mcp_proxy.transparent.reachability import READY_WAIT, Reachability
 from mcp_proxy.wire.urls import Address, parse_target
 from tests.servers.http_backend import HttpBackend
 from tests.support.front import McpClient
@@ -148,6 +149,41 @@ def test_a_silent_target_costs_one_client_its_time_and_no_other(swallowing: str)
         assert proxy.not_ready_reason() is None
         assert time.monotonic() - begun < 2
         front.close()
+
+
+def test_a_session_at_a_silent_address_pays_once(swallowing: str) -> None:
+    options = ProxyOptions(connect_timeout=2)
+    with (
+        HttpBackend() as backend,
+        TransparentProxy([swallowing, backend.url], options=options) as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        clients = [McpClient(front).open() for _ in range(4)]
+        for client in clients:
+            assert client.session is not None
+            store = proxy.manager.storage
+            record = store.load(client.session)
+            assert store.swap(record, record.with_metadata(backend_url=swallowing))
+        proxy.reachability.reached(
+            next(a for a in proxy.balancer.candidates() if a.url == swallowing)
+        )
+        begun = time.monotonic()
+        for client in clients:
+            for _ in range(3):
+                assert client.result("tools/call")["backend"] == "backend"
+        assert 2 <= time.monotonic() - begun < 4
+
+
+def test_where_all_are_silent_one_request_pays(swallowing: str) -> None:
+    options = ProxyOptions(connect_timeout=2)
+    with (
+        TransparentProxy(swallowing, options=options) as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        begun = time.monotonic()
+        for _ in range(3):
+            assert McpClient(front).initialize().failure == "server-unreachable"
+        assert 2 <= time.monotonic() - begun < 2 + 2 * READY_WAIT + 1
 
 
 def test_what_found_no_thread_is_tried_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:

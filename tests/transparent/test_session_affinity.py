@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -104,6 +106,11 @@ def refusal(**fields: Any) -> bytes:
 
 
 _JSON = "Content-Type: application/json"
+# What the TypeScript SDK says where its only transport was made anew.
+_NOT_INITIALIZED = (
+    b'{"jsonrpc":"2.0","error":{"code":-32000,"message":"Bad Request: Server not initialized"},'
+    b'"id":null}'
+)
 _TEXT = b"Bad Request: No valid session ID provided"
 
 
@@ -126,8 +133,16 @@ _TEXT = b"Bad Request: No valid session ID provided"
         stream(refusal(), status=404, content_type="application/json", framing="close"),
         reply(400, _TEXT),
         reply(400, _TEXT, "Content-Type: text/plain"),
+        reply(404, gzip.compress(refusal(id=None)), _JSON, "Content-Encoding: gzip"),
+        reply(404, zlib.compress(refusal(id=None)), _JSON, "Content-Encoding: deflate"),
+        reply(400, gzip.compress(_TEXT), "Content-Type: text/plain", "Content-Encoding: gzip"),
+        reply(400, _NOT_INITIALIZED, _JSON),
+        reply(404, b"session not found\n", "Content-Type: text/plain; charset=utf-8"),
     ],
-    ids=["null", "none", "float", "long", "chunked", "long-chunked", "close", "bare", "text"],
+    ids=[
+        *("null", "none", "float", "long", "chunked", "long-chunked", "close", "bare", "text"),
+        *("gzip", "deflate", "gzip-text", "not-initialized", "go"),
+    ],
 )
 def test_a_lost_session_is_understood_in_every_form(
     proxy: Transparent, backend: HttpBackend, act: Any
@@ -184,7 +199,7 @@ def test_a_reset_is_an_error_and_the_next_request_works(
     client = proxy.client().open()
     backend.rpc["crash"] = reset
     answer = client.call("crash", key="k")
-    assert (answer.status, answer.failure) == (200, "server-exited")
+    assert (answer.status, answer.failure) == (200, "server-unreachable")
     message = answer.message()
     assert (message["id"], message["error"]["code"]) == ("k", -32000)
     client.result("tools/call")
@@ -205,6 +220,30 @@ def test_an_answer_that_breaks_off_is_not_repeated(
     feed.put(Feed.BREAK)
     assert answer.error()["code"] == -32000
     assert backend.executed["half"] == 1
+    assert backend.executed["initialize"] == 1
+
+
+_BOMB = gzip.compress(refusal(id=None, padding="x" * 50_000_000))
+
+
+@pytest.mark.parametrize(
+    ("body", "coding"),
+    [
+        (_BOMB, "gzip"),
+        (b"not session", "gzip"),
+        (gzip.compress(refusal(id=None))[:-9], "gzip"),
+        (refusal(id=None), "br"),
+    ],
+    ids=["bomb", "garbage", "cut", "unknown"],
+)
+def test_a_compressed_refusal_that_cannot_be_read_passes_untouched(
+    proxy: Transparent, backend: HttpBackend, body: bytes, coding: str
+) -> None:
+    client = proxy.client().open()
+    backend.rpc["x"] = reply(404, body, _JSON, f"Content-Encoding: {coding}")
+    answer = client.call("x")
+    assert (answer.status, answer.body()) == (404, body)
+    assert answer.headers["Content-Encoding"] == coding
     assert backend.executed["initialize"] == 1
 
 
@@ -235,7 +274,7 @@ def test_a_session_that_stays_lost_is_not_tried_for_ever(
     client = proxy.client().open()
     backend.rpc["x"] = lambda turn: turn.error(404, -32001, "Session not found")
     assert client.call("x").status == 404
-    assert backend.executed["initialize"] == 3
+    assert backend.executed["initialize"] == 2
     assert client.call("tools/call").status == 404  # the client begins anew
 
 

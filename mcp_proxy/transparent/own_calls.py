@@ -1,0 +1,150 @@
+"""Calls to HTTP backends that are our own: a handshake, a ping, the end of a session.
+
+They carry the headers of the client's request that made them necessary, such as Authorization.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from msgspec import UNSET
+
+from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.errors import BackendTimeout
+from mcp_proxy.sessions import claims
+from mcp_proxy.transparent.forwarding import InitializeReader, is_lost_session
+from mcp_proxy.wire import headers, jsonrpc
+from mcp_proxy.wire.handshake import INITIALIZED
+from mcp_proxy.wire.headers import Headers
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+from mcp_proxy.wire.urls import Address, Target, request_target
+
+#: Seconds for each call, so that all of a handshake fit well into a claim.
+CALL_TIME = claims.CLAIM_TIME / 6
+
+_INITIALIZED = jsonrpc.encode(Notification(INITIALIZED))
+_PING = "ping"
+
+# Request headers that belong to one session or body, and those that we set ourselves, since we read
+# the answer.
+_NOT_TAKEN_ALONG = frozenset(
+    {
+        "Mcp-Session-Id",
+        "Mcp-Protocol-Version",
+        "Last-Event-Id",
+        "Accept",
+        "Accept-Encoding",
+        "Content-Type",
+        "Content-Encoding",
+    }
+)
+_OURS = {"Accept": f"{headers.JSON}, {headers.EVENT_STREAM}", "Content-Type": headers.JSON}
+
+
+class Answered(NamedTuple):
+    """The answer to a call: its JSON-RPC response, None where it has none.
+
+    `is_lost` says that the backend does not know the session.
+    """
+
+    status: int
+    session_id: str | None
+    response: Response | None
+    is_lost: bool
+    headers: Headers
+
+    @property
+    def has_result(self) -> bool:
+        """Whether this is a JSON-RPC result."""
+        return self.response is not None and self.response.result is not UNSET
+
+
+class OwnCalls:
+    """Calls to the backends of one transport, each with `timeout` seconds. Thread-safe.
+
+    The methods raise BackendError.
+    """
+
+    def __init__(self, client: HttpClient, target: Target, timeout: float) -> None:
+        self._client = client
+        self._target = target
+        self._timeout = min(timeout, CALL_TIME)
+
+    def ask(
+        self,
+        address: Address,
+        given: Mapping[str, str],
+        body: bytes,
+        timeout: float | None = None,
+        is_fresh: bool = False,
+    ) -> Answered:
+        """The answer to a request; `is_fresh` has it sent over a connection of its own."""
+        timeout = self._timeout if timeout is None else min(timeout, self._timeout)
+        call = self._send(address, "POST", given, body, timeout, is_fresh)
+        try:
+            is_lost = is_lost_session(call)
+            response = _response_in(call, time.monotonic() + timeout)
+        finally:
+            call.close()
+        session_id = call.header(headers.SESSION_ID)
+        return Answered(call.status, session_id, response, is_lost, call.headers)
+
+    def ping(
+        self, address: Address, given: Mapping[str, str], session_id: str, is_fresh: bool = False
+    ) -> Answered:
+        """The answer to a ping in a session."""
+        body = jsonrpc.encode(Request(f"mcp-proxy-{secrets.token_hex(4)}", _PING))
+        given = {**given, headers.SESSION_ID: session_id}
+        return self.ask(address, given, body, is_fresh=is_fresh)
+
+    def send_initialized(
+        self, address: Address, given: Mapping[str, str], timeout: float | None = None
+    ) -> None:
+        """Sends `notifications/initialized`; what is answered does not matter."""
+        timeout = self._timeout if timeout is None else min(timeout, self._timeout)
+        self._send(address, "POST", given, _INITIALIZED, timeout).close()
+
+    def end(self, address: Address, given: Mapping[str, str], session_id: str) -> None:
+        """Ends a session at its backend."""
+        given = {**given, headers.SESSION_ID: session_id}
+        self._send(address, "DELETE", given, b"", self._timeout).close()
+
+    def _send(
+        self,
+        address: Address,
+        method: str,
+        given: Mapping[str, str],
+        body: bytes,
+        timeout: float,
+        is_fresh: bool = False,
+    ) -> HttpCall:
+        target = request_target(self._target, None, "/mcp", "")
+        call = HttpCall(self._client, address, method, target, given, body, is_fresh)
+        call.send(timeout)
+        while (successor := call.redirected()) is not None:
+            call.close()
+            call = successor
+            call.send(timeout)
+        return call
+
+
+def taken_along(request_headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of a client's request that a call of ours carries, and our own."""
+    kept = {n: v for n, v in request_headers.items() if n.title() not in _NOT_TAKEN_ALONG}
+    return {**kept, **_OURS}
+
+
+def _response_in(call: HttpCall, until: float) -> Response | None:
+    """The response in a body, as soon as it arrives; None where the body has none."""
+    found: list[Response | None] = []
+    reader = InitializeReader(call.media_type, found.append)
+    for piece in call.pieces():
+        reader.feed(piece)
+        if found:
+            break
+        if time.monotonic() > until:
+            raise BackendTimeout("The server did not answer in time")
+    return found[0] if found else None

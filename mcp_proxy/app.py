@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterable
+import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -77,10 +78,15 @@ class Application:
             return self._front(environ, start_response)
         return self._serve_own(environ, start_response, endpoint)
 
-    @property
-    def probes(self) -> Container[str]:
-        """The paths that are answered without waiting for anything, whatever else is going on."""
-        return ("/healthz",)
+    def answers_at_once(self, path: str) -> bool:
+        """Whether a GET of this path is answered without waiting for anything.
+
+        /readyz is once its first look is over, which is asked for by this.
+        """
+        endpoint = self._endpoints.get(path.removeprefix(os.environ.get("SCRIPT_NAME", "")))
+        if endpoint is None:
+            return False
+        return endpoint is _alive or self.readiness.current() is not None
 
     def overloaded(
         self, environ: WSGIEnvironment, start_response: StartResponse

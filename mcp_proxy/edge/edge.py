@@ -76,7 +76,8 @@ class Edge:
                 raise
             if not isinstance(reply.body, bytes):
                 return _LoggedBody(request, reply.status, reply.body)
-            log_access(request, reply.status)
+            if not is_own or reply.status >= 400:  # probes come every second
+                log_access(request, reply.status)
             return [reply.body]
         finally:
             current_request.reset(token)

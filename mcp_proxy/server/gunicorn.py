@@ -388,8 +388,9 @@ def _close(worker: Any) -> None:
 
 def banner(config: ProxyConfig, addresses: list[str]) -> str:
     """The URLs and a client configuration block for the servers at `addresses`."""
-    if addresses and addresses[0].startswith("unix:"):
-        return _unix_banner(config, addresses[0])
+    address = addresses[0] if addresses else config.bind
+    if address.startswith("unix:"):
+        return _unix_banner(config, address)
     base = base_url(config, addresses)
     urls = server_urls(config, base)
     block = {"mcpServers": {name: _entry(url) for name, url in urls.items()}}

@@ -13,7 +13,7 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
   next request of a busy client then need not go through the main loop, its queues and its poller.
 - A request for which no thread is free waits for one, for `request_timeout` at most; a client that
   leaves meanwhile is forgotten. A worker without a free thread lets others accept first.
-- What an application calls its `probes` is answered in the main thread, so that health is told
+- What an application `answers_at_once` is answered in the main thread, so that health is told
   whatever holds the threads.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
@@ -46,7 +46,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -57,7 +57,7 @@ from gunicorn.workers import gthread
 
 from mcp_proxy.errors import Overloaded
 from mcp_proxy.server.answers import Gathering, JoinedResponse, answer, refusal, send
-from mcp_proxy.server.arriving import Shape
+from mcp_proxy.server.arriving import ArrivingRequest, Shape
 from mcp_proxy.server.connection import PIECE, Connection
 
 # Seconds for which a connection that was shut down is read: closed with unread bytes it would be
@@ -114,8 +114,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._pauses_until: float | None = None
         # When connections have been left to others for long enough, None if none are.
         self._yields_until: float | None = None
-        # The paths that the application answers without waiting for anything.
-        self._probes: Container[str] = ()
+        # Whether the application answers a GET of a path without waiting for anything.
+        self._answers_at_once: Callable[[str], bool] = lambda path: False
         #: Connections on which a request is arriving.
         self.arriving: dict[Connection, None] = {}
         # Those of them that wait for a place among the threads for slow requests, and the places
@@ -134,7 +134,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         settings = (name for name in self.cfg.settings if not hasattr(type(self.cfg), name))
         self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
         self._start_threads()
-        self._probes = getattr(self.wsgi, "probes", ())
+        self._answers_at_once = getattr(self.wsgi, "answers_at_once", self._answers_at_once)
         super().run()
 
     def _start_threads(self) -> None:
@@ -266,7 +266,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         return max(0.0, until - time.monotonic())
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        """Waits for what happens next; not beyond a pause in accepting."""
+        """Waits for what happens next; not beyond a pause in accepting, nor long with a queue."""
+        if self.queued:
+            timeout = min(timeout, _SWEEP)
         super().wait_for_and_dispatch_events(self._pause_left() or timeout)
 
     # --- requests for which no thread is free ----------------------------------------------------
@@ -281,7 +283,10 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._unwatch(conn)
 
     def _look_through_queue(self, now: float) -> None:
-        """Forgets queued requests whose clients have left, and answers those that waited long."""
+        """Forgets queued requests whose clients have left, and answers those that waited long.
+
+        Those, too, that the application has been able to answer at once since they came.
+        """
         for conn, since in list(self.queued.items()):
             if conn.has_left and now > since + _HALF_CLOSED:
                 self._unqueue(conn)
@@ -291,6 +296,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 self._unqueue(conn)
                 self._give_place_back(conn)
                 self._give_no_thread(conn, "No thread became free in time")
+            elif self._is_answered_here(conn.request):
+                self._unqueue(conn)
+                self._answer_here(conn, self.wsgi)
 
     def _give_no_thread(self, conn: Connection, why: str) -> None:
         """Answers a request in place of a thread."""
@@ -303,11 +311,16 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     # --- what is answered in the main thread -----------------------------------------------------
 
+    def _is_answered_here(self, request: ArrivingRequest) -> bool:
+        path = request.simple_path
+        return path is not None and self._answers_at_once(path)
+
     def _answer_here(self, conn: Connection, app: Any) -> None:
         """Answers a whole request with an application that does not wait."""
         is_kept = False
         try:
-            written, is_kept = answer(conn, app, self.cfg, self._may_keep)
+            may_keep = self._may_keep and app is self.wsgi  # else more may have come with it
+            written, is_kept = answer(conn, app, self.cfg, may_keep)
             is_kept &= conn.sock.send(written) == len(written)
         except OSError as error:
             self.log.debug("A request was not answered: %s", error)
@@ -343,7 +356,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self._wait_for_more(conn)
             self._unwatch(conn)
             self._waiting[conn] = None
-        elif self._probes and request.simple_path in self._probes:
+        elif self._is_answered_here(request):
             self._forget(conn)
             self._answer_here(conn, self.wsgi)
         elif conn.is_for_a_thread:

@@ -37,8 +37,6 @@ def _body(way: str) -> Iterator[bytes]:
 class Held:
     """The application."""
 
-    probes = ("/probe",)
-
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
         way = environ["PATH_INFO"].rpartition("/")[2]
         environ["wsgi.input"].read()
@@ -48,6 +46,10 @@ class Held:
         if way == "probe":
             return iter([threading.current_thread().name.encode()])
         return _body(way)
+
+    def answers_at_once(self, path: str) -> bool:
+        """Whether the main thread may answer."""
+        return path == "/probe"
 
     def overloaded(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
         """The answer where no thread is free."""

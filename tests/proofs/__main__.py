@@ -13,6 +13,7 @@ from functools import partial
 from tests.proofs import (
     churn,
     conformance,
+    hostile,
     passing,
     replica_failures,
     replicas,
@@ -41,6 +42,8 @@ PROOFS: dict[str, Callable[[], None]] = {
     "sse-transparent": sse_transparent.load,
     "routing-commands": passing.routing_commands,
     "large-response": passing.large_response,
+    "hostile": hostile.hostile,
+    "hostile-probes": hostile.hostile_probes,
 }
 
 
@@ -49,11 +52,20 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser("scripts/prove", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROOFS))
+    lasting: dict[str, Callable[[float], None]] = {
+        "replicas-load": replicas.load,
+        "hostile": hostile.hostile,
+        "hostile-probes": hostile.hostile_probes,
+    }
     parser.add_argument(
-        "--seconds", type=float, default=60.0, metavar="S", help="of replicas-load (%(default)s)"
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help=f"of {', '.join(lasting)} (%(default)s)",
     )
     given = parser.parse_args()
-    PROOFS["replicas-load"] = partial(replicas.load, given.seconds)
+    PROOFS.update({name: partial(proof, given.seconds) for name, proof in lasting.items()})
     names = given.names or list(PROOFS)
     failed = [name for name in names if not proves(name)]
     print(f"\n{len(names) - len(failed)} proved, {len(failed)} failed: {' '.join(failed)}")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tests.proofs import (
+    backends,
     churn,
     conformance,
     hostile,
@@ -44,6 +45,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "large-response": passing.large_response,
     "hostile": hostile.hostile,
     "hostile-probes": hostile.hostile_probes,
+    "backends": backends.backends,
 }
 
 

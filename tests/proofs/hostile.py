@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tests.clients.programs import ROOT
 from tests.proofs.hostile_clients import CROWD, HTTP, STDIO
-from tests.proofs.raw_backend import RawBackendProcess
+from tests.proofs.server_process import ServerProcess
 from tests.proofs.sessions import MEMORY_LEFT
 from tests.proofs.worker import Footprint, footprint
 from tests.support.front import SCRIPTED, HttpFront, McpClient
@@ -169,7 +169,10 @@ class HostileCrowd(Startable):
 @contextmanager
 def scene(threads: int) -> Iterator[ProxyProcess]:
     """One worker in front of a stdio server and an HTTP server."""
-    with tempfile.TemporaryDirectory(prefix="proof-") as folder, RawBackendProcess() as backend:
+    with (
+        tempfile.TemporaryDirectory(prefix="proof-") as folder,
+        ServerProcess("tests.proofs.raw_backend") as backend,
+    ):
         servers = {
             "stdio": {"command": SCRIPTED[0], "args": SCRIPTED[1:]},
             "http": {"url": backend.url},

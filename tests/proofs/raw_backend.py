@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import select
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from tests.clients.programs import ROOT
-from tests.support.startable import ServerThread, Startable
+from tests.support.startable import ServerThread
 
 Json = dict[str, Any]
 
@@ -111,21 +109,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
-
-
-class RawBackendProcess(Startable):
-    """The server in a process of its own."""
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "tests.proofs.raw_backend"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
-        )
-        assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().decode().strip()
-
-    def close(self) -> None:
-        self._process.communicate(timeout=10)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tests.proofs import (
     backends,
     churn,
     conformance,
+    fuzz,
     hostile,
     passing,
     replica_failures,
@@ -46,6 +47,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "hostile": hostile.hostile,
     "hostile-probes": hostile.hostile_probes,
     "backends": backends.backends,
+    "fuzz": fuzz.fuzz,
 }
 
 
@@ -66,7 +68,12 @@ def main() -> int:
         metavar="S",
         help=f"of {', '.join(lasting)} (%(default)s)",
     )
+    parser.add_argument(
+        "--cases", type=int, default=fuzz.CASES, metavar="N", help="of fuzz (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of fuzz (another one each time)")
     given = parser.parse_args()
+    PROOFS["fuzz"] = partial(fuzz.fuzz, given.cases, given.seed)
     PROOFS.update({name: partial(proof, given.seconds) for name, proof in lasting.items()})
     names = given.names or list(PROOFS)
     failed = [name for name in names if not proves(name)]

@@ -13,6 +13,7 @@ from functools import partial
 from tests.proofs import (
     backends,
     churn,
+    clients,
     conformance,
     fuzz,
     hostile,
@@ -48,6 +49,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "hostile-probes": hostile.hostile_probes,
     "backends": backends.backends,
     "fuzz": fuzz.fuzz,
+    "clients": clients.clients,
 }
 
 

@@ -15,6 +15,7 @@ from tests.proofs import (
     churn,
     clients,
     conformance,
+    ended_parts,
     fuzz,
     hostile,
     passing,
@@ -50,6 +51,10 @@ PROOFS: dict[str, Callable[[], None]] = {
     "backends": backends.backends,
     "fuzz": fuzz.fuzz,
     "clients": clients.clients,
+    "guardian-killed": ended_parts.guardian_killed,
+    "arbiter-killed": ended_parts.arbiter_killed,
+    "redis-emptied": ended_parts.redis_emptied,
+    "threads-ended": ended_parts.threads_ended,
 }
 
 

@@ -171,6 +171,7 @@ class SessionEnded(SessionNotFound):
 class StorageError(ProxyError):
     """The session store failed."""
 
+    status = 502
     code = PROXY_ERROR
     kind = "store-unavailable"
 

@@ -210,8 +210,10 @@ class _Running(Worker):
             return
         try:
             self._hand_over(call, frame, is_fresh)
-        except Exception:
-            log.exception("an envelope of another replica was not understood")
+        except Exception as error:
+            is_unforeseen = not isinstance(error, (msgspec.DecodeError, UnicodeDecodeError))
+            sentence = "an envelope of another replica was not understood: %s"
+            log.error(sentence, error, exc_info=is_unforeseen)
             if isinstance(call, InboundCall) and frame.is_first:
                 self.calls.forget(call)
 

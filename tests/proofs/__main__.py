@@ -11,8 +11,13 @@ from collections.abc import Callable
 from functools import partial
 
 from tests.proofs import (
+    backends,
     churn,
+    clients,
     conformance,
+    ended_parts,
+    fuzz,
+    hostile,
     passing,
     replica_failures,
     replicas,
@@ -41,6 +46,15 @@ PROOFS: dict[str, Callable[[], None]] = {
     "sse-transparent": sse_transparent.load,
     "routing-commands": passing.routing_commands,
     "large-response": passing.large_response,
+    "hostile": hostile.hostile,
+    "hostile-probes": hostile.hostile_probes,
+    "backends": backends.backends,
+    "fuzz": fuzz.fuzz,
+    "clients": clients.clients,
+    "guardian-killed": ended_parts.guardian_killed,
+    "arbiter-killed": ended_parts.arbiter_killed,
+    "redis-emptied": ended_parts.redis_emptied,
+    "threads-ended": ended_parts.threads_ended,
 }
 
 
@@ -49,11 +63,25 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser("scripts/prove", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROOFS))
+    lasting: dict[str, Callable[[float], None]] = {
+        "replicas-load": replicas.load,
+        "hostile": hostile.hostile,
+        "hostile-probes": hostile.hostile_probes,
+    }
     parser.add_argument(
-        "--seconds", type=float, default=60.0, metavar="S", help="of replicas-load (%(default)s)"
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help=f"of {', '.join(lasting)} (%(default)s)",
     )
+    parser.add_argument(
+        "--cases", type=int, default=fuzz.CASES, metavar="N", help="of fuzz (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of fuzz (another one each time)")
     given = parser.parse_args()
-    PROOFS["replicas-load"] = partial(replicas.load, given.seconds)
+    PROOFS["fuzz"] = partial(fuzz.fuzz, given.cases, given.seed)
+    PROOFS.update({name: partial(proof, given.seconds) for name, proof in lasting.items()})
     names = given.names or list(PROOFS)
     failed = [name for name in names if not proves(name)]
     print(f"\n{len(names) - len(failed)} proved, {len(failed)} failed: {' '.join(failed)}")

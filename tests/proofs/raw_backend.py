@@ -1,13 +1,16 @@
 """An HTTP server of the standard library that answers as an MCP server would, and no more.
 
-Three ways to POST: initialize issues a session id, `tools/call` is answered with a line, and
-`large` with `BLOCK` times the number of blocks asked for, with its length or in chunks. A GET is a
-stream that says nothing until the server is closed.
+Four ways to POST: initialize issues a session id, `tools/call` is answered with a line, `large`
+with `BLOCK` times the number of blocks asked for, with its length or in chunks, and
+`subscriptions/listen` with a stream that says nothing until its client or the server ends it, as
+does a GET. `python -m tests.proofs.raw_backend` serves until standard input ends.
 """
 
 from __future__ import annotations
 
 import json
+import select
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -59,14 +62,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(message, result, {"Mcp-Session-Id": self.server.new_session()})
         elif message["method"] == "large":
             self._answer_large(**message["params"])
+        elif message["method"] == "subscriptions/listen":
+            self._stand()
         elif "id" in message:
             self._answer(message, {"content": []}, {})
         else:
             self._begin(202, {"Content-Length": "0"})
 
     def do_GET(self) -> None:
+        self._stand()
+
+    def _stand(self) -> None:
+        """A stream that says nothing until the other side leaves."""
         self._begin(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
-        self.server.is_over.wait()
+        poll = select.poll()
+        poll.register(self.connection, select.POLLRDHUP | select.POLLHUP)
+        while not self.server.is_over.is_set() and not poll.poll(200):
+            pass
         self.close_connection = True
 
     def do_DELETE(self) -> None:
@@ -97,3 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
+
+
+if __name__ == "__main__":
+    with RawBackend() as backend:
+        print(backend.url, flush=True)
+        sys.stdin.read()

@@ -12,6 +12,7 @@ from mcp_proxy.redis.client import Client
 from tests.redis.conftest import MakeStorage
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.redis_forms import Form
+from tests.support.redis_server import RedisServer
 
 MANY = 3
 
@@ -67,3 +68,15 @@ def test_a_stream_of_another_replica_is_resumed(
         assert "result" in messages[-1]
         assert len(messages) == 3
         here.delete().body()
+
+
+def test_a_record_that_cannot_be_read_is_a_failure_of_the_store(
+    own_server: RedisServer, make_storage: MakeStorage
+) -> None:
+    with own_server.client() as admin, StreamableProxy(SCRIPTED, make_storage(own_server.url)) as p:
+        client = McpClient(WsgiFront(p)).open()
+        (key,) = admin.scan_iter(f"*session:{client.session}")
+        admin.set(key, b"{", px=60_000)
+        answers = [client.call("echo"), client.listen(), client.delete()]
+        assert {answer.failure for answer in answers} == {"store-unavailable"}
+        assert [answer.status for answer in answers] == [200, 502, 502]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
-from mcp_proxy.errors import PROXY_ERROR, BackendError
+from mcp_proxy.errors import PROXY_ERROR, BackendError, BackendLost
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
@@ -80,12 +80,15 @@ class ScriptedBackend(Backend):
         self.exchanges.append(played)
         self.requests.extend(requests)
         self.executed.update(request.method for request in requests)
-        self.scripts.get(requests[0].method, _echo)(played, requests)
+        for request in requests[:1]:
+            self.scripts.get(request.method, _echo)(played, requests)
 
     def submit(self, request: Request, timeout: float) -> None:
         self._refuse()
         self.executed[request.method] += 1
         self.requests.append(request)
+        if not self.streams:
+            raise BackendLost("There is no stream for the answer")
         self.streams[-1].answer(request.method, request.id)
 
     def notify(self, notification: Notification) -> None:

@@ -137,6 +137,21 @@ def test_an_answer_that_comes_after_its_client_left_leaves_nothing_behind(
     assert "cannot be read" not in caplog.text
 
 
+@pytest.mark.parametrize("inside", [b"", b"\xc1", b"\x91\xa4Some", b"\x91\xb2SendReque\xffts"])
+def test_a_message_that_is_none_costs_a_line_of_the_log(
+    inside: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    mailboxes = LocalMailboxes()
+    with Scene(mailboxes, mailboxes) as scene:
+        asking, asked = scene.nodes
+        frame = protocol.Frame("c", asking.replica.id, protocol.Kind.PIECE, 1, False, inside)
+        mailboxes.post([Envelope(asked.replica.id, protocol.encode(frame))])
+        eventually(lambda: "was not understood" in caplog.text)
+        assert asking.ask(asked, call("quick")) == "quick"
+        eventually(lambda: asked.calls == 0)
+    assert "Traceback" not in caplog.text
+
+
 class Hesitant(protocol.Channel):
     """A channel whose message takes its time to be cut into pieces, as a large one does."""
 

@@ -1,6 +1,7 @@
 """A stdio MCP server that a tool kills: `ok` says how many calls it has had, `die` ends it.
 
-`die` takes a `code` to exit with, or a `signal`. Standard library alone; run by its path.
+`die` takes a `code` to exit with, or a `signal`; `wait` answers after so many `seconds`.
+Standard library alone; run by its path.
 """
 
 from __future__ import annotations
@@ -8,11 +9,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 Json = dict[str, Any]
 
-TOOLS = ("ok", "die")
+TOOLS = ("ok", "die", "wait")
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "code": {"type": "integer"},
+        "signal": {"type": "integer"},
+        "seconds": {"type": "number"},
+    },
+}
 
 
 def main() -> None:
@@ -34,9 +45,11 @@ def _result(message: Json, calls: int) -> Json:
         version = params["protocolVersion"]
         return {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": about}
     if message["method"] == "tools/list":
-        return {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in TOOLS]}
+        return {"tools": [{"name": name, "inputSchema": _SCHEMA} for name in TOOLS]}
     if message["method"] == "tools/call" and params["name"] == "die":
         _die(params.get("arguments") or {})
+    if message["method"] == "tools/call" and params["name"] == "wait":
+        time.sleep(params["arguments"]["seconds"])
     return {"content": [{"type": "text", "text": f"call {calls}"}]}
 
 

@@ -316,7 +316,7 @@ class RemoteBackend(Backend):
 
     def send(self, exchange: Exchange) -> None:
         timeout = exchange.timeout or 0.0
-        lines = [jsonrpc.encode(request) for request in exchange.requests]
+        lines = list(map(jsonrpc.encode, exchange.requests))
         call = OutboundCall(self._calls, self._replica, exchange)
         first = SendRequests(self._child, lines, exchange.accepts_stream, timeout)
         self._calls.begin(call, first)

@@ -35,6 +35,17 @@ _GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 
 
+def _meta_of(message: Request | Notification) -> Meta:
+    """The routing keys in `params._meta`; InvalidRequest where they have wrong types."""
+    if message.params is UNSET or bytes(memoryview(message.params)[:1]) != b"{":
+        return _NO_META
+    try:
+        meta = _decode(_meta, message.params).meta
+    except ParseError:
+        meta = _decode(_meta, mending.repair(bytes(message.params))).meta
+    return _NO_META if meta is UNSET else meta
+
+
 class Request(msgspec.Struct, frozen=True, dict=True):
     """A message that expects a response."""
 
@@ -42,10 +53,7 @@ class Request(msgspec.Struct, frozen=True, dict=True):
     method: str
     params: Raw | UnsetType = UNSET
 
-    @cached_property
-    def meta(self) -> Meta:
-        """The routing keys in `params._meta`; InvalidRequest where they have wrong types."""
-        return _meta_in(self.params)
+    meta = cached_property(_meta_of)
 
 
 class Notification(msgspec.Struct, frozen=True, dict=True):
@@ -54,10 +62,7 @@ class Notification(msgspec.Struct, frozen=True, dict=True):
     method: str
     params: Raw | UnsetType = UNSET
 
-    @cached_property
-    def meta(self) -> Meta:
-        """The routing keys in `params._meta`; InvalidRequest where they have wrong types."""
-        return _meta_in(self.params)
+    meta = cached_property(_meta_of)
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -287,16 +292,6 @@ def _unmasked(message: Message, masked: mending.Masked) -> Message:
 
 
 # --- the few fields that routing needs -----------------------------------------------------------
-
-
-def _meta_in(params: Raw | UnsetType) -> Meta:
-    if params is UNSET or bytes(memoryview(params)[:1]) != b"{":
-        return _NO_META
-    try:
-        meta = _decode(_meta, params).meta
-    except ParseError:
-        meta = _decode(_meta, mending.repair(bytes(params))).meta
-    return _NO_META if meta is UNSET else meta
 
 
 def progress_token_of(notification: Notification) -> RequestId | None:

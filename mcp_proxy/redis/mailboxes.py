@@ -45,15 +45,12 @@ class RedisMailboxes(Mailboxes):
 
     def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
         with self._connection.mapped_errors():
-            if len(envelopes) == 1:
-                return [self._add(self._connection.client, envelopes[0]) is not None]
-            pipeline = self._connection.client.pipeline(transaction=False)
-            for envelope in envelopes:
-                self._add(pipeline, envelope)
-            return [entry is not None for entry in pipeline.execute()]
-
-    def _add(self, target: Any, envelope: Envelope) -> Any:
-        return target.xadd(self._key(envelope.to), {b"l": envelope.data}, nomkstream=True)
+            client: Any = self._connection.client
+            target = client if len(envelopes) == 1 else client.pipeline(transaction=False)
+            for to, data in envelopes:
+                entry = target.xadd(self._key(to), {b"l": data}, nomkstream=True)
+            entries = [entry] if target is client else target.execute()
+            return [entry is not None for entry in entries]
 
     def collect(self, replica: str, timeout: float) -> list[bytes]:
         key = self._key(replica)

@@ -14,6 +14,7 @@ from hypothesis import settings
 from mcp_proxy.redis.client import Connection
 from tests.support.redis_connections import Openers
 from tests.support.redis_server import RedisServer
+from tests.support.transparent import FRONTS
 
 settings.register_profile(
     "mcp_proxy", deadline=None, database=None, derandomize="CI" in os.environ, print_blob=True
@@ -35,6 +36,14 @@ def _openers() -> Iterator[Openers]:
     openers = Openers()
     yield openers
     openers.judge()
+
+
+@pytest.fixture(autouse=True)
+def _every_answer_is_closed() -> Iterator[None]:
+    """Closes what a test left unread, so that no later test hears of it."""
+    yield
+    for front in list(FRONTS):
+        front.close()
 
 
 @pytest.fixture(autouse=True)

@@ -151,9 +151,11 @@ _LOTS = (
 # Simulated logging draws the level of each line by lot.
 _SIMULATED = re.compile(r"(\w+)[- ]level[- ]message")
 
-# What a server behind the proxy finds in its environment besides ours: the mark by which it is
-# found when its worker was killed, gunicorn's name, and the mark of this test's process.
-_OF_THE_PROXY = frozenset({"MCP_PROXY_REPLICA", "SERVER_SOFTWARE", MARK})
+# What a server behind the proxy finds in its environment besides ours: the marks by which it and
+# what it started are found, gunicorn's name, and the mark of this test's process.
+_OF_THE_PROXY = frozenset(
+    {"MCP_PROXY_REPLICA", "MCP_PROXY_CHILD", "PYTHONUNBUFFERED", "SERVER_SOFTWARE", MARK}
+)
 
 
 def normalized(step: str, outcome: Any) -> Any:

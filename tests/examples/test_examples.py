@@ -33,7 +33,7 @@ _WITH_TARGET = {
 }
 
 _NOTICED_WITHIN = 5.0
-_STOPPED_WITHIN = 8.0  # far below gunicorn's graceful_timeout
+_STOPPED_WITHIN = 15.0  # far below gunicorn's graceful_timeout
 
 
 def seen_by_the_sdk(url: str) -> dict[str, Any]:

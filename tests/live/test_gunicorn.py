@@ -323,7 +323,7 @@ def test_callers_that_take_json_alone_free_their_threads_when_they_leave() -> No
         began = time.monotonic()
         assert client.result("count")["calls"] == 1
         assert time.monotonic() - began < 5
-        assert " 499 " in process.log()
+        eventually(lambda: " 499 " in process.log())
 
 
 def test_a_client_that_gives_up_during_a_slow_initialize_leaves_nothing() -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,7 +133,9 @@ class HttpFront:
             method, self.base + path, headers=headers, data=body, stream=True, timeout=_PATIENCE
         )
         pieces = iter(lambda: response.raw.read1(), b"")
-        return Answer(response.status_code, response.headers, pieces, response.close)
+        answer = Answer(response.status_code, response.headers, pieces, response.close)
+        weakref.finalize(answer, response.close)  # where a test looks at the head alone
+        return answer
 
 
 class RotatingFront:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.redis_server import ADDRESSES
+from tests.support.redis_server import ADDRESSES, FORMER
 from tests.support.waiting import eventually
 
 _DESCRIPTORS = Path("/proc/self/fd")
@@ -24,6 +24,7 @@ class Openers:
     """
 
     def __init__(self) -> None:
+        ADDRESSES.difference_update(FORMER)
         self._before = _connections()
         self._tests: dict[str, str] = {}
 

@@ -27,6 +27,9 @@ OLDEST = (6, 2)
 #: Where the servers of this process listen, or once did: ports, and paths of unix sockets.
 ADDRESSES: set[int | str] = set()
 
+#: Those of servers that were closed: the system may give their ports to others.
+FORMER: set[int | str] = set()
+
 _STOP_TIME = 20.0
 
 # The port on which nodes of a Cluster talk to each other is so much above that for clients.
@@ -98,7 +101,9 @@ class RedisServer:
         self._directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self.socket_path = self._directory / "redis.sock" if unix_socket else None
         self.port = _free_port_of_a_node() if is_node else _free_port()
-        ADDRESSES.update((self.port, str(self.socket_path)) if unix_socket else (self.port,))
+        self._addresses = {self.port, str(self.socket_path)} if unix_socket else {self.port}
+        ADDRESSES.update(self._addresses)
+        FORMER.difference_update(self._addresses)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RedisServer:
@@ -173,6 +178,7 @@ class RedisServer:
 
     def close(self) -> None:
         """Ends the process if it runs and removes its data; harmless when repeated."""
+        FORMER.update(self._addresses)
         if self._process is not None:
             self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from mcp_proxy import Application, RedisStorage, SessionManager, create_app
 from mcp_proxy.config import from_values
@@ -69,11 +70,16 @@ def _pieces(response: http.client.HTTPResponse, method: str) -> Iterator[bytes]:
         raise http.client.IncompleteRead(b"", expected - received)
 
 
+#: All that there are; each test closes the answers of those that it has made.
+FRONTS: WeakSet[LocalFront] = WeakSet()
+
+
 class LocalFront(WsgiFront):
     """The application, its answers closed in the end."""
 
     def __init__(self, app: Any) -> None:
         super().__init__(app)
+        FRONTS.add(self)
         self._answers: list[Answer] = []
 
     def request(self, method: str, path: str, headers: Json, body: bytes | None) -> Answer:

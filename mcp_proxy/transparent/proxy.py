@@ -201,6 +201,7 @@ class TransparentProxy(Transport):
             allowed_backends,
             replica,
             options.sticky_cookies,
+            options.request_timeout,
         )
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies

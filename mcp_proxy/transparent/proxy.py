@@ -585,14 +585,16 @@ class TransparentProxy(Transport):
         if call.status >= 400:
             inbound.request.reason = "the server's own answer"
 
-        def on_timeout() -> None:
-            inbound.request.note(no_answer(self.options.request_timeout))
-            self._cancel(inbound, call)
+        def on_failure(failure: ProxyError) -> None:
+            if isinstance(failure, BackendTimeout):
+                failure = no_answer(self.options.request_timeout)
+                self._cancel(inbound, call)
+            inbound.request.note(failure)
 
         body = ForwardedBody(
             call,
             inbound.id,
-            on_timeout,
+            on_failure,
             transform,
             self.options.keepalive_interval,
             lambda: self._client.probe(call.address) is None,

@@ -51,10 +51,10 @@ class Application:
 
     def __init__(self, config: ProxyConfig) -> None:
         self.config = config
-        self.edge = Edge(config)
         self._storage = storage_of(config)
         #: What this process is to other replicas, and its children.
         self.parts = ReplicaParts(self._storage.mailboxes())
+        self.edge = Edge(config, self.parts.workers)
         self._mounts = {server.name: self._transports_of(server) for server in config.servers()}
         #: The transports that are asked for a server's health, by the server's name.
         self.proxies = {name: next(iter(mounts.values())) for name, mounts in self._mounts.items()}

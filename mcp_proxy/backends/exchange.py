@@ -119,7 +119,7 @@ class Exchange:
         #: Called with each response before the client gets it; what it raises the receiver gets.
         self.on_response: Callable[[ServerMessage], object] | None = None
         #: Whether the client is known to have left; looked at each second while an answer is waited
-        #: for, and whenever a stream was silent. None where nobody can know.
+        #: for, whenever a stream was silent, and at `wake`. None where nobody can know.
         self.has_left: Callable[[], bool] | None = None
         #: Called once when the client's side is done with the exchange.
         self.on_close: Callable[[], object] | None = None
@@ -205,12 +205,13 @@ class Exchange:
             self._read_more(seconds)
             seconds = 0.0
         try:
-            return self._queue.get(timeout=seconds)
+            item = self._queue.get(timeout=seconds)
         except queue.Empty:
             self.expire_if_due()
-            if self.has_left is not None and self.has_left():
-                raise ClientLeft from None
-            return None
+            item = None
+        if item is None and self.has_left is not None and self.has_left():
+            raise ClientLeft
+        return item
 
     def _take(self, item: ServerMessage | None) -> ServerMessage | None:
         """What the client gets next, now that `item` has come."""

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 #: Seconds between polls, so the longest time that a disconnect goes unnoticed.
 LOOK = 0.2
 
+#: The same for standing streams in front of stdio servers, of which many are open for long.
+STREAM_LOOK = 1.0
+
 _GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
@@ -64,14 +67,15 @@ class ClientConnection:
 class DisconnectWatcher(Worker):
     """Notices clients that leave while their request waits for a silent backend.
 
-    One thread polls the connections of all waiting requests; it starts with the first of them and
-    sleeps while there is none. Thread-safe.
+    One thread polls the connections of all waiting requests, every `interval` seconds (none:
+    `LOOK`); it starts with the first of them and sleeps while there is none. Thread-safe.
     """
 
     is_essential = False
 
-    def __init__(self, workers: Workers | None = None) -> None:
+    def __init__(self, workers: Workers | None = None, interval: float | None = None) -> None:
         super().__init__("mcp-disconnects", workers)
+        self._interval = LOOK if interval is None else interval
         self._keys = itertools.count()
         self._changed = threading.Condition()  # guards and announces _watched
         self._watched: dict[int, tuple[ClientConnection, Callable[[], object]]] = {}
@@ -109,7 +113,7 @@ class DisconnectWatcher(Worker):
         with self._changed:
             self._changed.wait_for(lambda: self._watched or self.is_stopping)
         self.look()
-        time.sleep(LOOK)
+        time.sleep(self._interval)
 
     def look(self) -> None:
         """Polls every connection once."""

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
+from mcp_proxy.edge.disconnects import STREAM_LOOK, DisconnectWatcher
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.edge.logs import current_request, log_access
 from mcp_proxy.edge.reply import STATUS_LINES, Body, Reply, empty_reply, event_reply, json_reply
@@ -30,10 +32,15 @@ _ASKS = 10  # a second
 
 
 class Edge:
-    """The edge of a worker's application, shared by its transports. Thread-safe."""
+    """The edge of a worker's application, shared by its transports. Thread-safe.
 
-    def __init__(self, options: ProxyOptions) -> None:
+    `workers` is who misses its thread, which starts with a stream, when that has ended.
+    """
+
+    def __init__(self, options: ProxyOptions, workers: Workers | None = None) -> None:
         self.streams = StreamLimit(options.stream_limit)
+        #: Watches the clients of standing streams in front of stdio servers.
+        self.disconnects = DisconnectWatcher(workers, STREAM_LOOK)
         #: Questions of ours about session ids that are not known.
         self.asks = RateLimit(_ASKS)
         self.is_draining = False

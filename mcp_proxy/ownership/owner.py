@@ -418,7 +418,8 @@ class Owner:
     def _recover_in_turn(
         self, session: Session, has_left: Callable[[], bool] | None
     ) -> Backend | None:
-        claimed = claims.claim(self.manager, session, self.replica.id, has_ended, has_left)
+        limit = self._options.request_timeout
+        claimed = claims.claim(self.manager, session, self.replica.id, has_ended, has_left, limit)
         if claimed is None:
             return None
         try:

@@ -39,15 +39,17 @@ def claim(
     claimant: str,
     is_gone: Callable[[str], bool],
     has_left: Callable[[], bool] | None = None,
+    limit: float = CLAIM_TIME,
 ) -> Session | None:
     """The record with a claim of `claimant`; None if another claimant was faster and has finished.
 
     Waits while another claim holds, until `is_gone` says that its claimant is gone and for
     CLAIM_TIME at most. Raises ClientLeft when `has_left` says so meanwhile, SessionEnded when the
-    session ends, BackendTimeout when others claim it again and again, StorageUnavailable.
+    session ends, BackendTimeout after `limit` seconds of waiting or when others claim it again and
+    again, StorageUnavailable.
     """
     if CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
-        current = unclaimed(manager, session, is_gone, has_left)
+        current = unclaimed(manager, session, is_gone, has_left, limit)
         if CLAIM not in current.metadata:
             return None
         session = current
@@ -55,7 +57,7 @@ def claim(
     claimed = session.with_metadata(**{CLAIM: mark})
     if manager.swap(session, claimed):
         return claimed
-    unclaimed(manager, manager.load(session.id), is_gone, has_left)
+    unclaimed(manager, manager.load(session.id), is_gone, has_left, limit)
     return None
 
 
@@ -95,15 +97,19 @@ def unclaimed(
     session: Session,
     is_gone: Callable[[str], bool],
     has_left: Callable[[], bool] | None = None,
+    limit: float = CLAIM_TIME,
 ) -> Session:
     """Waits until no claim holds, and returns the record; raises as `claim` does.
 
     Only its claimant may change a claimed record: another change would make the last swap fail.
     """
-    until = time.monotonic() + CLAIM_TIME
+    limit = min(limit, CLAIM_TIME)
+    until = time.monotonic() + limit
     while CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
         if time.monotonic() > until:
-            raise BackendTimeout("The session's server is being brought back, again and again")
+            raise BackendTimeout(
+                f"The session's server was not brought back within {limit:g} seconds"
+            )
         if has_left is not None and has_left():
             raise ClientLeft
         time.sleep(_POLL)

@@ -13,7 +13,15 @@ from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.edge import as_message
-from mcp_proxy.errors import BackendLost, BackendTimeout, BadAnswer, ClientLeft, Draining, RequestId
+from mcp_proxy.errors import (
+    BackendLost,
+    BackendTimeout,
+    BadAnswer,
+    ClientLeft,
+    Draining,
+    ProxyError,
+    RequestId,
+)
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Response
@@ -62,22 +70,22 @@ _BUFFERING = ("X-Accel-Buffering", "no")
 class ForwardedBody:
     """The body of a call, each piece as soon as it arrives.
 
-    When the backend breaks off, the iterator raises, so that the WSGI server aborts the connection
-    and the client does not take the part for the whole. A drain ends an event stream in order, and
-    so does a break after the response to `request_id`; before it, the stream ends with a JSON-RPC
-    error event, unless the client can resume it: its events have ids, and `is_reachable` says that
-    the backend is there. A timeout always becomes an error event. A silent event stream gets a
-    comment every `keepalive` seconds.
+    When the backend breaks off, the iterator raises a ProxyError, so that the WSGI server aborts
+    the connection and the client does not take the part for the whole. A drain ends an event stream
+    in order, and so does a break after the response to `request_id`; before it, the stream ends
+    with a JSON-RPC error event, unless the client can resume it: its events have ids, and
+    `is_reachable` says that the backend is there. A timeout always becomes an error event. A silent
+    event stream gets a comment every `keepalive` seconds.
 
-    Hooks: `on_timeout` is called when the backend was silent for too long; `transform` gets each
-    piece, b"" at the end, and returns the bytes for the client.
+    Hooks: `on_failure` is called with what went wrong, unless the response has passed; `transform`
+    gets each piece, b"" at the end, and returns the bytes for the client.
     """
 
     def __init__(
         self,
         call: HttpCall,
         request_id: RequestId | None = None,
-        on_timeout: Callable[[], object] | None = None,
+        on_failure: Callable[[ProxyError], object] | None = None,
         transform: Callable[[bytes], bytes] | None = None,
         keepalive: float | None = None,
         is_reachable: Callable[[], bool] = bool,
@@ -85,7 +93,7 @@ class ForwardedBody:
         is_open = is_open_stream(call)
         self._call = call
         self._request_id = request_id
-        self._on_timeout = on_timeout
+        self._on_failure = on_failure
         self._transform = transform
         self._keepalive = keepalive if is_open else None
         self._is_reachable = is_reachable
@@ -97,16 +105,17 @@ class ForwardedBody:
         try:
             yield from self._pieces()
         except (BackendLost, BackendTimeout) as error:
-            if isinstance(error, BackendTimeout) and self._on_timeout is not None:
-                self._on_timeout()
+            if not self._is_answered:
+                self._tell(error)
             if not self._can_be_ended(error):
                 raise
             yield self._ending(error)
         except ClientLeft as error:
             # Not a failure: WSGI servers do not log this error.
             raise ConnectionResetError(errno.ECONNRESET, "The client has left") from error
-        except Draining:
+        except Draining as error:
             if self._call.media_type != headers.EVENT_STREAM:
+                self._tell(error)
                 raise
         if transform is not None and (rest := transform(b"")):
             yield rest
@@ -131,6 +140,14 @@ class ForwardedBody:
         if passed is not None and passed.is_missed and self._call.ends_with_connection:
             raise BadAnswer("The server broke off in the middle of its answer")
 
+    def _tell(self, failure: ProxyError) -> None:
+        if self._on_failure is not None:
+            self._on_failure(failure)
+
+    @property
+    def _is_answered(self) -> bool:
+        return self._passed is not None and self._passed.is_answered
+
     def _can_be_ended(self, error: BackendLost | BackendTimeout) -> bool:
         """Whether the stream has a proper end although the backend broke off."""
         passed = self._passed
@@ -141,8 +158,7 @@ class ForwardedBody:
         return not (passed.has_ids and self._is_reachable())
 
     def _ending(self, error: BackendLost | BackendTimeout) -> bytes:
-        assert self._passed is not None
-        if self._passed.is_answered:
+        if self._is_answered:
             return b""
         error.request_id = self._request_id
         return b"\n\n" + sse.encode_message(as_message(error))

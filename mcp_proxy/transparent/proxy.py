@@ -73,11 +73,14 @@ log = logging.getLogger(__name__)
 # The most attempts for a request while backends lose its session.
 _ATTEMPTS = 3
 
-# A client that is answered 200 here takes the server for one of the legacy era, for good.
 # Where HTTP+SSE (2024-11-05) usually lives.
 _SSE_PATHS = ("/sse", "/messages")
 
+# A client that is answered 200 here takes the server for one of the legacy era, for good.
 _DISCOVER = "server/discover"
+
+# Requests of 2026-07-28 that are answered by a standing stream.
+_LISTENING = ("subscriptions/listen", "events/stream")
 
 # Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
@@ -87,12 +90,14 @@ class Inbound(NamedTuple):
     """A client's request. `message` is None where the body has no JSON-RPC message.
 
     `until` is when it is given up, by the monotonic clock: None for what is answered.
+    `listens` says that a POST asks for a standing stream.
     """
 
     request: ClientRequest
     body: bytes
     message: Message | Batch | None
     until: float | None = None
+    listens: bool = False
 
     @property
     def id(self) -> RequestId | None:
@@ -196,6 +201,7 @@ class TransparentProxy(Transport):
             allowed_backends,
             replica,
             options.sticky_cookies,
+            options.request_timeout,
         )
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies
@@ -276,6 +282,9 @@ class TransparentProxy(Transport):
         if request.method == "GET" and request.accepts_stream:
             self.edge.require_open()  # a standing stream, which would outlast the drain
         if _is_modern(request, message):
+            if request.rpc in _LISTENING and inbound.id is not None:
+                self.edge.require_open()
+                inbound = inbound._replace(listens=True)
             return self._without_session(inbound)
         if request.method == "POST" and request.environ.get("QUERY_STRING"):
             carried = request.message
@@ -483,11 +492,13 @@ class TransparentProxy(Transport):
 
     def _sent(self, inbound: Inbound, call: HttpCall, is_followed: bool) -> HttpCall:
         request = inbound.request
-        is_standing = request.method == "GET" and request.accepts_stream
+        is_standing = inbound.listens or (request.method == "GET" and request.accepts_stream)
         while True:
             self._track(call, is_standing)
             call.on_close(partial(self._untrack, call))
             with _closed_on_error(call):
+                if inbound.listens:  # no backend is asked in vain
+                    self._take_stream_place(call)
                 connection = ClientConnection(request.environ)
                 call.on_close(self.disconnects.watch(connection, call.abort))
                 limit = self.options.request_timeout
@@ -561,34 +572,42 @@ class TransparentProxy(Transport):
                 reply_headers = unbuffered(reply_headers)
             if is_stream and session is not None:
                 call.on_close(self.refresher.hold(session.id))
-            if inbound.request.method == "GET":
+            is_get = inbound.request.method == "GET"
+            if is_get or inbound.listens:
                 self._track(call, is_stream)
-            if is_stream and inbound.request.method == "GET":
-                self._admit_stream(inbound.request, call)
+            if is_stream and is_get:
+                self._take_stream_place(call)
                 rewriter = self._sse.rewriter(inbound.request, call)
                 if rewriter is not None:
                     transform = rewriter.feed
+            if is_stream and (is_get or inbound.listens):
+                self._let_stand(inbound.request, call)
         if call.status >= 400:
             inbound.request.reason = "the server's own answer"
 
-        def on_timeout() -> None:
-            inbound.request.note(no_answer(self.options.request_timeout))
-            self._cancel(inbound, call)
+        def on_failure(failure: ProxyError) -> None:
+            if isinstance(failure, BackendTimeout):
+                failure = no_answer(self.options.request_timeout)
+                self._cancel(inbound, call)
+            inbound.request.note(failure)
 
         body = ForwardedBody(
             call,
             inbound.id,
-            on_timeout,
+            on_failure,
             transform,
             self.options.keepalive_interval,
             lambda: self._client.probe(call.address) is None,
         )
         return Reply(call.status, reply_headers, body)
 
-    def _admit_stream(self, request: ClientRequest, call: HttpCall) -> None:
-        """Counts a standing stream and lifts its read timeout; raises Overloaded."""
+    def _take_stream_place(self, call: HttpCall) -> None:
+        """Counts a standing stream until its call is closed; raises Overloaded."""
         self.edge.streams.acquire()
         call.on_close(self.edge.streams.release)
+
+    def _let_stand(self, request: ClientRequest, call: HttpCall) -> None:
+        """Lifts the read timeout of a standing stream; a client that is cut off is given up."""
         call.wait_for_ever()
         ClientConnection(request.environ).give_up_after(2 * self.options.keepalive_interval)
 

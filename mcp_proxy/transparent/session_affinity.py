@@ -100,7 +100,9 @@ class SessionAffinity:
         allowed: Sequence[str],
         replica: Replica,
         sticky: Sequence[str],
+        request_timeout: float = claims.CLAIM_TIME,
     ) -> None:
+        self._request_timeout = request_timeout
         self._sticky = sticky
         self._replica = replica
         self._target = target
@@ -236,12 +238,14 @@ class SessionAffinity:
     ) -> Session:
         """The session's record after its backend was replaced, by this caller or a faster one.
 
-        `timeout` in seconds is for each step, where it is to be shorter than usual.
+        `timeout` in seconds is for each step, where it is to be shorter than usual; a claim of
+        somebody else is waited for as long, else for the time limit of a request.
 
         Raises SessionEnded when the session has ended or cannot be initialized again, BackendError
         when no backend could be initialized now.
         """
-        claimed = claims.claim(self._manager, session, self._replica.id, has_ended)
+        limit = self._request_timeout if timeout is None else timeout
+        claimed = claims.claim(self._manager, session, self._replica.id, has_ended, limit=limit)
         if claimed is None:
             return self._manager.load(session.id)
         with claims.released_on_failure(self._manager, claimed):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
-from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import as_message
 from mcp_proxy.errors import ClientLeft, ProxyError, RequestId
 from mcp_proxy.wire import sse
@@ -30,8 +30,8 @@ class EventStream:
     `early` are messages that came before it was known that a stream was needed. The first bytes
     leave at once. `primes` says whether the client understands an event without data, by which a
     stream that can be resumed begins (MCP 2025-11-25, "Sending Messages to the Server"). The
-    client's leaving is noticed within a second while an answer is waited for, else at the next
-    keepalive; then the thread is free.
+    client's leaving is noticed within a second while an answer is waited for, else by `watcher`, at
+    the next keepalive without one; then the thread is free.
     `close` closes the exchange. `on_failure` is told of each failure that the stream carries.
     """
 
@@ -45,6 +45,7 @@ class EventStream:
         primes: bool = False,
         first: bytes = sse.KEEPALIVE,
         on_failure: Callable[[ProxyError], object] | None = None,
+        watcher: DisconnectWatcher | None = None,
     ) -> None:
         exchange.has_left = connection.has_left
         self._exchange = exchange
@@ -55,9 +56,13 @@ class EventStream:
         self._primes = primes
         self._first = first
         self._on_failure = on_failure
+        self._watcher = watcher
+        self._end_watch: Callable[[], object] | None = None
 
     def __iter__(self) -> Iterator[bytes]:
         self._connection.give_up_after(2 * self._keepalive)
+        if self._watcher is not None:
+            self._end_watch = self._watcher.watch(self._connection, self._exchange.wake)
         if not self._early:
             yield self._first
         for message in self._early:
@@ -83,6 +88,8 @@ class EventStream:
             yield sse.encode(sse.Event(retry=RETRY_WHEN_REPLACED))
 
     def close(self) -> None:
+        if self._end_watch is not None:
+            self._end_watch()
         self._exchange.close()
 
     def _note(self, failure: ProxyError) -> None:

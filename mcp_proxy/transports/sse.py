@@ -105,6 +105,7 @@ class SSEProxy(StdioTransport):
                 self.options.keepalive_interval,
                 first=self._endpoint(request, session),
                 on_failure=request.note,
+                watcher=self.edge.disconnects,
             )
             return stream_reply(body)
         except BaseException as error:

@@ -51,8 +51,10 @@ class StdioTransport(Transport):
             scoped(storage, name, [*server.argv, server.cwd or "", *env]),
             unknown_status=options.unknown_status,
         )
-        self._own_parts: ReplicaParts | None = ReplicaParts(storage.mailboxes())
-        self._set_up(Owner(server, manager, self._own_parts, options), Edge(options), options)
+        parts = ReplicaParts(storage.mailboxes())
+        self._own_parts: ReplicaParts | None = parts
+        edge = Edge(options, parts.workers)
+        self._set_up(Owner(server, manager, parts, options), edge, options)
 
     @classmethod
     def _shared(cls, owner: Owner, edge: Edge, options: ProxyOptions) -> Self:
@@ -84,6 +86,7 @@ class StdioTransport(Transport):
             self.owner.hand_over()
 
     def shut_down(self) -> None:
+        self.edge.disconnects.stop()
         self.owner.close()
         if self._own_parts is not None:
             self._own_parts.close()

@@ -255,6 +255,7 @@ class StreamableProxy(StdioTransport):
             self.options.keepalive_interval,
             primes=_primes(session),
             on_failure=request.note,
+            watcher=self.edge.disconnects,
         )
         return stream_reply(body)
 

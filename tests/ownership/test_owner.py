@@ -85,6 +85,19 @@ def test_a_server_that_cannot_come_back_gives_its_claim_up() -> None:
         assert CLAIM not in app.manager.load(client.session).metadata
 
 
+def test_a_claim_of_somebody_else_is_waited_for_within_the_time_limit() -> None:
+    with serving(request_timeout=1) as (app, client):
+        client.open()
+        kill_server(app, client)
+        assert client.session is not None
+        record = app.manager.load(client.session)
+        mark = "4000000000.000 0123456789abcdef another-host-0-0"
+        assert app.manager.swap(record, record.with_metadata(**{CLAIM: mark}))
+        began = time.monotonic()
+        assert client.call("count").failure == "server-timeout"
+        assert time.monotonic() - began < 10
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -225,3 +225,13 @@ def test_who_waits_learns_that_the_session_was_ended(
         manager.end(session.id)
         with pytest.raises(SessionEnded):
             waiting.result(5)
+
+
+def test_who_waits_for_a_claim_has_a_time_limit_of_its_own(
+    manager: SessionManager, session: Session
+) -> None:
+    marked = mark(manager, session, 4e9)
+    began = time.monotonic()
+    with pytest.raises(BackendTimeout, match=r"within 0\.2 seconds"):
+        claims.claim(manager, marked, "me", living, limit=0.2)
+    assert 0.1 < time.monotonic() - began < 5

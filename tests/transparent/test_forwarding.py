@@ -979,3 +979,31 @@ def test_a_call_that_hangs_at_the_end_is_told(target: HttpBackend, redis_url: st
             assert (answer.status, answer.failure) == (200, "draining")
             assert answer.error()["code"] == -32000
         proxy.process.wait(10)
+
+
+@pytest.mark.parametrize("content_type", [JSON, "text/event-stream"])
+def test_a_backend_that_dies_under_an_answer_leaves_one_line_in_the_log(
+    target: HttpBackend, redis_url: str, content_type: str
+) -> None:
+    target.reset()
+    feed = Feed()
+    target.on("GET", "/mcp", stream(b": hello\n\n", feed, content_type=content_type))
+    with transparent("gunicorn", target.url, redis_url, threads=8) as proxy:
+        assert proxy.process is not None
+        client = proxy.client().open()
+        before = len(proxy.process.log())
+        found = pieces(client.listen())
+        assert next(found) == b": hello\n\n"
+        feed.put(Feed.BREAK)
+        with pytest.raises(http.client.IncompleteRead):  # no proper end
+            list(found)
+
+        def lines() -> list[str]:
+            assert proxy.process is not None
+            return proxy.process.log()[before:].splitlines()
+
+        eventually(lambda: any("GET /mcp" in line for line in lines()))
+        assert client.result("tools/call")
+        eventually(lambda: any("tools/call" in line for line in lines()))
+        (line,) = [line for line in lines() if " POST /mcp " not in line]
+        assert "bad-answer: The server broke off" in line

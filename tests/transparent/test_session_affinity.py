@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy import LocalStorage, RedisStorage, TransparentProxy
+from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, TransparentProxy
 from mcp_proxy.replica import Replica
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM
@@ -531,6 +531,22 @@ def test_nobody_waits_for_a_claimant_whose_process_has_ended(
     assert client.result("tools/call")["backend"] == "backend"
     assert time.monotonic() - began < 5
     assert CLAIM not in scoped.load(client.session).metadata
+
+
+def test_a_claim_of_somebody_else_is_waited_for_within_the_time_limit(backend: HttpBackend) -> None:
+    with (
+        TransparentProxy(backend.url, options=ProxyOptions(request_timeout=1)) as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        client = McpClient(front).open()
+        assert client.session is not None
+        record = proxy.manager.load(client.session)
+        mark = "4000000000.000 0123456789abcdef another-host-0-0"
+        assert proxy.manager.swap(record, record.with_metadata(**{CLAIM: mark}))
+        lose_session_404(backend)
+        began = time.monotonic()
+        assert client.call("tools/call").failure == "server-timeout"
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("body", ["no JSON", "[]", '{"jsonrpc":"2.0","method":"initialize"}', None])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
-from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.errors import BackendError, ProxyError, StorageUnavailable
 from mcp_proxy.transports.event_stream import EventStream
 
@@ -72,6 +74,26 @@ def test_a_replaced_stream_says_when_to_come_back() -> None:
 def test_a_stream_ends_when_its_client_has_left() -> None:
     connection = ClientConnection({"waitress.client_disconnected": lambda: True})
     assert list(EventStream(Exchange(), connection, 0.01)) == [b": keepalive\n\n"]
+
+
+def test_a_silent_stream_s_client_is_watched_until_the_stream_is_closed() -> None:
+    has_left: list[bool] = []
+    connection = ClientConnection({"waitress.client_disconnected": lambda: bool(has_left)})
+    watcher = DisconnectWatcher(interval=0.01)
+    kept, left = (EventStream(Exchange(), connection, 60, watcher=watcher) for _ in range(2))
+    pieces = iter(left)
+    next(pieces)
+    next(iter(kept))
+    assert "watched=2" in repr(watcher)
+    kept.close()
+    assert "watched=1" in repr(watcher)
+    threading.Timer(0.2, has_left.append, (True,)).start()
+    since = time.monotonic()
+    assert list(pieces) == []
+    assert time.monotonic() - since < 10
+    left.close()
+    assert "watched=0" in repr(watcher)
+    watcher.stop(5)
 
 
 class Source:

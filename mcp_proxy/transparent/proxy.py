@@ -557,6 +557,8 @@ class TransparentProxy(Transport):
             if call.header("Location") is not None:
                 mount = mount_of(inbound.request.environ, self.options.trusted_proxies)
                 reply_headers = relocated(reply_headers, call, mount)
+            if is_stream or (inbound.message is None and call.media_type != headers.JSON):
+                call.limit_silence()  # a download, too, may take any time
             if is_stream:
                 reply_headers = unbuffered(reply_headers)
             if is_stream and session is not None:

@@ -55,7 +55,7 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
-from mcp_proxy.errors import Overloaded
+from mcp_proxy.errors import Overloaded, ProxyError
 from mcp_proxy.server.answers import Gathering, JoinedResponse, answer, refusal, send
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
 from mcp_proxy.server.connection import PIECE, Connection
@@ -565,11 +565,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             raise StopIteration from None
         except OSError:
             raise
-        except (Exception, SystemExit):
+        except (Exception, SystemExit) as error:
             if response is None or not response.headers_sent:
                 raise
             # The client would take an error page for the rest of the response that has begun.
-            self.log.exception("Error handling request")
+            if isinstance(error, ProxyError):
+                self.log.warning("An answer to %s has broken off: %s", req.method, error)
+            else:
+                self.log.exception("Error handling request")
             raise StopIteration from None
         finally:
             self._tell_hook(req, environ, response)

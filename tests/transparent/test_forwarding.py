@@ -293,6 +293,21 @@ def test_a_json_answer_has_a_time_limit_as_a_whole(
     eventually(lambda: target.calls("notifications/cancelled"))
 
 
+def test_an_answer_that_has_broken_off_is_one_line_of_the_log(
+    target: HttpBackend, redis_url: str
+) -> None:
+    target.reset()
+    target.on("GET", "/short", raw(_HEAD + b"Content-Length: 10\r\n\r\n{}"))
+    with transparent("gunicorn", target.url, redis_url) as proxy:
+        answer = proxy.request("GET", "/short")
+        with pytest.raises(BROKEN):
+            answer.body()
+        assert proxy.process is not None
+        log = proxy.process.log
+        eventually(lambda: "has broken off: The server closed 8 bytes too early" in log())
+        assert "Traceback" not in log()
+
+
 def test_an_initialize_again_that_never_ends_is_a_failure(
     proxy: Transparent, target: HttpBackend
 ) -> None:

@@ -14,6 +14,7 @@ import re
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -513,6 +514,12 @@ class _Response(http.client.HTTPResponse):
                 return line
             http.client.parse_headers(self.fp)
         raise _BadHead
+
+    def _read_next_chunk_size(self) -> int:
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        if not 0 <= size <= sys.maxsize:
+            raise ValueError("a chunk cannot have that size")
+        return size
 
     def _read_and_discard_trailer(self) -> None:
         if self._call is not None:

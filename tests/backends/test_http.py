@@ -341,6 +341,18 @@ def test_trailers_are_bounded(calls: Calls, backend: HttpBackend) -> None:
         call.read(100)
 
 
+@pytest.mark.parametrize("size", [b"-2", b"f" * 16, b"f" * 40, b"two", b""])
+def test_a_chunk_whose_size_cannot_be_is_a_bad_answer(
+    calls: Calls, backend: HttpBackend, size: bytes
+) -> None:
+    backend.on("GET", "/x", raw(_CHUNKED + b"1\r\nx\r\n" + size + b"\r\n{}\r\n0\r\n\r\n"))
+    call = calls.sent()
+    found = call.pieces()
+    assert next(found) == b"x"
+    with pytest.raises(BadAnswer):
+        list(found)
+
+
 def test_trailers_are_no_part_of_the_body(calls: Calls, backend: HttpBackend) -> None:
     answer = _CHUNKED + b"1\r\nx\r\n0\r\nX: y\r\n\r\n"
     backend.on("GET", "/x", lambda turn: turn.send(answer))

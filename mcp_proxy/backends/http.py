@@ -14,9 +14,11 @@ import re
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin
 
@@ -59,6 +61,9 @@ _KEEPALIVE = [
 ]
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _MAX_HOPS = 5  # redirects that are followed
+_MAX_INFORMATIONAL = 16  # answers with 1xx before the answer
+_MAX_HEAD = 256 * 1024  # bytes of a head, those of the answers before it included
+_MAX_TRAILERS = 64 * 1024  # bytes
 _POOLS = 64  # backends to which connections are kept
 
 # The call of this thread; its connection registers with it, so that `abort` works before there is a
@@ -110,6 +115,9 @@ class HttpCall:
     `send` and `pieces` belong to one thread; `abort` and `close` may come from any. `target` is
     path and query; anything else raises InvalidRequest, since it would change the host. A fresh
     call is sent over a new connection.
+
+    The answer must have ended when the timeout given to `send` is over, however its bytes arrive,
+    unless `limit_silence` or `wait_for_ever` says otherwise.
     """
 
     def __init__(
@@ -138,7 +146,10 @@ class HttpCall:
         self._client = client
         self._hops = 0
         self._ahead: list[bytes] = []
+        self._timeout = 0.0
+        self._until: float | None = None  # when the answer must have ended, by the monotonic clock
         self._read_timeout: float | None = None
+        self._head_size = 0
         self._response: requests.Response | None = None
         self._lock = threading.Lock()  # guards the fields below
         self._socket: socket.socket | None = None
@@ -159,10 +170,12 @@ class HttpCall:
         """Sends the request and receives status and headers.
 
         Raises the reason given to `abort` when the call was aborted, BackendUnreached when the
-        backend got nothing of the request, BackendTimeout when no answer begins within `timeout`
-        seconds, BadAnswer when its head cannot be used, ConnectionBroken otherwise.
+        backend got nothing of the request, BackendTimeout when its head is not whole within
+        `timeout` seconds, BadAnswer when that cannot be used, ConnectionBroken otherwise. A call
+        that follows a redirect has the time that is left of the first one's.
         """
-        self._read_timeout = timeout
+        self._timeout = self._read_timeout = timeout
+        self._until = self._until or time.monotonic() + timeout
         try:
             self._response = self._client.send(self, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -181,17 +194,45 @@ class HttpCall:
         values = self._response.raw.headers.getlist(name)
         return values[0] if values else None
 
+    def limit_silence(self) -> None:
+        """Limits the time without a byte from now on, no longer the whole: for a stream."""
+        self._until = None
+        with self._lock, contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.settimeout(self._read_timeout)
+
     def wait_for_ever(self) -> None:
-        """Removes the read timeout, for an event stream.
+        """Removes every time limit, for an event stream.
 
         TCP keepalive breaks the stream within a minute if the backend's host no longer responds.
         """
-        self._read_timeout = None
+        self._until = self._read_timeout = None
         with self._lock, contextlib.suppress(OSError):
             if self._socket is not None:
                 self._socket.settimeout(None)
                 for level, option, value in _KEEPALIVE:
                     self._socket.setsockopt(level, option, value)
+
+    def limit_trailers(self) -> None:
+        """Gives what follows a body the time that its head had: nobody waits for it."""
+        self._until = self._until or time.monotonic() + self._timeout
+
+    def receive(self, sock: socket.socket, buffer: bytearray) -> int:
+        """Reads what is there, or comes before the deadline, for the connection's reader.
+
+        Raises TimeoutError, and _BadHead when the head is too long.
+        """
+        if self._until is not None and sock.gettimeout() != 0:
+            left = self._until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the time for the answer is over")
+            sock.settimeout(left)
+        size = sock.recv_into(buffer)
+        if not self.status:
+            self._head_size += size
+            if self._head_size > _MAX_HEAD:
+                raise _BadHead
+        return size
 
     @property
     def ends_with_connection(self) -> bool:
@@ -212,7 +253,7 @@ class HttpCall:
         while self._ahead:
             yield self._ahead.pop(0)
         try:
-            while True:
+            while not raw.isclosed():
                 self._acknowledge()
                 if pulse is not None:
                     yield from self._silence(raw, pulse)
@@ -224,7 +265,7 @@ class HttpCall:
             if self._abort_reason is not None:
                 raise self._abort_reason from error
             if isinstance(error, urllib3.exceptions.ReadTimeoutError):
-                raise BackendTimeout("The server stopped in the middle of its answer") from error
+                raise self._stopped() from error
             raise BadAnswer("The server broke off in the middle of its answer") from error
         # read1 raises nothing at an early end; without length and chunks not even after an abort.
         missing = raw.length_remaining
@@ -232,6 +273,11 @@ class HttpCall:
             raise self._abort_reason or BadAnswer(f"The server closed {missing} bytes too early")
         if missing is None and not raw.chunked and self._abort_reason is not None:
             raise self._abort_reason
+
+    def _stopped(self) -> BackendTimeout:
+        if self._until is None:
+            return BackendTimeout("The server stopped in the middle of its answer")
+        return BackendTimeout(f"The server's answer did not end within {self._timeout:g} seconds")
 
     def _silence(self, raw: Any, pulse: float) -> Iterator[bytes]:
         """An empty piece each `pulse` seconds until something can be read.
@@ -242,7 +288,7 @@ class HttpCall:
         while not self._is_readable(raw, pulse if limit is None else min(pulse, limit - waited)):
             waited += pulse
             if limit is not None and waited >= limit:
-                raise BackendTimeout("The server stopped in the middle of its answer")
+                raise self._stopped()
             yield b""
 
     def _is_readable(self, raw: Any, seconds: float) -> bool:
@@ -331,6 +377,7 @@ class HttpCall:
             self._client, address, self.method, target, self.request_headers, self.request_body
         )
         call._hops = self._hops + 1
+        call._until = self._until
         return call
 
     def _named_url(self) -> str:
@@ -441,12 +488,19 @@ class _BadHead(http.client.HTTPException):
 
 
 class _Response(http.client.HTTPResponse):
-    """A response that skips every informational one (1xx) before it.
+    """A response that skips informational ones (1xx) before it, read as its call allows.
 
     `begin` raises _BadHead where the end of the body cannot be known: RFC 9112 section 6.3.
     """
 
+    _call: HttpCall | None = None
+
     def begin(self) -> None:
+        self._call = call = getattr(_calling, "call", None)
+        if call is not None:
+            # The reader asks for more until it has a line: only below it can time be limited.
+            raw: Any = self.fp.raw
+            raw.readinto = partial(call.receive, call._socket)
         super().begin()
         lengths = [] if self.chunked else self.headers.get_all("Content-Length", [])
         is_sound = len(set(lengths)) < 2 and all(map(_LENGTH.fullmatch, lengths))
@@ -454,11 +508,27 @@ class _Response(http.client.HTTPResponse):
             raise _BadHead
 
     def _read_status(self) -> Any:
-        while True:
+        for _ in range(_MAX_INFORMATIONAL + 1):
             line = super()._read_status()  # type: ignore[misc]
             if not 100 <= line[1] < 200 or line[1] == http.client.SWITCHING_PROTOCOLS:
                 return line
             http.client.parse_headers(self.fp)
+        raise _BadHead
+
+    def _read_next_chunk_size(self) -> int:
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        if not 0 <= size <= sys.maxsize:
+            raise ValueError("a chunk cannot have that size")
+        return size
+
+    def _read_and_discard_trailer(self) -> None:
+        if self._call is not None:
+            self._call.limit_trailers()
+        left = _MAX_TRAILERS
+        while (line := self.fp.readline(left + 1)) not in (b"\r\n", b"\n", b""):
+            left -= len(line)
+            if left < 0:
+                raise http.client.LineTooLong("trailer")
 
 
 class _KnownToTheCall:

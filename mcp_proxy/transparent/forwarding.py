@@ -248,8 +248,9 @@ class InitializeReader:
 
 def is_open_stream(call: HttpCall) -> bool:
     """Whether we can change the body: an event stream without a fixed length or an encoding."""
-    is_fixed = call.header("Content-Length") or call.header("Content-Encoding")
-    return call.media_type == headers.EVENT_STREAM and not is_fixed
+    return call.media_type == headers.EVENT_STREAM and not (
+        call.header("Content-Length") or call.header("Content-Encoding")
+    )
 
 
 def is_lost_session(call: HttpCall) -> bool:

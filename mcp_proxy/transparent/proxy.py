@@ -65,6 +65,7 @@ from mcp_proxy.transparent.unknown_sessions import UnknownSessions
 from mcp_proxy.transports.base import Transport, scoped
 from mcp_proxy.wire import cookies, headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
+from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
 from mcp_proxy.wire.urls import Target, is_endpoint, parse_target, request_target
 
@@ -560,16 +561,9 @@ class TransparentProxy(Transport):
         transform = reader.feed if reader is not None else None
         is_stream = call.media_type == headers.EVENT_STREAM
         with _closed_on_error(call):
-            reply_headers = self._policy.inbound(
-                call.headers, None if session is None else session.id
-            )
-            if "HTTP_ORIGIN" in inbound.request.environ:
-                reply_headers = without_cors(reply_headers)  # the edge speaks for us
-            if call.header("Location") is not None:
-                mount = mount_of(inbound.request.environ, self.options.trusted_proxies)
-                reply_headers = relocated(reply_headers, call, mount)
-            if is_stream:
-                reply_headers = unbuffered(reply_headers)
+            reply_headers = self._headers_for(inbound.request, call, session)
+            if is_stream or (inbound.message is None and call.media_type != headers.JSON):
+                call.limit_silence()  # a download, too, may take any time
             if is_stream and session is not None:
                 call.on_close(self.refresher.hold(session.id))
             is_get = inbound.request.method == "GET"
@@ -600,6 +594,18 @@ class TransparentProxy(Transport):
             lambda: self._client.probe(call.address) is None,
         )
         return Reply(call.status, reply_headers, body)
+
+    def _headers_for(
+        self, request: ClientRequest, call: HttpCall, session: Session | None
+    ) -> Headers:
+        """The backend's headers as the client is to see them."""
+        found = self._policy.inbound(call.headers, None if session is None else session.id)
+        if "HTTP_ORIGIN" in request.environ:
+            found = without_cors(found)  # the edge speaks for us
+        if call.header("Location") is not None:
+            mount = mount_of(request.environ, self.options.trusted_proxies)
+            found = relocated(found, call, mount)
+        return unbuffered(found) if call.media_type == headers.EVENT_STREAM else found
 
     def _take_stream_place(self, call: HttpCall) -> None:
         """Counts a standing stream until its call is closed; raises Overloaded."""

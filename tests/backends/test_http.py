@@ -19,8 +19,16 @@ from cryptography.x509.oid import NameOID
 
 from mcp_proxy.backends import http as backends_http
 from mcp_proxy.backends.http import HttpCall, HttpClient
-from mcp_proxy.errors import BackendLost, BackendTimeout, BackendUnreached, ClientLeft, Draining
+from mcp_proxy.errors import (
+    BackendLost,
+    BackendTimeout,
+    BackendUnreached,
+    BadAnswer,
+    ClientLeft,
+    Draining,
+)
 from mcp_proxy.wire.urls import Address
+from tests.proofs.hell import drip, flood
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, reset, silent, stream
 from tests.support.waiting import eventually
 
@@ -217,6 +225,158 @@ def test_silence_is_a_timeout(calls: Calls, backend: HttpBackend) -> None:
         call.send(0.3)
     assert 0.2 < time.monotonic() - begun < 1.5
     eventually(lambda: backend.gone)
+
+
+# --- deadlines -----------------------------------------------------------------------------------
+
+_CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+_EARLY = b"HTTP/1.1 103 Early\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "drops"),
+    [
+        (b"HTTP/1.1 2", b"0"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        (b"", _EARLY),
+        (_EARLY + b"HTTP/1.1 103 ", b"x"),
+    ],
+)
+def test_a_head_has_a_deadline_as_a_whole(
+    calls: Calls, backend: HttpBackend, before: bytes, drops: bytes
+) -> None:
+    backend.on("GET", "/x", drip(before, drops))
+    call = calls()
+    with pytest.raises(BackendTimeout, match="within 1 seconds"):
+        call.send(1)
+
+
+@pytest.mark.parametrize(
+    ("before", "wave"),
+    [
+        (b"", _EARLY),
+        (b"", b"HTTP/1.1 103 Early\r\n" + b"Link: %b\r\n" % (b"x" * 60_000) * 50 + b"\r\n"),
+        (b"HTTP/1.1 200 OK\r\n", b"X: %b\r\n" % (b"x" * 60_000)),
+    ],
+)
+def test_a_head_is_bounded(calls: Calls, backend: HttpBackend, before: bytes, wave: bytes) -> None:
+    backend.on("GET", "/x", flood(before, wave))
+    with pytest.raises(BadAnswer, match="head"):
+        calls().send(60)
+
+
+def test_a_few_answers_before_the_answer_are_skipped(calls: Calls, backend: HttpBackend) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\none"
+    backend.on("GET", "/x", raw(_EARLY * 15 + answer))
+    assert calls.sent().read(10) == b"one"
+
+
+@pytest.mark.parametrize(
+    ("before", "drops"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b"x"),
+        (_CHUNKED, b"1\r\nx\r\n"),
+        (_CHUNKED + b"1;", b"x"),
+        (_CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n"),
+    ],
+)
+def test_a_body_has_the_deadline_of_its_head(
+    calls: Calls, backend: HttpBackend, before: bytes, drops: bytes
+) -> None:
+    backend.on("GET", "/x", drip(before, drops))
+    call = calls()
+    call.send(1)
+    with pytest.raises(BackendTimeout, match="within 1 seconds"):
+        call.read(10_000)
+
+
+def test_a_body_under_tls_has_it_too(authority: Authority, secure: Secure) -> None:
+    client = HttpClient(1, 2, verify=str(authority.file))
+    secure.backend.on("GET", "/x", drip(_CHUNKED, b"1\r\nx\r\n"))
+    call = HttpCall(client, secure.address(), "GET", "/x", {}, b"")
+    call.send(1)
+    with pytest.raises(BackendTimeout):
+        call.read(10_000)
+    call.close()
+    client.close()
+
+
+@pytest.mark.parametrize("pulse", [None, 0.3])
+def test_what_may_take_any_time_goes_on_until_it_is_silent(
+    calls: Calls, backend: HttpBackend, pulse: float | None
+) -> None:
+    feed = Feed()
+    backend.on("GET", "/x", stream(feed))
+    call = calls()
+    call.send(1)
+    call.limit_silence()
+    found = call.pieces(pulse)
+    for _ in range(6):
+        time.sleep(0.3)
+        feed.put(b"x")
+        while not next(found):
+            pass
+    with pytest.raises(BackendTimeout):
+        list(found)
+
+
+@pytest.mark.parametrize("is_standing", [False, True])
+def test_trailers_have_a_deadline_of_their_own(
+    calls: Calls, backend: HttpBackend, is_standing: bool
+) -> None:
+    backend.on("GET", "/x", drip(_CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n"))
+    call = calls()
+    call.send(1)
+    call.wait_for_ever() if is_standing else call.limit_silence()
+    with pytest.raises(BackendTimeout):
+        call.read(100)
+
+
+def test_trailers_are_bounded(calls: Calls, backend: HttpBackend) -> None:
+    backend.on("GET", "/x", flood(_CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n" * 100))
+    call = calls()
+    call.send(60)
+    with pytest.raises(BadAnswer):
+        call.read(100)
+
+
+@pytest.mark.parametrize("size", [b"-2", b"f" * 16, b"f" * 40, b"two", b""])
+def test_a_chunk_whose_size_cannot_be_is_a_bad_answer(
+    calls: Calls, backend: HttpBackend, size: bytes
+) -> None:
+    backend.on("GET", "/x", raw(_CHUNKED + b"1\r\nx\r\n" + size + b"\r\n{}\r\n0\r\n\r\n"))
+    call = calls.sent()
+    found = call.pieces()
+    assert next(found) == b"x"
+    with pytest.raises(BadAnswer):
+        list(found)
+
+
+def test_trailers_are_no_part_of_the_body(calls: Calls, backend: HttpBackend) -> None:
+    answer = _CHUNKED + b"1\r\nx\r\n0\r\nX: y\r\n\r\n"
+    backend.on("GET", "/x", lambda turn: turn.send(answer))
+    for _ in range(2):
+        assert calls.sent().read(100) == b"x"
+    assert [seen.connection for seen in backend.seen] == [1, 1]
+
+
+def test_a_redirect_does_not_begin_the_time_anew(calls: Calls, backend: HttpBackend) -> None:
+    def late(turn: Turn) -> None:
+        time.sleep(0.5)
+        turn.reply(307, b"", "Location: /x")
+
+    def follow() -> None:
+        call: HttpCall | None = calls()
+        while call is not None:
+            call.send(1)
+            call.close()
+            call = call.redirected()
+
+    backend.on("GET", "/x", late)
+    with pytest.raises(BackendTimeout):
+        follow()
+    assert len(backend.seen) <= 3
 
 
 # --- aborting ------------------------------------------------------------------------------------
@@ -511,6 +671,7 @@ def test_silence_under_tls_is_noticed_and_loses_nothing(
     secure.backend.on("GET", "/x", stream(b"one", feed))
     call = HttpCall(client, secure.address(), "GET", "/x", {}, b"")
     call.send(1)
+    call.limit_silence()
     found = call.pieces(0.2)
     assert next(found) == b"one"
     assert [next(found) for _ in range(3)] == [b""] * 3

@@ -18,6 +18,7 @@ from werkzeug.test import create_environ, run_wsgi_app
 
 from mcp_proxy import ProxyOptions, TransparentProxy
 from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
+from tests.proofs.hell import drip, flood
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
 from tests.support.front import Answer, McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
@@ -244,6 +245,97 @@ def test_a_stalled_json_answer_breaks_off(proxy: Transparent, target: HttpBacken
     answer = proxy.client().open().call("stall")
     with pytest.raises((BackendTimeout, http.client.IncompleteRead)):
         answer.body()
+
+
+_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+_LOST_HEAD = b"HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\n"
+_EARLY = b"HTTP/1.1 103 Early\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("act", "failure"),
+    [
+        (drip(_HEAD, b"X: y\r\n"), "server-timeout"),
+        (drip(b"", _EARLY), "server-timeout"),
+        (flood(b"", _EARLY), "bad-answer"),
+        (drip(_LOST_HEAD + b"Content-Length: 9999\r\n\r\n", b" "), "server-timeout"),
+        (drip(_LOST_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"), "server-timeout"),
+    ],
+    ids=["head", "1xx", "many 1xx", "lost session", "lost session in chunks"],
+)
+def test_an_answer_that_never_ends_is_a_failure(
+    proxy: Transparent, target: HttpBackend, act: Any, failure: str
+) -> None:
+    client = proxy.client().open()
+    target.rpc["drip"] = act
+    answer = client.call("drip", key=7)
+    assert (answer.status, answer.failure, answer.message()["id"]) == (200, failure, 7)
+    del target.rpc["drip"]
+    client.result("drip")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        drip(_HEAD + b"Content-Length: 9999\r\n\r\n", b" "),
+        drip(_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        drip(_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X: y\r\n"),
+    ],
+    ids=["length", "chunks", "trailers"],
+)
+def test_a_json_answer_has_a_time_limit_as_a_whole(
+    proxy: Transparent, target: HttpBackend, act: Any
+) -> None:
+    target.rpc["drip"] = act
+    answer = proxy.client().open().call("drip")
+    with pytest.raises((BackendTimeout, http.client.IncompleteRead)):
+        answer.body()
+    eventually(lambda: target.calls("notifications/cancelled"))
+
+
+def test_an_answer_that_has_broken_off_is_one_line_of_the_log(
+    target: HttpBackend, redis_url: str
+) -> None:
+    target.reset()
+    target.on("GET", "/short", raw(_HEAD + b"Content-Length: 10\r\n\r\n{}"))
+    with transparent("gunicorn", target.url, redis_url) as proxy:
+        answer = proxy.request("GET", "/short")
+        with pytest.raises(BROKEN):
+            answer.body()
+        assert proxy.process is not None
+        log = proxy.process.log
+        eventually(lambda: "The server closed 8 bytes too early" in log())
+        assert "Traceback" not in log()
+
+
+def test_an_initialize_again_that_never_ends_is_a_failure(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    client = proxy.client().open()
+    target.sessions.clear()
+    events = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    for act in (flood(events, b": x\n\n" * 100), drip(events, b": x\n\n")):
+        target.rpc["initialize"] = act
+        assert client.call("tools/call").failure == "server-timeout"
+    del target.rpc["initialize"]
+    client.result("tools/call")
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("content_type", ["text/event-stream", "application/octet-stream"])
+def test_what_goes_on_is_not_cut_after_the_time_limit(
+    proxy: Transparent, target: HttpBackend, content_type: str, method: str
+) -> None:
+    feed = Feed()
+    target.on(method, "/long", stream(feed, content_type=content_type))
+    answer = proxy.request(method, "/long", b"x" if method == "POST" else None)
+    found = pieces(answer)
+    for _ in range(6):
+        time.sleep(0.3)
+        feed.put(b"data: 1\n\n")
+        assert next(found) == b"data: 1\n\n"
+    feed.put(None)
+    assert list(found) == []
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length"])

@@ -15,8 +15,9 @@ from typing import Self
 
 from mcp_proxy.errors import ClientLeft, Overloaded
 
-#: Seconds after which a start holds up nobody any more: it waits for a network, or for its client.
-LONGEST = 10.0
+#: Seconds after which a start holds up nobody any more: it needs no CPU, but waits for a network or
+#: for its client.
+LONGEST = 1.0
 
 # Seconds between looks at whether a client that waits has left.
 _LOOK = 1.0

@@ -223,14 +223,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """Takes a connection back from a thread, which gets the request that is queued first."""
         self.busy -= 1
         self._give_place_back(conn)
-        if fs.cancelled() or fs.exception() or not fs.result():
-            self._shut_down(conn)
-        else:
-            self._await_next(conn)
         while self.queued and not self._is_full:
             first = next(iter(self.queued))
             self._unqueue(first)
             self.enqueue_req(first)
+        if fs.cancelled() or fs.exception() or not fs.result():
+            self._shut_down(conn)
+        else:
+            self._await_next(conn)
 
     def _await_next(self, conn: Connection) -> None:
         """The next request of a connection may have begun to arrive."""

@@ -531,14 +531,15 @@ def test_headers_of_the_connection_and_our_own_do_not(
     assert target.last.header("X-Forwarded-Host")
 
 
-def test_several_cookie_headers_are_one_list(proxy: Transparent, target: HttpBackend) -> None:
-    if proxy.process is None:
-        pytest.skip("werkzeug's client sends one")
+def test_several_cookie_headers_are_one_list(target: HttpBackend, redis_url: str) -> None:
+    target.reset()
     head = b"GET /x HTTP/1.1\r\nHost: localhost\r\nCookie: a=1,2\r\nCookie: b=3\r\n"
     target.on("GET", "/x", reply(200))
-    with socket.create_connection(("127.0.0.1", proxy.process.port)) as sock:
-        sock.sendall(head + b"Connection: close\r\n\r\n")
-        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    with transparent("gunicorn", target.url, redis_url) as proxy:
+        assert proxy.process is not None
+        with socket.create_connection(("127.0.0.1", proxy.process.port)) as sock:
+            sock.sendall(head + b"Connection: close\r\n\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
     assert target.last.header("Cookie") == "a=1,2; b=3"
 
 

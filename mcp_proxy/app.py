@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from mcp_proxy.config import ProxyConfig
+from mcp_proxy.config import ProxyConfig, script_name
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.readiness import Part, Readiness, Weight
 from mcp_proxy.edge.reply import Reply, json_reply
@@ -83,7 +82,7 @@ class Application:
 
         /readyz is once its first look is over, which is asked for by this.
         """
-        endpoint = self._endpoints.get(path.removeprefix(os.environ.get("SCRIPT_NAME", "")))
+        endpoint = self._endpoints.get(path.removeprefix(script_name()))
         if endpoint is None:
             return False
         return endpoint is _alive or self.readiness.current() is not None

@@ -411,6 +411,11 @@ def _setting(field: msgspec.structs.FieldInfo) -> Setting:
 # --- values from texts ---------------------------------------------------------------------------
 
 
+def script_name() -> str:
+    """The path at which gunicorn is told, in the environment, that the application stands."""
+    return os.environ.get("SCRIPT_NAME", "")
+
+
 def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The values of `MCP_PROXY_*` variables; raises ConfigError for an unknown name.
 

@@ -56,6 +56,12 @@ def test_as_many_as_may_start_at_once() -> None:
         turns.take(0.01)
 
 
+@pytest.fixture(autouse=True)
+def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No start counts as long."""
+    monkeypatch.setattr(turning, "LONGEST", 60.0)
+
+
 def test_who_has_left_is_passed_over(pool: ThreadPoolExecutor) -> None:
     turns, leaves = Turns(lambda: 1), threading.Event()
     first = turns.take(10)

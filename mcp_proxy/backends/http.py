@@ -17,6 +17,7 @@ import ssl
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -493,11 +494,12 @@ class _Response(http.client.HTTPResponse):
     `begin` raises _BadHead where the end of the body cannot be known: RFC 9112 section 6.3.
     """
 
-    _call: HttpCall | None = None
+    _call: Callable[[], HttpCall | None] | None = None  # weak: the call has the response
 
     def begin(self) -> None:
-        self._call = call = getattr(_calling, "call", None)
+        call = getattr(_calling, "call", None)
         if call is not None:
+            self._call = weakref.ref(call)
             # The reader asks for more until it has a line: only below it can time be limited.
             raw: Any = self.fp.raw
             raw.readinto = partial(call.receive, call._socket)
@@ -522,8 +524,8 @@ class _Response(http.client.HTTPResponse):
         return size
 
     def _read_and_discard_trailer(self) -> None:
-        if self._call is not None:
-            self._call.limit_trailers()
+        if self._call is not None and (call := self._call()) is not None:
+            call.limit_trailers()
         left = _MAX_TRAILERS
         while (line := self.fp.readline(left + 1)) not in (b"\r\n", b"\n", b""):
             left -= len(line)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -498,6 +500,24 @@ def test_whether_the_host_of_a_silent_stream_is_there_is_asked(
     ]
     assert found == [15, 5, 3]
     call.close()
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_call_is_forgotten_without_the_collector(
+    client: HttpClient, backend: HttpBackend, is_chunked: bool
+) -> None:
+    backend.on("GET", "/x", stream(b"one") if is_chunked else reply(200, b"one"))
+    gc.disable()
+    try:
+        call = HttpCall(client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")
+        call.send(5)
+        assert call.read(10) == b"one"
+        call.close()
+        gone = weakref.ref(call)
+        del call
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_idle_connections_grow_old(

@@ -88,6 +88,8 @@ class Bridge(Backend):
         self.last_used = self.started
         self.was_called = False
         self._is_closed = False
+        # Whether the child has answered initialize: before that a client can answer nothing.
+        self._has_answered = False
         #: Whether the child waits for notifications/initialized, and whether it got ours.
         self._is_initializing = False
         self._was_told = False
@@ -390,7 +392,8 @@ class Bridge(Backend):
         if isinstance(message, Response):
             return self._take_response(message)
         with self._lock:
-            if _is_ping(message) and not self._switchboard.can_deliver():
+            is_heard = self._has_answered and self._switchboard.can_deliver()
+            if _is_ping(message) and not is_heard:
                 exchange, dropped = None, [message]
             else:
                 exchange = self._switchboard.deliver(message)
@@ -404,6 +407,7 @@ class Bridge(Backend):
             if call is not None:
                 self.last_used = time.monotonic()
                 if call.method == INITIALIZE:
+                    self._has_answered = True
                     self._is_initializing = response.result is not UNSET
                     self._note_initialized()
                 data = jsonrpc.encode(response, call.id)

@@ -506,7 +506,8 @@ class _Response(http.client.HTTPResponse):
         super().begin()
         lengths = [] if self.chunked else self.headers.get_all("Content-Length", [])
         is_sound = len(set(lengths)) < 2 and all(map(_LENGTH.fullmatch, lengths))
-        if self.status < 200 or not is_sound:
+        # A line that is no header hides those behind it, the length among them.
+        if self.status < 200 or not is_sound or self.headers.defects:
             raise _BadHead
 
     def _read_status(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -280,11 +281,23 @@ def _maker(url: str, timeout: float) -> Callable[[], Client]:
         ) from None
 
 
+# Firewalls forget idle connections: the first command on such a one would wait in vain.
+_KEEPALIVE: dict[str, Any] = {
+    "socket_keepalive": True,
+    "socket_keepalive_options": {
+        getattr(socket, name): seconds
+        for name, seconds in {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}.items()
+        if hasattr(socket, name)
+    },
+}
+
+
 def _options(timeout: float) -> dict[str, Any]:
     return {
         "socket_connect_timeout": timeout,
         "socket_timeout": timeout,
         "max_connections": _CONNECTIONS,
+        **_KEEPALIVE,
         "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
     }
 
@@ -296,7 +309,10 @@ def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
         raise ValueError("no path")
     if parts.scheme != "unix" and not re.fullmatch(r"/?|/[0-9]+/?", parts.path):
         raise ValueError("no database")  # redis-py would take the first one
-    client: redis.Redis = redis.Redis.from_url(url, **_options(timeout))
+    options = _options(timeout)
+    if parts.scheme == "unix":
+        options = {name: value for name, value in options.items() if name not in _KEEPALIVE}
+    client: redis.Redis = redis.Redis.from_url(url, **options)
     _try_options(client)
     return lambda: client
 

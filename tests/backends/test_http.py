@@ -268,6 +268,16 @@ def test_a_head_is_bounded(calls: Calls, backend: HttpBackend, before: bytes, wa
         calls().send(60)
 
 
+@pytest.mark.parametrize("line", [b"X-Powered-By PHP", b": empty"])
+def test_a_line_that_hides_the_headers_behind_it_is_a_bad_answer(
+    calls: Calls, backend: HttpBackend, line: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\n" + line + b"\r\nContent-Length: 3\r\n\r\none"
+    backend.on("GET", "/x", raw(head))
+    with pytest.raises(BadAnswer, match="head"):
+        calls().send(60)
+
+
 def test_a_few_answers_before_the_answer_are_skipped(calls: Calls, backend: HttpBackend) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\none"
     backend.on("GET", "/x", raw(_EARLY * 15 + answer))

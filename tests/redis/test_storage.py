@@ -761,3 +761,13 @@ def test_a_key_of_another_type_is_a_storage_error(
     with pytest.raises(StorageError):
         storage.load("s")
     assert storage.exists("s")
+
+
+def test_idle_connections_are_kept_known_to_firewalls(redis_server: RedisServer) -> None:
+    connection = Connection(redis_server.url)
+    pooled = connection.client.connection_pool.get_connection()
+    try:
+        assert pooled._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    finally:
+        connection.client.connection_pool.release(pooled)
+        connection.close()

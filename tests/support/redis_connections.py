@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.redis_server import ADDRESSES, FORMER
+from tests.support.tls import CARRIED
 from tests.support.waiting import eventually
 
 _DESCRIPTORS = Path("/proc/self/fd")
@@ -58,7 +59,7 @@ def _connections() -> set[str]:
             name = os.readlink(_DESCRIPTORS / descriptor)
             if name.startswith("socket:") and _peer(int(descriptor)) in ADDRESSES:
                 found.add(name)
-    return found
+    return found - CARRIED
 
 
 def _peer(descriptor: int) -> int | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
+import os
 import select
 import socket
 import socketserver
@@ -98,6 +99,10 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
+#: What gates have open in this process for others, by the names that the kernel gives to sockets.
+CARRIED: set[str] = set()
+
+
 class TlsGate(ServerThread):
     """Lets TLS into 127.0.0.1:`target`, and plain TCP too: servers reach each other as ever."""
 
@@ -116,7 +121,12 @@ class _Handler(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError), self._accepted() as client:
             address = ("127.0.0.1", self.server.target)
             with socket.create_connection(address) as upstream:
-                _carry(client, upstream)
+                name = os.readlink(f"/proc/self/fd/{upstream.fileno()}")
+                CARRIED.add(name)
+                try:
+                    _carry(client, upstream)
+                finally:
+                    CARRIED.discard(name)
 
     def _accepted(self) -> socket.socket:
         client: socket.socket = self.request

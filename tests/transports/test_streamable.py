@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import sys
 import threading
 import time
 import uuid
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.front import SCRIPTED, Answer, McpClient
+from mcp_proxy import StreamableProxy
+from tests.support.front import SCRIPTED, Answer, McpClient, WsgiFront
 from tests.support.proxies import GunicornProxy, Replicas, WsgiProxy, replicas, running
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
@@ -278,6 +280,25 @@ def test_an_answer_that_nobody_waits_for_does_not_reach_the_server(client: McpCl
 def test_a_ping_of_the_server_without_any_listener_is_answered(client: McpClient) -> None:
     client.result("later", {"message": {"id": "are-you-there", "method": "ping"}})
     eventually(lambda: any(m.get("id") == "are-you-there" for m in seen(client)))
+
+
+_PINGS_FIRST = """
+import json, sys
+asked = json.loads(sys.stdin.readline())
+print(json.dumps({"jsonrpc": "2.0", "id": "there?", "method": "ping"}), flush=True)
+assert json.loads(sys.stdin.readline()) == {"jsonrpc": "2.0", "id": "there?", "result": {}}
+info = {"name": "a", "version": "1"}
+result = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": info}
+print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_ping_before_the_answer_to_initialize_is_answered_by_the_proxy() -> None:
+    with StreamableProxy([sys.executable, "-c", _PINGS_FIRST]) as proxy:
+        answer = McpClient(WsgiFront(proxy)).initialize()
+        assert not answer.is_stream
+        assert answer.message()["result"]["serverInfo"]["name"] == "a"
 
 
 def test_the_standing_stream_gets_what_belongs_to_no_call(client: McpClient) -> None:

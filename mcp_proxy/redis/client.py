@@ -101,6 +101,7 @@ class Connection:
         self._outage: _Outage | None = None
         self._logged = ("", 0.0)  # what was said last of an outage, and when
         self._url = client if isinstance(client, str) else None
+        self._is_closed = False
         #: Whether the server was seen to know GETEX.
         self.has_getex = False
         self._owns_client = isinstance(client, str)
@@ -167,6 +168,9 @@ class Connection:
             raise self._unavailable(error) from error
         except UnicodeDecodeError as error:  # from a client with `decode_responses=True`
             raise StorageError(f"The session record cannot be read: {error}") from error
+        finally:
+            if self._is_closed:  # the command ran on when that was done
+                self._close_idle()
         if self._outage is not None and (is_write or not self._outage.is_refusal):
             self._end_outage()
 
@@ -235,12 +239,15 @@ class Connection:
         return settings
 
     def close(self) -> None:
-        """Closes idle connections; running commands still get their answers.
+        """Closes idle connections; running commands still get their answers, and close theirs.
 
         A client that was passed in stays open.
         """
-        with self._lock:
-            client = self._client if self._owns_client else None
+        self._is_closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        client = self._client if self._owns_client else None
         for pool in [] if client is None else _pools(client):
             pool.disconnect(inuse_connections=False)
 

@@ -771,3 +771,17 @@ def test_idle_connections_are_kept_known_to_firewalls(redis_server: RedisServer)
     finally:
         connection.client.connection_pool.release(pooled)
         connection.close()
+
+
+def test_a_command_that_ends_after_the_store_was_closed_leaves_no_connection(
+    redis_server: RedisServer,
+) -> None:
+    connection = Connection(redis_server.url)
+    with connection.mapped_errors():
+        connection.client.ping()
+        pool = connection.client.connection_pool
+        pooled = pool.get_connection()
+        connection.close()
+        pool.release(pooled)
+        assert pooled._sock is not None
+    assert pooled._sock is None

@@ -192,7 +192,7 @@ class Application:
         """/readyz: 200 while something can be served, else 503; each part with its reason."""
         state = self.readiness.wait_for_current()
         if state.status >= 400:
-            request.reason = state.said
+            request.reason = state.summary
         return json_reply(state.body(self.edge.allows_host(request.environ)), state.status)
 
     def _look(self) -> list[Part]:

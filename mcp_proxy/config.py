@@ -424,8 +424,8 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     given = {name: value for name, value in environ.items() if value.strip()}
     named = {name: value for name, value in given.items() if name.startswith(PREFIX)}
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
-    for mark in ("replica", "child"):  # on a process that another proxy started
-        texts.pop(mark, None)
+    for ours in ("replica", "child"):  # on a process that another proxy started
+        texts.pop(ours, None)
     for other, name in _OTHER_NAMES:
         if other in given:
             texts.setdefault(name, given[other])

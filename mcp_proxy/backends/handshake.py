@@ -77,7 +77,7 @@ def describe(response: Response) -> str:
     try:
         result = msgspec.json.decode(response.result or b"", type=_InitializeResult)
     except msgspec.DecodeError as error:
-        said = bytes(response.error or b"no InitializeResult").decode("utf-8", "replace")
-        raise BadAnswer(f"The server refused initialize: {said}") from error
+        reason = bytes(response.error or b"no InitializeResult").decode("utf-8", "replace")
+        raise BadAnswer(f"The server refused initialize: {reason}") from error
     info = result.server_info
     return f"{info.name} {info.version}, revision {result.protocol_version}"

@@ -178,9 +178,9 @@ def ask(call: Call) -> str:
         asked = {"message": question, "requestedSchema": schema}
         return json.dumps(call.server.ask("elicitation/create", asked))
     if call.server.client_can("sampling"):
-        said = {"role": "user", "content": {"type": "text", "text": question}}
+        prompt = {"role": "user", "content": {"type": "text", "text": question}}
         return json.dumps(
-            call.server.ask("sampling/createMessage", {"messages": [said], "maxTokens": 100})
+            call.server.ask("sampling/createMessage", {"messages": [prompt], "maxTokens": 100})
         )
     raise ToolError("the client declared neither elicitation nor sampling")
 

@@ -47,11 +47,11 @@ class Part(NamedTuple):
 class State(NamedTuple):
     """An answer to /readyz: the status, and the document with and without the reasons.
 
-    `said` is the first word of the document: ready, degraded, not ready or draining.
+    `summary` is the first word of the document: ready, degraded, not ready or draining.
     """
 
     status: int
-    said: str
+    summary: str
     document: bytes
     without_reasons: bytes
 
@@ -136,16 +136,16 @@ def state_of(parts: Sequence[Part]) -> State:
     )
     if is_unusable:
         return _state(503, "not ready", parts)
-    said = "degraded" if any(part.reason for part in parts) else "ready"
-    return _state(200, said, parts)
+    summary = "degraded" if any(part.reason for part in parts) else "ready"
+    return _state(200, summary, parts)
 
 
-def _state(status: int, said: str, parts: Sequence[Part]) -> State:
+def _state(status: int, summary: str, parts: Sequence[Part]) -> State:
     def document(shows_reasons: bool) -> bytes:
         checks: dict[str, Any] = {part.name: _check(part, shows_reasons) for part in parts}
-        return msgspec.json.encode({"status": said, "checks": checks})
+        return msgspec.json.encode({"status": summary, "checks": checks})
 
-    return State(status, said, document(True), document(False))
+    return State(status, summary, document(True), document(False))
 
 
 def _check(part: Part, shows_reasons: bool) -> dict[str, str]:
@@ -155,9 +155,9 @@ def _check(part: Part, shows_reasons: bool) -> dict[str, str]:
     return {"state": state, "reason": part.reason} if shows_reasons else {"state": state}
 
 
-def _alone(said: str, reason: str) -> State:
+def _alone(summary: str, reason: str) -> State:
     """The state of a worker that nothing else is said of."""
-    return _state(503, said, [Part("worker", reason, Weight.ESSENTIAL)])
+    return _state(503, summary, [Part("worker", reason, Weight.ESSENTIAL)])
 
 
 _DRAINING = _alone("draining", "shutting down")

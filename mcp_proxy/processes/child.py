@@ -66,7 +66,7 @@ class Child:
         self.session = ""
         self.at_eof = threading.Event()
         #: What its descendants have in their environment.
-        self.mark = secrets.token_hex(8)
+        self.tag = secrets.token_hex(8)
         self._max_message = max_message
         self._write_lock = threading.Lock()  # one message at a time
         self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
@@ -74,8 +74,8 @@ class Child:
         #: Whether the last lines of stderr were too many to be logged.
         self.is_flooding = False
         self._partial = b""
-        marks = {REPLICA_VARIABLE: replica_id, CHILD_VARIABLE: self.mark}
-        self._process = _start(server, marks, cpu_affinity)
+        tags = {REPLICA_VARIABLE: replica_id, CHILD_VARIABLE: self.tag}
+        self._process = _start(server, tags, cpu_affinity)
         self.pid = self._process.pid
         self._stdin, self._stdout, self.stderr = _pipes(self._process)
         self._output = os.fstat(self._stdout.fileno()).st_ino
@@ -258,7 +258,7 @@ class Child:
 
 
 def _start(
-    server: StdioServer, marks: Mapping[str, str], cpu_affinity: frozenset[int] | None
+    server: StdioServer, tags: Mapping[str, str], cpu_affinity: frozenset[int] | None
 ) -> subprocess.Popen[bytes]:
     try:
         with _cpus(cpu_affinity):
@@ -268,7 +268,7 @@ def _start(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=_BUFFER,
-                env={**_DEFAULTS, **_inherited(os.environ), **server.env, **marks},
+                env={**_DEFAULTS, **_inherited(os.environ), **server.env, **tags},
                 cwd=server.cwd,
                 start_new_session=True,
             )

@@ -5,7 +5,7 @@ may a grandchild that `npx`, `uv run` or a shell started. The guardian is told o
 group over its standard input; when that ends, it kills the groups that are still listed, and then,
 where /proc exists, every process with the replica's id in its environment: children that were not
 announced yet, and descendants that left their group. When a child has exited it kills descendants
-of that child that left the group, which a mark of the child in their environment tells.
+of that child that left the group, which a tag of the child in their environment tells.
 
 This file is also run by its path, without site-packages: standard library only, no import of ours.
 """
@@ -71,11 +71,11 @@ class Guardian:
                 self._groups.discard(group)
                 raise
 
-    def forget(self, group: int, mark: str = "") -> None:
-        """Removes a process group, which has exited, and has descendants with `mark` killed."""
+    def forget(self, group: int, tag: str = "") -> None:
+        """Removes a process group, which has exited, and has descendants with `tag` killed."""
         with self._lock:
             self._groups.discard(group)
-            self._tell(b"-%d %s\n" % (group, mark.encode()))
+            self._tell(b"-%d %s\n" % (group, tag.encode()))
 
     def exit_descriptor(self) -> int | None:
         """A descriptor that is readable once the process has exited; None where there is none."""
@@ -153,10 +153,10 @@ def main(replica_id: str) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     groups: set[int] = set()
     for line in sys.stdin.buffer:
-        group, *marks = line[1:].split()
+        group, *tags = line[1:].split()
         (groups.add if line.startswith(b"+") else groups.discard)(int(group))
-        for mark in marks:
-            kill_marked(f"{CHILD_VARIABLE}={mark.decode()}".encode())
+        for tag in tags:
+            kill_marked(f"{CHILD_VARIABLE}={tag.decode()}".encode())
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)

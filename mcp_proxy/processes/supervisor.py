@@ -261,7 +261,7 @@ class Supervisor(SelectorWorker):
         self._polled.discard(supervised)
         supervised.exited = child.reap()
         supervised.next_step = now + _LINGER
-        self._guardian.forget(child.pid, "" if self.keep_detached else child.mark)
+        self._guardian.forget(child.pid, "" if self.keep_detached else child.tag)
 
     def _discard(self, supervised: _Supervised, how: str) -> None:
         """Reports the exit of a child whose output has been read."""

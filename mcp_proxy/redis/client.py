@@ -176,8 +176,8 @@ class Connection:
 
     def _unavailable(self, error: Exception) -> StorageUnavailable:
         refusal = _refusal(error)
-        said = self._without_secrets(str(error)) or type(error).__name__
-        found = StorageUnavailable(refusal, f"{self._where()}: {said[:_MAX_WORDS]}")
+        words = self._without_secrets(str(error)) or type(error).__name__
+        found = StorageUnavailable(refusal, f"{self._where()}: {words[:_MAX_WORDS]}")
         if refusal is not None:
             found.detail = f"{refusal} ({found.detail})"
         self._begin_outage(found, refusal is not None)
@@ -186,8 +186,8 @@ class Connection:
     def _begin_outage(self, error: StorageUnavailable, is_refusal: bool) -> None:
         now, message = self._clock(), str(error)
         with self._outages:
-            said, when = self._logged
-            is_due = said != message or now - when >= _LOG_PAUSE
+            words, when = self._logged
+            is_due = words != message or now - when >= _LOG_PAUSE
             since, is_logged = now, is_due
             if self._outage is not None:
                 since, is_logged = self._outage.since, is_due or self._outage.is_logged

@@ -193,22 +193,24 @@ class OutboundCall(Call):
         return frames
 
     def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
-        said = protocol.decode_from_owner(message)
-        if isinstance(said, Message):
-            failure = None if said.failure is None else protocol.error_of(said.failure)
-            if said.is_response:
-                self._note_answered(said.data)
-            self._exchange.offer(ServerMessage(said.data, said.is_response, failure, said.event_id))
+        received = protocol.decode_from_owner(message)
+        if isinstance(received, Message):
+            failure = None if received.failure is None else protocol.error_of(received.failure)
+            if received.is_response:
+                self._note_answered(received.data)
+            self._exchange.offer(
+                ServerMessage(received.data, received.is_response, failure, received.event_id)
+            )
             if not self._is_standing and not self._unanswered:
                 self._calls.forget(self)
-        elif isinstance(said, Done):
+        elif isinstance(received, Done):
             self.channel.note_read()
             self._is_accepted.set()
-        elif isinstance(said, Ended):
-            self._exchange.end(said.replaced)
+        elif isinstance(received, Ended):
+            self._exchange.end(received.replaced)
             self._calls.forget(self)
         else:
-            self._fail(protocol.error_of(said.failure))
+            self._fail(protocol.error_of(received.failure))
             self._calls.forget(self)
 
     def on_loss(self, sentence: str, is_gone: bool = False) -> None:
@@ -278,10 +280,10 @@ class OneWayCall(Call):
         return self.channel.outgoing()
 
     def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
-        said = protocol.decode_from_owner(message)
-        if isinstance(said, Refused):
-            self._failure = protocol.error_of(said.failure)
-        if isinstance(said, (Refused, Done)):
+        received = protocol.decode_from_owner(message)
+        if isinstance(received, Refused):
+            self._failure = protocol.error_of(received.failure)
+        if isinstance(received, (Refused, Done)):
             self._finish()
 
     def on_loss(self, sentence: str, is_gone: bool = False) -> None:
@@ -377,30 +379,30 @@ class InboundCall(Call):
     # --- from the other side: the listener's thread, then the executor's --------------------------
 
     def on_message(self, message: bytes, is_fresh: Callable[[], bool]) -> None:
-        said = protocol.decode_to_owner(message)
-        if not isinstance(said, (StartStream, Detach)):
-            self._key = said.child
+        received = protocol.decode_to_owner(message)
+        if not isinstance(received, (StartStream, Detach)):
+            self._key = received.child
         self.channel.note_read()
-        self._calls.submit(self._key, lambda: self._act(said, is_fresh))
+        self._calls.submit(self._key, lambda: self._act(received, is_fresh))
 
-    def _act(self, said: protocol.ToOwner, is_fresh: Callable[[], bool]) -> None:
-        if isinstance(said, Detach):
+    def _act(self, received: protocol.ToOwner, is_fresh: Callable[[], bool]) -> None:
+        if isinstance(received, Detach):
             self.leave()
-        elif not isinstance(said, StartStream):
-            self._begin(said, is_fresh)
+        elif not isinstance(received, StartStream):
+            self._begin(received, is_fresh)
         elif self._exchange is not None:
             self._exchange.begin_stream()
 
     def _begin(
-        self, said: SendRequests | SendOneWay | Listen | Close, is_fresh: Callable[[], bool]
+        self, received: SendRequests | SendOneWay | Listen | Close, is_fresh: Callable[[], bool]
     ) -> None:
         try:
             if not is_fresh():
                 raise BackendUnavailable("The replica that holds the session was away; try again")
-            backend = self._calls.find(said.child)
+            backend = self._calls.find(received.child)
             if backend is None:
                 raise BackendUnreached("The server of the session is not here any more")
-            self._pass_on(backend, said)
+            self._pass_on(backend, received)
         except BackendError as error:
             self._finish(Refused(protocol.failure_of(error)))
         except ProxyError as error:
@@ -409,23 +411,25 @@ class InboundCall(Call):
             log.exception("serving a client of another replica failed")
             self._finish(Refused(("BackendLost", "The request could not be served")))
 
-    def _pass_on(self, backend: Backend, said: SendRequests | SendOneWay | Listen | Close) -> None:
-        if isinstance(said, SendRequests):
-            requests = [_as_request(line) for line in said.lines]
-            exchange = Exchange(requests, said.accepts_stream, said.timeout)
+    def _pass_on(
+        self, backend: Backend, received: SendRequests | SendOneWay | Listen | Close
+    ) -> None:
+        if isinstance(received, SendRequests):
+            requests = [_as_request(line) for line in received.lines]
+            exchange = Exchange(requests, received.accepts_stream, received.timeout)
             backend.send(exchange)
             self._serve(exchange)
-        elif isinstance(said, Listen):
+        elif isinstance(received, Listen):
             exchange = Exchange()
-            backend.listen(exchange, said.after)
+            backend.listen(exchange, received.after)
             self.channel.put(protocol.encode(Done()))
             self._serve(exchange)
             self._calls.wake(self)
         else:
-            if isinstance(said, Close):
+            if isinstance(received, Close):
                 backend.close()
             else:
-                _tell(backend, said)
+                _tell(backend, received)
             self._finish(Done())
 
     def _serve(self, exchange: Exchange) -> None:
@@ -502,14 +506,14 @@ class InboundCall(Call):
             self._calls.submit(self._key, exchange.expire_if_due)
 
 
-def _tell(backend: Backend, said: SendOneWay) -> None:
-    message = jsonrpc.parse_message(said.line)
+def _tell(backend: Backend, received: SendOneWay) -> None:
+    message = jsonrpc.parse_message(received.line)
     if isinstance(message, Notification):
         backend.notify(message)
     elif isinstance(message, Response):
         backend.respond(message)
     else:
-        backend.submit(message, said.timeout)
+        backend.submit(message, received.timeout)
 
 
 def _as_request(line: bytes) -> Request:

@@ -53,8 +53,8 @@ def claim(
         if CLAIM not in current.metadata:
             return None
         session = current
-    mark = f"{time.time() + CLAIM_TIME:.3f} {secrets.token_hex(8)} {claimant}"
-    claimed = session.with_metadata(**{CLAIM: mark})
+    value = f"{time.time() + CLAIM_TIME:.3f} {secrets.token_hex(8)} {claimant}"
+    claimed = session.with_metadata(**{CLAIM: value})
     if manager.swap(session, claimed):
         return claimed
     unclaimed(manager, manager.load(session.id), is_gone, has_left, limit)
@@ -87,9 +87,9 @@ def released_on_failure(manager: SessionManager, claimed: Session) -> Iterator[N
 
 def give_back_left(manager: SessionManager) -> None:
     """Gives back what `released_on_failure` could not; raises StorageError, and then try again."""
-    for mark, claimed in manager.claims_left().items():
+    for value, claimed in manager.claims_left().items():
         release(manager, claimed)
-        manager.forget_claim(mark)
+        manager.forget_claim(value)
 
 
 def unclaimed(
@@ -118,12 +118,12 @@ def unclaimed(
 
 
 def _is_stale(manager: SessionManager, session: Session, is_gone: Callable[[str], bool]) -> bool:
-    mark = session.metadata[CLAIM]
-    if mark in manager.claims_left():
+    value = session.metadata[CLAIM]
+    if value in manager.claims_left():
         return True
-    if time.monotonic() - manager.first_seen(mark) >= CLAIM_TIME:
+    if time.monotonic() - manager.first_seen(value) >= CLAIM_TIME:
         return True
-    deadline, _, rest = mark.partition(" ")
+    deadline, _, rest = value.partition(" ")
     claimant = rest.partition(" ")[2]
     return _is_long_over(deadline) or (claimant != "" and is_gone(claimant))
 

@@ -272,10 +272,10 @@ def is_lost_session(call: HttpCall) -> bool:
             explanation = bytes(_refusal.decode(explanation).error)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
-    said = explanation.lower()
+    words = explanation.lower()
     if call.status == 400:
-        return any(each in said for each in _LOST)
-    return (b"session" if call.media_type == headers.JSON else b"session not found") in said
+        return any(each in words for each in _LOST)
+    return (b"session" if call.media_type == headers.JSON else b"session not found") in words
 
 
 def _decompressed(data: bytes, coding: str) -> bytes | None:

@@ -128,6 +128,7 @@ class TransparentProxy(Transport):
         options: ProxyOptions = ProxyOptions(),
     ) -> None:
         targets = as_targets(target_url)
+        require_urls(allowed_backends)
         storage = session_storage
         if storage is None:
             storage = LocalStorage(options.session_ttl)
@@ -635,6 +636,15 @@ def as_targets(target_url: str | Sequence[str]) -> list[Target]:
     if not urls or len(targets) < len(urls):
         raise ConfigError("target_url takes absolute http:// or https:// URLs")
     return targets
+
+
+def require_urls(allowed_backends: Sequence[str]) -> None:
+    """Raises ConfigError unless each is a URL or `*`; a text would be taken for its letters."""
+    urls = [] if isinstance(allowed_backends, str) else [u for u in allowed_backends if u != "*"]
+    if isinstance(allowed_backends, str) or not all(map(parse_target, urls)):
+        raise ConfigError(
+            "allowed_backends takes a list of absolute http:// or https:// URLs, or *"
+        )
 
 
 # --- the facts that routing needs of requests and answers ----------------------------------------

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 from typing import Self
 
+from msgspec.structs import replace
+
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.request import ClientRequest
@@ -43,6 +45,8 @@ class StdioTransport(Transport):
         if options.asks:
             raise ConfigError("unknown_session_status=ask is for HTTP servers: take 400 or 404")
         server = as_server(command, name)
+        if server.timeout is not None:
+            options = replace(options, request_timeout=server.timeout)
         storage = session_storage
         if storage is None:
             storage = LocalStorage(options.session_ttl)

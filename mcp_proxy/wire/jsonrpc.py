@@ -29,7 +29,7 @@ CANCELLED = "notifications/cancelled"
 
 _PIECE = 1024 * 1024
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ def parse(body: bytes, keeps_halves: bool = True) -> Message | Batch:
         if body.startswith(_GZIP):
             raise EncodedBody
         _require_utf8(body)
-        body = body.removeprefix(_BYTE_ORDER_MARK)
+        body = body.removeprefix(_BOM)
     try:
         if body.lstrip(b" \t\r\n")[:1] == b"[":
             return _parse_batch(body)
@@ -279,9 +279,9 @@ def _with_halves(body: bytes) -> Message | Batch:
 
 def _unmasked(message: Message, masked: mending.Masked) -> Message:
     """Raises ParseError where the id or the method has half a character."""
-    mark = chr(int(masked.mark[2:], 16))
+    placeholder = chr(int(masked.placeholder[2:], 16))
     names = (getattr(message, "id", ""), getattr(message, "method", ""))
-    if any(isinstance(name, str) and mark in name for name in names):
+    if any(isinstance(name, str) and placeholder in name for name in names):
         raise ParseError("An id or a method must not have half of a character")
     payloads = {
         name: masked.original(payload)

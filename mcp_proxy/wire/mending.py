@@ -73,23 +73,23 @@ def _cut(piece: bytes) -> int:
 
 
 class Masked(NamedTuple):
-    """JSON whose lone halves are written as `mark` and four digits, which strict readers take."""
+    """JSON whose lone halves are a `placeholder` and four digits, which strict readers take."""
 
     text: bytes
-    mark: bytes
+    placeholder: bytes
 
     def original(self, payload: Raw | UnsetType) -> Raw:
         """A part of the JSON as it came."""
-        return Raw(bytes(payload or b"").replace(self.mark, b"\\u"))
+        return Raw(bytes(payload or b"").replace(self.placeholder, b"\\u"))
 
 
 def masked(text: bytes) -> Masked | None:
-    """None where there is no half, or every mark that could be used is in the text."""
+    """None where there is no half, or every placeholder that could be used is in the text."""
     if not has_halves(text):
         return None
     for number in range(0xFDD0, 0xFDF0):  # characters that mean nothing in any text
-        if (mark := b"\\u%x" % number) not in text:
-            return Masked(_replace_lone(text, _LONE_HEAD, mark), mark)
+        if (placeholder := b"\\u%x" % number) not in text:
+            return Masked(_replace_lone(text, _LONE_HEAD, placeholder), placeholder)
     return None
 
 

@@ -35,7 +35,7 @@ def server(name: str, reason: str | None) -> Part:
 )
 def test_what_follows_from_the_parts(parts: list[Part], expected: tuple[int, str]) -> None:
     state = state_of(parts)
-    assert (state.status, state.said) == expected
+    assert (state.status, state.summary) == expected
 
 
 def test_reasons_are_shown_only_where_they_may_be() -> None:
@@ -68,7 +68,7 @@ class Scene:
 
     def said(self) -> Any:
         state: State | None = self.readiness.current()
-        return state and (state.status, state.said, json.loads(state.document)["checks"])
+        return state and (state.status, state.summary, json.loads(state.document)["checks"])
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def scene() -> Iterator[Scene]:
 
 
 def test_the_first_question_waits_for_the_first_look(scene: Scene) -> None:
-    assert scene.readiness.wait_for_current().said == "ready"
+    assert scene.readiness.wait_for_current().summary == "ready"
 
 
 def test_the_first_question_does_not_wait_for_what_hangs(scene: Scene) -> None:
@@ -112,7 +112,7 @@ def test_the_thread_looks_as_long_as_somebody_asks(scene: Scene) -> None:
     assert scene.looks == looks
     scene.reason = "away"
     assert scene.said() is None, "what was found a minute ago is not believed"
-    assert scene.readiness.wait_for_current().said == "not ready"
+    assert scene.readiness.wait_for_current().summary == "not ready"
 
 
 def test_draining_is_read_directly(scene: Scene) -> None:

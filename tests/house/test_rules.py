@@ -72,7 +72,8 @@ SEAMS = {
 _GONE = """
 lane lanes courier letter letters hosted errand remark keeper recorder journal opening pinning
 placement observed restarts sharing departure departures surround surroundings witness patience
-finder endable reach conversation trouble soon owes unheard nudge disown dismiss
+finder endable reach conversation trouble soon owes unheard nudge disown dismiss abandon retire
+said mark marks orphaned
 """
 
 #: Words that were ours and have given way to the field's: no name consists of them.

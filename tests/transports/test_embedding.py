@@ -298,3 +298,16 @@ def test_servers_that_differ_in_their_environment_do_not_meet() -> None:
     with one, other:
         client = McpClient(WsgiFront(one)).open()
         assert client.at(WsgiFront(other)).call("echo").status == 404
+
+
+def test_the_time_limit_of_a_server_is_heeded() -> None:
+    server = StdioServer("slow", ("sleep", "60"), timeout=0.5)
+    with StreamableProxy(server) as proxy:
+        answer = McpClient(LocalFront(proxy)).initialize()
+        assert answer.headers["X-MCP-Proxy-Error"] == "server-timeout"
+
+
+@pytest.mark.parametrize("allowed", ["http://b/*", "*", ("nonsense",)])
+def test_allowed_backends_that_mean_nothing_are_refused(allowed: Any) -> None:
+    with pytest.raises(ConfigError, match="allowed_backends takes a list"):
+        TransparentProxy("http://a", allowed_backends=allowed)

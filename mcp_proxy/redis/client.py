@@ -101,7 +101,7 @@ class Connection:
         self._outage: _Outage | None = None
         self._logged = ("", 0.0)  # what was said last of an outage, and when
         self._url = client if isinstance(client, str) else None
-        self._is_closed = False
+        self._closed = 0  # how often
         #: Whether the server was seen to know GETEX.
         self.has_getex = False
         self._owns_client = isinstance(client, str)
@@ -162,6 +162,7 @@ class Connection:
         The log says once a minute that the server is not usable, and when it is again: one that has
         refused something only after a block that `is_write`.
         """
+        closed = self._closed
         try:
             yield
         except (redis.RedisError, RedisClusterException, OSError) as error:
@@ -169,7 +170,7 @@ class Connection:
         except UnicodeDecodeError as error:  # from a client with `decode_responses=True`
             raise StorageError(f"The session record cannot be read: {error}") from error
         finally:
-            if self._is_closed:  # the command ran on when that was done
+            if self._closed != closed:  # the command ran on when that was done
                 self._close_idle()
         if self._outage is not None and (is_write or not self._outage.is_refusal):
             self._end_outage()
@@ -216,7 +217,7 @@ class Connection:
 
     def _without_secrets(self, text: str) -> str:
         """What redis-py says of an error, in one line and without the passwords in the URL."""
-        parts = urlsplit(self._url or "")
+        parts, _ = _split(self._url or "")
         pairs = parse_qsl(parts.query)
         secrets = [parts.netloc.rpartition("@")[0].partition(":")[2]]
         secrets += [value for name, value in pairs if "password" in name]
@@ -243,7 +244,7 @@ class Connection:
 
         A client that was passed in stays open.
         """
-        self._is_closed = True
+        self._closed += 1
         self._close_idle()
 
     def _close_idle(self) -> None:
@@ -431,6 +432,11 @@ def _split(url: str) -> tuple[SplitResult, list[str]]:
     user, at, listed = netloc.rpartition("@")
     hosts = listed.split(",")
     return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(netloc) :]}"), hosts
+
+
+def password_in(url: str) -> str:
+    """The password in a URL as it stands there, empty where there is none."""
+    return _split(url)[0].password or ""
 
 
 def _given(parts: SplitResult) -> dict[str, Any]:

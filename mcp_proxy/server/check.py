@@ -13,6 +13,7 @@ from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.forwarded import HeaderPolicy
 from mcp_proxy.errors import ConfigError, ProxyError, StorageUnavailable
 from mcp_proxy.processes.supervisor import Supervisor
+from mcp_proxy.redis.client import password_in
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
 from mcp_proxy.server.greeting import greet, greet_child
@@ -60,7 +61,7 @@ def _secrets(config: ProxyConfig) -> list[str]:
     told += [word for value in told for word in value.split()]
     told += [value for url in urls for _, value in parse_qsl(urlsplit(url).query)]
     if config.redis_url is not None:
-        password = urlsplit(config.redis_url).password or ""
+        password = password_in(config.redis_url)
         told += [password, unquote(password)]
     return sorted({s for s in told if len(s) >= _SHORTEST_SECRET}, key=len, reverse=True)
 

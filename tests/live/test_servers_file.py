@@ -12,7 +12,8 @@ import pytest
 from mcp_proxy import ProxyConfig, create_app
 from mcp_proxy.server.check import check
 from tests.servers.http_backend import HttpBackend
-from tests.support.front import SCRIPTED, McpClient, WsgiFront
+from tests.support.front import SCRIPTED, McpClient
+from tests.support.transparent import LocalFront
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def config(backend: HttpBackend, tmp_path: Path) -> ProxyConfig:
 
 def test_headers_are_set_on_every_request(backend: HttpBackend, config: ProxyConfig) -> None:
     with closing(create_app(config)) as app:
-        client = McpClient(WsgiFront(app), "/servers/http/mcp").open()
+        client = McpClient(LocalFront(app), "/servers/http/mcp").open()
         client.call("tools/call", Authorization="Bearer of-the-client").close()
     assert {seen.header("Authorization") for seen in backend.seen} == {"Bearer of-the-file"}
     assert {seen.header("X-Mine") for seen in backend.seen} == {"yes"}
@@ -44,7 +45,7 @@ def test_headers_are_set_on_every_request(backend: HttpBackend, config: ProxyCon
 
 def test_a_time_limit_is_that_of_its_server(config: ProxyConfig) -> None:
     with closing(create_app(config)) as app:
-        client = McpClient(WsgiFront(app), "/servers/stdio/mcp").open()
+        client = McpClient(LocalFront(app), "/servers/stdio/mcp").open()
         answer = client.call("sleep", {"seconds": 60})
         assert answer.failure == "server-timeout"
 

@@ -36,16 +36,16 @@ def config(backend: HttpBackend, tmp_path: Path) -> ProxyConfig:
 
 
 def test_headers_are_set_on_every_request(backend: HttpBackend, config: ProxyConfig) -> None:
-    with closing(create_app(config)) as app:
-        client = McpClient(LocalFront(app), "/servers/http/mcp").open()
+    with closing(create_app(config)) as app, closing(LocalFront(app)) as front:
+        client = McpClient(front, "/servers/http/mcp").open()
         client.call("tools/call", Authorization="Bearer of-the-client").close()
     assert {seen.header("Authorization") for seen in backend.seen} == {"Bearer of-the-file"}
     assert {seen.header("X-Mine") for seen in backend.seen} == {"yes"}
 
 
 def test_a_time_limit_is_that_of_its_server(config: ProxyConfig) -> None:
-    with closing(create_app(config)) as app:
-        client = McpClient(LocalFront(app), "/servers/stdio/mcp").open()
+    with closing(create_app(config)) as app, closing(LocalFront(app)) as front:
+        client = McpClient(front, "/servers/stdio/mcp").open()
         answer = client.call("sleep", {"seconds": 60})
         assert answer.failure == "server-timeout"
 

@@ -294,14 +294,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 self._close(conn)
             elif now > since + self.request_timeout:
                 self._unqueue(conn)
-                self._give_place_back(conn)
                 self._give_no_thread(conn, "No thread became free in time")
             elif self._is_answered_here(conn.request):
                 self._unqueue(conn)
                 self._answer_here(conn, self.wsgi)
 
     def _give_no_thread(self, conn: Connection, why: str) -> None:
-        """Answers a request in place of a thread."""
+        """Answers a request in place of a thread, and gives back what it has taken."""
+        self._give_place_back(conn)
         overloaded = getattr(self.wsgi, "overloaded", None)
         if overloaded is None or conn.request.shape is not Shape.WHOLE:
             self._refuse(conn, "503 Service Unavailable", why, Overloaded.kind)

@@ -6,6 +6,7 @@ import resource
 import tempfile
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,11 +65,15 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
             raise RuntimeError("can't start new thread")
 
     worker = KeepaliveWorker.__new__(KeepaliveWorker)
-    worker.__dict__.update({"busy": 0, "threads": 4, "tpool": Pool(), "wsgi": None})
+    worker.__dict__.update(
+        {"busy": 0, "threads": 4, "tpool": Pool(), "wsgi": None, "_places": 1, "_waiting": {}}
+    )
     monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, *given: refused.append(given))
-    worker.enqueue_req("a connection")
+    conn = SimpleNamespace(has_place=True)
+    worker.enqueue_req(conn)
     ((connection, status, message, kind),) = refused
-    assert (worker.busy, connection, kind) == (0, "a connection", "overloaded")
+    assert (worker.busy, connection, kind) == (0, conn, "overloaded")
+    assert (worker._places, conn.has_place) == (0, False), "its place among the slow is free again"
     answer = answers.refusal(status, message, kind)
     assert b"X-MCP-Proxy-Error: overloaded\r\n" in answer
     assert b"-32000" in answer

@@ -96,10 +96,16 @@ class ArrivingRequest:
         return self.data.count(b"\n", start, end) != self.data.count(b"\r\n", start, end)
 
     def _shape_after(self, head: bytes) -> Shape:
-        fields = [(name.lower(), value.lower()) for name, value in _FIELD.findall(head)]
-        lengths = [value for name, value in fields if name == b"content-length"]
-        codings = [value for name, value in fields if name == b"transfer-encoding"]
-        self.expects_continue = (b"expect", b"100-continue") in fields
+        lengths: list[bytes] = []
+        codings: list[bytes] = []
+        for name, value in _FIELD.findall(head):
+            match name.lower():
+                case b"content-length":
+                    lengths.append(value)
+                case b"transfer-encoding":
+                    codings.append(value.lower())
+                case _:
+                    self.expects_continue |= value.lower() == b"100-continue"
         if codings:
             self._is_chunked = not lengths and codings == [b"chunked"]
             return Shape.BODY if self._is_chunked else Shape.OTHER

@@ -32,6 +32,9 @@ _SLOWEST = 1024
 # Bytes of a body that are read at once if so many are wanted.
 _LARGEST_PIECE = 1024 * 1024
 
+# A plain number: the operators of an enum take longer than the system call.
+_DONT_WAIT = int(socket.MSG_DONTWAIT)
+
 # Seconds for which a thread reads what the application has left of a body.
 _SKIP_TIME = 0.05
 
@@ -61,7 +64,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     def begin(self, surplus: bytes = b"") -> None:
         """Begins with the next request; `surplus` has been read with the last one."""
         self.request = ArrivingRequest(self.max_header_bytes)
-        self.request.add(surplus)
+        if surplus:
+            self.request.add(surplus)
         #: Whether the request has been told to send its body.
         self.is_continued = False
         #: Whether a thread has seen some of it.
@@ -140,8 +144,12 @@ class Connection(gthread.TConn):  # type: ignore[misc]
 
     def skip_body(self) -> bool:
         """Reads what the application has left of a body; whether the connection can be kept."""
-        self._body_until = time.monotonic() + _SKIP_TIME
-        return bool(self.parser.finish_body(deadline=self._body_until))
+        if getattr(self.parser.mesg.body.reader, "length", None) != 0:
+            self._body_until = time.monotonic() + _SKIP_TIME
+            if not self.parser.finish_body(deadline=self._body_until):
+                return False
+        self.parser.mesg = None  # else the parser would look for the end of that body again
+        return True
 
     def chunk(self, size: int) -> bytes:
         """Bytes from the socket within the time that the request still has.
@@ -214,7 +222,7 @@ class ClientSocket(socket.socket):
             super().sendall(data, flags)
             return
         try:
-            sent = self.send(data, flags | socket.MSG_DONTWAIT)
+            sent = self.send(data, flags | _DONT_WAIT)
         except BlockingIOError:
             sent = 0
         if sent < len(data):

@@ -601,9 +601,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
 def _join_cookies(req: Any, environ: dict[str, Any]) -> None:
     """Makes one header of several Cookie headers; gunicorn joins them by the comma of lists."""
-    cookies = [value for name, value in req.headers if name == "COOKIE"]
-    if len(cookies) > 1:  # RFC 9113 section 8.2.3
-        environ["HTTP_COOKIE"] = "; ".join(cookies)
+    if "," in environ.get("HTTP_COOKIE", ""):
+        cookies = [value for name, value in req.headers if name == "COOKIE"]
+        environ["HTTP_COOKIE"] = "; ".join(cookies)  # RFC 9113 section 8.2.3
 
 
 class _Noticed:

@@ -155,7 +155,7 @@ class LocalStorage(Storage):
             if entry is None or entry.expires <= now:
                 self._sweep()
                 raise SessionNotFound
-            self._entries[session_id] = entry._replace(expires=now + self.ttl)
+            self._entries[session_id] = _Entry(entry.session, now + self.ttl, entry.size)
             self._entries.move_to_end(session_id)
             return entry.session
 

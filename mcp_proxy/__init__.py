@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mcp_proxy.redis.storage import RedisStorage
     from mcp_proxy.servers import HttpServer, StdioServer, demo_server
     from mcp_proxy.sessions.manager import SessionManager
-    from mcp_proxy.storage.event_log import EventLog
-    from mcp_proxy.storage.mailboxes import Mailboxes
+    from mcp_proxy.storage.event_log import EventLog, LoggedEvent
+    from mcp_proxy.storage.mailboxes import Envelope, Mailboxes
     from mcp_proxy.storage.records import LocalStorage, Storage
     from mcp_proxy.storage.session import Session
     from mcp_proxy.transparent.proxy import TransparentProxy
@@ -72,9 +72,11 @@ _ERRORS = (
 # neither redis nor requests is loaded by who does not use them, nor before gevent has patched.
 _HOMES = {
     "Application": "app",
+    "Envelope": "storage.mailboxes",
     "EventLog": "storage.event_log",
     "HttpServer": "servers",
     "LocalStorage": "storage.records",
+    "LoggedEvent": "storage.event_log",
     "Mailboxes": "storage.mailboxes",
     "ProxyConfig": "config",
     "ProxyOptions": "config",
@@ -106,9 +108,11 @@ __all__ = [
     "ConfigError",
     "ConnectionBroken",
     "Draining",
+    "Envelope",
     "EventLog",
     "HttpServer",
     "LocalStorage",
+    "LoggedEvent",
     "Mailboxes",
     "Overloaded",
     "ProxyConfig",
@@ -128,6 +132,7 @@ __all__ = [
     "StorageUnavailable",
     "StreamableProxy",
     "TransparentProxy",
+    "__version__",
     "create_app",
     "demo_server",
 ]

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from msgspec.structs import replace
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.config import ProxyConfig, script_name
 from mcp_proxy.edge.edge import Edge
-from mcp_proxy.edge.readiness import Part, Readiness, Weight
+from mcp_proxy.edge.readiness import Part, Readiness, Weight, state_of
 from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, with_path
 from mcp_proxy.errors import (
-    ConfigError,
     MethodNotAllowed,
     NotFound,
     Overloaded,
-    StorageUnavailable,
 )
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import HttpServer, Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
-from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
+from mcp_proxy.transports.base import (
+    DRAIN_TIME,
+    SHUTTING_DOWN,
+    Transport,
+    drain,
+    store_reason,
+)
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
@@ -45,7 +50,8 @@ _STDIO_TRANSPORTS: dict[str, tuple[str, type[StdioTransport]]] = {
 class Application:
     """The proxy as one WSGI application: `/mcp` or `/servers/<name>/mcp`, and health.
 
-    Nothing starts before the first request. `drain` and `close` may be called from any thread.
+    Nothing starts before the first request. `drain` and `close` may be called from any thread. As a
+    context manager it is closed at the end of the block.
     """
 
     def __init__(self, config: ProxyConfig) -> None:
@@ -112,8 +118,33 @@ class Application:
         drain(self._transports(), timeout, linger)
         self.close()
 
-    def close(self) -> None:
-        """Ends every child and connection of this process; harmless when repeated."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def not_ready_reason(self) -> str | None:
+        """Why nothing can be served, None if something can; looks now, and waits for the store."""
+        if self.edge.is_draining:
+            return SHUTTING_DOWN
+        parts = self._look()
+        if state_of(parts).status < 400:
+            return None
+        return "; ".join(f"{part.name}: {part.reason}" for part in parts if part.reason)
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Ends every child and connection of this process; harmless when repeated.
+
+        Calls that are running get `timeout` seconds to end first, and no new work is taken.
+        """
+        if timeout > 0:
+            drain(self._transports(), timeout)
         self.edge.is_draining = True
         with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
             stack.callback(self._storage.close)
@@ -201,7 +232,7 @@ class Application:
         parts = [
             Part("threads", workers.ended(is_essential=True), Weight.ESSENTIAL),
             Part("other threads", workers.ended(is_essential=False), Weight.USEFUL),
-            Part("sessions", _store_reason(self._storage), Weight.ESSENTIAL),
+            Part("sessions", store_reason(self._storage), Weight.ESSENTIAL),
         ]
         for name, proxy in self.proxies.items():
             weight = Weight.USEFUL if proxy.has_sessions else Weight.ONE_OF_MANY
@@ -232,12 +263,9 @@ def storage_of(config: ProxyConfig) -> Storage:
         return LocalStorage(config.session_ttl)
     from mcp_proxy.redis.storage import RedisStorage
 
-    try:
-        return RedisStorage(
-            config.redis_url, config.session_ttl, config.redis_prefix, config.connect_timeout
-        )
-    except ValueError as error:
-        raise ConfigError(f"redis_url {error}") from None
+    return RedisStorage(
+        config.redis_url, config.session_ttl, config.redis_prefix, config.connect_timeout
+    )
 
 
 # --- health --------------------------------------------------------------------------------------
@@ -246,11 +274,3 @@ def storage_of(config: ProxyConfig) -> Storage:
 def _alive(request: ClientRequest) -> Reply:
     """/healthz: the process serves requests. Touches nothing, so nothing else can fail it."""
     return json_reply(b'{"status":"ok"}')
-
-
-def _store_reason(store: Storage) -> str | None:
-    try:
-        store.check()
-    except StorageUnavailable as error:
-        return error.detail
-    return None

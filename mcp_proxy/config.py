@@ -321,7 +321,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         _require_targets("target_url", self.target_url)
         _require_targets("allowed_backends", (url for url in self.allowed_backends if url != "*"))
         if self.ca_file is not None and (self.target_url or self.config):
-            _require_certificates(self.ca_file)
+            require_certificates("ca_file (or REQUESTS_CA_BUNDLE, SSL_CERT_FILE)", self.ca_file)
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
 
@@ -553,8 +553,8 @@ def _require_network(peer: str) -> None:
         raise ConfigError(f"trusted_proxies: {error}") from None
 
 
-def _require_certificates(path: str) -> None:
-    """Raises ConfigError unless certificates of CAs can be read there."""
+def require_certificates(name: str, path: str) -> None:
+    """Raises ConfigError, which names the setting, unless certificates of CAs can be read there."""
     import ssl
 
     where = "capath" if os.path.isdir(path) else "cafile"
@@ -562,8 +562,7 @@ def _require_certificates(path: str) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(**{where: path})
     except OSError as error:
         reason = "no certificates" if isinstance(error, ssl.SSLError) else error.strerror
-        names = "ca_file (or REQUESTS_CA_BUNDLE, SSL_CERT_FILE)"
-        raise ConfigError(f"{names}: {path!r} cannot be used: {reason}") from None
+        raise ConfigError(f"{name}: {path!r} cannot be used: {reason}") from None
 
 
 def _require_targets(name: str, urls: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.wire.urls import parse_target
@@ -23,7 +24,8 @@ from mcp_proxy.wire.urls import parse_target
 class StdioServer(msgspec.Struct, frozen=True):
     """An MCP server that is started as a child process and speaks over its standard streams.
 
-    `timeout` is how long a call may take, in seconds; None: as the settings say.
+    `argv` may be given as a text, which is split as a shell would. `timeout` is how long a call may
+    take, in seconds; None: as the settings say. The constructor raises ConfigError.
     """
 
     name: str
@@ -31,6 +33,12 @@ class StdioServer(msgspec.Struct, frozen=True):
     env: dict[str, str] = {}
     cwd: str | None = None
     timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "argv", as_command(self.argv))
+        if self.cwd is not None:
+            force_setattr(self, "cwd", os.fspath(self.cwd))
+        _require_types(self)
 
     def __str__(self) -> str:
         return shlex.join(self.argv)
@@ -45,13 +53,20 @@ class HttpServer(msgspec.Struct, frozen=True):
     """An MCP server that speaks HTTP: the URLs of its replicas.
 
     `headers`, each as `Name: value`, are set on every request to it. `timeout` is as for a
-    StdioServer.
+    StdioServer. The constructor raises ConfigError.
     """
 
     name: str
     urls: tuple[str, ...]
     headers: tuple[str, ...] = ()
     timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        urls = (self.urls,) if isinstance(self.urls, str) else tuple(self.urls)
+        force_setattr(self, "urls", urls)
+        _require_types(self)
+        if not urls or not all(map(parse_target, urls)):
+            raise ConfigError(f"{self.name}: its URLs must be absolute http:// or https:// URLs")
 
     def __str__(self) -> str:
         return " ".join(url.partition("?")[0] for url in self.urls)
@@ -61,6 +76,16 @@ class HttpServer(msgspec.Struct, frozen=True):
 
 
 Server = StdioServer | HttpServer
+
+
+def _require_types(server: Server) -> None:
+    """Raises ConfigError where a field has a value of another type."""
+    for field in msgspec.structs.fields(server):
+        try:
+            msgspec.convert(getattr(server, field.name), field.type)
+        except msgspec.ValidationError as error:
+            kind = type(server).__name__
+            raise ConfigError(f"{kind}: {field.name}: {plain(str(error))}") from None
 
 
 def demo_server() -> StdioServer:
@@ -262,8 +287,15 @@ def split_command(command: str) -> list[str]:
 
 
 def as_command(command: Sequence[str] | str) -> tuple[str, ...]:
-    """A command as arguments, a string split as a shell would; ConfigError if it is empty."""
-    argv = tuple(split_command(command)) if isinstance(command, str) else tuple(command)
+    """A command as arguments, a string split as a shell would; ConfigError for any other type,
+    and if it is empty.
+    """
+    if isinstance(command, str):
+        argv = tuple(split_command(command))
+    elif isinstance(command, Sequence) and all(isinstance(part, str) for part in command):
+        argv = tuple(command)
+    else:
+        raise ConfigError(f"A command is a text or a list of texts, not {command!r}")
     if not argv:
         raise ConfigError("The command of a stdio server is empty")
     return argv

@@ -266,15 +266,23 @@ class Bridge(Backend):
         self.close()
         return True
 
-    def stop_if_idle(self, seconds: float) -> bool:
-        """Closes the backend where nobody needs it, nor has for `seconds`; returns whether it did.
+    def is_idle(self, seconds: float) -> bool:
+        """Whether nobody needs the backend, nor has for `seconds`.
 
         It is needed while a call is in flight, also one whose client has left, while a client
         listens to the standing stream, and while the server waits for a client's answer.
         """
         with self._lock:
-            is_needed = not self.is_alive or self._switchboard.is_awaited
-            if is_needed or time.monotonic() - self.last_used < seconds:
+            return self._is_idle(seconds)
+
+    def _is_idle(self, seconds: float) -> bool:
+        is_needed = not self.is_alive or self._switchboard.is_awaited
+        return not is_needed and time.monotonic() - self.last_used >= seconds
+
+    def stop_if_idle(self, seconds: float) -> bool:
+        """Closes the backend where it is idle (`is_idle`); returns whether it did."""
+        with self._lock:
+            if not self._is_idle(seconds):
                 return False
             self._set_lost("The server was stopped while its session was idle")
         self.close()

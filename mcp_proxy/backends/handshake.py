@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 import msgspec
 
@@ -26,10 +27,9 @@ class _InitializeResult(msgspec.Struct):
 
 def ask(backend: Backend, request: Request, timeout: float) -> Response:
     """The server's answer; raises what kept it from answering."""
-    exchange = Exchange([request], accepts_stream=False, timeout=timeout)
-    backend.send(exchange)
-    answer = exchange.receive(timeout + 1)
-    exchange.close()
+    with closing(Exchange([request], accepts_stream=False, timeout=timeout)) as exchange:
+        backend.send(exchange)
+        answer = exchange.receive(timeout + 1)
     if answer is None:
         raise BackendNotStarted("The server did not answer when it was started again")
     if answer.failure is not None:

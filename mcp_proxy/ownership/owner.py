@@ -559,6 +559,14 @@ class Owner:
         """Whether a server of a session runs in this replica."""
         return bool(self._held)
 
+    def full_reason(self) -> str | None:
+        """Why no session can begin here: all are taken and none can give way; None if one can."""
+        held, limit = self._held_copy(), self._options.max_sessions
+        can_give_way = any(one.bridge.is_idle(self._options.evict_after) for one in held.values())
+        if len(held) < limit or can_give_way:
+            return None
+        return f"all {limit} sessions of this worker are taken"
+
     def threads_reason(self) -> str | None:
         """Which threads of this replica have ended, None if none has."""
         return self._workers.not_ready_reason()

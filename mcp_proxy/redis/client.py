@@ -32,7 +32,7 @@ from redis.sentinel import (
     SentinelManagedSSLConnection,
 )
 
-from mcp_proxy.errors import StorageError, StorageUnavailable
+from mcp_proxy.errors import ConfigError, StorageError, StorageUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Connection:
     """A redis-py client, made at its first use if a URL was given. Thread-safe.
 
     Storage, event log and mailboxes of a replica share one. `timeout`, in seconds, is for each
-    answer. Raises ValueError when the URL cannot be read.
+    answer. Raises ConfigError when the URL cannot be read.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ def _pools(client: Client) -> list[Any]:
 def _maker(url: str, timeout: float) -> Callable[[], Client]:
     """A function that makes the client for a URL in one of the `FORMS`; sends nothing.
 
-    Raises ValueError when the URL cannot be read; its message does not show the URL.
+    Raises ConfigError when the URL cannot be read; its message does not show the URL.
     """
     try:
         scheme = url.partition("://")[0].lower()
@@ -283,9 +283,9 @@ def _maker(url: str, timeout: float) -> Callable[[], Client]:
         return _server(url, timeout)
     except (ValueError, TypeError, redis.RedisError):
         # Without its cause, which may show a part of the password.
-        raise ValueError(
-            f"cannot be read; it has the form {FORMS}, with special characters in the password "
-            "percent-encoded and options of redis-py's in the query"
+        raise ConfigError(
+            f"The URL of Redis (redis_url) cannot be read; it has the form {FORMS}, with special "
+            "characters in the password percent-encoded and options of redis-py's in the query"
         ) from None
 
 

@@ -20,7 +20,7 @@ from mcp_proxy.redis.event_log import RedisEventLog
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.storage.event_log import KEPT, EventLog
 from mcp_proxy.storage.mailboxes import Mailboxes
-from mcp_proxy.storage.records import ISSUED_TTL, Storage
+from mcp_proxy.storage.records import ISSUED_TTL, Storage, require_ttl
 from mcp_proxy.storage.session import SIGNED, Session, decode, encode, minted_by
 
 _SIGNED = f',"{SIGNED}":"'.encode()
@@ -57,6 +57,7 @@ class RedisStorage(Storage):
         prefix: str = "mcp-proxy:",
         timeout: float = 5,
     ) -> None:
+        require_ttl(ttl)
         self.connection = client if isinstance(client, Connection) else Connection(client, timeout)
         self._ttl_ms = max(1, math.ceil(ttl * 1000))
         self.ttl = ttl

@@ -48,16 +48,16 @@ class SessionManager:
         client_or_url: Client | str,
         ttl: float = 7200,
         prefix: str = "mcp-proxy:",
-        name: str | None = None,
+        name: str = "default",
     ) -> SessionManager:
         """A manager that shares its records with replicas of the same Redis, prefix and name.
 
-        `name` is the name of the server, or of the embedded transport, that has the sessions.
+        `name` is the name of the server, or of the embedded transport, that has the sessions; a
+        server that is given by its command or URL alone has the name `default`.
         """
         from mcp_proxy.redis.storage import RedisStorage
 
-        storage = RedisStorage(client_or_url, ttl=ttl, prefix=prefix)
-        return cls(storage if name is None else storage.scoped(name))
+        return cls(RedisStorage(client_or_url, ttl=ttl, prefix=prefix).scoped(name))
 
     def __repr__(self) -> str:
         return f"<SessionManager {self.storage!r}>"

@@ -98,6 +98,12 @@ class Storage(ABC):
         """Frees the resources of this object; harmless when repeated."""
 
 
+def require_ttl(ttl: float) -> None:
+    """Raises ConfigError unless records live for some time."""
+    if not isinstance(ttl, (int, float)) or not 0 < ttl < float("inf"):
+        raise ConfigError(f"ttl must be a number of seconds above 0, not {ttl!r}")
+
+
 # --- in memory -----------------------------------------------------------------------------------
 
 #: The most issued ids that are remembered, about 20 MB; the oldest are forgotten first.
@@ -125,6 +131,7 @@ class LocalStorage(Storage):
     is_shared = False
 
     def __init__(self, ttl: float = 7200, clock: Callable[[], float] = time.monotonic) -> None:
+        require_ttl(ttl)
         self.ttl = ttl
         self._clock = clock
         self._lock = threading.Lock()  # guards _scopes, _entries, _size and _issued

@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 from mcp_proxy.backends.exchange import no_answer
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.background import Workers
-from mcp_proxy.config import ProxyOptions
+from mcp_proxy.config import ProxyOptions, require_certificates
 from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import HeaderPolicy, mount_of, raw_path
@@ -47,7 +47,7 @@ from mcp_proxy.replica import Replica
 from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
-from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import COOKIES, UNSENT, Session
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
@@ -62,7 +62,7 @@ from mcp_proxy.transparent.own_calls import OwnCalls
 from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
 from mcp_proxy.transparent.unknown_sessions import UnknownSessions
-from mcp_proxy.transports.base import Transport, scoped
+from mcp_proxy.transports.base import Transport, scoped, storage_for
 from mcp_proxy.wire import cookies, headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.headers import Headers
@@ -113,7 +113,7 @@ class TransparentProxy(Transport):
     `session_storage` sessions are in memory. A session's record may name as its backend a target,
     an address that a target resolves to, or a URL in `allowed_backends`; `*` there, the default,
     allows all http(s) URLs. `verify` is passed to requests. Nothing starts before the first
-    request; `close` ends everything that was started.
+    request; `close` ends everything that was started. The constructor raises ConfigError.
     """
 
     def __init__(
@@ -127,13 +127,17 @@ class TransparentProxy(Transport):
         resolver: Resolver | None = None,
         options: ProxyOptions = ProxyOptions(),
     ) -> None:
+        storage = storage_for(session_storage, options)
         targets = as_targets(target_url)
         require_urls(allowed_backends)
-        storage = session_storage
-        if storage is None:
-            storage = LocalStorage(options.session_ttl)
+        if isinstance(verify, str):
+            require_certificates("verify", verify)
+        elif not isinstance(verify, bool):
+            raise ConfigError(f"verify is True, False or a file of CAs, not {verify!r}")
+        if resolver is not None and not callable(resolver):
+            raise ConfigError(f"resolver is a function of host and port, not {resolver!r}")
         manager = SessionManager(
-            scoped(storage, name, [target.url for target in targets]),
+            scoped(storage, name, sorted(target.url for target in targets)),
             unknown_status=options.unknown_status,
         )
         self._set_up(
@@ -631,7 +635,10 @@ def _closed_on_error(call: HttpCall) -> Iterator[None]:
 
 def as_targets(target_url: str | Sequence[str]) -> list[Target]:
     """The targets of one URL or several; raises ConfigError for an invalid URL, or none."""
-    urls = [target_url] if isinstance(target_url, str) else list(target_url)
+    try:
+        urls = [target_url] if isinstance(target_url, str) else list(target_url)
+    except TypeError:
+        urls = []
     targets = [target for url in urls if (target := parse_target(url)) is not None]
     if not urls or len(targets) < len(urls):
         raise ConfigError("target_url takes absolute http:// or https:// URLs")

@@ -13,15 +13,18 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest, with_path
-from mcp_proxy.errors import ConfigError
+from mcp_proxy.errors import ConfigError, StorageUnavailable
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.storage.records import Storage
+from mcp_proxy.storage.records import LocalStorage, Storage
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 #: Seconds that running calls get to end by themselves once a worker is told to stop.
 DRAIN_TIME = 8.0
+
+#: Why nothing begins where everything ends.
+SHUTTING_DOWN = "shutting down"
 
 _POLL = 0.1
 
@@ -98,8 +101,10 @@ class Transport(ABC):
         return False
 
     def not_ready_reason(self) -> str | None:
-        """Why new sessions cannot be expected to begin, None if they can."""
-        return self.threads_reason() or self.server_reason()
+        """Why new sessions cannot be expected to begin, None if they can; waits for the store."""
+        if self.edge.is_draining:
+            return SHUTTING_DOWN
+        return self.threads_reason() or store_reason(self.manager.storage) or self.server_reason()
 
     @abstractmethod
     def threads_reason(self) -> str | None:
@@ -132,6 +137,32 @@ def drain(transports: Collection[Transport], timeout: float, linger: float = 0.0
         time.sleep(_POLL)
 
 
+def store_reason(storage: Storage) -> str | None:
+    """Why a store cannot be written to, None if it can; waits for it."""
+    try:
+        storage.check()
+    except StorageUnavailable as error:
+        return error.detail
+    return None
+
+
+def storage_for(storage: Storage | None, options: ProxyOptions) -> Storage:
+    """The store of a transport on its own: the given one, or one in memory.
+
+    Raises ConfigError where either is something else.
+    """
+    if not isinstance(options, ProxyOptions):
+        raise ConfigError(f"options must be ProxyOptions(...), not {type(options).__name__}")
+    if storage is None:
+        return LocalStorage(options.session_ttl)
+    if not isinstance(storage, Storage):
+        kind = type(storage).__name__
+        raise ConfigError(
+            f"session_storage must be a Storage, such as RedisStorage(url), not {kind}"
+        )
+    return storage
+
+
 def scoped(storage: Storage, name: str | None, parts: Iterable[str]) -> Storage:
     """The part of a store that belongs to a transport of this name.
 
@@ -139,6 +170,8 @@ def scoped(storage: Storage, name: str | None, parts: Iterable[str]) -> Storage:
     never meet unless they serve the same. A store that keeps no names apart is used as it is.
     """
     if name is not None:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"name must be a text that is not empty, not {name!r}")
         return storage.scoped(name)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:

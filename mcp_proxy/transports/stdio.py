@@ -16,9 +16,9 @@ from mcp_proxy.errors import ConfigError
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import Session
-from mcp_proxy.transports.base import Transport, scoped
+from mcp_proxy.transports.base import Transport, scoped, storage_for
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Response
 
@@ -29,7 +29,8 @@ class StdioTransport(Transport):
     `command` is a list of arguments, a string, or a StdioServer. Without `session_storage` sessions
     live in memory; with a Redis one they are served by every replica that shares it. `name` tells
     the sessions of several transports over one store apart; without one a digest of the command
-    does. Nothing starts before the first request; `close` ends everything that did.
+    does. Nothing starts before the first request; `close` ends everything that did. The constructor
+    raises ConfigError.
     """
 
     owner: Owner
@@ -42,14 +43,12 @@ class StdioTransport(Transport):
         name: str | None = None,
         options: ProxyOptions = ProxyOptions(),
     ) -> None:
+        storage = storage_for(session_storage, options)
         if options.asks:
             raise ConfigError("unknown_session_status=ask is for HTTP servers: take 400 or 404")
         server = as_server(command, name)
         if server.timeout is not None:
             options = replace(options, request_timeout=server.timeout)
-        storage = session_storage
-        if storage is None:
-            storage = LocalStorage(options.session_ttl)
         env = [f"{variable}={value}" for variable, value in sorted(server.env.items())]
         manager = SessionManager(
             scoped(storage, name, [*server.argv, server.cwd or "", *env]),
@@ -111,7 +110,7 @@ class StdioTransport(Transport):
             program = os.path.join(server.cwd, program)
         if shutil.which(program, path=server.env.get("PATH")) is None:
             return f"{server.argv[0]} is not an executable file"
-        return self.owner.backoff.not_ready_reason()
+        return self.owner.full_reason() or self.owner.backoff.not_ready_reason()
 
     def tell(
         self, request: ClientRequest, session: Session, message: Notification | Response

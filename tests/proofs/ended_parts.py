@@ -258,10 +258,8 @@ def _end(scene: Scene, file: Path, name: str) -> tuple[str, bool]:
         reasons: set[str] = set()
         began, before = time.monotonic(), scene.calls()
         while time.monotonic() < began + _AFTERWARDS:
-            answer, body = ask(scene.proxy.port, "GET", "/readyz")
-            if answer.status != 200:
-                checks = json.loads(body)["checks"]
-                reasons |= {str(reason) for reason in checks.values() if reason != "ok"}
+            checks = json.loads(ask(scene.proxy.port, "GET", "/readyz")[1])["checks"].values()
+            reasons |= {check["reason"] for check in checks if check["state"] != "ok"}
             time.sleep(_LOOK)
         began_again = said.read_text().count(f"began {name}\n") > 1
         failed = sum((scene.wrong() - wrong).values())

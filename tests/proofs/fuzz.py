@@ -350,10 +350,9 @@ class _Tolerant(HttpBackend):
         message = turn.seen.json
         is_request = isinstance(message, dict) and isinstance(message.get("method"), str)
         params = message.get("params") if is_request else None
+        names_version = isinstance(params, dict) and "protocolVersion" in params
         is_begin = is_request and message["method"] == "initialize"
-        if turn.seen.method == "POST" and (
-            not is_request or (is_begin and "protocolVersion" not in (params or ()))
-        ):
+        if turn.seen.method == "POST" and (not is_request or (is_begin and not names_version)):
             turn.reply(400)
         else:
             super()._answer(turn)

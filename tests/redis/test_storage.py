@@ -14,7 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from mcp_proxy.errors import SessionExists, SessionNotFound, StorageError, StorageUnavailable
+from mcp_proxy.errors import (
+    ConfigError,
+    SessionExists,
+    SessionNotFound,
+    StorageError,
+    StorageUnavailable,
+)
 from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
@@ -273,7 +279,7 @@ def test_a_database_that_is_not_there_is_named(
 
 @pytest.mark.parametrize("url", ["redis://h/abc", "rediss://h/0/1", "redis://h//"])
 def test_a_path_that_is_no_database_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         Connection(url)
 
 
@@ -451,14 +457,14 @@ def test_a_wrong_password_is_a_store_that_cannot_be_reached(
 @pytest.mark.parametrize(
     "url", ["", "localhost:6379", "http://127.0.0.1", "redis://h:port", "redis://[::1"]
 )
-def test_a_url_that_cannot_be_read_is_a_value_error(url: str) -> None:
-    with pytest.raises(ValueError, match=r"."):
+def test_a_url_that_cannot_be_read_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"."):
         Connection(url, timeout=1)
 
 
 @pytest.mark.parametrize("url", ["redis://:hunter/2@h", "redis://me:hunter?2@h", "me:hunter2@h"])
 def test_the_complaint_about_a_url_shows_nothing_of_its_password(url: str) -> None:
-    with pytest.raises(ValueError, match=r".") as caught:
+    with pytest.raises(ConfigError, match=r".") as caught:
         Connection(url, timeout=1)
     assert "hunter" not in "".join(traceback.format_exception(caught.value))
 

@@ -232,7 +232,7 @@ def test_nothing_after_the_dashes_is_refused(capsys: pytest.CaptureFixture[str])
 def test_a_bad_redis_url_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--redis-url", "http://x:hunter2@h"]) == 2
     complaint = capsys.readouterr().err
-    assert complaint.startswith("mcp-wsgi-proxy: redis_url cannot be read")
+    assert complaint.startswith("mcp-wsgi-proxy: The URL of Redis (redis_url) cannot be read")
     assert "hunter2" not in complaint
 
 

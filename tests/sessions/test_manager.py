@@ -227,10 +227,10 @@ def test_the_store_is_asked_about_issued_ids_only_after_a_miss(
             manager.load(MINTED_ELSEWHERE)
     manager.storage.close()
     assert [words[:2] for words in commands] == [
-        ["GETEX", "p:session:s"],
-        ["GETEX", "p:session:t"],
-        ["EXISTS", "p:issued:t"],
-        ["GETEX", f"p:session:{MINTED_ELSEWHERE}"],
+        ["GETEX", "p:default:session:s"],
+        ["GETEX", "p:default:session:t"],
+        ["EXISTS", "p:default:issued:t"],
+        ["GETEX", f"p:default:session:{MINTED_ELSEWHERE}"],
     ]
 
 
@@ -284,7 +284,7 @@ def test_with_redis_takes_ttl_and_prefix(redis_server: RedisServer, redis_prefix
     with redis_server.client() as client:
         manager = SessionManager.with_redis(client, ttl=60, prefix=redis_prefix)
         manager.create(record("s"))
-        assert 50_000 < client.pttl(f"{redis_prefix}session:s") <= 60_000
+        assert 50_000 < client.pttl(f"{redis_prefix}default:session:s") <= 60_000
         manager.storage.close()
         assert client.ping()
 

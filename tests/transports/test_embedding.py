@@ -12,7 +12,10 @@ import pytest
 from mcp_proxy import (
     ConfigError,
     EventLog,
+    HttpServer,
     LocalStorage,
+    ProxyConfig,
+    ProxyOptions,
     RedisStorage,
     Session,
     SessionManager,
@@ -21,6 +24,7 @@ from mcp_proxy import (
     Storage,
     StreamableProxy,
     TransparentProxy,
+    create_app,
 )
 from mcp_proxy.transports.stdio import StdioTransport
 from tests.servers.http_backend import HttpBackend
@@ -32,6 +36,9 @@ from tests.support.waiting import eventually
 
 #: The same server by another command.
 OTHER = (*SCRIPTED, "--log-first", "0")
+
+#: Nobody is there.
+AWAY = "http://127.0.0.1:9"
 
 Make = Callable[..., StreamableProxy]
 
@@ -145,6 +152,102 @@ def test_a_manager_of_the_same_name_sees_the_records(
     finally:
         for manager in managers.values():
             manager.storage.close()
+
+
+# --- whether it is ready -------------------------------------------------------------------------
+
+
+def test_a_closed_proxy_is_not_ready() -> None:
+    proxy = StreamableProxy(SCRIPTED)
+    assert proxy.not_ready_reason() is None
+    proxy.close()
+    assert proxy.not_ready_reason() == "shutting down"
+
+
+@pytest.mark.parametrize(
+    "make_proxy",
+    [lambda store: StreamableProxy(SCRIPTED, store), lambda store: TransparentProxy(AWAY, store)],
+    ids=["stdio", "http"],
+)
+def test_a_proxy_whose_store_is_away_is_not_ready(make_proxy: Any) -> None:
+    with (
+        closing(RedisStorage("redis://127.0.0.1:1", timeout=1)) as storage,
+        make_proxy(storage) as it,
+    ):
+        assert "127.0.0.1:1" in it.not_ready_reason()
+
+
+def test_a_proxy_whose_sessions_are_all_taken_is_not_ready() -> None:
+    with StreamableProxy(SCRIPTED, options=ProxyOptions(max_sessions=1)) as proxy:
+        client = client_of(proxy).open()
+        assert proxy.not_ready_reason() == "all 1 sessions of this worker are taken"
+        client.delete()
+        assert proxy.not_ready_reason() is None
+    with StreamableProxy(SCRIPTED, options=ProxyOptions(max_sessions=1, evict_after=0.01)) as proxy:
+        client_of(proxy).open()
+        eventually(lambda: proxy.not_ready_reason() is None)
+
+
+def test_an_application_can_be_asked_and_ended_as_a_proxy_can() -> None:
+    config = ProxyConfig(command=SCRIPTED, max_sessions=1)
+    with create_app(config) as app:
+        assert app.not_ready_reason() is None
+        client = McpClient(WsgiFront(app)).open()
+        assert app.not_ready_reason() is None, "its session is served"
+        call = client.call("sleep", {"seconds": 0.5, "token": "slow"})
+        app.close(timeout=20)
+        assert call.message()["result"]["token"] == "slow"
+        assert app.not_ready_reason() == "shutting down"
+    with create_app(ProxyConfig(command=("/nowhere/server",))) as app:
+        assert app.not_ready_reason() == "server default: /nowhere/server is not an executable file"
+
+
+def test_a_manager_finds_the_sessions_of_an_application(redis_url: str, redis_prefix: str) -> None:
+    config = ProxyConfig(command=SCRIPTED, redis_url=redis_url, redis_prefix=redis_prefix)
+    manager = SessionManager.with_redis(redis_url, prefix=redis_prefix)
+    with create_app(config) as app, closing(manager.storage):
+        client = McpClient(WsgiFront(app)).open()
+        assert client.session is not None
+        assert manager.load(client.session).id == client.session
+
+
+# --- what is given wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make_one", "complaint"),
+    [
+        (lambda: StreamableProxy(SCRIPTED, "redis://localhost"), "session_storage .* not str"),
+        (lambda: TransparentProxy(AWAY, "redis://localhost"), "session_storage .* not str"),
+        (lambda: StreamableProxy(SCRIPTED, options={}), "options must be ProxyOptions.* not dict"),
+        (lambda: TransparentProxy(AWAY, options={"threads": 4}), "options must be ProxyOptions"),
+        (lambda: StreamableProxy(SCRIPTED, name=""), "name must be a text that is not empty"),
+        (lambda: StreamableProxy(SCRIPTED, name=7), "StdioServer: name: expected str, got int"),
+        (lambda: StreamableProxy([]), "command of a stdio server is empty"),
+        (lambda: StreamableProxy(7), "A command is a text or a list of texts, not 7"),
+        (lambda: StreamableProxy(["a", 1]), "A command is a text or a list of texts"),
+        (lambda: StdioServer("x", ()), "command of a stdio server is empty"),
+        (lambda: StdioServer(7, ("a",)), "StdioServer: name: expected str, got int"),
+        (lambda: StdioServer("x", ("a",), {"N": 1}), "StdioServer: env: expected str, got int"),
+        (lambda: HttpServer("x", ()), "x: its URLs must be absolute"),
+        (lambda: HttpServer("x", ("localhost:1",)), "x: its URLs must be absolute"),
+        (lambda: TransparentProxy(7), "target_url takes absolute"),
+        (lambda: TransparentProxy(AWAY, verify="/nowhere.pem"), "verify: '/nowhere.pem' cannot be"),
+        (lambda: TransparentProxy(AWAY, verify=None), "verify is True, False or a file"),
+        (lambda: TransparentProxy(AWAY, resolver="dns"), "resolver is a function"),
+        (lambda: RedisStorage("localhost"), "The URL of Redis .* cannot be read"),
+        (lambda: RedisStorage("redis://localhost", ttl=0), "ttl must be a number of seconds"),
+        (lambda: LocalStorage(ttl=-1), "ttl must be a number of seconds"),
+        (lambda: LocalStorage(ttl="60"), "ttl must be a number of seconds above 0, not '60'"),
+    ],
+)
+def test_what_does_not_fit_is_said_when_it_is_given(make_one: Any, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_one()
+
+
+def test_a_server_takes_its_command_as_a_text() -> None:
+    assert StdioServer("x", "python -m 'a b'").argv == ("python", "-m", "a b")  # type: ignore[arg-type]
 
 
 # --- the end -------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class Edge:
                 return _LoggedBody(request, reply.status, reply.body)
             if not is_own or reply.status >= 400:  # probes come every second
                 log_access(request, reply.status)
-            return [reply.body]
+            return [] if request.method == "HEAD" else [reply.body]
         finally:
             current_request.reset(token)
 

@@ -17,7 +17,7 @@ from mcp_proxy import ProxyConfig, ProxyOptions
 from mcp_proxy.edge import logs
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import Edge, StreamLimit, render
-from mcp_proxy.edge.reply import STATUS_LINES, Reply, empty_reply, stream_reply
+from mcp_proxy.edge.reply import STATUS_LINES, Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest, RequestIds
 from mcp_proxy.errors import (
     BodyTooLarge,
@@ -323,3 +323,20 @@ def test_no_message_begins_a_second_line_of_the_text_log() -> None:
     line = logs.TextFormatter().format(made)
     assert line.endswith(": a\\nb \\x1b[2J c\\r\td")
     assert "\n" not in line
+
+
+def test_an_answer_to_head_has_the_length_of_the_body_and_no_body() -> None:
+    def answer(method: str, status: int) -> tuple[list[bytes], dict[str, str]]:
+        found: list[tuple[str, str]] = []
+        environ = create_environ("/healthz", method=method)
+        reply = json_reply(b'{"status":"ok"}', status)
+        body = Edge(ProxyOptions()).serve(
+            environ, lambda _, headers, *__: found.extend(headers), lambda request: reply
+        )
+        return list(body), dict(found)
+
+    for status in (200, 503):
+        (body,), with_body = answer("GET", status)
+        assert answer("HEAD", status)[0] == []
+        assert answer("HEAD", status)[1]["Content-Length"] == with_body["Content-Length"]
+        assert with_body["Content-Length"] == str(len(body))

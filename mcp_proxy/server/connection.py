@@ -127,6 +127,17 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         slowest = self._body_since + self.request.body_bytes / _SLOWEST
         return self.client_timeout + min(self.progress, slowest)
 
+    def end(self) -> None:
+        """Ends our side, with TLS by the alert for that (RFC 8446 section 6.1). Never blocks.
+
+        Raises OSError or ValueError where the client has left, or the socket is closed.
+        """
+        self.sock.setblocking(False)
+        if isinstance(self.sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()  # it would have the client's alert, too, for which nobody waits
+        self.sock.shutdown(socket.SHUT_WR)
+
     # --- in a thread for handshakes --------------------------------------------------------------
 
     @property

@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import socket
 import ssl
 import sys
 import threading
@@ -496,8 +495,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         conn.timeout = time.monotonic() + _CLOSING_TIME
         self.closing[conn] = None
         try:
-            conn.sock.setblocking(False)
-            conn.sock.shutdown(socket.SHUT_WR)
+            conn.end()
             self._watch(conn, self._read_on_and_forget)
         except (OSError, ValueError):  # the client has left, or the socket is closed already
             self._drop(conn)

@@ -237,6 +237,17 @@ def test_a_large_answer_is_sent_whole(server: TlsServer) -> None:
         assert len(connection.read_head().read()) == 8 * 1024 * 1024
 
 
+def test_the_end_of_an_answer_is_told_from_a_broken_connection(server: TlsServer) -> None:
+    with server.serving() as held:
+        plain = socket.create_connection(("127.0.0.1", held.process.port), timeout=20)
+        with server.tls.wrap_socket(
+            plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False
+        ) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            while connection.recv(1000):
+                pass  # without an alert this would be an SSLEOFError
+
+
 def test_a_client_that_waits_for_100_gets_it_once(server: TlsServer) -> None:
     with server.serving("--threads", "4") as held, closing(held.connect()) as connection:
         head = _HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")

@@ -18,7 +18,7 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
 - TLS handshakes are done in steps, by two threads that wait for no client; one that fails is a line
-  in the log. Afterwards requests arrive as they do without TLS.
+  in the log. Afterwards requests arrive as they do without TLS. HTTP/2 is not offered.
 - What is refused before the application sees it is a JSON-RPC error.
 - Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
   times per request.
@@ -131,6 +131,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._next_sweep = 0.0
         self._handshakes = ThreadPoolExecutor(_HANDSHAKE_THREADS)
         self._handshake_failures = HandshakeFailures(self.log)
+        if "h2" in self.cfg.http_protocols:
+            self.log.warning("This worker class does not offer HTTP/2 over TLS")
+            self.cfg.set("http_protocols", "h1")
         #: Connections that were shut down and are read until their time is over, oldest first.
         self.closing: dict[Connection, None] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import selectors
 import socket
 import ssl
@@ -19,6 +20,7 @@ from gunicorn.config import Config
 from mcp_proxy.edge import logs
 from mcp_proxy.server import connection as server_connection
 from mcp_proxy.server.tls import HandshakeFailures
+from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live.connections import Connection
 from tests.server.test_full_worker import get, taken
 from tests.server.test_slow_clients import impatient, slowest_answer
@@ -266,6 +268,15 @@ def test_a_client_with_a_certificate_is_served_where_one_is_asked_for(
     asked_for = ("--cert-reqs", "2", "--ca-certs", certificates.path("ca.pem"))
     with server.serving(*asked_for) as held, closing(held.connect()) as connection:
         assert connection.ask("/").status == 200
+
+
+def test_http_2_is_not_offered(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config()
+    config.set("http_protocols", "h2,h1")
+    worker = KeepaliveWorker(1, 1, [], SimpleNamespace(), 30, config, logging.getLogger())
+    worker.tmp.close()
+    assert config.http_protocols == ["h1"]
+    assert "does not offer HTTP/2" in caplog.text
 
 
 # --- what fails ----------------------------------------------------------------------------------

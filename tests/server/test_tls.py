@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from gunicorn.config import Config
@@ -25,6 +26,7 @@ from tests.live.connections import Connection
 from tests.server.test_full_worker import get, taken
 from tests.server.test_slow_clients import impatient, slowest_answer
 from tests.server.test_worker import Held, serving
+from tests.support.proxy_process import GUNICORN, ProxyProcess
 from tests.support.tls import Certificates
 from tests.support.waiting import eventually
 
@@ -55,7 +57,7 @@ class TlsServer:
 
     def __init__(self, tmp_path: Path, certificates: Certificates) -> None:
         self._tmp_path = tmp_path
-        self._options = (
+        self.options = (
             *("--certfile", certificates.path("server.pem")),
             *("--keyfile", certificates.path("server.key")),
         )
@@ -63,13 +65,13 @@ class TlsServer:
 
     @contextmanager
     def serving(self, *options: str) -> Iterator[Held]:
-        with serving(self._tmp_path, *self._options, *options) as held:
+        with serving(self._tmp_path, *self.options, *options) as held:
             held.tls = self.tls
             yield held
 
     @contextmanager
     def impatient(self, *options: str) -> Iterator[Held]:
-        with impatient(self._tmp_path, *self._options, *options) as held:
+        with impatient(self._tmp_path, *self.options, *options) as held:
             held.tls = self.tls
             yield held
 
@@ -192,6 +194,48 @@ def test_a_probe_is_answered_while_every_thread_is_taken(server: TlsServer) -> N
                     get(connection, "/probe")
                     answer = connection.read_head()
                     assert (answer.status, answer.read()) == (200, b"MainThread")
+
+
+def call(connection: Connection, method: str, params: dict[str, Any], *headers: str) -> None:
+    data = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
+    lines = (
+        "POST /mcp HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        "Accept: application/json, text/event-stream",
+        f"Content-Length: {len(data)}",
+        *headers,
+    )
+    connection.send_raw("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+
+
+def test_health_is_told_while_calls_hold_every_thread(server: TlsServer) -> None:
+    with ExitStack() as stack:
+        four = {"MCP_PROXY_THREADS": "4"}
+        proxy = stack.enter_context(
+            ProxyProcess(way=GUNICORN, options=server.options, environment=four)
+        )
+
+        def connect() -> Connection:
+            return stack.enter_context(closing(Connection(proxy.port, server.tls)))
+
+        first = connect()
+        client = {"protocolVersion": "2025-06-18", "capabilities": {}}
+        call(first, "initialize", {**client, "clientInfo": {"name": "a", "version": "1"}})
+        answer = first.read_head()
+        assert answer.status == 200
+        session = f"Mcp-Session-Id: {answer.headers['Mcp-Session-Id']}"
+        for _ in range(4):
+            slow = {"name": "count", "arguments": {"to": 1, "pause": 600}}
+            call(connect(), "tools/call", slow, session)
+        took = []
+        for path in ("/healthz", "/readyz") * 10:
+            before = time.monotonic()
+            probe = connect()
+            get(probe, path)
+            assert probe.read().status == 200
+            took.append(time.monotonic() - before)
+        assert sorted(took)[10] < 0.5, took
 
 
 def test_a_client_that_leaves_while_it_waits_is_forgotten_unexecuted(server: TlsServer) -> None:

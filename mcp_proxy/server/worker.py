@@ -418,7 +418,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self._refuse(conn, "408 Request Timeout", "The request did not arrive in time")
             return
         if conn.is_in_handshake:
-            self._handshake_failures.add(conn.client, "it did not end in time")
+            self._handshake_failures.add(conn.client, "the handshake did not end in time")
         self._close(conn)
 
     # --- TLS handshakes --------------------------------------------------------------------------

@@ -79,14 +79,14 @@ _SWEEP = 0.25
 # Bytes of all requests that are arriving at a worker.
 _ARRIVING_BYTES = 64 * 1024 * 1024
 
+# Threads that do TLS handshakes, whose milliseconds of arithmetic are too long for the main loop.
+_HANDSHAKE_THREADS = 2
+
 # Seconds for which a connection may be sure not to be closed in favour of another.
 _SURE = 1.0
 
 # Seconds after which a queued request is not begun if its client has ended its side.
 _HALF_CLOSED = 1.0
-
-# Threads that do TLS handshakes, whose milliseconds of arithmetic are too long for the main loop.
-_HANDSHAKE_THREADS = 2
 
 _NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -129,13 +129,13 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._places = 0
         self._arriving_bytes = 0
         self._next_sweep = 0.0
+        #: Connections that were shut down and are read until their time is over, oldest first.
+        self.closing: dict[Connection, None] = {}
         self._handshakes = ThreadPoolExecutor(_HANDSHAKE_THREADS)
         self._handshake_failures = HandshakeFailures(self.log)
         if "h2" in self.cfg.http_protocols:
             self.log.warning("This worker class does not offer HTTP/2 over TLS")
             self.cfg.set("http_protocols", "h1")
-        #: Connections that were shut down and are read until their time is over, oldest first.
-        self.closing: dict[Connection, None] = {}
 
     # --- in the main thread ----------------------------------------------------------------------
 

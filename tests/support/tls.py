@@ -29,8 +29,7 @@ _DAY = datetime.timedelta(days=1)
 class Certificates:
     """A certificate authority in a directory, with one certificate for servers and one for clients.
 
-    Files: `ca.pem`, `server.pem`, `client.pem`, and their keys in `*.key`. They have what
-    VERIFY_X509_STRICT asks for, Python's default from 3.13 on.
+    Files: `ca.pem`, `server.pem`, `client.pem`, and their keys in `*.key`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -84,13 +83,13 @@ class Certificates:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - _DAY)
             .not_valid_after(now + _DAY)
-            .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([loopback]), critical=False)
             .add_extension(_key_usage(is_authority), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), False
             )
+            .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([loopback]), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         pem = serialization.Encoding.PEM
@@ -106,6 +105,7 @@ def _name(text: str) -> x509.Name:
 
 
 def _key_usage(is_authority: bool) -> x509.KeyUsage:
+    """What VERIFY_X509_STRICT wants to be told, which is the default from Python 3.13 on."""
     return x509.KeyUsage(
         digital_signature=not is_authority,
         key_cert_sign=is_authority,

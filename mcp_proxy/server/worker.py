@@ -73,14 +73,14 @@ _PAUSE = 0.5
 # accepts them afterwards.
 _YIELD = 0.05
 
+# Threads that do TLS handshakes, whose milliseconds of arithmetic are too long for the main loop.
+_HANDSHAKE_THREADS = 2
+
 # Seconds between two looks at which connections' time is over.
 _SWEEP = 0.25
 
 # Bytes of all requests that are arriving at a worker.
 _ARRIVING_BYTES = 64 * 1024 * 1024
-
-# Threads that do TLS handshakes, whose milliseconds of arithmetic are too long for the main loop.
-_HANDSHAKE_THREADS = 2
 
 # Seconds for which a connection may be sure not to be closed in favour of another.
 _SURE = 1.0

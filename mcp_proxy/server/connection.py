@@ -1,12 +1,13 @@
 """A connection of our worker class: the request that is arriving on it, and how long that may take.
 
 A connection belongs to one thread at a time: to the main one while it waits in the poller, else to
-the thread of the pool that serves it.
+the one that serves it or goes on with its handshake.
 """
 
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
 import ssl
 import struct
@@ -14,13 +15,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from gunicorn.http.errors import NoMoreData
+from gunicorn.http import get_parser
 from gunicorn.http.unreader import Unreader
 from gunicorn.workers import gthread
 
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
+from mcp_proxy.server.tls import with_tls
 
-#: Bytes that are read or written at once.
+#: Bytes that are read or written at once; more than TLS has in a record, so none stay in OpenSSL.
 PIECE = 64 * 1024
 
 #: Seconds for which a thread waits at a connection on which it has answered.
@@ -48,13 +50,18 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     def __init__(self, limits: tuple[float, int], *args: Any) -> None:
         super().__init__(*args)
         self.client_timeout, self.max_header_bytes = limits
-        #: Whether the bytes on the socket are those of HTTP/1: of nothing else a request is kept.
-        self.is_plain = (
-            not self.cfg.is_ssl
-            and self.cfg.http2_cleartext == "off"
+        #: Whether what comes, TLS apart, is HTTP/1: of nothing else a request is kept.
+        self.is_followed = (
+            self.cfg.http2_cleartext == "off"
             and self.cfg.proxy_protocol == "off"
             and self.cfg.protocol == "http"
         )
+        #: Whether the bytes on the socket are those of HTTP/1.
+        self.is_plain = self.is_followed and not self.cfg.is_ssl
+        #: Whether TLS is still to be agreed on.
+        self.needs_handshake = bool(self.cfg.is_ssl)
+        #: What has to happen on the socket before anything can be done.
+        self.waits_for = selectors.EVENT_READ
         self.data_ready = True  # gunicorn's thread need not wait for the first byte
         self.sock = ClientSocket(self.sock, self.client_timeout, self.is_plain)
         #: Whether a part of the threads that is for slow requests counts this one.
@@ -85,7 +92,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         """Takes what has come; False if the client has left. A thread waits for `STAY` seconds."""
         try:
             data = self.sock.recv(PIECE)
-        except BlockingIOError:
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return True
         except OSError:
             return False
@@ -98,12 +105,12 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     @property
     def is_for_a_thread(self) -> bool:
         """Whether a thread can read the request, or is needed to read it."""
-        return not self.is_plain or self.request.shape in (Shape.WHOLE, Shape.OTHER)
+        return not self.is_followed or self.request.shape in (Shape.WHOLE, Shape.OTHER)
 
     @property
     def is_slow(self) -> bool:
         """Whether a thread may have to wait for the rest of the request."""
-        return not self.is_plain or self.request.shape is Shape.OTHER
+        return not self.is_followed or self.request.shape is Shape.OTHER
 
     @property
     def expects_continue(self) -> bool:
@@ -120,15 +127,60 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         slowest = self._body_since + self.request.body_bytes / _SLOWEST
         return self.client_timeout + min(self.progress, slowest)
 
+    def end(self) -> None:
+        """Ends our side, with TLS by the alert for that (RFC 8446 section 6.1). Never blocks.
+
+        Raises OSError or ValueError where the client has left, or the socket is closed.
+        """
+        self.sock.setblocking(False)
+        if isinstance(self.sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()  # it would have the client's alert, too, for which nobody waits
+        self.sock.shutdown(socket.SHUT_WR)
+
+    # --- in a thread for handshakes --------------------------------------------------------------
+
+    @property
+    def is_in_handshake(self) -> bool:
+        """Whether the client has begun to agree on TLS, and has not come to the end."""
+        return self.needs_handshake and isinstance(self.sock, ssl.SSLSocket)
+
+    def shake_hands(self) -> bool:
+        """Goes on with the handshake as far as that goes at once; False if nobody began it.
+
+        Raises OSError where it fails, and what `with_tls` raises.
+        """
+        self.waits_for = selectors.EVENT_READ
+        if not self.is_in_handshake:
+            if not self._has_sent_something():
+                return False
+            self.sock = with_tls(self.sock, self.cfg)
+        try:
+            self.sock.do_handshake()
+            self.needs_handshake = False
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLWantWriteError:
+            self.waits_for = selectors.EVENT_WRITE
+        self.progress = time.monotonic()
+        return True
+
+    def _has_sent_something(self) -> bool:
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     # --- in a thread -----------------------------------------------------------------------------
 
     def init(self) -> None:
         """Gives gunicorn's parser what has come; from now on every wait has an end."""
         if not self.initialized:
-            try:
-                super().init()
-            except TimeoutError as error:  # in a handshake
-                raise NoMoreData from error
+            if self.cfg.is_ssl:  # else gunicorn would take the socket over once more
+                self.parser = get_parser(self.cfg, self.sock, self.client)
+            super().init()
             if not self.is_http2:
                 self.parser.unreader = PatientUnreader(self)
         if not self.is_plain:
@@ -188,8 +240,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     @property
     def has_unread_bytes(self) -> bool:
         """Whether there are bytes of the next request that do not make the socket readable."""
-        is_tls = isinstance(self.sock, ssl.SSLSocket)
-        return bool(self.request.data) or (is_tls and self.sock.pending() > 0)
+        return bool(self.request.data)
 
 
 class ClientSocket(socket.socket):

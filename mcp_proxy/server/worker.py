@@ -17,6 +17,8 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
   whatever holds the threads.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
+- TLS handshakes are done in steps, by two threads that wait for no client; one that fails is a line
+  in the log. Afterwards requests arrive as they do without TLS. HTTP/2 is not offered.
 - What is refused before the application sees it is a JSON-RPC error.
 - Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
   times per request.
@@ -33,15 +35,14 @@ their `timeout` is over. `handle` makes the socket blocking and calls `TConn.ini
 connection that is to be kept, as `_keepalive_after` says, False for another. `handle_error` writes
 to the socket that it is given. `wsgi.create` takes a `response_class`, whose `write` sends head and
 body by `sock.sendall`; an attribute of `cfg` hides the setting of that name. `handle_request` is
-gunicorn's own with that class. gunicorn handles signals, timeouts and bad requests.
+gunicorn's own with that class. gunicorn handles signals, timeouts and bad requests. `TConn.init`
+begins no handshake where there is a parser; `ssl_context` makes what gunicorn is set to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import selectors
-import socket
 import ssl
 import sys
 import threading
@@ -59,6 +60,7 @@ from mcp_proxy.errors import Overloaded, ProxyError
 from mcp_proxy.server.answers import Gathering, JoinedResponse, answer, refusal, send
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
 from mcp_proxy.server.connection import PIECE, Connection
+from mcp_proxy.server.tls import HandshakeFailures
 
 # Seconds for which a connection that was shut down is read: closed with unread bytes it would be
 # reset, and the client might lose the end of its answer (RFC 9112 section 9.6).
@@ -70,6 +72,9 @@ _PAUSE = 0.5
 # Seconds for which a worker without a free thread leaves connections to others, and within which it
 # accepts them afterwards.
 _YIELD = 0.05
+
+# Threads that do TLS handshakes, whose milliseconds of arithmetic are too long for the main loop.
+_HANDSHAKE_THREADS = 2
 
 # Seconds between two looks at which connections' time is over.
 _SWEEP = 0.25
@@ -126,6 +131,11 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._next_sweep = 0.0
         #: Connections that were shut down and are read until their time is over, oldest first.
         self.closing: dict[Connection, None] = {}
+        self._handshakes = ThreadPoolExecutor(_HANDSHAKE_THREADS)
+        self._handshake_failures = HandshakeFailures(self.log)
+        if "h2" in self.cfg.http_protocols:
+            self.log.warning("This worker class does not offer HTTP/2 over TLS")
+            self.cfg.set("http_protocols", "h1")
 
     # --- in the main thread ----------------------------------------------------------------------
 
@@ -142,6 +152,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
         That quarter is left to the application.
         """
+        if self.cfg.is_ssl:
+            _start_all(self._handshakes, _HANDSHAKE_THREADS)
         started = _start_all(self.tpool, self.threads)
         if started == self.threads:
             return
@@ -209,7 +221,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """Hands a connection to a thread; without a free one its request is queued."""
         if self._is_full:
             self.queued[conn] = time.monotonic()
-            if conn.is_plain:  # else what comes is not for us to read
+            if conn.is_followed:  # else what comes is not for us to read
                 self._watch(conn, self._look_at_queued)
             return
         self.busy += 1
@@ -337,7 +349,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     def _receive(self, conn: Connection, _client: Any = None) -> None:
         """Takes what a client has sent."""
         before = len(conn.request.data)
-        has_left = conn.is_plain and not conn.receive()
+        has_left = conn.is_followed and not conn.receive()
         if conn in self.arriving:
             self._arriving_bytes += len(conn.request.data) - before
         if has_left:
@@ -374,7 +386,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if conn not in self.arriving:
             self.arriving[conn] = None
             self._arriving_bytes += len(conn.request.data)
-            self._watch(conn, self._receive)
+            self._watch(conn, self._shake_hands if conn.needs_handshake else self._receive)
         if conn.expects_continue:
             conn.is_continued = True
             with contextlib.suppress(OSError):
@@ -404,6 +416,26 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._forget(conn)
         if conn.request.data:
             self._refuse(conn, "408 Request Timeout", "The request did not arrive in time")
+            return
+        if conn.is_in_handshake:
+            self._handshake_failures.add(conn.client, "the handshake did not end in time")
+        self._close(conn)
+
+    # --- TLS handshakes --------------------------------------------------------------------------
+
+    def _shake_hands(self, conn: Connection, _client: Any) -> None:
+        """Has a thread go on with a handshake; until then nobody else touches the connection."""
+        self._forget(conn)
+        step = self._handshakes.submit(conn.shake_hands)
+        step.add_done_callback(partial(self.method_queue.defer, self._after_step, conn))
+
+    def _after_step(self, conn: Connection, step: Future[bool]) -> None:
+        error = step.exception()
+        if error is not None:
+            self._handshake_failures.add(conn.client, error)
+            self._shut_down(conn)
+        elif step.result():
+            self._wait_for_more(conn)
         else:
             self._close(conn)
 
@@ -418,6 +450,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         for conn in [conn for conn in self.arriving if self._is_over(conn, now)]:
             self._give_up(conn)
         self._look_through_queue(now)
+        self._handshake_failures.tell()
         for conn in [conn for conn in self.closing if conn.timeout <= now]:
             self._drop(conn)
         if self.nr_conns >= self.worker_connections:
@@ -442,7 +475,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 self._close(kept)
 
     def _watch(self, conn: Connection, callback: Callable[[Connection, Any], None]) -> None:
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(callback, conn))
+        self.poller.register(conn.sock, conn.waits_for, partial(callback, conn))
 
     def _unwatch(self, conn: Connection) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -465,8 +498,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         conn.timeout = time.monotonic() + _CLOSING_TIME
         self.closing[conn] = None
         try:
-            conn.sock.setblocking(False)
-            conn.sock.shutdown(socket.SHUT_WR)
+            conn.end()
             self._watch(conn, self._read_on_and_forget)
         except (OSError, ValueError):  # the client has left, or the socket is closed already
             self._drop(conn)

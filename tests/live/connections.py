@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 from email.message import Message
 
 _PATIENCE = 20.0
@@ -41,10 +42,12 @@ class Answer:
 
 
 class Connection:
-    """A kept-alive connection to a server on this machine."""
+    """A kept-alive connection to a server on this machine, with TLS where there is a context."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE)
+        if tls is not None:
+            self._socket = tls.wrap_socket(self._socket, server_hostname="127.0.0.1")
         self.file = self._socket.makefile("rb")
 
     def close(self) -> None:

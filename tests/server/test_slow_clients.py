@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
-from gunicorn.config import Config
-from gunicorn.http.errors import NoMoreData
 
-from mcp_proxy.server import connection as server_connection
 from tests.server.test_worker import WORKER, Held, serving
 from tests.support.proxy_process import ProxyProcess
-from tests.support.tls import Certificates
 
 IMPATIENT = ("-m", "gunicorn", "-c", "python:tests.live.impatient_gunicorn", "-k", WORKER)
 
@@ -181,19 +176,3 @@ def test_clients_that_do_not_read_hold_threads_for_the_time_of_one_piece(tmp_pat
         assert memory_of(worker) < 64 * 8 * 1024 * 1024 + 100 * 1024 * 1024
         assert held.process.worker_pids() == [worker]
         assert "Traceback" not in held.process.log()
-
-
-def test_a_tls_handshake_has_its_time(tmp_path: Path) -> None:
-    certificates = Certificates(tmp_path)
-    config = Config()
-    config.set("certfile", certificates.path("server.pem"))
-    config.set("keyfile", certificates.path("server.key"))
-    ours, theirs = socket.socketpair()
-    with theirs:
-        theirs.sendall(b"\x16\x03")
-        conn = server_connection.Connection((0.2, 1000), config, ours, ("127.0.0.1", 1), None)
-        before = time.monotonic()
-        with pytest.raises(NoMoreData):
-            conn.init()
-        assert time.monotonic() - before < 2
-        conn.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -35,10 +36,11 @@ class Held:
 
     def __init__(self, process: ProxyProcess, file: Path) -> None:
         self.process = process
+        self.tls: ssl.SSLContext | None = None  # what `connect` speaks
         self._file = file
 
     def connect(self) -> connections.Connection:
-        return connections.Connection(self.process.port)
+        return connections.Connection(self.process.port, self.tls)
 
     def release(self) -> None:
         self._file.touch()

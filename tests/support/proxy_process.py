@@ -37,7 +37,7 @@ GUNICORN_CHECKOUT = ("-m", "gunicorn", "wsgi:app")
 _START_TIME = 20.0
 _STOP_TIME = 30.0
 _LEFTOVER_TIME = 3.0  # what a guardian and the kernel need to clean up
-_LISTENING = re.compile(r"http://127\.0\.0\.1:(\d+)")
+_LISTENING = re.compile(r"(https?)://127\.0\.0\.1:(\d+)")
 
 
 class ProxyProcess(Startable):
@@ -45,7 +45,7 @@ class ProxyProcess(Startable):
 
     `way` is one of the three above; `options` are the command line's own, or gunicorn's: then the
     environment configures the proxy. `environment` is added to ours. The constructor returns once
-    /healthz answers; it fails with the log if the process ends instead.
+    /healthz answers, with TLS once it listens; it fails with the log if the process ends instead.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ProxyProcess(Startable):
         """The address without a path, as far as it is known: before that, AssertionError."""
         listening = _LISTENING.search(self.log())
         assert listening is not None, "the proxy has not said yet where it listens"
-        return f"http://127.0.0.1:{listening[1]}"
+        return f"{listening[1]}://127.0.0.1:{listening[2]}"
 
     @property
     def url(self) -> str:
@@ -158,6 +158,8 @@ class ProxyProcess(Startable):
         assert returncode is None, f"the proxy ended with {returncode}"
         if _LISTENING.search(self.log()) is None:
             return False
+        if self.base.startswith("https:"):
+            return True  # it may ask for a certificate, and its log is to tell of no other client
         try:
             with urllib.request.urlopen(f"{self.base}/healthz", timeout=5) as answer:
                 return bool(answer.status == 200)

@@ -336,8 +336,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             is_kept &= conn.sock.send(written) == len(written)
         except OSError as error:
             self.log.debug("A request was not answered: %s", error)
-        except Exception:
-            self.log.exception("Error handling request")
+        except Exception as error:
+            self.handle_error(None, conn.sock, conn.client, error)
         if is_kept:
             conn.begin()
             self._keep(conn)

@@ -51,6 +51,14 @@ def test_a_probe_is_answered_while_every_thread_is_taken(tmp_path: Path, target:
             assert (answer.status, answer.read()) == (200, b"MainThread")
 
 
+def test_a_probe_that_is_no_request_is_refused(tmp_path: Path) -> None:
+    with serving(tmp_path, "--threads", "2") as held, closing(held.connect()) as connection:
+        connection.send_raw(b"GET /probe HTTP/1.1\r\nHost: a\r\nX\x01: y\r\n\r\n")
+        answer = connection.read()
+        assert (answer.status, answer.headers["Content-Type"]) == (400, "application/json")
+        assert "Traceback" not in held.process.log()
+
+
 def test_a_new_connection_is_accepted_while_every_thread_is_taken(tmp_path: Path) -> None:
     with serving(tmp_path, "--threads", "2") as held, ExitStack() as stack:
         taken(held, stack, 2)

@@ -163,7 +163,7 @@ class Owner:
         Overloaded when this replica has all the sessions it may have, BackendLost when the server
         cannot be started, ClientLeft.
         """
-        self._take_place()
+        self._reserve()
         try:
             return self._spawn_in_turn(has_left)
         except BaseException as error:
@@ -183,14 +183,14 @@ class Owner:
         bridge.set_on_initialized(turn.give_back)
         return bridge
 
-    def _take_place(self) -> None:
+    def _reserve(self) -> None:
         """Counts one more child that is about to begin; raises Overloaded."""
         limit = self._options.max_sessions
-        while not self._took_place(limit):
+        while not self._has_reserved(limit):
             if not self._has_stopped_idle_one():
                 raise Overloaded(f"All {limit} sessions of this worker are taken")
 
-    def _took_place(self, limit: int) -> bool:
+    def _has_reserved(self, limit: int) -> bool:
         with self._lock:
             if len(self._held) + self._pending >= limit:
                 return False
@@ -439,7 +439,7 @@ class Owner:
 
     def _settled(self, claimed: Session) -> Bridge | None:
         """A new child in the place of the claim; None, and no child, where that has gone."""
-        self._take_place()
+        self._reserve()
         try:
             bridge = self._bring_back(claimed)
             url = self._url(bridge)

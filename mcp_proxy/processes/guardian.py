@@ -66,7 +66,7 @@ class Guardian:
         with self._lock:
             self._groups.add(group)
             try:
-                self._tell(b"+%d\n" % group)
+                self._send(b"+%d\n" % group)
             except OSError:
                 self._groups.discard(group)
                 raise
@@ -75,7 +75,7 @@ class Guardian:
         """Removes a process group, which has exited, and has descendants with `tag` killed."""
         with self._lock:
             self._groups.discard(group)
-            self._tell(b"-%d %s\n" % (group, tag.encode()))
+            self._send(b"-%d %s\n" % (group, tag.encode()))
 
     def exit_descriptor(self) -> int | None:
         """A descriptor that is readable once the process has exited; None where there is none."""
@@ -104,7 +104,7 @@ class Guardian:
         if process is not None:
             _end(process)
 
-    def _tell(self, line: bytes) -> None:
+    def _send(self, line: bytes) -> None:
         try:
             if self._process is None:
                 self._launch()

@@ -394,7 +394,7 @@ def test_a_child_of_which_no_guardian_can_know_is_not_started(
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Guardian, "_tell", fail)
+        patch.setattr(Guardian, "watch", fail)
         with pytest.raises(BackendLost, match="Too many open files"):
             Spawned(supervisor)
     assert supervisor.children == 1

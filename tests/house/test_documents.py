@@ -1,13 +1,12 @@
-"""The README says what the code does."""
+"""The README and the documents say what the code does."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from mcp_proxy.config import settings
-
-ROOT = Path(__file__).parents[2]
+from tests.house.imports import FILES, PACKAGE, ROOT
+from tests.house.test_rules import layer_of, room_of
 
 
 def table() -> str:
@@ -39,3 +38,44 @@ def test_every_script_that_the_readme_names_is_there() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for script in set(re.findall(r"^(scripts/\w+)$", text, re.MULTILINE)):
         assert (ROOT / script).stat().st_mode & 0o111, script
+
+
+def rooms() -> list[tuple[set[str], set[str]]]:
+    """The table of rooms: for each row the rooms and files, and the modules that it names."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found = re.search(r"\| room \| .*\n\| --- \|.*\n((?:\|.*\n)+)", text)
+    assert found is not None
+    cells = [line.split(" | ", 1) for line in found[1].splitlines()]
+    return [
+        (set(re.findall(r"`([^`]+)`", first)), set(re.findall(r"`([a-z_]+)`", second)))
+        for first, second in cells
+    ]
+
+
+def test_the_table_of_rooms_names_every_module() -> None:
+    rows = rooms()
+    files = {path.name for path in FILES if path.parent == PACKAGE}
+    folders = {path.parent.name + "/" for path in FILES if path.parent != PACKAGE}
+    named = [name for first, _ in rows for name in first]
+    assert sorted(named) == sorted(files | folders - {"demo/"})
+    for first, modules in rows:
+        stems = {
+            path.stem
+            for path in FILES
+            if path.parent.name + "/" in first and path.name != "__init__.py"
+        }
+        assert modules == stems, first
+
+
+def test_the_table_of_rooms_has_the_order_of_the_layers() -> None:
+    layers = [{layer_of(room_of(name)) for name in first} for first, _ in rooms()]
+    assert all(len(layer) == 1 for layer in layers)
+    assert layers == sorted(layers, key=min)
+
+
+def test_the_glossary_is_short_and_has_each_word_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    glossary = text.partition("## Glossary")[2].partition("\n## ")[0]
+    words = re.findall(r"^\| ([^|]+) \|", glossary, re.MULTILINE)[2:]
+    assert 10 < len(words) <= 20
+    assert len(set(words)) == len(words)

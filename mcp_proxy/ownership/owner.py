@@ -132,7 +132,7 @@ class Owner:
         self.backoff = Backoff()
         self.replica = parts.replica
         self.supervisor = parts.supervisor
-        self._turns = parts.turns
+        self.turns = parts.turns
         self.supervisor.keep_detached = options.keep_detached
         self._options = options
         self._workers = parts.workers
@@ -152,7 +152,7 @@ class Owner:
         self._is_closing = False
 
     def __repr__(self) -> str:
-        return f"<Owner {self.server.name} held={len(self._held)}>"
+        return f"<Owner {self.server.name} held={len(self._held)} ended={len(self._ended)}>"
 
     # --- a new session ---------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Owner:
 
     def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
         """A new child, whose turn lasts until it has answered initialize."""
-        turn = self._turns.take(self._options.request_timeout, has_left)
+        turn = self.turns.take(self._options.request_timeout, has_left)
         try:
             bridge = self._spawn()
         except BaseException:
@@ -407,7 +407,7 @@ class Owner:
             raise Draining
         self.backoff.require_over(session.id)
         try:
-            with self._turns.take(self._options.request_timeout, has_left):
+            with self.turns.take(self._options.request_timeout, has_left):
                 return self._recover_in_turn(session, has_left)
         finally:
             if self.manager.claims_left():
@@ -555,6 +555,11 @@ class Owner:
     # --- the end ---------------------------------------------------------------------------------
 
     @property
+    def bridges(self) -> list[Bridge]:
+        """The children of the sessions that this replica holds, the oldest first."""
+        return [held.bridge for held in self._held_copy().values()]
+
+    @property
     def has_sessions(self) -> bool:
         """Whether a server of a session runs in this replica."""
         return bool(self._held)
@@ -566,12 +571,12 @@ class Owner:
     @property
     def is_busy(self) -> bool:
         """Whether a client waits for an answer, that to its initialize included."""
-        return self._pending > 0 or any(held.bridge.is_busy for held in self._held_copy().values())
+        return self._pending > 0 or any(bridge.is_busy for bridge in self.bridges)
 
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
-        for held in self._held_copy().values():
-            held.bridge.end_stream()
+        for bridge in self.bridges:
+            bridge.end_stream()
 
     def hand_over(self) -> None:
         """Ends the children for which no client waits, so that other replicas bring them back."""

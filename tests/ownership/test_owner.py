@@ -13,6 +13,7 @@ import pytest
 
 from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, Session, StreamableProxy
 from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.background import Periodic
 from mcp_proxy.errors import BackendExited, StorageUnavailable
 from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.records import Storage
@@ -282,7 +283,7 @@ def test_a_place_is_given_back_whatever_goes_wrong(monkeypatch: pytest.MonkeyPat
 
     with serving(max_sessions=1) as (app, client):
         with monkeypatch.context() as patch:
-            patch.setattr(type(app.owner._sweeper), "start", fail)
+            patch.setattr(Periodic, "start", fail)
             assert client.initialize().failure == "internal-error"
         eventually(lambda: children(app) == 0)
         assert not app.owner.is_busy
@@ -364,8 +365,8 @@ def test_what_was_for_the_server_that_is_lost_starts_none(message: dict[str, Any
 
 def wait_until_idle(app: StreamableProxy) -> None:
     """Waits until every server of the proxy has been idle for long enough to be stopped."""
-    held = app.owner._held.values()
-    eventually(lambda: all(time.monotonic() - one.bridge.last_used > 0.02 for one in held))
+    bridges = app.owner.bridges
+    eventually(lambda: all(time.monotonic() - one.last_used > 0.02 for one in bridges))
 
 
 def test_where_there_is_no_room_the_server_of_the_longest_idle_session_stops() -> None:
@@ -406,8 +407,8 @@ def test_a_server_that_somebody_needs_makes_no_room(need: str) -> None:
         elif need == "question":
             message = {"id": "q", "method": "roots/list"}
             client.call("later", {"message": message, "seconds": 0}).body()
-            (one,) = app.owner._held.values()
-            eventually(lambda: one.bridge._switchboard._asked)
+            (bridge,) = app.owner.bridges
+            eventually(lambda: "asked=1" in repr(bridge))
         for _ in range(2):
             assert McpClient(client.front).initialize().failure == "overloaded"
         assert children(app) == 1

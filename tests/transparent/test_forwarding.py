@@ -60,7 +60,7 @@ def proxy(shared: Transparent, target: HttpBackend) -> Iterator[Transparent]:
 
 
 def pieces(answer: Answer) -> Iterator[bytes]:
-    return (piece for piece in answer._pieces if piece)
+    return (piece for piece in answer.pieces if piece)
 
 
 # --- streams -------------------------------------------------------------------------------------

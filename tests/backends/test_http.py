@@ -225,7 +225,7 @@ def test_silence_is_a_timeout(calls: Calls, backend: HttpBackend) -> None:
     begun = time.monotonic()
     with pytest.raises(BackendTimeout):
         call.send(0.3)
-    assert 0.2 < time.monotonic() - begun < 1.5
+    assert 0.2 < time.monotonic() - begun < 3, "it waits for the limit of the call"
     eventually(lambda: backend.gone)
 
 

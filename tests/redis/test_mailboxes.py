@@ -197,7 +197,7 @@ def test_a_frozen_server_is_unavailable_within_the_timeout(
     mailboxes = mailboxes_at(own_server.url, timeout=0.2)
     mailboxes.renew("a")
     own_server.pause()
-    assert_unavailable(mailboxes, CALLS, within=1.5)
+    assert_unavailable(mailboxes, CALLS, within=3)
     own_server.resume()
     eventually(lambda: CALLS["is_open"](mailboxes) in (True, False))
 

@@ -1,9 +1,12 @@
-"""What tests may not do: look inside the objects of others."""
+"""What tests may not do: look inside the objects of others, be skipped, or expect any error."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 from tests.house.imports import ROOT
 
@@ -83,3 +86,37 @@ def test_tests_use_what_objects_show() -> None:
         for name in privates_in(path.read_text(encoding="utf-8"))
     }
     assert found == set(REASONS)
+
+
+# --- tests that prove nothing --------------------------------------------------------------------
+
+
+def weaknesses_in(source: str) -> Iterator[str]:
+    """What lets tests be skipped, fail unseen, or pass with any error or with none."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            if node.attr in ("skip", "skipif", "xfail", "importorskip"):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and node.args:
+            expected = ast.unparse(node.args[0])
+            if ast.unparse(node.func) == "pytest.raises" and "Exception" in expected.split("."):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Assert):
+            parts = node.test.values if isinstance(node.test, ast.BoolOp) else [node.test]
+            if any(isinstance(part, (ast.Constant, ast.Tuple)) for part in parts):
+                yield ast.unparse(node)
+
+
+def test_every_weakness_of_a_test_is_found() -> None:
+    assert list(weaknesses_in("pytest.skip('no Go')")) == ["pytest.skip"]
+    assert list(weaknesses_in("@pytest.mark.skipif(True)\ndef f(): ...")) == ["pytest.mark.skipif"]
+    assert list(weaknesses_in("pytest.raises(Exception)")) == ["pytest.raises(Exception)"]
+    assert list(weaknesses_in("assert one or True")) == ["assert one or True"]
+    assert list(weaknesses_in("assert (one, 'said')")) == ["assert (one, 'said')"]
+    assert list(weaknesses_in("assert one or two\npytest.raises(ValueError)")) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_test_can_fail(path: Path) -> None:
+    """A program that is missing is a failure that says what to install."""
+    assert list(weaknesses_in(path.read_text(encoding="utf-8"))) == []

@@ -212,9 +212,13 @@ def test_another_replica_takes_a_session_over_and_sees_its_state() -> None:
 def test_a_change_of_state_that_the_server_refuses_is_not_recorded() -> None:
     with serving() as (app, client):
         client.open()
-        assert "error" in client.call("resources/subscribe", {}).message() or True
+        client.result("resources/subscribe", {"uri": "there:1"})
+        refused = client.call("resources/subscribe", {"uri": "gone:1"})
+        assert refused.error()["message"] == "Resource not found"
         assert client.session is not None
-        assert "a" not in app.manager.load(client.session).metadata.get("resume", "")
+        recorded = app.manager.load(client.session).metadata["resume"]
+        assert "there:1" in recorded
+        assert "gone:1" not in recorded
 
 
 def test_a_store_that_is_away_is_not_taken_for_sessions_that_are_over(

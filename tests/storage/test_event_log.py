@@ -16,19 +16,12 @@ from mcp_proxy.redis import event_log as redis_events
 from mcp_proxy.storage import event_log as local_events
 from mcp_proxy.storage.event_log import KEPT, MAX_EVENTS, EventLog, LocalEventLog, LoggedEvent
 from mcp_proxy.storage.records import LocalStorage
-from tests.storage.stores import TTL, House, LocalHouse, RedisHouse
+from tests.storage.stores import CLIENTS, TTL, House, LocalHouse, RedisHouse
 from tests.support.redis_server import RedisServer
 from tests.support.threads import run_together
 
-_CLIENTS: dict[str, dict[str, object]] = {
-    "redis": {},
-    "redis with decode_responses": {"decode_responses": True},
-    "redis with protocol 3": {"protocol": 3},
-    "redis with protocol 3 and decode_responses": {"protocol": 3, "decode_responses": True},
-}
 
-
-@pytest.fixture(params=["local", *_CLIENTS])
+@pytest.fixture(params=["local", *CLIENTS])
 def house(request: pytest.FixtureRequest) -> Iterator[House]:
     """Each kind of store in turn."""
     if request.param == "local":
@@ -37,7 +30,7 @@ def house(request: pytest.FixtureRequest) -> Iterator[House]:
     server: RedisServer = request.getfixturevalue("redis_server")
     with ExitStack() as stack:
         admin = stack.enter_context(server.client())
-        client = stack.enter_context(server.client(**_CLIENTS[request.param]))
+        client = stack.enter_context(server.client(**CLIENTS[request.param]))
         yield RedisHouse(client, admin, request.getfixturevalue("redis_prefix"))
 
 

@@ -27,32 +27,20 @@ MODERN = "2026-07-28"
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[HttpBackend]:
-    with HttpBackend(name="target") as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
 def other() -> Iterator[HttpBackend]:
     with HttpBackend(name="other") as backend:
         yield backend
 
 
-@pytest.fixture(scope="module", params=BOTH)
-def shared(
-    request: pytest.FixtureRequest, target: HttpBackend, other: HttpBackend, redis_server: Any
-) -> Iterator[Transparent]:
-    settings = {"request_timeout": 1, "max_streams": 2, "allowed_backends": [other.url]}
-    with transparent(request.param, target.url, redis_server.url, **settings) as proxy:
-        yield proxy
+@pytest.fixture(scope="module")
+def settings(settings: Json, other: HttpBackend) -> Json:
+    return {**settings, "allowed_backends": [other.url]}
 
 
 @pytest.fixture
-def proxy(shared: Transparent, target: HttpBackend, other: HttpBackend) -> Iterator[Transparent]:
-    target.reset()
+def proxy(proxy: Transparent, other: HttpBackend) -> Transparent:
     other.reset()
-    yield shared
-    shared.leave()
+    return proxy
 
 
 def known(backend: HttpBackend, client: McpClient) -> McpClient:

@@ -146,6 +146,6 @@ class Lease(Periodic):
         since, lease = self._in_contact_since, self._mailboxes.lease
         if since is None:
             return False
-        is_settled = _now() - since > lease or not self._was_away
+        has_waited = _now() - since > lease or not self._was_away
         # A store that came back faster than anybody noticed has lost every mailbox.
-        return is_settled and self._mailboxes.uptime() > lease
+        return has_waited and self._mailboxes.uptime() > lease

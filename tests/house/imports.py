@@ -79,7 +79,8 @@ def _home(base: str, name: str) -> str:
 def _imported_by(call: ast.Call) -> str | None:
     """The name that a call of `import_module` or `__import__` has as a literal."""
     function = ast.unparse(call.func).rpartition(".")[2]
-    name = call.args[0] if call.args else None
+    names = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "name")]
+    name = names[0] if names else None
     if function in ("import_module", "__import__") and isinstance(name, ast.Constant):
         return str(name.value)
     return None

@@ -37,6 +37,7 @@ URLS = "mcp_proxy.wire.urls"
         ("import importlib\nimportlib.import_module('mcp_proxy.app')", "mcp_proxy.app"),
         ("from importlib import import_module\nimport_module('mcp_proxy.app')", "mcp_proxy.app"),
         ("import importlib\nimportlib.import_module('..app', __package__)", "mcp_proxy.app"),
+        ("importlib.import_module(name='mcp_proxy.app')", "mcp_proxy.app"),
         ("def later():\n    return __import__('mcp_proxy.app')", "mcp_proxy.app"),
     ],
 )

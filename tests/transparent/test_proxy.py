@@ -16,7 +16,7 @@ from mcp_proxy import LocalStorage, ProxyOptions, SessionManager, TransparentPro
 from mcp_proxy.config import from_values
 from mcp_proxy.errors import ConfigError, StorageUnavailable
 from tests.servers.http_backend import Feed, HttpBackend, reply, reset, silent, stream
-from tests.support.front import Json, McpClient, WsgiFront
+from tests.support.front import Json, McpClient
 from tests.support.monitor import recorded_commands
 from tests.support.redis_server import RedisServer
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
@@ -727,8 +727,11 @@ def test_a_silent_backend_is_an_error_and_told(proxy: Transparent, target: HttpB
 
 def test_a_backend_that_is_silent_altogether_costs_one_limit(target: HttpBackend) -> None:
     target.reset()
-    with TransparentProxy(target.url, options=ProxyOptions(request_timeout=4)) as proxy:
-        client = McpClient(WsgiFront(proxy)).open()
+    with (
+        TransparentProxy(target.url, options=ProxyOptions(request_timeout=4)) as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        client = McpClient(front).open()
         target.rpc["hang"] = silent
         target.rpc["notifications/cancelled"] = silent
         begun = time.monotonic()

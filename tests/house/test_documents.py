@@ -31,15 +31,41 @@ def test_the_settings_table_of_the_readme_is_the_one_in_the_code() -> None:
         pytest.fail(f"put this between the marks:\n{table()}", pytrace=False)
 
 
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"]
+
+
 def test_every_local_link_of_the_documents_leads_somewhere() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+    links = [
+        (document, target)
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8"))
+    ]
+    assert links
+    for document, target in links:
+        assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_every_script_that_the_readme_names_is_there() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for script in set(re.findall(r"^(scripts/\w+)$", text, re.MULTILINE)):
+def test_every_file_that_the_documents_name_is_there() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w./-]+/[\w-]+\.(?:py|md|txt))`", text):
+            assert (ROOT / name).exists() or (PACKAGE / name).exists(), f"{document.name}: {name}"
+
+
+def test_every_test_that_is_named_as_holding_a_rule_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*/*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert named
+    for name in named:
+        assert f"def {name}(" in tests, name
+
+
+def test_every_script_that_the_documents_name_is_there() -> None:
+    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    scripts = set(re.findall(r"^(scripts/\w+)", text, re.MULTILINE))
+    assert {"scripts/test", "scripts/serve", "scripts/prove"} <= scripts
+    for script in scripts:
         assert (ROOT / script).stat().st_mode & 0o111, script
 
 

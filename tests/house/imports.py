@@ -20,7 +20,9 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 
 #: Where the names are defined that the package finds when they are first asked for.
-HOMES: Mapping[str, str] = {name: getattr(mcp_proxy, name).__module__ for name in mcp_proxy.__all__}
+HOMES: Mapping[str, str] = {
+    name: getattr(getattr(mcp_proxy, name), "__module__", "mcp_proxy") for name in mcp_proxy.__all__
+}
 
 
 def imports_in(source: str, module: str) -> Iterator[tuple[str, int]]:

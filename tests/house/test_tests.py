@@ -91,6 +91,10 @@ def test_tests_use_what_objects_show() -> None:
 # --- tests that prove nothing --------------------------------------------------------------------
 
 
+#: Files with a test that is skipped where something is missing that nobody can install, and what.
+SKIPS: dict[str, str] = {}
+
+
 def weaknesses_in(source: str) -> Iterator[str]:
     """What lets tests be skipped, fail unseen, or pass with any error or with none."""
     for node in ast.walk(ast.parse(source)):
@@ -119,4 +123,6 @@ def test_every_weakness_of_a_test_is_found() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_test_can_fail(path: Path) -> None:
     """A program that is missing is a failure that says what to install."""
-    assert list(weaknesses_in(path.read_text(encoding="utf-8"))) == []
+    found = list(weaknesses_in(path.read_text(encoding="utf-8")))
+    is_listed = path.relative_to(ROOT / "tests").as_posix() in SKIPS
+    assert found == (["pytest.mark.skipif"] if is_listed else [])

@@ -52,15 +52,20 @@ class Workers:
         with self._lock:
             self._started.pop(worker, None)
 
+    @property
+    def started(self) -> list[Worker]:
+        """Those that were started, in that order, and not told to stop."""
+        with self._lock:
+            return list(self._started)
+
     def not_ready_reason(self) -> str | None:
         """Which threads have ended that should run, None if none has."""
         return self.ended(is_essential=True) or self.ended(is_essential=False)
 
     def ended(self, is_essential: bool) -> str | None:
         """Which of the threads have ended without which nothing works, or which of the others."""
-        with self._lock:
-            started = [worker for worker in self._started if worker.is_essential == is_essential]
-        return "; ".join(r for worker in started if (r := worker.not_ready_reason())) or None
+        asked = [worker for worker in self.started if worker.is_essential == is_essential]
+        return "; ".join(r for worker in asked if (r := worker.not_ready_reason())) or None
 
 
 class Worker(ABC):
@@ -356,7 +361,8 @@ class KeyedExecutor:
                 self._pid = os.getpid()
 
     def __repr__(self) -> str:
-        return f"<KeyedExecutor {self._name} keys={len(self._acts)} threads={self._threads}>"
+        threads = f"busy={self._busy} threads={self._threads}"
+        return f"<KeyedExecutor {self._name} keys={len(self._acts)} {threads}>"
 
     def submit(self, key: str, act: Callable[[], object]) -> None:
         """Has `act` called after everything that was submitted for the key before. Never waits.

@@ -132,7 +132,7 @@ class Owner:
         self.backoff = Backoff()
         self.replica = parts.replica
         self.supervisor = parts.supervisor
-        self._turns = parts.turns
+        self.turns = parts.turns
         self.supervisor.keep_detached = options.keep_detached
         self._options = options
         self._workers = parts.workers
@@ -152,7 +152,7 @@ class Owner:
         self._is_closing = False
 
     def __repr__(self) -> str:
-        return f"<Owner {self.server.name} held={len(self._held)}>"
+        return f"<Owner {self.server.name} held={len(self._held)} ended={len(self._ended)}>"
 
     # --- a new session ---------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class Owner:
         Overloaded when this replica has all the sessions it may have, BackendLost when the server
         cannot be started, ClientLeft.
         """
-        self._take_place()
+        self._reserve()
         try:
             return self._spawn_in_turn(has_left)
         except BaseException as error:
@@ -174,7 +174,7 @@ class Owner:
 
     def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
         """A new child, whose turn lasts until it has answered initialize."""
-        turn = self._turns.take(self._options.request_timeout, has_left)
+        turn = self.turns.take(self._options.request_timeout, has_left)
         try:
             bridge = self._spawn()
         except BaseException:
@@ -183,14 +183,14 @@ class Owner:
         bridge.set_on_initialized(turn.give_back)
         return bridge
 
-    def _take_place(self) -> None:
+    def _reserve(self) -> None:
         """Counts one more child that is about to begin; raises Overloaded."""
         limit = self._options.max_sessions
-        while not self._took_place(limit):
+        while not self._has_reserved(limit):
             if not self._has_stopped_idle_one():
                 raise Overloaded(f"All {limit} sessions of this worker are taken")
 
-    def _took_place(self, limit: int) -> bool:
+    def _has_reserved(self, limit: int) -> bool:
         with self._lock:
             if len(self._held) + self._pending >= limit:
                 return False
@@ -407,7 +407,7 @@ class Owner:
             raise Draining
         self.backoff.require_over(session.id)
         try:
-            with self._turns.take(self._options.request_timeout, has_left):
+            with self.turns.take(self._options.request_timeout, has_left):
                 return self._recover_in_turn(session, has_left)
         finally:
             if self.manager.claims_left():
@@ -439,7 +439,7 @@ class Owner:
 
     def _settled(self, claimed: Session) -> Bridge | None:
         """A new child in the place of the claim; None, and no child, where that has gone."""
-        self._take_place()
+        self._reserve()
         try:
             bridge = self._bring_back(claimed)
             url = self._url(bridge)
@@ -555,6 +555,11 @@ class Owner:
     # --- the end ---------------------------------------------------------------------------------
 
     @property
+    def bridges(self) -> list[Bridge]:
+        """The children of the sessions that this replica holds, the oldest first."""
+        return [held.bridge for held in self._held_copy().values()]
+
+    @property
     def has_sessions(self) -> bool:
         """Whether a server of a session runs in this replica."""
         return bool(self._held)
@@ -574,12 +579,12 @@ class Owner:
     @property
     def is_busy(self) -> bool:
         """Whether a client waits for an answer, that to its initialize included."""
-        return self._pending > 0 or any(held.bridge.is_busy for held in self._held_copy().values())
+        return self._pending > 0 or any(bridge.is_busy for bridge in self.bridges)
 
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
-        for held in self._held_copy().values():
-            held.bridge.end_stream()
+        for bridge in self.bridges:
+            bridge.end_stream()
 
     def hand_over(self) -> None:
         """Ends the children for which no client waits, so that other replicas bring them back."""

@@ -30,8 +30,8 @@ REPLICA_VARIABLE = "MCP_PROXY_REPLICA"
 #: The one that marks one child, and that child's descendants.
 CHILD_VARIABLE = "MCP_PROXY_CHILD"
 
-# A guardian that ran for less than this (seconds) is not replaced before it is needed again.
-_SETTLED = 1.0
+#: A guardian that ran for less than this (seconds) is not replaced before it is needed again.
+SETTLED = 1.0
 
 # How often descendants are looked for: those that fork meanwhile are found the next time.
 _PASSES = 5
@@ -52,6 +52,12 @@ class Guardian:
         self._process: subprocess.Popen[bytes] | None = None
         self._groups: set[int] = set()
 
+    @property
+    def pid(self) -> int | None:
+        """The process, None where there is none. It may have exited."""
+        process = self._process
+        return None if process is None else process.pid
+
     def start(self) -> None:
         """Starts the process; called before the first child is started."""
         with self._lock:
@@ -66,7 +72,7 @@ class Guardian:
         with self._lock:
             self._groups.add(group)
             try:
-                self._tell(b"+%d\n" % group)
+                self._send(b"+%d\n" % group)
             except OSError:
                 self._groups.discard(group)
                 raise
@@ -75,7 +81,7 @@ class Guardian:
         """Removes a process group, which has exited, and has descendants with `tag` killed."""
         with self._lock:
             self._groups.discard(group)
-            self._tell(b"-%d %s\n" % (group, tag.encode()))
+            self._send(b"-%d %s\n" % (group, tag.encode()))
 
     def exit_descriptor(self) -> int | None:
         """A descriptor that is readable once the process has exited; None where there is none."""
@@ -92,7 +98,7 @@ class Guardian:
         with self._lock:
             if self._process is None or self._process.poll() is None:
                 return
-            if time.monotonic() - self._launched < _SETTLED:
+            if time.monotonic() - self._launched < SETTLED:
                 log.error("the guardian of child processes exits as soon as it is started")
                 return
             self._replace()
@@ -104,7 +110,7 @@ class Guardian:
         if process is not None:
             _end(process)
 
-    def _tell(self, line: bytes) -> None:
+    def _send(self, line: bytes) -> None:
         try:
             if self._process is None:
                 self._launch()

@@ -62,7 +62,8 @@ class Supervisor(SelectorWorker):
     Every public method may be called from any thread.
     """
 
-    _guardian: Guardian
+    #: Made anew with each start.
+    guardian: Guardian
 
     def __init__(self, replica: Replica, workers: Workers | None = None) -> None:
         super().__init__("mcp-supervisor", workers)
@@ -92,9 +93,9 @@ class Supervisor(SelectorWorker):
         self._supervised, self._ending, self._polled = {}, set(), set()
         self._flooding = {}
         self._alive = 0
-        self._guardian = Guardian(self._replica.id, python())
+        self.guardian = Guardian(self._replica.id, python())
         try:
-            self._guardian.start()
+            self.guardian.start()
         except OSError:
             super().finish()  # the next start makes everything anew
             raise
@@ -116,7 +117,7 @@ class Supervisor(SelectorWorker):
             raise Overloaded(f"The server cannot be started: {error}") from error
         child = Child(server, self._replica.id, max_message, self.cpu_affinity)
         try:
-            self._guardian.watch(child.pid)
+            self.guardian.watch(child.pid)
         except OSError as error:
             child.discard()
             raise BackendNotStarted(f"The server cannot be started: {error}") from error
@@ -159,7 +160,7 @@ class Supervisor(SelectorWorker):
         with self._all_exited:
             self._all_exited.wait_for(lambda: self._alive == 0, timeout)
         self.stop(_LINGER)
-        self._guardian.close()
+        self.guardian.close()
 
     # --- the supervisor's thread -----------------------------------------------------------------
 
@@ -191,13 +192,13 @@ class Supervisor(SelectorWorker):
 
     def _watch_guardian(self) -> None:
         """Has the guardian's exit noticed at once, where the system has pidfd."""
-        exit_descriptor = self._guardian_exit = self._guardian.exit_descriptor()
+        exit_descriptor = self._guardian_exit = self.guardian.exit_descriptor()
         if exit_descriptor is not None:
             self.register(exit_descriptor, self._renew_guardian)
 
     def _renew_guardian(self) -> None:
         self._unwatch_guardian()
-        self._guardian.renew()
+        self.guardian.renew()
         self._watch_guardian()
 
     def _unwatch_guardian(self) -> None:
@@ -261,7 +262,7 @@ class Supervisor(SelectorWorker):
         self._polled.discard(supervised)
         supervised.exited = child.reap()
         supervised.next_step = now + _LINGER
-        self._guardian.forget(child.pid, "" if self.keep_detached else child.tag)
+        self.guardian.forget(child.pid, "" if self.keep_detached else child.tag)
 
     def _discard(self, supervised: _Supervised, how: str) -> None:
         """Reports the exit of a child whose output has been read."""

@@ -326,15 +326,15 @@ class RemoteBackend(Backend):
         exchange.attach(call, on_read=call.note_read, grace=_GRACE)
 
     def submit(self, request: Request, timeout: float) -> None:
-        self._tell(jsonrpc.encode(request), timeout)
+        self._send_one_way(jsonrpc.encode(request), timeout)
 
     def notify(self, notification: Notification) -> None:
-        self._tell(jsonrpc.encode(notification))
+        self._send_one_way(jsonrpc.encode(notification))
 
     def respond(self, response: Response) -> None:
-        self._tell(jsonrpc.encode(response))
+        self._send_one_way(jsonrpc.encode(response))
 
-    def _tell(self, line: bytes, timeout: float = 0.0) -> None:
+    def _send_one_way(self, line: bytes, timeout: float = 0.0) -> None:
         message = SendOneWay(self._child, line, timeout)
         OneWayCall(self._calls, self._replica).run(message, WRITE_TIMEOUT + _GRACE)
 
@@ -429,7 +429,7 @@ class InboundCall(Call):
             if isinstance(received, Close):
                 backend.close()
             else:
-                _tell(backend, received)
+                _send_to_child(backend, received)
             self._finish(Done())
 
     def _serve(self, exchange: Exchange) -> None:
@@ -506,7 +506,7 @@ class InboundCall(Call):
             self._calls.submit(self._key, exchange.expire_if_due)
 
 
-def _tell(backend: Backend, received: SendOneWay) -> None:
+def _send_to_child(backend: Backend, received: SendOneWay) -> None:
     message = jsonrpc.parse_message(received.line)
     if isinstance(message, Notification):
         backend.notify(message)

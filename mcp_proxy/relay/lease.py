@@ -86,6 +86,11 @@ class Lease(Periodic):
         """Whether nobody can have declared this replica dead: false after having been frozen."""
         return _now() < self._renewed + self._mailboxes.lease * (1 - _MARGIN)
 
+    @property
+    def is_in_contact(self) -> bool:
+        """Whether the store was there when it was last needed."""
+        return self._in_contact_since is not None
+
     def freshness(self) -> Callable[[], bool]:
         """What tells, later, whether an envelope that is read from now on may be acted upon.
 
@@ -141,6 +146,6 @@ class Lease(Periodic):
         since, lease = self._in_contact_since, self._mailboxes.lease
         if since is None:
             return False
-        is_settled = _now() - since > lease or not self._was_away
+        has_waited = _now() - since > lease or not self._was_away
         # A store that came back faster than anybody noticed has lost every mailbox.
-        return is_settled and self._mailboxes.uptime() > lease
+        return has_waited and self._mailboxes.uptime() > lease

@@ -65,7 +65,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.data_ready = True  # gunicorn's thread need not wait for the first byte
         self.sock = ClientSocket(self.sock, self.client_timeout, self.is_plain)
         #: Whether a part of the threads that is for slow requests counts this one.
-        self.has_place = False
+        self.counts_as_slow = False
         self.begin()
 
     def begin(self, surplus: bytes = b"") -> None:

@@ -29,7 +29,7 @@ def with_tls(sock: socket.socket, cfg: Any) -> ssl.SSLSocket:
 class HandshakeFailures:
     """Logs which clients' TLS fails: the first at once, then how many, once a minute.
 
-    For one thread, which calls `tell` now and then.
+    For one thread, which calls `report` now and then.
     """
 
     def __init__(self, log: Any) -> None:
@@ -42,9 +42,9 @@ class HandshakeFailures:
         """One more; `client` is its address as sockets tell it, empty for a unix socket."""
         self._count += 1
         self._latest = f"TLS with {client[0] if client else 'a unix socket'} failed: {reason}"
-        self.tell()
+        self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Says what has not been said, if its time has come."""
         if self._count and self._line.is_due():
             others = f" (the last of {self._count})" if self._count > 1 else ""

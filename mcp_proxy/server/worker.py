@@ -123,10 +123,10 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._answers_at_once: Callable[[str], bool] = lambda path: False
         #: Connections on which a request is arriving.
         self.arriving: dict[Connection, None] = {}
-        # Those of them that wait for a place among the threads for slow requests, and the places
-        # that are taken.
+        # Those of them that wait for one of the threads for slow requests, and how many of these
+        # are taken.
         self._waiting: dict[Connection, None] = {}
-        self._places = 0
+        self._slow_count = 0
         self._arriving_bytes = 0
         self._next_sweep = 0.0
         #: Connections that were shut down and are read until their time is over, oldest first.
@@ -234,7 +234,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:
         """Takes a connection back from a thread, which gets the request that is queued first."""
         self.busy -= 1
-        self._give_place_back(conn)
+        self._count_slow_out(conn)
         while self.queued and not self._is_full:
             first = next(iter(self.queued))
             self._unqueue(first)
@@ -302,7 +302,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         for conn, since in list(self.queued.items()):
             if conn.has_left and now > since + _HALF_CLOSED:
                 self._unqueue(conn)
-                self._give_place_back(conn)
+                self._count_slow_out(conn)
                 self._close(conn)
             elif now > since + self.request_timeout:
                 self._unqueue(conn)
@@ -313,7 +313,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def _give_no_thread(self, conn: Connection, why: str) -> None:
         """Answers a request in place of a thread, and gives back what it has taken."""
-        self._give_place_back(conn)
+        self._count_slow_out(conn)
         overloaded = getattr(self.wsgi, "overloaded", None)
         if overloaded is None or conn.request.shape is not Shape.WHOLE:
             self._refuse(conn, "503 Service Unavailable", why, Overloaded.kind)
@@ -364,7 +364,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if request.expects_continue and request.content_length > self.max_body_bytes:
             self._forget(conn)
             self._refuse(conn, "413 Content Too Large", "The body is larger than allowed")
-        elif conn.is_slow and self._places >= max(1, self.threads // 4):
+        elif conn.is_slow and self._slow_count >= max(1, self.threads // 4):
             self._wait_for_more(conn)
             self._unwatch(conn)
             self._waiting[conn] = None
@@ -373,8 +373,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self._answer_here(conn, self.wsgi)
         elif conn.is_for_a_thread:
             self._forget(conn)
-            conn.has_place = conn.is_slow
-            self._places += conn.has_place
+            conn.counts_as_slow = conn.is_slow
+            self._slow_count += conn.counts_as_slow
             self.enqueue_req(conn)
         elif request.shape is Shape.TOO_LONG:
             self._forget(conn)
@@ -394,12 +394,12 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if self._arriving_bytes > _ARRIVING_BYTES:
             self._give_up(min(self.arriving, key=lambda one: one.progress))
 
-    def _give_place_back(self, conn: Connection) -> None:
+    def _count_slow_out(self, conn: Connection) -> None:
         """A request is no longer slow: its body has come, or it is over."""
-        if not conn.has_place:
+        if not conn.counts_as_slow:
             return
-        conn.has_place = False
-        self._places -= 1
+        conn.counts_as_slow = False
+        self._slow_count -= 1
         if self._waiting:
             self._go_on(next(iter(self._waiting)))
 
@@ -450,7 +450,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         for conn in [conn for conn in self.arriving if self._is_over(conn, now)]:
             self._give_up(conn)
         self._look_through_queue(now)
-        self._handshake_failures.tell()
+        self._handshake_failures.report()
         for conn in [conn for conn in self.closing if conn.timeout <= now]:
             self._drop(conn)
         if self.nr_conns >= self.worker_connections:
@@ -579,7 +579,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self._decide_on_keeping(response)
             if getattr(req.body.reader, "length", None) == 0:
                 self._body_has_come(conn)
-            elif conn.has_place:
+            elif conn.counts_as_slow:
                 req.body.reader = _Noticed(req.body.reader, partial(self._body_has_come, conn))
             body = self.wsgi(environ, response.start_response)
             self._body_has_come(conn)
@@ -605,11 +605,11 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 self.log.exception("Error handling request")
             raise StopIteration from None
         finally:
-            self._tell_hook(req, environ, response)
+            self._call_post_request(req, environ, response)
 
     def _body_has_come(self, conn: Connection) -> None:
-        if conn.has_place:
-            self.method_queue.defer(self._give_place_back, conn)
+        if conn.counts_as_slow:
+            self.method_queue.defer(self._count_slow_out, conn)
 
     def _decide_on_keeping(self, response: Any) -> None:
         self.nr += 1
@@ -624,7 +624,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         has_room = len(self.keepalived_conns) < self.max_keepalived
         return bool(self.alive and self.cfg.keepalive and has_room)
 
-    def _tell_hook(self, req: Any, environ: dict[str, Any], response: Any) -> None:
+    def _call_post_request(self, req: Any, environ: dict[str, Any], response: Any) -> None:
         try:
             self.cfg.post_request(self, req, environ, response)
         except Exception:
@@ -641,15 +641,15 @@ def _join_cookies(req: Any, environ: dict[str, Any]) -> None:
 class _Noticed:
     """The source of a body, which tells when it is at its end."""
 
-    def __init__(self, reader: Any, tell: Callable[[], None]) -> None:
+    def __init__(self, reader: Any, on_end: Callable[[], None]) -> None:
         self._reader = reader
-        self._tell = tell
+        self._on_end = on_end
 
     def read(self, size: int) -> bytes:
         """What gunicorn's own reader gives."""
         data: bytes = self._reader.read(size)
         if not data or getattr(self._reader, "length", None) == 0:
-            self._tell()
+            self._on_end()
         return data
 
 

@@ -98,7 +98,7 @@ class LocalEventLog(EventLog):
         self._logs: OrderedDict[str, _Log] = OrderedDict()
 
     def __repr__(self) -> str:
-        return f"<LocalEventLog sessions={len(self._logs)}>"
+        return f"<LocalEventLog sessions={len(self._logs)} bytes={self._cost}>"
 
     def append(self, session_id: str, stream: str, data: bytes, is_last: bool) -> str:
         with self._appended:

@@ -112,7 +112,8 @@ MAX_ISSUED = 100_000
 
 #: The most bytes of records, with what each costs besides; the least recently used end first.
 MAX_RECORDS_BYTES = 64 * 1024 * 1024
-_RECORD_COST = 1024
+#: What a record costs besides its bytes.
+RECORD_COST = 1024
 
 
 class _Entry(NamedTuple):
@@ -143,7 +144,8 @@ class LocalStorage(Storage):
         self._events: EventLog = LocalEventLog(min(ttl, KEPT), clock)
 
     def __repr__(self) -> str:
-        return f"<LocalStorage sessions={len(self._entries)} issued={len(self._issued)}>"
+        kept = f"sessions={len(self._entries)} issued={len(self._issued)}"
+        return f"<LocalStorage {kept} bytes={self._size}>"
 
     def create(self, session: Session) -> None:
         size = len(encode(session))  # raises StorageError for a record that is too large
@@ -221,8 +223,8 @@ class LocalStorage(Storage):
     def _put(self, session: Session, now: float, size: int) -> None:
         """Stores a record; those that were not used for the longest time make room for it."""
         self._drop(session.id)
-        self._entries[session.id] = _Entry(session, now + self.ttl, size + _RECORD_COST)
-        self._size += size + _RECORD_COST
+        self._entries[session.id] = _Entry(session, now + self.ttl, size + RECORD_COST)
+        self._size += size + RECORD_COST
         while self._size > MAX_RECORDS_BYTES and len(self._entries) > 1:
             self._drop(next(iter(self._entries)))
 

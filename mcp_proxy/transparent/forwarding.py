@@ -106,7 +106,7 @@ class ForwardedBody:
             yield from self._pieces()
         except (BackendLost, BackendTimeout) as error:
             if not self._is_answered:
-                self._tell(error)
+                self._report(error)
             if not self._can_be_ended(error):
                 raise
             yield self._ending(error)
@@ -115,7 +115,7 @@ class ForwardedBody:
             raise ConnectionResetError(errno.ECONNRESET, "The client has left") from error
         except Draining as error:
             if self._call.media_type != headers.EVENT_STREAM:
-                self._tell(error)
+                self._report(error)
                 raise
         if transform is not None and (rest := transform(b"")):
             yield rest
@@ -140,7 +140,7 @@ class ForwardedBody:
         if passed is not None and passed.is_missed and self._call.ends_with_connection:
             raise BadAnswer("The server broke off in the middle of its answer")
 
-    def _tell(self, failure: ProxyError) -> None:
+    def _report(self, failure: ProxyError) -> None:
         if self._on_failure is not None:
             self._on_failure(failure)
 

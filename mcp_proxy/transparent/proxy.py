@@ -504,7 +504,7 @@ class TransparentProxy(Transport):
             call.on_close(partial(self._untrack, call))
             with _closed_on_error(call):
                 if inbound.listens:  # no backend is asked in vain
-                    self._take_stream_place(call)
+                    self._count_stream(call)
                 connection = ClientConnection(request.environ)
                 call.on_close(self.disconnects.watch(connection, call.abort))
                 limit = self.options.request_timeout
@@ -575,7 +575,7 @@ class TransparentProxy(Transport):
             if is_get or inbound.listens:
                 self._track(call, is_stream)
             if is_stream and is_get:
-                self._take_stream_place(call)
+                self._count_stream(call)
                 rewriter = self._sse.rewriter(inbound.request, call)
                 if rewriter is not None:
                     transform = rewriter.feed
@@ -612,7 +612,7 @@ class TransparentProxy(Transport):
             found = relocated(found, call, mount)
         return unbuffered(found) if call.media_type == headers.EVENT_STREAM else found
 
-    def _take_stream_place(self, call: HttpCall) -> None:
+    def _count_stream(self, call: HttpCall) -> None:
         """Counts a standing stream until its call is closed; raises Overloaded."""
         self.edge.streams.acquire()
         call.on_close(self.edge.streams.release)

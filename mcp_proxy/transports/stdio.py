@@ -112,7 +112,7 @@ class StdioTransport(Transport):
             return f"{server.argv[0]} is not an executable file"
         return self.owner.full_reason() or self.owner.backoff.not_ready_reason()
 
-    def tell(
+    def pass_on(
         self, request: ClientRequest, session: Session, message: Notification | Response
     ) -> None:
         """Passes on what wants no answer; raises BackendError, StorageUnavailable.

@@ -87,7 +87,7 @@ class StreamableProxy(StdioTransport):
         if isinstance(message, list):
             return self._batch(request, session, message)
         request.rpc = message.method if isinstance(message, Notification) else "response"
-        self.tell(request, session, message)
+        self.pass_on(request, session, message)
         return empty_reply(202)
 
     def _request(self, request: ClientRequest, message: Request) -> Reply:
@@ -156,7 +156,7 @@ class StreamableProxy(StdioTransport):
             self.edge.require_open()
         for message in batch:
             if not isinstance(message, Request):
-                self.tell(request, session, message)
+                self.pass_on(request, session, message)
         if not calls:
             return empty_reply(202)
         exchange = Exchange(calls, request.accepts_stream, self.options.request_timeout)

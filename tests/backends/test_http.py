@@ -225,7 +225,7 @@ def test_silence_is_a_timeout(calls: Calls, backend: HttpBackend) -> None:
     begun = time.monotonic()
     with pytest.raises(BackendTimeout):
         call.send(0.3)
-    assert 0.2 < time.monotonic() - begun < 1.5
+    assert 0.2 < time.monotonic() - begun < 3, "it waits for the limit of the call"
     eventually(lambda: backend.gone)
 
 
@@ -753,7 +753,7 @@ def test_a_broken_connection_over_tls_may_have_executed(
     authority: Authority, secure: Secure
 ) -> None:
     def break_tls(turn: Turn) -> None:
-        sock: Any = turn._sock
+        sock: Any = turn.sock
         plain = socket.socket(fileno=sock.detach())
         plain.sendall(b"\x15\x03\x03\x00\x02no certainly no alert")
         plain.close()

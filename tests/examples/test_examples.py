@@ -194,7 +194,7 @@ def open_stream(process: ProxyProcess) -> Any:
     """A standing stream of a new session, its first bytes read."""
     stream = McpClient(HttpFront(process.base)).open().listen()
     assert stream.status == 200
-    assert next(stream._pieces)
+    assert next(stream.pieces)
     return stream
 
 

@@ -200,7 +200,9 @@ def test_a_loop_survives_what_it_did_not_foresee_and_says_so(
     acting: Acting, caplog: pytest.LogCaptureFixture
 ) -> None:
     acting.worker.start()
-    thread = acting.worker._thread
+    threads: set[int] = set()
+    acting.call(lambda: threads.add(threading.get_ident()))
+    acting.require_work()
 
     def errors() -> list[logging.LogRecord]:
         return [record for record in caplog.records if record.levelname == "ERROR"]
@@ -212,7 +214,9 @@ def test_a_loop_survives_what_it_did_not_foresee_and_says_so(
         acting.call(fail)
         eventually(partial(has_said, number))
         acting.require_work()
-    assert acting.worker._thread is thread
+    acting.call(lambda: threads.add(threading.get_ident()))
+    acting.require_work()
+    assert len(threads) == 1
     assert acting.workers.not_ready_reason() is None
     for record in errors():
         assert "the thread test" in record.getMessage()
@@ -568,6 +572,11 @@ def test_a_selector_that_could_not_be_started_leaves_no_file_open_when_it_is_tol
 # --- readers -------------------------------------------------------------------------------------
 
 
+def require_end(name: str) -> None:
+    """Waits for the end of every thread of that name."""
+    eventually(lambda: name not in [thread.name for thread in threading.enumerate()])
+
+
 def test_a_reader_that_reaches_its_end_has_not_failed() -> None:
     read: list[str] = []
     failed = threading.Event()
@@ -579,7 +588,7 @@ def test_a_reader_that_reaches_its_end_has_not_failed() -> None:
 
     reader = Reader("reader", reading, failed.set)
     reader.start()
-    reader._thread.join(PATIENCE)
+    require_end("reader")
     assert read == ["reader"]
     assert not failed.is_set()
 
@@ -591,8 +600,7 @@ def test_a_reader_that_fails_says_so_and_is_not_survived(
     reader = Reader("reader", fail, failed.set)
     reader.start()
     assert failed.wait(PATIENCE)
-    reader._thread.join(PATIENCE)
-    assert not reader._thread.is_alive()
+    require_end("reader")
     assert "the thread reader failed" in caplog.text
     assert "this work is broken" in caplog.text
 
@@ -603,7 +611,7 @@ def test_a_reader_whose_thread_is_ended_has_failed() -> None:
     reader = Reader("reader", end_thread, failed.set)
     reader.start()
     assert failed.wait(PATIENCE)
-    reader._thread.join(PATIENCE)  # or its end is the next test's
+    require_end("reader")  # or its end is the next test's
 
 
 def test_a_reader_that_finds_no_thread_can_be_started_later(
@@ -629,7 +637,7 @@ def executor() -> Iterator[KeyedExecutor]:
     made = KeyedExecutor("test", 4)
     yield made
     made.close()
-    eventually(lambda: made._threads == 0)
+    eventually(lambda: "threads=0" in repr(made))
 
 
 def test_what_is_submitted_for_one_key_is_done_in_order_by_one_thread_at_a_time(
@@ -675,7 +683,7 @@ def test_a_key_that_waits_for_a_thread_gets_its_turn(executor: KeyedExecutor) ->
         executor.submit(str(number), partial(free.wait, PATIENCE))
     executor.submit("fifth", done.set)
     assert not done.is_set()
-    assert executor._threads == 4
+    assert "threads=4" in repr(executor)
     free.set()
     assert done.wait(PATIENCE)
 
@@ -683,10 +691,10 @@ def test_a_key_that_waits_for_a_thread_gets_its_turn(executor: KeyedExecutor) ->
 def test_threads_are_started_when_they_are_needed_and_are_daemons() -> None:
     executor = KeyedExecutor("test", 4)
     threads: list[threading.Thread] = []
-    assert executor._threads == 0
+    assert "threads=0" in repr(executor)
 
     def has_done(count: int) -> bool:
-        return len(threads) == count and executor._busy == 0
+        return len(threads) == count and "busy=0" in repr(executor)
 
     for number in range(20):
         executor.submit("a", lambda: threads.append(threading.current_thread()))
@@ -748,7 +756,7 @@ def test_submitting_to_a_closed_executor_is_harmless_and_does_nothing() -> None:
     executor.close()
     executor.submit("a", done.set)
     executor.submit("a", done.set)
-    assert executor._threads == 0
+    assert "threads=0" in repr(executor)
     assert not done.is_set()
 
 
@@ -766,7 +774,7 @@ def test_what_waits_when_an_executor_is_closed_is_not_begun() -> None:
     executor.submit("b", begun.set)
     executor.close()
     free.set()
-    eventually(lambda: executor._threads == 0)
+    eventually(lambda: "threads=0" in repr(executor))
     assert not begun.is_set()
 
 
@@ -813,7 +821,7 @@ def test_a_key_whose_thread_was_ended_goes_on_with_another(
     executor.submit("b", lambda: done.append("other"))
     eventually(lambda: "other" in done)
     executor.close()
-    eventually(lambda: executor._threads == 0)
+    eventually(lambda: "threads=0" in repr(executor))
 
 
 @threads_end
@@ -834,8 +842,8 @@ def test_an_idle_thread_that_was_ended_is_not_counted_on() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor._changed, "wait", end_thread)  # when it has nothing to do
         holding.free.set()
-        eventually(lambda: executor._threads == 0)
-    assert executor._busy == 0
+        eventually(lambda: "threads=0" in repr(executor))
+    assert "busy=0" in repr(executor)
     executor.submit("a", done.set)
     assert done.wait(PATIENCE)
     executor.close()
@@ -868,7 +876,7 @@ def test_a_submission_that_finds_no_thread_is_none(no_threads: pytest.MonkeyPatc
     for key in ("a", "a", "b"):
         with pytest.raises(RuntimeError, match="can't start"):
             executor.submit(key, never.set)
-    assert repr(executor) == "<KeyedExecutor test keys=0 threads=0>"
+    assert repr(executor) == "<KeyedExecutor test keys=0 busy=0 threads=0>"
     no_threads.undo()
     executor.submit("a", done.set)
     assert done.wait(PATIENCE)
@@ -920,6 +928,6 @@ def test_whatever_acts_do_each_is_called_once_and_in_order(
     }
     eventually(lambda: done == expected)
     eventually(lambda: "keys=0" in repr(executor))
-    assert executor._threads <= width
+    assert int(repr(executor).partition("threads=")[2].rstrip(">")) <= width
     executor.close()
-    eventually(lambda: executor._threads == 0)
+    eventually(lambda: "threads=0" in repr(executor))

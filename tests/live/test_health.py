@@ -41,7 +41,7 @@ def health(proxy: WsgiProxy, path: str = "/readyz") -> tuple[int, Any]:
 
 def worker_of(proxy: WsgiProxy, name: str) -> Worker:
     """The worker of the application that has this name."""
-    (found,) = (w for w in proxy.app.parts.workers._started if w.name == name)
+    (found,) = (w for w in proxy.app.parts.workers.started if w.name == name)
     return found
 
 

@@ -101,7 +101,7 @@ def test_each_event_arrives_before_the_next_is_made(old: SseClient) -> None:
 
 def test_keepalives_arrive(old: SseClient) -> None:
     assert old.stream is not None
-    assert b": keepalive" in next(old.stream._pieces)
+    assert b": keepalive" in next(old.stream.pieces)
 
 
 def test_sampling_is_answered(old: SseClient) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, Session, StreamableProxy
 from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.background import Periodic
 from mcp_proxy.errors import BackendExited, StorageUnavailable
 from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.records import Storage
@@ -211,9 +212,13 @@ def test_another_replica_takes_a_session_over_and_sees_its_state() -> None:
 def test_a_change_of_state_that_the_server_refuses_is_not_recorded() -> None:
     with serving() as (app, client):
         client.open()
-        assert "error" in client.call("resources/subscribe", {}).message() or True
+        client.result("resources/subscribe", {"uri": "there:1"})
+        refused = client.call("resources/subscribe", {"uri": "gone:1"})
+        assert refused.error()["message"] == "Resource not found"
         assert client.session is not None
-        assert "a" not in app.manager.load(client.session).metadata.get("resume", "")
+        recorded = app.manager.load(client.session).metadata["resume"]
+        assert "there:1" in recorded
+        assert "gone:1" not in recorded
 
 
 def test_a_store_that_is_away_is_not_taken_for_sessions_that_are_over(
@@ -282,7 +287,7 @@ def test_a_place_is_given_back_whatever_goes_wrong(monkeypatch: pytest.MonkeyPat
 
     with serving(max_sessions=1) as (app, client):
         with monkeypatch.context() as patch:
-            patch.setattr(type(app.owner._sweeper), "start", fail)
+            patch.setattr(Periodic, "start", fail)
             assert client.initialize().failure == "internal-error"
         eventually(lambda: children(app) == 0)
         assert not app.owner.is_busy
@@ -364,8 +369,8 @@ def test_what_was_for_the_server_that_is_lost_starts_none(message: dict[str, Any
 
 def wait_until_idle(app: StreamableProxy) -> None:
     """Waits until every server of the proxy has been idle for long enough to be stopped."""
-    held = app.owner._held.values()
-    eventually(lambda: all(time.monotonic() - one.bridge.last_used > 0.02 for one in held))
+    bridges = app.owner.bridges
+    eventually(lambda: all(time.monotonic() - one.last_used > 0.02 for one in bridges))
 
 
 def test_where_there_is_no_room_the_server_of_the_longest_idle_session_stops() -> None:
@@ -406,8 +411,8 @@ def test_a_server_that_somebody_needs_makes_no_room(need: str) -> None:
         elif need == "question":
             message = {"id": "q", "method": "roots/list"}
             client.call("later", {"message": message, "seconds": 0}).body()
-            (one,) = app.owner._held.values()
-            eventually(lambda: one.bridge._switchboard._asked)
+            (bridge,) = app.owner.bridges
+            eventually(lambda: "asked=1" in repr(bridge))
         for _ in range(2):
             assert McpClient(client.front).initialize().failure == "overloaded"
         assert children(app) == 1

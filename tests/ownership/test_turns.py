@@ -23,7 +23,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def waiting(turns: Turns) -> int:
-    return len(turns._waiting)
+    return int(repr(turns).partition("waiting=")[2].rstrip(">"))
 
 
 def test_who_comes_first_is_served_first(pool: ThreadPoolExecutor) -> None:
@@ -95,10 +95,6 @@ def slow() -> Iterator[StreamableProxy]:
         yield proxy
 
 
-def under_way(proxy: StreamableProxy) -> int:
-    return len(proxy.owner._turns._under_way)
-
-
 def test_no_more_servers_than_that_are_starting_at_once(
     slow: StreamableProxy, pool: ThreadPoolExecutor
 ) -> None:
@@ -106,14 +102,14 @@ def test_no_more_servers_than_that_are_starting_at_once(
     seen = []
 
     def look() -> bool:
-        begun, held = slow.owner.supervisor.children, len(slow.owner._held)
+        begun, held = slow.owner.supervisor.children, len(slow.owner.bridges)
         seen.append(begun - held)
         return all(start.done() for start in starts)
 
     starts = [pool.submit(client.open) for client in clients]
     eventually(look, timeout=30)
     assert max(seen) <= 3  # one more may have answered and not be held yet
-    assert under_way(slow) == 0
+    assert repr(slow.owner.turns) == "<Turns under_way=0 waiting=0>"
     for client in clients:
         assert client.result("count")["calls"] == 1
 
@@ -124,9 +120,9 @@ def test_what_is_brought_back_waits_in_the_same_line(
     client = McpClient(WsgiFront(slow)).open()
     client.call("die").body()
     eventually(lambda: slow.owner.supervisor.children == 0)
-    held = [slow.owner._turns.take(10) for _ in range(2)]
+    held = [slow.owner.turns.take(10) for _ in range(2)]
     back = pool.submit(client.result, "count")
-    eventually(lambda: waiting(slow.owner._turns) == 1)
+    eventually(lambda: waiting(slow.owner.turns) == 1)
     assert slow.owner.supervisor.children == 0
     held[0].give_back()
     assert back.result(10)["calls"] == 1
@@ -138,11 +134,11 @@ def test_a_turn_is_given_back_whatever_becomes_of_the_start(option: str) -> None
     with StreamableProxy([*SCRIPTED, option]) as proxy:
         for _ in range(3):
             McpClient(WsgiFront(proxy)).initialize().body()
-        eventually(lambda: under_way(proxy) == 0)
+        eventually(lambda: "under_way=0" in repr(proxy.owner.turns))
 
 
 def test_a_turn_is_given_back_where_there_is_no_server() -> None:
     with StreamableProxy(["/no/such/server"]) as proxy:
         for _ in range(3):
             assert McpClient(WsgiFront(proxy)).initialize().failure == "server-start-failed"
-        assert under_way(proxy) == 0
+        assert "under_way=0" in repr(proxy.owner.turns)

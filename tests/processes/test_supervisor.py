@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,15 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def kill(guardian: Guardian) -> int:
+    """Kills the guardian process, waits for its end and returns what was its id."""
+    pid = guardian.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not is_alive(pid))
+    return pid
 
 
 class Spawned:
@@ -264,9 +272,7 @@ def test_a_guardian_that_was_killed_is_replaced(caplog: pytest.LogCaptureFixture
     guardian.start()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, start_new_session=True)
     guardian.watch(child.pid)
-    assert guardian._process is not None
-    guardian._process.kill()
-    guardian._process.wait()
+    kill(guardian)
     guardian.forget(1 << 22)
     assert "starting another one" in caplog.text
     guardian.close()  # the new one was told of the child
@@ -361,44 +367,42 @@ def test_the_escaped_are_spared_where_that_is_wanted_until_the_replica_ends() ->
 def test_a_killed_guardian_is_replaced_at_once_with_all_that_it_knew(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guarding, "_SETTLED", 0.0)
+    monkeypatch.setattr(guarding, "SETTLED", 0.0)
     spawned = Spawned(supervisor, "--ignore-eof", "--ignore-term")
     for _ in range(2):
-        first = supervisor._guardian._process
-        assert first is not None
-        first.kill()
-        eventually(lambda: supervisor._guardian._process not in (first, None))  # noqa: B023
-    supervisor._guardian.close()  # as if the replica were gone
+        first = kill(supervisor.guardian)
+        eventually(lambda: supervisor.guardian.pid not in (first, None))  # noqa: B023
+    supervisor.guardian.close()  # as if the replica were gone
     assert spawned.end() == "signal SIGKILL"
 
 
 def test_a_guardian_that_cannot_live_is_not_started_again_and_again(
-    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(guarding, "SETTLED", 600.0)
     spawned = Spawned(supervisor)
-    supervisor._guardian._launched = time.monotonic() + 60
-    assert supervisor._guardian._process is not None
-    supervisor._guardian._process.kill()
+    kill(supervisor.guardian)
     eventually(lambda: "exits as soon as it is started" in caplog.text)
     supervisor.stop_child(spawned.child)  # the next announcement starts it
     assert spawned.end() == "exit code 0"
-    assert supervisor._guardian._process.poll() is None
+    assert supervisor.guardian.pid is not None
+    assert is_alive(supervisor.guardian.pid)
 
 
 def test_a_child_of_which_no_guardian_can_know_is_not_started(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Spawned(supervisor)
+    replica = Spawned(supervisor).ask("environment")["environ"][REPLICA_VARIABLE]
 
     def fail(*_: object) -> None:
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Guardian, "_tell", fail)
+        patch.setattr(Guardian, "watch", fail)
         with pytest.raises(BackendLost, match="Too many open files"):
             Spawned(supervisor)
     assert supervisor.children == 1
-    eventually(lambda: len(list(processes_of(supervisor._replica.id))) == 1)
+    eventually(lambda: len(list(processes_of(replica))) == 1)
 
 
 def test_a_guardian_that_could_not_be_started_is_started_with_the_next_child(

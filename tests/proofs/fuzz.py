@@ -338,9 +338,9 @@ def edge_before_http(run: Run) -> None:
 class _Tolerant(HttpBackend):
     """A server that refuses what it does not understand, and does not remember what it has seen."""
 
-    def _serve(self, sock: socket.socket, number: int) -> None:
+    def serve(self, sock: socket.socket, number: int) -> None:
         try:
-            super()._serve(sock, number)
+            super().serve(sock, number)
         except (ValueError, RecursionError):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

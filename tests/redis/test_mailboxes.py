@@ -158,13 +158,16 @@ def test_a_client_without_a_time_limit_is_not_waited_on_for_ever(own_server: Red
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_a_stopped_server_is_unavailable_and_used_again_when_it_is_back(
-    redis_server: RedisServer, call: Callable[[RedisMailboxes], object], mailboxes_at: MakeMailboxes
+    redis_server: RedisServer,
+    call: Callable[[RedisMailboxes], object],
+    redis_at: Callable[..., Connection],
 ) -> None:
     with LossyProxy(redis_server.port) as way:
-        mailboxes = mailboxes_at(f"redis://127.0.0.1:{way.port}/0", timeout=1)
+        connection = redis_at(f"redis://127.0.0.1:{way.port}/0", 1)
+        mailboxes = RedisMailboxes(connection, "p:", 15.0)
         call(mailboxes)
         back, way.target = way.target, 1
-        mailboxes._connection.close()  # its connections end as the server's would
+        connection.close()  # its connections end as the server's would
         began = time.monotonic()
         with pytest.raises(StorageUnavailable):
             call(mailboxes)
@@ -194,7 +197,7 @@ def test_a_frozen_server_is_unavailable_within_the_timeout(
     mailboxes = mailboxes_at(own_server.url, timeout=0.2)
     mailboxes.renew("a")
     own_server.pause()
-    assert_unavailable(mailboxes, CALLS, within=1.5)
+    assert_unavailable(mailboxes, CALLS, within=3)
     own_server.resume()
     eventually(lambda: CALLS["is_open"](mailboxes) in (True, False))
 

@@ -576,14 +576,14 @@ def test_a_server_that_was_never_there_is_unavailable(
 def test_a_frozen_server_is_unavailable_within_the_timeout(
     own_server: RedisServer, make_storage: MakeStorage, is_connected: bool
 ) -> None:
-    storage = make_storage(own_server.url, timeout=1)
+    storage = make_storage(own_server.url, timeout=2)
     if is_connected:
         storage.check()
     own_server.pause()
     began = time.monotonic()
     with pytest.raises(StorageUnavailable):
         storage.load("s")
-    assert 0.9 < time.monotonic() - began < 1.9
+    assert 1.9 < time.monotonic() - began < 3.9, "it was tried once"
     own_server.resume()
     storage.check()
 

@@ -136,12 +136,10 @@ def test_a_reader_waits_for_an_event(form: Form, storage: RedisStorage) -> None:
     log = storage.event_log()
     first = log.append("s", "stream", b"1", False)
     with ThreadPoolExecutor(1) as pool:
-        began = time.monotonic()
         reading = pool.submit(log.read, "s", first, 30)
         eventually(lambda: somebody_waits(form))
         second = log.append("s", "stream", b"2", False)
         assert [event.id for event in reading.result(10)] == [second]
-        assert time.monotonic() - began < 1.5
     began = time.monotonic()
     assert log.read("s", second, 0.2) == []
     assert 0.15 < time.monotonic() - began < 2

@@ -143,10 +143,10 @@ def test_the_lease_is_not_held_when_it_could_not_be_renewed_in_time(scene: Scene
 def test_a_short_absence_of_the_store_is_no_lapse(scene: Scene) -> None:
     seen = scene.mailboxes.renew("own")
     scene.mailboxes.is_away = True
-    eventually(lambda: scene.lease._in_contact_since is None)
+    eventually(lambda: not scene.lease.is_in_contact)
     scene.mailboxes.renew = lambda replica: True  # type: ignore[method-assign]  # it was in time
     scene.mailboxes.is_away = False
-    eventually(lambda: scene.lease._in_contact_since is not None)
+    eventually(lambda: scene.lease.is_in_contact)
     assert seen
     assert scene.lapses == 0
 
@@ -192,10 +192,11 @@ def test_a_new_replica_waits_a_lease_where_the_store_has_just_started() -> None:
 def test_nobody_is_judged_before_a_lease_has_passed_since_the_own_reconnect(scene: Scene) -> None:
     assert scene.lease.is_gone(ELSEWHERE)
     scene.mailboxes.is_away = True
-    eventually(lambda: scene.lease._in_contact_since is None)
+    eventually(lambda: not scene.lease.is_in_contact)
     assert judgement(scene.lease, ELSEWHERE) is None
+    back = time.monotonic()
     scene.mailboxes.is_away = False
-    back = eventually(lambda: scene.lease._in_contact_since)
+    eventually(lambda: scene.lease.is_in_contact)
     assert judgement(scene.lease, ELSEWHERE) is None
     assert eventually(lambda: judgement(scene.lease, ELSEWHERE))
     assert time.monotonic() - back >= LEASE

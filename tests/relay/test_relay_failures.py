@@ -270,12 +270,9 @@ def _lose_a_letter(mailboxes: LocalMailboxes, client: Node, hosted: ScriptedCall
     hosted.say(b"something")
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
-        with mailboxes._arrived:
-            box = mailboxes._boxes.get(client.replica.id)
-            if box is not None and box.envelopes:
-                box.envelopes.clear()
-                del mailboxes._boxes[client.replica.id]
-                return True
+        if mailboxes.collect(client.replica.id, 0):
+            mailboxes.remove(client.replica.id)
+            return True
     return False
 
 

@@ -30,8 +30,8 @@ def read(answer: Answer, count: int) -> list[Event]:
 
 def unwatched(several: Replicas) -> None:
     """Waits until the owner knows that nobody listens."""
-    (held,) = several[0].app.owner._held_copy().values()
-    eventually(lambda: not held.bridge.is_watched)
+    (bridge,) = several[0].app.owner.bridges
+    eventually(lambda: not bridge.is_watched)
 
 
 @pytest.mark.parametrize("version", ["2025-06-18", LATEST])

@@ -1,3 +1,3 @@
 """The environment of a test, as the tests of the settings have it."""
 
-from tests.config.conftest import _clean_environment  # noqa: F401  (a fixture)
+from tests.config.conftest import clean_environment  # noqa: F401  (a fixture)

@@ -66,14 +66,16 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
 
     worker = KeepaliveWorker.__new__(KeepaliveWorker)
     worker.__dict__.update(
-        {"busy": 0, "threads": 4, "tpool": Pool(), "wsgi": None, "_places": 1, "_waiting": {}}
+        {"busy": 0, "threads": 4, "tpool": Pool(), "wsgi": None, "_slow_count": 1, "_waiting": {}}
     )
     monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, *given: refused.append(given))
-    conn = SimpleNamespace(has_place=True)
+    conn = SimpleNamespace(counts_as_slow=True)
     worker.enqueue_req(conn)
     ((connection, status, message, kind),) = refused
     assert (worker.busy, connection, kind) == (0, conn, "overloaded")
-    assert (worker._places, conn.has_place) == (0, False), "its place among the slow is free again"
+    assert (worker._slow_count, conn.counts_as_slow) == (0, False), (
+        "its place among the slow is free again"
+    )
     answer = answers.refusal(status, message, kind)
     assert b"X-MCP-Proxy-Error: overloaded\r\n" in answer
     assert b"-32000" in answer

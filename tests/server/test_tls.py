@@ -424,7 +424,7 @@ def test_failures_are_counted_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> 
     failures = HandshakeFailures(log)
     for number in range(3):
         failures.add(("127.0.0.1", number), "a reason")
-        failures.tell()
+        failures.report()
     now += 61
     failures.add("", "another")
     assert lines == [
@@ -433,8 +433,8 @@ def test_failures_are_counted_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     failures.add("", "a third")
     now += 61
-    failures.tell()
-    failures.tell()
+    failures.report()
+    failures.report()
     assert lines[2:] == ["TLS with a unix socket failed: a third"]
 
 

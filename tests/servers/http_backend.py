@@ -69,12 +69,12 @@ class Turn:
     def __init__(self, backend: HttpBackend, sock: socket.socket, seen: Seen) -> None:
         self.backend = backend
         self.seen = seen
-        self._sock = sock
+        self.sock = sock
 
     def send(self, data: bytes) -> None:
         """Bytes as they are."""
         try:
-            self._sock.sendall(data)
+            self.sock.sendall(data)
         except OSError:
             raise Leave from None
 
@@ -99,14 +99,14 @@ class Turn:
 
     def reset(self) -> None:
         """Breaks the connection by RST."""
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raise Leave
 
     def wait_until_gone(self) -> None:
         """Says nothing until the other side leaves; notes when that was."""
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline and not self.backend.is_stopping:
-            readable, _, _ = select.select([self._sock], [], [], 0.02)
+            readable, _, _ = select.select([self.sock], [], [], 0.02)
             if readable and self._peek() == b"":
                 break
         self.backend.gone.append(time.monotonic())
@@ -114,12 +114,12 @@ class Turn:
 
     def is_gone(self) -> bool:
         """Whether the other side has closed."""
-        readable, _, _ = select.select([self._sock], [], [], 0)
+        readable, _, _ = select.select([self.sock], [], [], 0)
         return bool(readable) and self._peek() == b""
 
     def _peek(self) -> bytes:
         try:
-            return self._sock.recv(1, socket.MSG_PEEK)
+            return self.sock.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):  # TLS cannot be peeked: nothing but its end is to come
             return b""
 
@@ -215,10 +215,10 @@ class HttpBackend:
                 sock, _ = listener.accept()
                 self.connections += 1
                 threading.Thread(
-                    target=self._serve, args=(sock, self.connections), daemon=True
+                    target=self.serve, args=(sock, self.connections), daemon=True
                 ).start()
 
-    def _serve(self, sock: socket.socket, number: int) -> None:
+    def serve(self, sock: socket.socket, number: int) -> None:
         with contextlib.suppress(Leave, OSError):
             if self.tls is not None:
                 sock = self.tls.wrap_socket(sock, server_side=True)

@@ -223,7 +223,15 @@ def environment(message: Json, params: Json) -> Any:
 
 
 def nothing(message: Json, params: Json) -> Any:
-    """An empty result: setLevel, subscribe and the like."""
+    """An empty result: setLevel, unsubscribe and the like."""
+    return {}
+
+
+def subscribe(message: Json, params: Json) -> Any:
+    """An empty result, but for resources that are not there."""
+    if params["uri"].startswith("gone:"):
+        send({"id": message["id"], "error": {"code": -32002, "message": "Resource not found"}})
+        return None
     return {}
 
 
@@ -252,7 +260,7 @@ BEHAVIOURS = {
     "grandchild": grandchild,
     "environment": environment,
     "logging/setLevel": nothing,
-    "resources/subscribe": nothing,
+    "resources/subscribe": subscribe,
     "resources/unsubscribe": nothing,
     "ping": nothing,
 }

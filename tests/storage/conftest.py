@@ -9,17 +9,11 @@ import pytest
 
 from mcp_proxy.storage.mailboxes import Mailboxes
 from tests.storage.offices import LocalOffice, Office, RedisOffice
+from tests.storage.stores import CLIENTS
 from tests.support.redis_server import RedisServer
 
-_CLIENTS: dict[str, dict[str, object]] = {
-    "redis": {},
-    "redis with decode_responses": {"decode_responses": True},
-    "redis with protocol 3": {"protocol": 3},
-    "redis with protocol 3 and decode_responses": {"protocol": 3, "decode_responses": True},
-}
 
-
-@pytest.fixture(params=["memory", *_CLIENTS])
+@pytest.fixture(params=["memory", *CLIENTS])
 def office(request: pytest.FixtureRequest) -> Iterator[Office]:
     """Each kind of mailboxes in turn."""
     if request.param == "memory":
@@ -28,7 +22,7 @@ def office(request: pytest.FixtureRequest) -> Iterator[Office]:
     server: RedisServer = request.getfixturevalue("redis_server")
     with ExitStack() as stack:
         admin = stack.enter_context(server.client())
-        client = stack.enter_context(server.client(**_CLIENTS[request.param]))
+        client = stack.enter_context(server.client(**CLIENTS[request.param]))
         office = RedisOffice(client, admin, request.getfixturevalue("redis_prefix"))
         stack.callback(office.mailboxes.close)
         yield office

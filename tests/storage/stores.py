@@ -11,6 +11,14 @@ from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session
 
+#: Clients of the same Redis that answer in different ways.
+CLIENTS: dict[str, dict[str, object]] = {
+    "redis": {},
+    "redis with decode_responses": {"decode_responses": True},
+    "redis with protocol 3": {"protocol": 3},
+    "redis with protocol 3 and decode_responses": {"protocol": 3, "decode_responses": True},
+}
+
 #: The time to live in every house, in seconds.
 TTL = 1000.0
 

@@ -22,10 +22,9 @@ def end_worker(worker: Worker) -> None:
 
     The worker can be started again.
     """
-    thread = worker._thread
-    assert thread is not None
+    assert worker.is_running
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "run_once", end_thread)
         worker.wake()
-        thread.join(_PATIENCE)
-    assert not thread.is_alive()
+        worker.wait(_PATIENCE)
+    assert not worker.is_running

@@ -32,7 +32,8 @@ class Answer:
     ):
         self.status = status
         self.headers = headers
-        self._pieces = pieces
+        #: The bytes as they come.
+        self.pieces = pieces
         self._close = close
 
     def __repr__(self) -> str:
@@ -56,7 +57,7 @@ class Answer:
     def body(self) -> bytes:
         """Everything that is left to read."""
         try:
-            return b"".join(self._pieces)
+            return b"".join(self.pieces)
         finally:
             self.close()
 
@@ -64,7 +65,7 @@ class Answer:
         """The events, each as soon as it is there; fails when keepalives are all that comes."""
         decoder = sse.Decoder()
         until = time.monotonic() + _PATIENCE
-        for piece in self._pieces:
+        for piece in self.pieces:
             for event in decoder.feed(piece):
                 yield event
                 until = time.monotonic() + _PATIENCE
@@ -158,13 +159,13 @@ class McpClient:
         self.front = front
         self.path = path
         self.session: str | None = None
-        self._ids = itertools.count(1)
+        self.ids = itertools.count(1)
 
     def at(self, front: Front) -> McpClient:
         """The same session by another way in."""
         same = McpClient(front, self.path)
         same.session = self.session
-        same._ids = self._ids
+        same.ids = self.ids
         return same
 
     def initialize(self, version: str = "2025-06-18", **headers: str) -> Answer:
@@ -190,7 +191,7 @@ class McpClient:
         self, method: str, params: Json | None = None, key: Any = None, **headers: str
     ) -> Answer:
         """Sends a request and returns the response as it comes."""
-        key = next(self._ids) if key is None else key
+        key = next(self.ids) if key is None else key
         return self.post(_request(method, params, key), **headers)
 
     def result(self, method: str, params: Json | None = None) -> Any:

@@ -20,7 +20,7 @@ from mcp_proxy import ProxyOptions, TransparentProxy
 from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
 from tests.proofs.hell import drip, flood
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
-from tests.support.front import Answer, McpClient
+from tests.support.front import Answer, Json, McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
 from tests.support.waiting import eventually
 
@@ -33,34 +33,16 @@ MODERN_BODY = (
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[HttpBackend]:
-    with HttpBackend(name="target") as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module", params=BOTH)
-def shared(
-    request: pytest.FixtureRequest, target: HttpBackend, redis_server: Any
-) -> Iterator[Transparent]:
-    settings = {
-        "request_timeout": 1,
-        "max_streams": 2,
+def settings(settings: Json) -> Json:
+    return {
+        **settings,
         "forward_headers": ["X-Set: by proxy", "X-Gone:"],
         "trusted_proxies": ["10.0.0.1"],
     }
-    with transparent(request.param, target.url, redis_server.url, **settings) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(shared: Transparent, target: HttpBackend) -> Iterator[Transparent]:
-    target.reset()
-    yield shared
-    shared.leave()
 
 
 def pieces(answer: Answer) -> Iterator[bytes]:
-    return (piece for piece in answer._pieces if piece)
+    return (piece for piece in answer.pieces if piece)
 
 
 # --- streams -------------------------------------------------------------------------------------

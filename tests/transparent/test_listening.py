@@ -14,7 +14,7 @@ import pytest
 
 from tests.servers.http_backend import Feed, HttpBackend, stream, turn_wait
 from tests.support.front import Answer, Json
-from tests.support.transparent import BOTH, Transparent, transparent
+from tests.support.transparent import Transparent, transparent
 from tests.support.waiting import eventually
 
 MODERN = "2026-07-28"
@@ -22,28 +22,12 @@ METHODS = ["subscriptions/listen", "events/stream"]
 ACKNOWLEDGED = b'data: {"jsonrpc":"2.0","method":"notifications/subscriptions/acknowledged"}\n\n'
 
 
-@pytest.fixture(scope="module")
-def target() -> Iterator[HttpBackend]:
-    with HttpBackend(name="target") as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module", params=BOTH)
-def shared(
-    request: pytest.FixtureRequest, target: HttpBackend, redis_server: Any
-) -> Iterator[Transparent]:
-    settings = {"request_timeout": 1, "max_streams": 2}
-    with transparent(request.param, target.url, redis_server.url, **settings) as proxy:
-        yield proxy
-
-
 @pytest.fixture
-def proxy(shared: Transparent, target: HttpBackend) -> Iterator[Transparent]:
-    target.reset()
+def proxy(proxy: Transparent, target: HttpBackend) -> Iterator[Transparent]:
     for method in METHODS:
         target.rpc[method] = stream(ACKNOWLEDGED, turn_wait)
-    yield shared
-    shared.leave()
+    yield proxy
+    proxy.leave()
     eventually(lambda: len(target.gone) == len(target.seen))
 
 

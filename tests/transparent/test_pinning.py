@@ -160,8 +160,8 @@ class Alternating(HttpBackend):
         self._servers = (one, two)
         super().__init__()
 
-    def _serve(self, sock: socket.socket, number: int) -> None:
-        self._servers[number % 2]._serve(sock, number)
+    def serve(self, sock: socket.socket, number: int) -> None:
+        self._servers[number % 2].serve(sock, number)
 
 
 def test_servers_that_share_an_address_and_no_sessions_are_told_of(

@@ -135,7 +135,7 @@ def swallowing() -> Iterator[str]:
 
 
 def test_a_silent_target_costs_one_client_its_time_and_no_other(swallowing: str) -> None:
-    options = ProxyOptions(connect_timeout=1)
+    options = ProxyOptions(connect_timeout=2)
     with (
         HttpBackend() as backend,
         TransparentProxy([swallowing, backend.url], options=options) as proxy,
@@ -144,7 +144,7 @@ def test_a_silent_target_costs_one_client_its_time_and_no_other(swallowing: str)
         begun = time.monotonic()
         for _ in range(6):
             assert McpClient(front).open().result("tools/call")["backend"] == "backend"
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 4
         begun = time.monotonic()
         assert proxy.not_ready_reason() is None
         assert time.monotonic() - begun < 2

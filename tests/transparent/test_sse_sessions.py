@@ -542,7 +542,7 @@ def test_a_stream_without_a_session_that_is_not_old_passes(one: Replicated) -> N
         feed = Feed()
         backend.on("GET", "/mcp", stream(b": hi\n", feed))
         answer = proxy.get("/mcp")
-        pieces = (piece for piece in answer._pieces if piece)
+        pieces = (piece for piece in answer.pieces if piece)
         assert next(pieces) == b": hi\n"
         feed.put(b"data: 1\n\n")
         assert next(pieces) == b"data: 1\n\n"

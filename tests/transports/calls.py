@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.wire.sse import Event
 from tests.support.front import Answer, McpClient
 from tests.support.proxies import Replicas
@@ -53,8 +55,13 @@ def judging(several: Replicas) -> None:
     """Waits until every replica is long enough there to judge others."""
     for replica in several.each:
         replica.app.owner.relay.start()
-    leases = [replica.app.owner.relay._begun().lease for replica in several.each]
-    eventually(lambda: all(lease._may_judge() for lease in leases))
+
+    def has_judged() -> bool:
+        with contextlib.suppress(StorageUnavailable):
+            return all(replica.app.owner.relay.is_gone("nobody") for replica in several.each)
+        return False
+
+    eventually(has_judged)
 
 
 def pid_of(client: McpClient) -> int:

@@ -171,7 +171,7 @@ def test_a_stream_that_was_left_elsewhere_gets_nothing_any_more(three: Replicas)
     say(owner, 1)
     next(messages)
     left.close()
-    eventually(lambda: not three[0].app.owner._held_copy().popitem()[1].bridge.is_watched)
+    eventually(lambda: not three[0].app.owner.bridges[-1].is_watched)
     say(owner, 2)
     stream = third.listen()
     assert next(stream.stream())["params"]["n"] == 2

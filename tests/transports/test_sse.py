@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 import uuid
@@ -112,7 +114,7 @@ def test_every_message_of_the_server_is_a_message_event(client: SseClient) -> No
 
 def test_a_silent_stream_sends_keepalives(client: SseClient) -> None:
     assert client.stream is not None
-    pieces = client.stream._pieces
+    pieces = client.stream.pieces
     assert next(pieces) == b": keepalive\n\n"
     assert next(pieces) == b": keepalive\n\n"
 
@@ -399,7 +401,7 @@ def test_a_stream_that_cannot_be_heard_takes_no_place(monkeypatch: pytest.Monkey
 
     def start_and_lose(self: Owner, has_left: Callable[[], bool]) -> Any:
         bridge = start(self, has_left)
-        bridge._set_lost("The server ended")
+        assert bridge.hand_over()
         return bridge
 
     with running("wsgi", max_streams=1, max_sessions=1) as proxy:
@@ -416,7 +418,7 @@ def test_an_open_stream_keeps_its_session_alive(store: dict[str, Any]) -> None:
         client = client_of(several).open()
         assert client.stream is not None
         for _ in range(9):  # keepalives: three times the time to live
-            next(client.stream._pieces)
+            next(client.stream.pieces)
         assert client.result("count")["calls"] == 1
         client.close()
 
@@ -480,7 +482,7 @@ def test_a_running_call_is_answered_while_gunicorn_stops() -> None:
         client = client_of(proxy).open()
         key = client.call("sleep", {"seconds": 1})
         eventually(lambda: "sleep" in methods(client))
-        proxy.process._process.terminate()
+        os.kill(proxy.process.master_pid, signal.SIGTERM)
         assert client.answer(key)["result"]["slept"] == 1
         assert list(client.events()) == []
         assert proxy.process.wait(15) == 0

@@ -484,7 +484,7 @@ def test_an_open_stream_keeps_its_session_alive() -> None:
         client = proxy.client().open()
         pid = client.result("count")["pid"]
         stream = client.listen()
-        events = iter(lambda: next(stream._pieces), None)
+        events = iter(lambda: next(stream.pieces), None)
         for _ in range(15):  # keepalives, 0.2 s apart: three times the time to live
             next(events)
         assert client.result("count") == {"calls": 2, "pid": pid}

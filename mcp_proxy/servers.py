@@ -192,6 +192,12 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         servers = _servers(msgspec.json.decode(text))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}{_malformed(text) or f': {plain(str(error))}'}") from error
+    for way, line, first in _keys(text):
+        if first is not None:
+            what = repr(way[-1])
+            if way[0] in _SERVERS and len(way) > 1:
+                what = f"the server {what}" if len(way) == 2 else f"{way[1]}: {what}"
+            raise ConfigError(f"{path}, line {line}: {what} is there twice, first on line {first}")
     return text, servers
 
 

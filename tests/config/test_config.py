@@ -902,6 +902,34 @@ def test_a_working_directory_may_be_below_that_of_the_user(
         assert server.cwd == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            '{"mcpServers": {\n"a": {"command": "x"},\n"a": {"command": "y"}}}',
+            ", line 3: the server 'a' is there twice, first on line 2",
+        ),
+        (
+            '{"servers": {"a": {"command": "x",\n"env": {}, "args": [],\n\n"args": []}}}',
+            ", line 4: a: 'args' is there twice, first on line 2",
+        ),
+        (
+            '{"mcpServers": {"a": {"command": "x", "env": {\n"A": "1",\n"\\u0041": "2"}}}}',
+            ", line 3: a: 'A' is there twice, first on line 2",
+        ),
+        (
+            '{"mcpServers": {"a": {"command": "x"}},\n"mcpServers": {"b": {"command": "x"}}}',
+            ", line 2: 'mcpServers' is there twice, first on line 1",
+        ),
+    ],
+)
+def test_what_is_there_twice_is_refused_with_its_line(file: File, text: str, sentence: str) -> None:
+    file.write(text)
+    with pytest.raises(ConfigError) as caught:
+        read_servers(file.path, {})
+    assert str(caught.value) == f"{file.path}{sentence}"
+
+
 def test_equal_keys_of_different_objects_are_not_there_twice(file: File) -> None:
     text = '{"mcpServers": {"a": {"command": "a", "x": [{"a": 1}, {"a": "\\"a\\":"}]}}}'
     file.write(text)

@@ -464,11 +464,32 @@ def _known(names: Iterable[str], spell: Callable[[str], str] = str) -> dict[str,
 def _value(setting: Setting, text: str) -> Any:
     if setting.name == "command":
         return as_command(text)
-    if setting.name == "target_url":
-        return text.split()
-    if setting.is_list:
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
+    return entries_of(setting.name, text) if setting.is_list else text
+
+
+# What is between two entries of a list in a text. Where entries may have commas one separates only
+# if another entry begins behind it.
+_BETWEEN_WORDS = re.compile(r"[\s,]+")
+_BETWEEN_URLS = re.compile(r"(?:\s|,(?=\s|https?://|\*|\Z))+", re.IGNORECASE)
+_BETWEEN_LINES = re.compile(r"\s*\n\s*")
+_BETWEEN = {
+    "target_url": _BETWEEN_URLS,
+    "allowed_backends": _BETWEEN_URLS,
+    "env": re.compile(r"\s*,\s*(?=[A-Za-z_]\w*=)"),
+    "forward_headers": re.compile(r"\s*,\s*(?=[A-Za-z][\w-]*\s*:)"),
+}
+
+
+def entries_of(name: str, text: str) -> list[str]:
+    """The entries of the list `name` in a variable of the environment, or in an option.
+
+    Commas, blanks and line breaks separate; pairs and headers, which may have blanks, are separated
+    by line breaks alone if there is one, else by commas.
+    """
+    between = _BETWEEN.get(name, _BETWEEN_WORDS)
+    if name in ("env", "forward_headers") and "\n" in text:
+        between = _BETWEEN_LINES
+    return [entry for entry in between.split(text.lstrip()) if entry]
 
 
 _QUERY = re.compile(r"\?[^'\"#\s]+")

@@ -12,6 +12,7 @@ from mcp_proxy import __version__
 from mcp_proxy.config import (
     ProxyConfig,
     Setting,
+    entries_of,
     environment_values,
     from_values,
     settings,
@@ -28,8 +29,6 @@ _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
 _EPILOG = """Without a command and without a file the bundled demo server is served. Every option
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
 out and serves nothing."""
-
-_WITH_COMMAS = ("env", "target_url", "forward_headers")
 
 # The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "cwd")
@@ -87,7 +86,11 @@ def read_config(arguments: Sequence[str]) -> ProxyConfig:
     options, command = _split(list(arguments))
     given = vars(_parser().parse_args(options))
     values: dict[str, Any] = {
-        name: _split_lists(name, value) for name, value in given.items() if value is not None
+        name: [entry for text in value for entry in entries_of(name, text)]
+        if isinstance(value, list)
+        else value
+        for name, value in given.items()
+        if value is not None
     }
     if command is not None:
         values["command"] = as_command(command)
@@ -95,13 +98,6 @@ def read_config(arguments: Sequence[str]) -> ProxyConfig:
     if any(name in values for name in ("command", "target_url", "config")):
         inherited = {name: v for name, v in inherited.items() if name not in _SOURCES}
     return from_values({**inherited, **values})
-
-
-def _split_lists(name: str, value: str | list[str]) -> str | list[str]:
-    """Splits a list at commas, unless the values of the setting may have some."""
-    if isinstance(value, str) or name in _WITH_COMMAS:
-        return value
-    return [part.strip() for item in value for part in item.split(",") if part.strip()]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:

@@ -278,7 +278,7 @@ def test_env_and_cwd_need_a_command(setting: dict[str, str], other: dict[str, st
 
 def test_env_takes_pairs() -> None:
     with pytest.raises(ConfigError, match="NAME=VALUE"):
-        from_env(command="server", env="A=1,B")
+        from_env(command="server", env="A")
 
 
 @pytest.mark.parametrize("text", ["on", "0,", ",0", "0;1", "-1", "0-3", "0, 1", "1.5"])
@@ -574,8 +574,8 @@ def test_the_environment_of_a_server_is_never_shown() -> None:
 
 def test_a_complaint_about_the_environment_of_a_server_does_not_show_it() -> None:
     with pytest.raises(ConfigError) as caught:
-        from_env(command="server", env="TOKEN=hunt,er2")
-    assert "er2" not in str(caught.value)
+        from_env(command="server", env="TOKEN:hunter2")
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

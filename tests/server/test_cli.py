@@ -241,12 +241,6 @@ def test_choices_may_be_written_in_capital_letters() -> None:
     assert (made.log_level, made.stdio_transports) == ("info", ("sse", "streamable"))
 
 
-def test_lists_may_be_separated_by_commas_or_repeated() -> None:
-    made = read_config(["--allowed-hosts", "a,b", "--allowed-hosts", "c", "--env=A=1,2", "--", "x"])
-    assert made.allowed_hosts == ("a", "b", "c")
-    assert made.env == ("A=1,2",)
-
-
 @pytest.mark.parametrize("missing", ["gevent", "packaging"])
 @pytest.mark.parametrize("way", [["mcp_proxy"], [*GUNICORN[1:]]], ids=["command", "gunicorn"])
 def test_without_gevent_a_sentence_has_the_pip_line(

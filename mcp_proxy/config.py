@@ -37,6 +37,8 @@ from mcp_proxy.servers import (
     demo_server,
     ignored_keys,
     read_servers,
+    shown_arguments,
+    shown_command,
 )
 from mcp_proxy.wire.headers import FIELD_VALUE
 from mcp_proxy.wire.urls import parse_target
@@ -499,6 +501,10 @@ def _shown(setting: Setting, value: Any) -> str:
     """A value as text, without what may be a secret: the query of a target's URL, too."""
     if setting.secret and value:
         return repr("***")
+    if setting.name == "command" and isinstance(value, str):
+        return repr(shown_command(as_command(value)))
+    if setting.name == "command" and isinstance(value, tuple):
+        return repr(shown_arguments(value))
     return _QUERY.sub("?***", repr(value)) if setting.name in _TARGETS else repr(value)
 
 
@@ -538,7 +544,9 @@ def _complaint(setting: Setting, takes: msgspec.inspect.Type, value: Any) -> str
         case VarTupleType() if isinstance(value, list | tuple):
             return _complaint(setting, takes.item_type, value[0])
         case VarTupleType() if isinstance(value, str):
-            instead = "" if is_hidden else f"; write {tuple(_value(setting, value))}"
+            instead = (
+                "" if is_hidden else f"; write {_shown(setting, tuple(_value(setting, value)))}"
+            )
             return f"expected {_wanted(takes)}, got the text {shown}{instead}"
         case LiteralType():
             return f"{shown} is not one of {_wanted(takes)}"

@@ -5,8 +5,9 @@ Each server is initialized as a client would do it, and the session that this ma
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
 
@@ -31,7 +32,7 @@ from mcp_proxy.redis.client import password_in
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
 from mcp_proxy.server.gunicorn import require_shared_sessions
-from mcp_proxy.servers import HttpServer, StdioServer
+from mcp_proxy.servers import HttpServer, StdioServer, shown_arguments, shown_command
 from mcp_proxy.wire import jsonrpc, revisions, sse
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON, PROTOCOL_VERSION, SESSION_ID
@@ -85,6 +86,7 @@ def _secrets(config: ProxyConfig) -> list[str]:
             headers += server.headers
         else:
             told += server.env.values()
+            told += _hidden_in(server.argv)
     told += [header.partition(":")[2].strip() for header in headers]
     told += [word for value in told for word in value.split()]
     told += [value for url in urls for _, value in parse_qsl(urlsplit(url).query)]
@@ -92,6 +94,12 @@ def _secrets(config: ProxyConfig) -> list[str]:
         password = password_in(config.redis_url)
         told += [password, unquote(password)]
     return sorted({s for s in told if len(s) >= _SHORTEST_SECRET}, key=len, reverse=True)
+
+
+def _hidden_in(argv: Sequence[str]) -> Iterator[str]:
+    """The words of a command that are not shown."""
+    for argument, shown in zip(argv, shown_arguments(argv), strict=True):
+        yield from (word for word in re.split(r"[\s\"'=:,;&?@]+", argument) if word not in shown)
 
 
 def _rows(config: ProxyConfig) -> Iterator[Row]:
@@ -163,12 +171,12 @@ def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) ->
         limit = config.max_message_bytes
         bridge = Bridge(supervisor, server, limit, on_lost=lambda lost: None)
     except ProxyError as error:
-        return Row(what, False, f"{error} ({server})")
+        return Row(what, False, f"{error} ({shown_command(server.argv)})")
     try:
         return Row(what, True, _greet_child(bridge))
     except ProxyError as error:
         tail = "".join(f"\n      stderr: {line}" for line in bridge.stderr_tail[-5:])
-        return Row(what, False, f"{error} ({server}){tail}")
+        return Row(what, False, f"{error} ({shown_command(server.argv)}){tail}")
     finally:
         bridge.close()
 

@@ -45,6 +45,8 @@ from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
 
+_LAST_PORT = 65_535
+
 # Settings that have names of others in the environment: gunicorn's, requests' and OpenSSL's.
 _OTHER_NAMES = (
     ("WEB_CONCURRENCY", "workers"),
@@ -326,6 +328,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             _require_certificates(self.ca_file)
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
+        _require_addresses(self.bind)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ProxyConfig:
@@ -338,6 +341,11 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             choice = repr(self.cpu_affinity)
             raise ConfigError(f"cpu_affinity must be auto, off or a list such as 0,2, not {choice}")
         return tuple(int(part) for part in self.cpu_affinity.split(","))
+
+    @property
+    def directory(self) -> str | None:
+        """The path that `cwd` names."""
+        return None if self.cwd is None else os.path.expanduser(self.cwd)
 
     def servers(self) -> list[Server]:
         """The servers to serve; without any setting the bundled demo. Raises ConfigError."""
@@ -353,7 +361,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             return read_servers(Path(self.config), os.environ)
         if self.command:
             env = dict(pair.split("=", 1) for pair in self.env)
-            return [StdioServer("default", self.command, env, self.cwd)]
+            return [StdioServer("default", self.command, env, self.directory)]
         if self.target_url:
             return [HttpServer("default", self.target_url)]
         return [demo_server()]
@@ -593,6 +601,23 @@ def _require_certificates(path: str) -> None:
         reason = "no certificates" if isinstance(error, ssl.SSLError) else error.strerror
         names = "ca_file (or REQUESTS_CA_BUNDLE, SSL_CERT_FILE)"
         raise ConfigError(f"{names}: {path!r} cannot be used: {reason}") from None
+
+
+_ADDRESS = re.compile(
+    rf"unix:.+|fd://[0-9]+|(tcp://)?({_NAME}|\[{_IPV6}\])?:(?P<port>[0-9]{{1,5}})", re.DOTALL
+)
+
+
+def _require_addresses(bind: str) -> None:
+    """Raises ConfigError unless gunicorn can be told to listen there; several have commas."""
+    for address in bind.split(","):
+        found = _ADDRESS.fullmatch(address.strip())
+        if found is None or int(found["port"] or 0) > _LAST_PORT:
+            wanted = f"HOST:PORT, with a port up to {_LAST_PORT}, or unix:PATH"
+            advice = ""
+            if re.fullmatch("[0-9]+", address) and int(address) <= _LAST_PORT:
+                advice = f"; 127.0.0.1:{address} is meant, it seems"
+            raise ConfigError(f"bind: expected {wanted}, got {address!r}{advice}")
 
 
 def _require_targets(name: str, urls: Iterable[str]) -> None:

@@ -18,7 +18,12 @@ from mcp_proxy.config import (
     settings,
 )
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server.gunicorn import require_shared_sessions, require_worker_class, serve
+from mcp_proxy.server.gunicorn import (
+    require_directory_and_cpus,
+    require_shared_sessions,
+    require_worker_class,
+    serve,
+)
 from mcp_proxy.servers import as_command
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
@@ -41,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(arguments[1:] if is_check else arguments)
         config.servers()  # its errors belong here, not in a worker's log
+        require_directory_and_cpus(config)
         if is_check:
             from mcp_proxy.server.check import check
 

@@ -287,6 +287,32 @@ def test_cpu_affinity_is_a_list_or_one_of_two_words(text: str) -> None:
         from_env(cpu_affinity=text)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1:0", ":8080", "[::1]:65535", "a.example:80", "tcp://h:1", "fd://3"),
+        *("unix:x.sock", "unix:///run/x.sock", "127.0.0.1:1, unix:/run/a b.sock"),
+    ],
+)
+def test_what_gunicorn_listens_on_is_an_address(address: str) -> None:
+    assert ProxyConfig(bind=address).bind == address
+
+
+@pytest.mark.parametrize(
+    "address", ["", ":", "h:", "::1", "::1:80", "[::1]", "h:65536", "h:x", "h:1:2", "http://h:1"]
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    assert refusal(bind=address).startswith("bind: expected HOST:PORT, ")
+
+
+def test_the_working_directory_may_be_below_that_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (server,) = ProxyConfig(command=("x",), cwd="~/y").servers()
+    assert server.cwd == "/home/me/y"
+
+
 @pytest.mark.parametrize("text", ["server 'unfinished", 'server "', "server \\"])
 def test_a_command_that_no_shell_could_split_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="command"):

@@ -17,6 +17,13 @@ from mcp_proxy.server.cli import main, read_config
 from tests.config.samples import NEED_COMMAND, SAMPLES
 from tests.support.proxy_process import GUNICORN
 
+ADDRESS = "bind: expected HOST:PORT, with a port up to 65535, or unix:PATH, got "
+CPUS = sorted(os.sched_getaffinity(0))
+AFFINITY = (
+    "cpu_affinity: expected auto, off or CPUs that this process may use "
+    f"({', '.join(map(str, CPUS))}), got "
+)
+
 
 def spelled(name: str, dash: str) -> str:
     return "--" + name.replace("_", dash)
@@ -164,6 +171,16 @@ def test_an_unknown_variable_is_refused_on_the_command_line_too(
         (["--threads", "3"], "threads: expected a whole number of at least 4, got '3'"),
         (["--config", "{tmp}/absent.json"], "{tmp}/absent.json: No such file or directory"),
         (["--config", "{tmp}"], "{tmp}: Is a directory"),
+        (
+            ["--cwd", "{tmp}/absent", "--", "server"],
+            "cwd: expected a directory that exists, got '{tmp}/absent'",
+        ),
+        (["--bind", "foo"], f"{ADDRESS}'foo'"),
+        (["--bind", ":99999"], f"{ADDRESS}':99999'"),
+        (["--bind", "127.0.0.1:0,::1"], f"{ADDRESS}'::1'"),
+        (["--bind", "9000"], f"{ADDRESS}'9000'; 127.0.0.1:9000 is meant, it seems"),
+        (["--bind", "99999"], f"{ADDRESS}'99999'"),
+        (["--cpu-affinity", f"{CPUS[0]},99999"], f"{AFFINITY}'{CPUS[0]},99999'"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_ends_with_code_2_and_a_sentence(
@@ -239,6 +256,31 @@ def test_a_bad_redis_url_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> 
 def test_choices_may_be_written_in_capital_letters() -> None:
     made = read_config(["--log-level", "INFO", "--stdio-transports", "SSE,Streamable"])
     assert (made.log_level, made.stdio_transports) == ("info", ("sse", "streamable"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "complaint"),
+    [
+        ("CWD", "/no/such/directory", "cwd: expected a directory"),
+        ("BIND", ":99999", "bind: expected HOST:PORT"),
+        ("CPU_AFFINITY", "99999", "cpu_affinity: expected auto, off or CPUs"),
+    ],
+)
+def test_gunicorn_is_not_started_with_what_cannot_be_here(
+    setting: str, value: str, complaint: str
+) -> None:
+    settings = {"MCP_PROXY_COMMAND": "server", "MCP_PROXY_BIND": "127.0.0.1:0"}
+    refused = subprocess.run(
+        [sys.executable, *GUNICORN],
+        env={**os.environ, **settings, f"MCP_PROXY_{setting}": value},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert refused.returncode != 0
+    assert complaint in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize("missing", ["gevent", "packaging"])

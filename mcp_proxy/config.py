@@ -395,6 +395,30 @@ class Setting(NamedTuple):
     annotation: Any
     takes: msgspec.inspect.Type
 
+    @property
+    def default_text(self) -> str:
+        """The default as it would be written; empty where there is none."""
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        if isinstance(self.default, tuple):
+            return ",".join(self.default)
+        return "" if self.default is None else str(self.default)
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for a value, or for an entry of a list: the choices or the unit."""
+        takes = self.takes.item_type if isinstance(self.takes, VarTupleType) else self.takes
+        match takes:
+            case BoolType():
+                return "on|off"
+            case LiteralType():
+                return "|".join(map(str, takes.values))
+            case FloatType():
+                return "SECONDS"
+            case IntType():
+                return "BYTES" if self.name.endswith("_bytes") else "NUMBER"
+        return self.name.split("_")[-1].upper()
+
 
 @cache
 def settings(kind: type[ProxyOptions] = ProxyConfig) -> tuple[Setting, ...]:

@@ -26,6 +26,7 @@ from mcp_proxy.errors import (
     ConfigError,
     ProxyError,
     StorageUnavailable,
+    in_seconds,
 )
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.redis.client import password_in
@@ -303,7 +304,7 @@ def _events(call: HttpCall) -> Iterator[sse.Event]:
     for piece in call.pieces(pulse=_PULSE):
         yield from decoder.feed(piece)
         if time.monotonic() > deadline:
-            raise BackendTimeout(f"The server did not answer within {_ANSWER_TIME:g} seconds")
+            raise BackendTimeout(f"The server did not answer within {in_seconds(_ANSWER_TIME)}")
 
 
 def _response_among(events: Iterator[sse.Event]) -> Response:

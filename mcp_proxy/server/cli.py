@@ -24,7 +24,7 @@ from mcp_proxy.server.gunicorn import (
     require_worker_class,
     serve,
 )
-from mcp_proxy.servers import as_command
+from mcp_proxy.servers import as_command, shown_arguments
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --target-url URL
@@ -90,7 +90,7 @@ def _require_readable_url(config: ProxyConfig) -> None:
 def read_config(arguments: Sequence[str]) -> ProxyConfig:
     """The configuration from the environment, overridden by options; raises ConfigError."""
     options, command = _split(list(arguments))
-    given = vars(_parser().parse_args(options))
+    given = _parse(options)
     values: dict[str, Any] = {
         name: [entry for text in value for entry in entries_of(name, text)]
         if isinstance(value, list)
@@ -114,6 +114,25 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     return arguments[:at], arguments[at + 1 :]
 
 
+def _parse(options: Sequence[str]) -> dict[str, Any]:
+    """The values of options, None for those that are not given; exits with 2 for what is none."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args([_with_dashes(option) for option in options])
+    if unknown:
+        shown = " ".join(shown_arguments(["", *unknown])[1:])
+        advice = "the command of a server stands behind --"
+        if unknown[0].partition("=")[0] in ("--host", "--port"):
+            advice = "--bind HOST:PORT says where to listen"
+        parser.error(f"unrecognized arguments: {shown} ({advice})")
+    return vars(given)
+
+
+def _with_dashes(option: str) -> str:
+    """An option in the spelling of the parser: `--max_sessions` is `--max-sessions`, too."""
+    name, equals, value = option.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if option.startswith("--") else option
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mcp-wsgi-proxy", usage=_USAGE, epilog=_EPILOG, allow_abbrev=False
@@ -126,14 +145,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
-    spellings = {f"--{setting.name.replace('_', '-')}", f"--{setting.name}"}
-    has_default = setting.default not in (None, ())
-    default = "off" if setting.default is False else setting.default
-    reason = f"{setting.reason} ({default})" if has_default else setting.reason
+    default = f" ({setting.default_text})" if setting.default_text else ""
     parser.add_argument(
-        *sorted(spellings),
+        f"--{setting.name.replace('_', '-')}",
         dest=setting.name,
         action="append" if setting.is_list else "store",
-        metavar=setting.name.split("_")[-1].upper(),
-        help=reason.replace("%", "%%"),
+        metavar=setting.placeholder,
+        help=f"{setting.reason}{default}".replace("%", "%%"),
     )

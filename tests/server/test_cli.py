@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -224,10 +225,40 @@ def test_the_help_names_every_setting_and_its_default(
         main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for name in SAMPLES:
-        assert spelled(name, "-") in printed
-    assert "(7200)" in printed
-    assert "(())" not in printed
+    options = re.findall(r"^  (--\S+) (\S+)", printed, re.MULTILINE)
+    assert [option for option, _ in options] == [spelled(name, "-") for name in SAMPLES]
+    shown = dict(options)
+    assert shown["--preserve-host"] == "on|off"
+    assert shown["--failure-status"] == "http|json-rpc"
+    assert shown["--unknown-session-status"] == "400|404|ask"
+    assert shown["--stdio-transports"] == "sse|streamable"
+    assert (shown["--session-ttl"], shown["--idle-timeout"]) == ("SECONDS", "SECONDS")
+    assert (shown["--max-body-bytes"], shown["--threads"]) == ("BYTES", "NUMBER")
+    one_line = " ".join(printed.split())
+    assert "(7200)" in one_line
+    assert "(streamable,sse)" in one_line
+    assert "(off)" in one_line
+    assert "((" not in one_line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["python", "-m", "x"], "python -m x (the command of a server stands behind --)"),
+        (
+            ["server", "--token=hunter2"],
+            "server --token=*** (the command of a server ",
+        ),
+        (["--port", "80"], "--port 80 (--bind HOST:PORT says where to listen)"),
+        (["--host=0.0.0.0"], "--host=0.0.0.0 (--bind HOST:PORT says where to listen)"),
+    ],
+)
+def test_what_is_no_option_is_named_with_what_is_meant(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_config(arguments)
+    assert f"unrecognized arguments: {complaint}" in capsys.readouterr().err
 
 
 def test_the_package_is_the_program() -> None:

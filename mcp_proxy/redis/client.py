@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.connection import parse_url
+from redis.connection import AbstractConnection, SSLConnection, parse_url
 from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
@@ -289,7 +289,10 @@ def _maker(url: str, timeout: float) -> Callable[[], Client]:
         ) from None
 
 
-# Firewalls forget idle connections: the first command on such a one would wait in vain.
+# Firewalls forget idle connections: the first command on such a one would wait in vain. TCP keeps
+# most of them known; one that has been idle for `_IDLE` seconds is asked first all the same.
+_IDLE = 10
+_PING_TIME = 1.0
 _KEEPALIVE: dict[str, Any] = {
     "socket_keepalive": True,
     "socket_keepalive_options": {
@@ -310,6 +313,32 @@ def _options(timeout: float) -> dict[str, Any]:
     }
 
 
+class _AskedWhenIdle(AbstractConnection):
+    """A connection that is asked (PING) before a command if it has been idle for `_IDLE` seconds.
+
+    One that is silent for a second, or for a quarter of the time for an answer, is replaced by a
+    new one, once. The command is sent after that, so it is never executed twice.
+    """
+
+    def _send_ping(self) -> None:
+        if not self.next_health_check:
+            return  # the connection is new
+        self.send_command("PING", check_health=False)  # type: ignore[no-untyped-call]
+        limit = self.socket_timeout
+        if limit is not None and not self.can_read(min(_PING_TIME, limit / 4)):
+            raise redis.ConnectionError("An idle connection does not answer")
+        with suppress(redis.ResponseError):  # a user without a right to PING is answered, too
+            self.read_response()
+
+
+class _TcpConnection(_AskedWhenIdle, redis.Connection):
+    """A connection over TCP."""
+
+
+class _TlsConnection(_AskedWhenIdle, SSLConnection):
+    """The same with TLS."""
+
+
 def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
     """A client for one server."""
     parts = urlsplit(url)
@@ -320,6 +349,9 @@ def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
     options = _options(timeout)
     if parts.scheme == "unix":
         options = {name: value for name, value in options.items() if name not in _KEEPALIVE}
+    else:
+        options["connection_class"] = _TlsConnection if parts.scheme == "rediss" else _TcpConnection
+        options["health_check_interval"] = _IDLE
     client: redis.Redis = redis.Redis.from_url(url, **options)
     _try_options(client)
     return lambda: client
@@ -347,14 +379,19 @@ def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
             **{name: value for name, value in own.items() if value},
             **tls,
         },
-        **{**_options(timeout), **given, "connection_class": kind},
+        **{
+            **_options(timeout),
+            "health_check_interval": _IDLE,
+            **given,
+            "connection_class": kind,
+        },
     )
     client: redis.Redis = sentinels.master_for(unquote(service))  # type: ignore[no-untyped-call]
     _try_options(client)
     return lambda: client
 
 
-class _QuickConnection(SentinelManagedConnection):
+class _QuickConnection(_AskedWhenIdle, SentinelManagedConnection):
     """A connection that is closed when an answer is late, as redis-py closes its other kinds.
 
     Otherwise it would stay with a master that was frozen and then replaced.

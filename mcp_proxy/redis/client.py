@@ -95,8 +95,9 @@ class Connection:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._lock = threading.Lock()  # guards _client and _failures
-        self._failures = 0
+        self._timeout = timeout
+        self._lock = threading.Lock()  # guards _connecting
+        self._connecting: threading.Event | None = None  # set when the thread that connects is done
         self._outages = threading.Lock()  # guards _outage and _logged; held by nobody who waits
         self._outage: _Outage | None = None
         self._logged = ("", 0.0)  # what was said last of an outage, and when
@@ -113,23 +114,33 @@ class Connection:
 
     @property
     def client(self) -> Any:
-        """The client; raises StorageUnavailable when it has to reach a Cluster and cannot."""
-        failures = self._failures
-        with self._lock:
-            if self._client is None:
-                if self._failures != failures:
-                    raise StorageUnavailable  # another thread failed while this one waited
-                self._client = self._made()
-            return self._client
+        """The client; raises StorageUnavailable when it has to reach a Cluster and cannot.
 
-    def _made(self) -> Client:
+        One thread connects; the others wait for that, as long as for an answer.
+        """
+        if self._client is not None:
+            return self._client
+        with self._lock:
+            connecting, is_ours = self._connecting, self._connecting is None
+            if connecting is None:
+                connecting = self._connecting = threading.Event()
+        if is_ours:
+            self._connect(connecting)
+        elif not connecting.wait(self._timeout) or self._client is None:
+            raise StorageUnavailable
+        return self._client
+
+    def _connect(self, done: threading.Event) -> None:
+        """Makes the client, unless the thread before this one has made it."""
         assert self._make is not None
         try:
             with self.mapped_errors():
-                return self._make()
-        except BaseException:
-            self._failures += 1
-            raise
+                if self._client is None:
+                    self._client = self._make()
+        finally:
+            with self._lock:
+                self._connecting = None
+            done.set()
 
     def run(self, script: str, key: str, arguments: Sequence[bytes | str | int]) -> Any:
         """Runs a Lua script on one key and returns its result; a server gets its text once."""

@@ -576,10 +576,9 @@ def _complaint(setting: Setting, takes: msgspec.inspect.Type, value: Any) -> str
         case VarTupleType() if isinstance(value, list | tuple):
             return _complaint(setting, takes.item_type, value[0])
         case VarTupleType() if isinstance(value, str):
-            instead = (
-                "" if is_hidden else f"; write {_shown(setting, tuple(_value(setting, value)))}"
-            )
-            return f"expected {_wanted(takes)}, got the text {shown}{instead}"
+            instead = _shown(setting, tuple(_value(setting, value)))
+            advice = "" if is_hidden else f"; write {instead}"
+            return f"expected {_wanted(takes)}, got the text {shown}{advice}"
         case LiteralType():
             return f"{shown} is not one of {_wanted(takes)}"
         case Metadata():
@@ -639,7 +638,7 @@ def _require_addresses(bind: str) -> None:
         if found is None or int(found["port"] or 0) > _LAST_PORT:
             wanted = f"HOST:PORT, with a port up to {_LAST_PORT}, or unix:PATH"
             advice = ""
-            if re.fullmatch("[0-9]+", address) and int(address) <= _LAST_PORT:
+            if re.fullmatch("[0-9]{1,5}", address) and int(address) <= _LAST_PORT:
                 advice = f"; 127.0.0.1:{address} is meant, it seems"
             raise ConfigError(f"bind: expected {wanted}, got {address!r}{advice}")
 

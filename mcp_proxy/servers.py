@@ -1,4 +1,4 @@
-"""The MCP servers that are to be served, and the file that lists them."""
+"""The MCP servers that are to be served, the file that lists them, and how a command is shown."""
 
 from __future__ import annotations
 

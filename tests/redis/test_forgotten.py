@@ -77,12 +77,12 @@ def test_a_command_on_a_forgotten_connection_is_executed_once_and_in_time(
 
 
 def test_a_connection_that_is_in_use_is_not_asked(
-    storage: RedisStorage, own_server: RedisServer, admin: redis.Redis
+    storage: RedisStorage, admin: redis.Redis
 ) -> None:
     pings = calls_of(admin, "ping")
     for _ in range(50):
         storage.load("s")
-    assert calls_of(admin, "ping") - pings <= 1  # where the machine stood still
+    assert calls_of(admin, "ping") - pings < 10  # some, where the machine stood still
 
 
 def test_a_redis_that_is_silent_is_given_up(

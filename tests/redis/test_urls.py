@@ -200,7 +200,7 @@ def test_a_client_of_ones_own_keeps_its_own_limits() -> None:
 
 def test_who_waits_for_a_cluster_waits_no_longer_than_for_an_answer() -> None:
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(8)]
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(12)]
         hosts = ",".join(f"127.0.0.1:{listener.getsockname()[1]}" for listener in silent)
         connection = Connection(f"redis+cluster://{hosts}", 1)
         connecting = pool.submit(lambda: connection.client)  # a half second for each host

@@ -502,14 +502,14 @@ def _value(setting: Setting, text: str) -> Any:
 
 
 # What is between two entries of a list in a text. Where entries may have commas one separates only
-# if another entry begins behind it.
+# if another entry begins behind it; `OPTIONS=a=1,b=2` is one pair.
 _BETWEEN_WORDS = re.compile(r"[\s,]+")
 _BETWEEN_URLS = re.compile(r"(?:\s|,(?=\s|https?://|\*|\Z))+", re.IGNORECASE)
 _BETWEEN_LINES = re.compile(r"\s*\n\s*")
 _BETWEEN = {
     "target_url": _BETWEEN_URLS,
     "allowed_backends": _BETWEEN_URLS,
-    "env": re.compile(r"\s*,\s*(?=[A-Za-z_]\w*=)"),
+    "env": re.compile(r"\s*,\s*(?=[A-Z_][A-Z0-9_]*=)"),
     "forward_headers": re.compile(r"\s*,\s*(?=[A-Za-z][\w-]*\s*:)"),
 }
 

@@ -23,7 +23,8 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "allowed_backends": {**URLS, "http://a,*": ("http://a", "*"), "*": ("*",)},
     "env": {
         "A=1,B=2": ("A=1", "B=2"),
-        " A=1 , b_2=x=y,": ("A=1", "b_2=x=y,"),
+        " A=1 , B_2=x=y,": ("A=1", "B_2=x=y,"),
+        "A=a=1,b=2,C=3": ("A=a=1,b=2", "C=3"),
         "A=1,2, 3,4=5": ("A=1,2, 3,4=5",),
         "A=a b\nB=x,C=1\n": ("A=a b", "B=x,C=1"),
         "A=x,C=1\n": ("A=x,C=1",),

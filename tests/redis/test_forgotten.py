@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 import redis
@@ -14,6 +15,7 @@ from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.storage.mailboxes import Envelope
 from tests.storage.stores import record
 from tests.support.firewall import Firewall
+from tests.support.redis_forms import OneServer
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
 
@@ -74,6 +76,21 @@ def test_a_command_on_a_forgotten_connection_is_executed_once_and_in_time(
         assert result == [b"1"]
     if call == "append":
         assert len(storage.event_log().read("s", None, 0)) == 1
+
+
+def test_a_forgotten_connection_with_tls_is_replaced() -> None:
+    with OneServer("tls") as form, Firewall(form.gates[0].port) as firewall:
+        url = form.url.replace(f":{firewall.target}/", f":{firewall.port}/")
+        url += f"&health_check_interval={IDLE}"
+        storage = RedisStorage(url, prefix="test-", timeout=TIMEOUT)
+        with closing(storage), form.server.client() as admin:
+            storage.create(record())
+            firewall.forget()
+            eventually(lambda: idle(admin) > IDLE, TIMEOUT * 2)
+            began = time.monotonic()
+            assert storage.load("s") == record()
+            assert time.monotonic() - began < TIMEOUT
+        assert firewall.lost
 
 
 def test_a_connection_that_is_in_use_is_not_asked(

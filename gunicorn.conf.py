@@ -3,7 +3,6 @@
 gunicorn takes the module's globals for its settings.
 """
 
-from mcp_proxy.config import ProxyConfig
-from mcp_proxy.server.gunicorn import gunicorn_settings
+from mcp_proxy.server.gunicorn import settings_of_environment
 
-globals().update(gunicorn_settings(ProxyConfig.from_env()))
+globals().update(settings_of_environment())

@@ -37,11 +37,15 @@ from mcp_proxy.servers import (
     demo_server,
     ignored_keys,
     read_servers,
+    shown_arguments,
+    shown_command,
 )
 from mcp_proxy.wire.headers import FIELD_VALUE
 from mcp_proxy.wire.urls import parse_target
 
 PREFIX = "MCP_PROXY_"
+
+_LAST_PORT = 65_535
 
 # Settings that have names of others in the environment: gunicorn's, requests' and OpenSSL's.
 _OTHER_NAMES = (
@@ -324,6 +328,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             require_certificates("ca_file (or REQUESTS_CA_BUNDLE, SSL_CERT_FILE)", self.ca_file)
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
+        _require_addresses(self.bind)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ProxyConfig:
@@ -336,6 +341,11 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             choice = repr(self.cpu_affinity)
             raise ConfigError(f"cpu_affinity must be auto, off or a list such as 0,2, not {choice}")
         return tuple(int(part) for part in self.cpu_affinity.split(","))
+
+    @property
+    def directory(self) -> str | None:
+        """The path that `cwd` names."""
+        return None if self.cwd is None else os.path.expanduser(self.cwd)
 
     def servers(self) -> list[Server]:
         """The servers to serve; without any setting the bundled demo. Raises ConfigError."""
@@ -351,7 +361,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             return read_servers(Path(self.config), os.environ)
         if self.command:
             env = dict(pair.split("=", 1) for pair in self.env)
-            return [StdioServer("default", self.command, env, self.cwd)]
+            return [StdioServer("default", self.command, env, self.directory)]
         if self.target_url:
             return [HttpServer("default", self.target_url)]
         return [demo_server()]
@@ -384,6 +394,30 @@ class Setting(NamedTuple):
     secret: bool
     annotation: Any
     takes: msgspec.inspect.Type
+
+    @property
+    def default_text(self) -> str:
+        """The default as it would be written; empty where there is none."""
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        if isinstance(self.default, tuple):
+            return ",".join(self.default)
+        return "" if self.default is None else str(self.default)
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for a value, or for an entry of a list: the choices or the unit."""
+        takes = self.takes.item_type if isinstance(self.takes, VarTupleType) else self.takes
+        match takes:
+            case BoolType():
+                return "on|off"
+            case LiteralType():
+                return "|".join(map(str, takes.values))
+            case FloatType():
+                return "SECONDS"
+            case IntType():
+                return "BYTES" if self.name.endswith("_bytes") else "NUMBER"
+        return self.name.split("_")[-1].upper()
 
 
 @cache
@@ -464,11 +498,32 @@ def _known(names: Iterable[str], spell: Callable[[str], str] = str) -> dict[str,
 def _value(setting: Setting, text: str) -> Any:
     if setting.name == "command":
         return as_command(text)
-    if setting.name == "target_url":
-        return text.split()
-    if setting.is_list:
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
+    return entries_of(setting.name, text) if setting.is_list else text
+
+
+# What is between two entries of a list in a text. Where entries may have commas one separates only
+# if another entry begins behind it; `OPTIONS=a=1,b=2` is one pair.
+_BETWEEN_WORDS = re.compile(r"[\s,]+")
+_BETWEEN_URLS = re.compile(r"(?:\s|,(?=\s|https?://|\*|\Z))+", re.IGNORECASE)
+_BETWEEN_LINES = re.compile(r"\s*\n\s*")
+_BETWEEN = {
+    "target_url": _BETWEEN_URLS,
+    "allowed_backends": _BETWEEN_URLS,
+    "env": re.compile(r"\s*,\s*(?=[A-Z_][A-Z0-9_]*=)"),
+    "forward_headers": re.compile(r"\s*,\s*(?=[A-Za-z][\w-]*\s*:)"),
+}
+
+
+def entries_of(name: str, text: str) -> list[str]:
+    """The entries of the list `name` in a variable of the environment, or in an option.
+
+    Commas, blanks and line breaks separate; pairs and headers, which may have blanks, are separated
+    by line breaks alone if there is one, else by commas.
+    """
+    between = _BETWEEN.get(name, _BETWEEN_WORDS)
+    if name in ("env", "forward_headers") and "\n" in text:
+        between = _BETWEEN_LINES
+    return [entry for entry in between.split(text.lstrip()) if entry]
 
 
 _QUERY = re.compile(r"\?[^'\"#\s]+")
@@ -478,6 +533,10 @@ def _shown(setting: Setting, value: Any) -> str:
     """A value as text, without what may be a secret: the query of a target's URL, too."""
     if setting.secret and value:
         return repr("***")
+    if setting.name == "command" and isinstance(value, str):
+        return repr(shown_command(as_command(value)))
+    if setting.name == "command" and isinstance(value, tuple):
+        return repr(shown_arguments(value))
     return _QUERY.sub("?***", repr(value)) if setting.name in _TARGETS else repr(value)
 
 
@@ -517,8 +576,9 @@ def _complaint(setting: Setting, takes: msgspec.inspect.Type, value: Any) -> str
         case VarTupleType() if isinstance(value, list | tuple):
             return _complaint(setting, takes.item_type, value[0])
         case VarTupleType() if isinstance(value, str):
-            instead = "" if is_hidden else f"; write {tuple(_value(setting, value))}"
-            return f"expected {_wanted(takes)}, got the text {shown}{instead}"
+            instead = _shown(setting, tuple(_value(setting, value)))
+            advice = "" if is_hidden else f"; write {instead}"
+            return f"expected {_wanted(takes)}, got the text {shown}{advice}"
         case LiteralType():
             return f"{shown} is not one of {_wanted(takes)}"
         case Metadata():
@@ -563,6 +623,23 @@ def require_certificates(name: str, path: str) -> None:
     except OSError as error:
         reason = "no certificates" if isinstance(error, ssl.SSLError) else error.strerror
         raise ConfigError(f"{name}: {path!r} cannot be used: {reason}") from None
+
+
+_ADDRESS = re.compile(
+    rf"unix:.+|fd://[0-9]+|(tcp://)?({_NAME}|\[{_IPV6}\])?:(?P<port>[0-9]{{1,5}})", re.DOTALL
+)
+
+
+def _require_addresses(bind: str) -> None:
+    """Raises ConfigError unless gunicorn can be told to listen there; several have commas."""
+    for address in bind.split(","):
+        found = _ADDRESS.fullmatch(address.strip())
+        if found is None or int(found["port"] or 0) > _LAST_PORT:
+            wanted = f"HOST:PORT, with a port up to {_LAST_PORT}, or unix:PATH"
+            advice = ""
+            if re.fullmatch("[0-9]{1,5}", address) and int(address) <= _LAST_PORT:
+                advice = f"; 127.0.0.1:{address} is meant, it seems"
+            raise ConfigError(f"bind: expected {wanted}, got {address!r}{advice}")
 
 
 def _require_targets(name: str, urls: Iterable[str]) -> None:

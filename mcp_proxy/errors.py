@@ -20,6 +20,11 @@ PROXY_ERROR = -32000
 SESSION_NOT_FOUND = -32001
 
 
+def in_seconds(number: float) -> str:
+    """A time in a sentence: `1 second`, `2.5 seconds`."""
+    return f"{number:g} second{'' if number == 1 else 's'}"
+
+
 class ProxyError(Exception):
     """The base class: HTTP status, JSON-RPC code, and a message for the client.
 

@@ -1,4 +1,4 @@
-"""The MCP servers that are to be served, and the file that lists them."""
+"""The MCP servers that are to be served, the file that lists them, and how a command is shown."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -108,7 +108,14 @@ def python() -> str:
 
 
 _BOM = b"\xef\xbb\xbf"
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+# Where the servers stand in a file; the second is the name in VS Code's mcp.json.
+_SERVERS = ("mcpServers", "servers")
+
+# A string, and the colon behind it where it is a key; the beginning and the end of what is nested.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?=\s*(:))?|[{}\[\]]')
+
+_UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 _VARIABLE = re.compile(r"\$\{(?:env:)?(\w+)(?::-([^}]*))?\}")
 _INPUT = re.compile(r"\$\{input:[^}]*\}")
 _HEADER = re.compile(r"[^\s:]+: [^\r\n\0]+")
@@ -144,41 +151,79 @@ class _Entry(msgspec.Struct):
     env: dict[str, str] = {}
     cwd: str | None = None
     url: str | None = None
+    server_url: str | None = msgspec.field(default=None, name="serverUrl")
+    http_url: str | None = msgspec.field(default=None, name="httpUrl")
     headers: dict[str, str] = {}
     timeout: Annotated[float, Meta(gt=0)] | None = None
 
 
-class _File(msgspec.Struct):
-    servers: dict[str, Any] = msgspec.field(name="mcpServers")
+class _Key(NamedTuple):
+    """A key in the file: the keys that lead to it, itself included, and its line.
+
+    `first` is the line where the same object has it already.
+    """
+
+    way: tuple[str, ...]
+    line: int
+    first: int | None
 
 
 def read_servers(path: Path, environ: Mapping[str, str]) -> list[Server]:
-    """The enabled servers of a `{"mcpServers": {...}}` file.
+    """The enabled servers of a `{"mcpServers": {...}}` file, or one with `servers` in its place.
 
     `${NAME}`, `${env:NAME}` and `${NAME:-default}` are replaced from `environ`; comments and commas
-    at the end of a list are skipped. Raises ConfigError with a sentence that names the file and the
-    server.
+    at the end of a list are skipped, null counts as absent. Each is named by its `path_name`.
+    Raises ConfigError with a sentence that names the file and the server.
     """
-    entries = _entries(path)
-    servers = [_read_server(path, name, entry, environ) for name, entry in entries.items()]
-    enabled = [server for server in servers if server is not None]
+    enabled: dict[str, tuple[str, Server]] = {}
+    for name, entry in _read(path)[1].items():
+        server = _read_server(path, name, entry, environ)
+        if server is None:
+            continue
+        other, _ = enabled.setdefault(server.name, (name, server))
+        if other != name:
+            raise ConfigError(
+                f"{path}: {other!r} and {name!r} would both be served at /servers/{server.name}: "
+                "rename one of them"
+            )
     if not enabled:
         raise ConfigError(f"{path}: no server is enabled")
-    return enabled
+    return [server for _, server in enabled.values()]
+
+
+def path_name(name: str) -> str:
+    """A server's name as it stands in URLs, in the log and in the store.
+
+    Letters, digits, `_`, `.` and `-` of ASCII stay. What is beyond ASCII becomes the hexadecimal
+    digits of its UTF-8, anything else becomes `-`.
+    """
+    return _UNFIT.sub(lambda c: "-" if c[0].isascii() else c[0].encode().hex(), name)
 
 
 def ignored_keys(path: Path) -> list[str]:
     """What nobody reads in the entries of a file, each as a sentence with its line."""
-    found = []
+    known = {*_known_keys(), *_FOREIGN}
+    return [
+        f"{path}, line {key.line}: {key.way[1]}: {key.way[2]!r} is not known and is ignored"
+        for key in _keys(_read(path)[0])
+        if len(key.way) == 3 and key.way[0] in _SERVERS and key.way[2] not in known
+    ]
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a file, and its servers by their names."""
     text = _text(path)
-    for name, entry in _entries(path).items():
-        after = max(0, text.find(json.dumps(name, ensure_ascii=False)))
-        for key in entry if isinstance(entry, dict) else ():
-            if key not in _known_keys() and key not in _FOREIGN:
-                at = max(0, text.find(json.dumps(key, ensure_ascii=False), after))
-                line = text.count("\n", 0, at) + 1
-                found.append(f"{path}, line {line}: {name}: {key!r} is not known and is ignored")
-    return found
+    try:
+        servers = _servers(msgspec.json.decode(text))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}{_malformed(text) or f': {plain(str(error))}'}") from error
+    for way, line, first in _keys(text):
+        if first is not None:
+            what = repr(way[-1])
+            if way[0] in _SERVERS and len(way) > 1:
+                what = f"the server {what}" if len(way) == 2 else f"{way[1]}: {what}"
+            raise ConfigError(f"{path}, line {line}: {what} is there twice, first on line {first}")
+    return text, servers
 
 
 def _text(path: Path) -> str:
@@ -194,16 +239,54 @@ def _text(path: Path) -> str:
     return text
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def _malformed(text: str) -> str | None:
+    """Where a text is no JSON, and why; None for one that is."""
     try:
-        return msgspec.json.decode(_text(path), type=_File).servers
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {plain(str(error))}") from error
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return f", line {error.lineno}, column {error.colno}: {plain(error.msg)}"
+    except RecursionError:
+        pass
+    return None
+
+
+def _servers(document: Any) -> dict[str, Any]:
+    """The servers of a document by their names; raises ValueError."""
+    given = document if isinstance(document, dict) else {}
+    named = [name for name in _SERVERS if given.get(name) is not None]
+    if len(named) != 1:
+        both = "only one of them may name the servers"
+        raise ValueError(
+            f"{' and '.join(named)}: {both}" if named else 'the form is {"mcpServers": {...}}'
+        )
+    servers = given[named[0]]
+    if not isinstance(servers, dict):
+        raise ValueError(f"{named[0]} is to be an object, with a server under each name")
+    return servers
+
+
+def _keys(text: str) -> Iterator[_Key]:
+    """Every key of the objects in a text, which is JSON, in their order."""
+    way: list[str] = []
+    lines: list[dict[str, int]] = []  # of the keys of each object that has begun
+    line, at = 1, 0
+    for token in _TOKEN.finditer(text):
+        line, at = line + text.count("\n", at, token.start()), token.start()
+        if token[0] in "{[":
+            way.append("")
+            lines.append({})
+        elif token[0] in "}]":
+            way.pop()
+            lines.pop()
+        elif token[1]:
+            way[-1] = json.loads(token[0])
+            yield _Key(tuple(way), line, lines[-1].get(way[-1]))
+            lines[-1].setdefault(way[-1], line)
 
 
 def _known_keys() -> list[str]:
     kinds: tuple[type[msgspec.Struct], ...] = (_Entry, _Switch)
-    return [field.name for kind in kinds for field in msgspec.structs.fields(kind)]
+    return [field.encode_name for kind in kinds for field in msgspec.structs.fields(kind)]
 
 
 def _require_no_slip(entry: dict[str, Any]) -> None:
@@ -218,41 +301,70 @@ def _require_no_slip(entry: dict[str, Any]) -> None:
 
 def _read_server(path: Path, name: str, entry: Any, environ: Mapping[str, str]) -> Server | None:
     """The server of one entry, None if it is switched off."""
-    if not _NAME.fullmatch(name) or name in (".", ".."):
+    if name in ("", ".", ".."):
         raise ConfigError(f"{path}: a server's name must fit into a URL path, {name!r} does not")
     try:
-        switch = msgspec.convert(entry, _Switch)
+        given = _without_nulls(entry)
+        switch = msgspec.convert(given, _Switch)
         if switch.disabled or not switch.enabled:
             return None
-        _require_no_slip(entry)
-        return _server(name, msgspec.convert(_expanded(entry, environ), _Entry))
+        _require_no_slip(given)
+        return _server(path_name(name), msgspec.convert(_expanded(given, environ), _Entry))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {name}: {plain(str(error))}") from error
 
 
 def _server(name: str, entry: _Entry) -> Server:
-    if entry.url is not None and entry.command is not None:
+    url = _url(entry)
+    if url is not None and entry.command is not None:
         raise ValueError("a server has either a command or a url, not both")
-    if entry.url is not None:
-        if parse_target(entry.url) is None:
+    if url is not None:
+        if parse_target(url) is None:
             raise ValueError("its url is not an absolute http:// or https:// URL")
         headers = tuple(f"{key.strip()}: {text.strip()}" for key, text in entry.headers.items())
         for header in headers:
             if not _HEADER.fullmatch(header):
                 raise ValueError(f"the header {header.partition(':')[0]!r} has no name or no value")
-        return HttpServer(name, (entry.url,), headers, entry.timeout)
+        return HttpServer(name, (url,), headers, entry.timeout)
     if not entry.command:
         raise ValueError("a command is missing")
     if entry.headers:
         raise ValueError("headers belong to a url")
     argv = (entry.command, *entry.args)
-    return StdioServer(name, argv, entry.env, entry.cwd, entry.timeout)
+    cwd = None if entry.cwd is None else os.path.expanduser(entry.cwd)
+    return StdioServer(name, argv, entry.env, cwd, entry.timeout)
+
+
+def _url(entry: _Entry) -> str | None:
+    """The URL of an entry by whichever name it has."""
+    named = {"url": entry.url, "serverUrl": entry.server_url, "httpUrl": entry.http_url}
+    given = {name: url for name, url in named.items() if url is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{' and '.join(given)} are different: only one is served")
+    return next(iter(given.values()), None)
+
+
+def _without_nulls(entry: Any) -> Any:
+    """An entry without what is null in it, or in an object in it."""
+    if not isinstance(entry, dict):
+        return entry
+    return {key: _without_nulls(value) for key, value in entry.items() if value is not None}
 
 
 def _expanded(entry: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of an entry that we use, with variables replaced."""
-    ours = {field.name for field in msgspec.structs.fields(_Entry)}
-    return {name: _expand(value, environ) for name, value in entry.items() if name in ours}
+    """The fields of an entry that we use, with variables replaced and texts for numbers."""
+    ours = {field.encode_name for field in msgspec.structs.fields(_Entry)}
+    found = {name: _expand(value, environ) for name, value in entry.items() if name in ours}
+    if isinstance(args := found.get("args"), list):
+        found["args"] = [_as_text(value) for value in args]
+    if isinstance(env := found.get("env"), dict):
+        found["env"] = {name: _as_text(value) for name, value in env.items()}
+    return found
+
+
+def _as_text(value: Any) -> Any:
+    """A number or a boolean as it stands in JSON."""
+    return json.dumps(value) if isinstance(value, int | float) else value
 
 
 def _expand(value: Any, environ: Mapping[str, str]) -> Any:
@@ -305,3 +417,79 @@ def plain(complaint: str) -> str:
     """msgspec's error message, in plain words for the author of the text."""
     complaint = complaint.replace(", got `str`", "").replace("`", "")
     return complaint[:1].lower() + complaint[1:] if complaint[1:2].islower() else complaint
+
+
+# --- what is printed of a command ----------------------------------------------------------------
+
+_SECRET_NAME = (
+    r"[\w.-]*(?:token|secret|passw|pwd|passphrase|credential|auth(?!or(?!iz))|bearer|cookie|key(?![a-z]))"
+    r"[\w.-]*"
+)
+
+# Options whose value is a secret, or may be: the next argument.
+_SECRET_OPTION = re.compile(rf"-{{1,2}}{_SECRET_NAME}|bearer|-H|--header", re.IGNORECASE)
+_PAIR_OPTION = re.compile(r"-e|--env|--environment")
+
+# Arguments of which the end is hidden, and then what is hidden in any: the first group stays.
+_SECRET_ARGUMENTS = (
+    re.compile(rf"(-{{0,2}}{_SECRET_NAME}[=:]\s*).+", re.IGNORECASE | re.DOTALL),
+    re.compile(r"((?:-e|--?[\w-]+=)?[A-Z_][A-Z0-9_]*=).+", re.DOTALL),
+)
+_SECRET_PARTS = (
+    re.compile(r"(\b(?:bearer|basic)\s+)[^\s\"']+", re.IGNORECASE),
+    re.compile(rf"({_SECRET_NAME}[\"']?\s*[=:]\s*[\"']?)[^\s\"'&;,}}]+", re.IGNORECASE),
+    re.compile(rf"((?<!\S)--?{_SECRET_NAME}\s+)[^\s\"'-][^\s\"']*", re.IGNORECASE),
+    re.compile(r"((?<!\S)[A-Z_][A-Z0-9_]*=)\S+"),
+    re.compile(r"(://)[^/@\s]+(?=@)"),
+    re.compile(r"(://[^\s?]*\?)[^\s\"'#]+"),
+)
+_HIDDEN = "***"
+
+_LONG_WORD = re.compile(r"(?<![\w/.@+-])[\w+-]{20,}=*(?![\w/.@])")
+_HEXADECIMAL = re.compile(r"[0-9a-f-]+", re.IGNORECASE)
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """A command for a log or a terminal, without what `shown_arguments` hides."""
+    return " ".join(
+        argument if shlex.quote(bare) == bare else shlex.quote(argument)
+        for argument in shown_arguments(argv)
+        for bare in [argument.replace(_HIDDEN, "x")]
+    )
+
+
+def shown_arguments(argv: Sequence[str]) -> tuple[str, ...]:
+    """The arguments of a command, with `***` for what looks like a secret.
+
+    That is the value of an option or a name such as token, key, password or Authorization, of a
+    header and of an environment variable, what follows Bearer, the password and the query of a URL,
+    and a long random word. The program is shown as it is.
+    """
+    shown = list(argv[:1])
+    before = ""
+    for argument in argv[1:]:
+        if _SECRET_OPTION.fullmatch(before) and not argument.startswith("--"):
+            shown.append(_HIDDEN)
+        elif _PAIR_OPTION.fullmatch(before) and "=" in argument:
+            shown.append(f"{argument.partition('=')[0]}={_HIDDEN}")
+        else:
+            shown.append(_without_secrets(argument))
+        before = argument
+    return tuple(shown)
+
+
+def _without_secrets(argument: str) -> str:
+    for pattern in _SECRET_ARGUMENTS:
+        if found := pattern.fullmatch(argument):
+            return found[1] + _HIDDEN
+    for pattern in _SECRET_PARTS:
+        argument = pattern.sub(lambda found: found[1] + _HIDDEN, argument)
+    return _LONG_WORD.sub(lambda found: _HIDDEN if _is_random(found[0]) else found[0], argument)
+
+
+def _is_random(word: str) -> bool:
+    """Whether a long word has digits where no word of a language, and no name, has them."""
+    has_digits = any(map(str.isdigit, word)) and any(map(str.isalpha, word))
+    is_mixed = word.lower() != word != word.upper()
+    is_one = word.isalnum() or _HEXADECIMAL.fullmatch(word) is not None
+    return has_digits and (is_mixed or is_one)

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from mcp_proxy.errors import BackendError, BackendTimeout, BackendUnreached, ClientLeft
+from mcp_proxy.errors import BackendError, BackendTimeout, BackendUnreached, ClientLeft, in_seconds
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 #: Bytes that may wait for a slow client before its server's reader waits too.
@@ -465,4 +465,4 @@ class Backend(ABC):
 
 def no_answer(timeout: float) -> BackendTimeout:
     """The failure of a call that was not answered in time."""
-    return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
+    return BackendTimeout(f"The server did not answer within {in_seconds(timeout)}")

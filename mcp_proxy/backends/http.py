@@ -40,6 +40,7 @@ from mcp_proxy.errors import (
     ConnectionBroken,
     InvalidRequest,
     ProxyError,
+    in_seconds,
 )
 from mcp_proxy.wire.headers import Headers, media_type
 from mcp_proxy.wire.urls import Address, is_host, parse_target
@@ -278,7 +279,7 @@ class HttpCall:
     def _stopped(self) -> BackendTimeout:
         if self._until is None:
             return BackendTimeout("The server stopped in the middle of its answer")
-        return BackendTimeout(f"The server's answer did not end within {self._timeout:g} seconds")
+        return BackendTimeout(f"The server's answer did not end within {in_seconds(self._timeout)}")
 
     def _silence(self, raw: Any, pulse: float) -> Iterator[bytes]:
         """An empty piece each `pulse` seconds until something can be read.
@@ -608,7 +609,7 @@ def _translated(
     if any(isinstance(cause, _BadHead) for cause in getattr(reason, "args", ())):
         return BadAnswer("The server answered with a head that is not valid HTTP")
     if isinstance(error, requests.Timeout):
-        return BackendTimeout(f"The server did not answer within {timeout:g} seconds")
+        return BackendTimeout(f"The server did not answer within {in_seconds(timeout)}")
     if isinstance(reason, urllib3.exceptions.ProtocolError) and _is_nonsense(reason.args[-1]):
         return BadAnswer("The server answered something that is not HTTP")
     return ConnectionBroken("The server closed the connection before it answered")

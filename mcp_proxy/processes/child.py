@@ -26,7 +26,7 @@ from typing import IO
 from mcp_proxy.errors import BackendExited, BackendLost, BackendNotStarted, BackendTimeout
 from mcp_proxy.processes.guardian import CHILD_VARIABLE, REPLICA_VARIABLE
 from mcp_proxy.processes.noise import NoiseLog
-from mcp_proxy.servers import StdioServer
+from mcp_proxy.servers import StdioServer, shown_command
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _start(
                 start_new_session=True,
             )
     except (OSError, ValueError) as error:
-        log.error("[%s] cannot start %s: %s", server.name, server, error)
+        log.error("[%s] cannot start %s: %s", server.name, shown_command(server.argv), error)
         is_lost = server.cwd is not None and not os.path.isdir(server.cwd)
         reason = "its working directory does not exist" if is_lost else _reason(error)
         raise BackendNotStarted(f"The server cannot be started: {reason}") from error

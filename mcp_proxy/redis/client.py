@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.connection import parse_url
+from redis.connection import AbstractConnection, SSLConnection, parse_url
 from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
@@ -95,8 +95,9 @@ class Connection:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._lock = threading.Lock()  # guards _client and _failures
-        self._failures = 0
+        self._timeout = timeout
+        self._lock = threading.Lock()  # guards _connecting
+        self._connecting: threading.Event | None = None  # set when the thread that connects is done
         self._outages = threading.Lock()  # guards _outage and _logged; held by nobody who waits
         self._outage: _Outage | None = None
         self._logged = ("", 0.0)  # what was said last of an outage, and when
@@ -113,23 +114,33 @@ class Connection:
 
     @property
     def client(self) -> Any:
-        """The client; raises StorageUnavailable when it has to reach a Cluster and cannot."""
-        failures = self._failures
-        with self._lock:
-            if self._client is None:
-                if self._failures != failures:
-                    raise StorageUnavailable  # another thread failed while this one waited
-                self._client = self._made()
-            return self._client
+        """The client; raises StorageUnavailable when it has to reach a Cluster and cannot.
 
-    def _made(self) -> Client:
+        One thread connects; the others wait for that, as long as for an answer.
+        """
+        if self._client is not None:
+            return self._client
+        with self._lock:
+            connecting, is_ours = self._connecting, self._connecting is None
+            if connecting is None:
+                connecting = self._connecting = threading.Event()
+        if is_ours:
+            self._connect(connecting)
+        elif not connecting.wait(self._timeout) or self._client is None:
+            raise StorageUnavailable
+        return self._client
+
+    def _connect(self, done: threading.Event) -> None:
+        """Makes the client, unless the thread before this one has made it."""
         assert self._make is not None
         try:
             with self.mapped_errors():
-                return self._make()
-        except BaseException:
-            self._failures += 1
-            raise
+                if self._client is None:
+                    self._client = self._make()
+        finally:
+            with self._lock:
+                self._connecting = None
+            done.set()
 
     def run(self, script: str, key: str, arguments: Sequence[bytes | str | int]) -> Any:
         """Runs a Lua script on one key and returns its result; a server gets its text once."""
@@ -289,7 +300,10 @@ def _maker(url: str, timeout: float) -> Callable[[], Client]:
         ) from None
 
 
-# Firewalls forget idle connections: the first command on such a one would wait in vain.
+# Firewalls forget idle connections: the first command on such a one would wait in vain. TCP keeps
+# most of them known; one that has been idle for `_IDLE` seconds is asked first all the same.
+_IDLE = 10
+_PING_TIME = 1.0
 _KEEPALIVE: dict[str, Any] = {
     "socket_keepalive": True,
     "socket_keepalive_options": {
@@ -310,6 +324,32 @@ def _options(timeout: float) -> dict[str, Any]:
     }
 
 
+class _AskedWhenIdle(AbstractConnection):
+    """A connection that is asked (PING) before a command if it has been idle for `_IDLE` seconds.
+
+    One that is silent for a second, or for a quarter of the time for an answer, is replaced by a
+    new one, once. The command is sent after that, so it is never executed twice.
+    """
+
+    def _send_ping(self) -> None:
+        if not self.next_health_check:
+            return  # the connection is new
+        self.send_command("PING", check_health=False)  # type: ignore[no-untyped-call]
+        limit = self.socket_timeout
+        if limit is not None and not self.can_read(min(_PING_TIME, limit / 4)):
+            raise redis.ConnectionError("An idle connection does not answer")
+        with suppress(redis.ResponseError):  # a user without a right to PING is answered, too
+            self.read_response()
+
+
+class _TcpConnection(_AskedWhenIdle, redis.Connection):
+    """A connection over TCP."""
+
+
+class _TlsConnection(_AskedWhenIdle, SSLConnection):
+    """The same with TLS."""
+
+
 def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
     """A client for one server."""
     parts = urlsplit(url)
@@ -320,6 +360,9 @@ def _server(url: str, timeout: float) -> Callable[[], redis.Redis]:
     options = _options(timeout)
     if parts.scheme == "unix":
         options = {name: value for name, value in options.items() if name not in _KEEPALIVE}
+    else:
+        options["connection_class"] = _TlsConnection if parts.scheme == "rediss" else _TcpConnection
+        options["health_check_interval"] = _IDLE
     client: redis.Redis = redis.Redis.from_url(url, **options)
     _try_options(client)
     return lambda: client
@@ -347,14 +390,19 @@ def _sentinel(url: str, timeout: float) -> Callable[[], redis.Redis]:
             **{name: value for name, value in own.items() if value},
             **tls,
         },
-        **{**_options(timeout), **given, "connection_class": kind},
+        **{
+            **_options(timeout),
+            "health_check_interval": _IDLE,
+            **given,
+            "connection_class": kind,
+        },
     )
     client: redis.Redis = sentinels.master_for(unquote(service))  # type: ignore[no-untyped-call]
     _try_options(client)
     return lambda: client
 
 
-class _QuickConnection(SentinelManagedConnection):
+class _QuickConnection(_AskedWhenIdle, SentinelManagedConnection):
     """A connection that is closed when an answer is late, as redis-py closes its other kinds.
 
     Otherwise it would stay with a master that was frozen and then replaced.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
-from mcp_proxy.errors import PROXY_ERROR, BackendError, RequestId, StorageError
+from mcp_proxy.errors import PROXY_ERROR, BackendError, RequestId, StorageError, in_seconds
 from mcp_proxy.resumption.writing import is_message
 from mcp_proxy.storage.event_log import EventLog, LoggedEvent
 from mcp_proxy.wire import jsonrpc
@@ -81,7 +81,7 @@ class Replay:
                     pass
                 self._fail(_LOST)
             elif time.monotonic() > self._deadline:
-                self._fail(f"The server did not answer within {self._timeout:g} seconds")
+                self._fail(f"The server did not answer within {in_seconds(self._timeout)}")
         except StorageError:
             time.sleep(timeout)  # the store is away; the client hears keepalives meanwhile
 

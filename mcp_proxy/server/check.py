@@ -1,28 +1,58 @@
-"""`mcp-wsgi-proxy check`: tries everything that a deployment needs, and prints a table."""
+"""`mcp-wsgi-proxy check`: tries everything that a deployment needs, and prints a table.
+
+Each server is initialized as a client would do it, and the session that this makes is ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
 
+from mcp_proxy import __version__
 from mcp_proxy.app import storage_of
+from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.http import HttpClient
+from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.forwarded import HeaderPolicy
-from mcp_proxy.errors import ConfigError, ProxyError, StorageUnavailable
+from mcp_proxy.errors import (
+    BackendError,
+    BackendTimeout,
+    BadAnswer,
+    ClientError,
+    ConfigError,
+    ProxyError,
+    StorageUnavailable,
+    in_seconds,
+)
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.redis.client import password_in
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
-from mcp_proxy.server.greeting import greet, greet_child
 from mcp_proxy.server.gunicorn import require_shared_sessions
-from mcp_proxy.servers import HttpServer, StdioServer
-from mcp_proxy.wire.urls import Target, parse_target
+from mcp_proxy.servers import HttpServer, StdioServer, shown_arguments, shown_command
+from mcp_proxy.wire import jsonrpc, revisions, sse
+from mcp_proxy.wire.handshake import INITIALIZE
+from mcp_proxy.wire.headers import EVENT_STREAM, JSON, PROTOCOL_VERSION, SESSION_ID
+from mcp_proxy.wire.jsonrpc import Request, Response
+from mcp_proxy.wire.urls import Target, parse_target, request_target
 
 # A shorter value is no secret worth the name, and would be found everywhere.
 _SHORTEST_SECRET = 6
+
+
+# Seconds for a server to answer initialize; `npx` and `uvx` may have to fetch it first.
+_ANSWER_TIME = 60.0
+
+_PULSE = 1.0
+_MAX_ANSWER = 1024 * 1024
+
+# What a server answers to a POST whose wire is the older one (MCP 2025-11-25, transports,
+# "Backwards Compatibility").
+_NOT_THIS_WIRE = (400, 404, 405)
 
 
 class Row(NamedTuple):
@@ -57,6 +87,7 @@ def _secrets(config: ProxyConfig) -> list[str]:
             headers += server.headers
         else:
             told += server.env.values()
+            told += _hidden_in(server.argv)
     told += [header.partition(":")[2].strip() for header in headers]
     told += [word for value in told for word in value.split()]
     told += [value for url in urls for _, value in parse_qsl(urlsplit(url).query)]
@@ -64,6 +95,12 @@ def _secrets(config: ProxyConfig) -> list[str]:
         password = password_in(config.redis_url)
         told += [password, unquote(password)]
     return sorted({s for s in told if len(s) >= _SHORTEST_SECRET}, key=len, reverse=True)
+
+
+def _hidden_in(argv: Sequence[str]) -> Iterator[str]:
+    """The words of a command that are not shown."""
+    for argument, shown in zip(argv, shown_arguments(argv), strict=True):
+        yield from (word for word in re.split(r"[\s\"'=:,;&?@]+", argument) if word not in shown)
 
 
 def _rows(config: ProxyConfig) -> Iterator[Row]:
@@ -120,7 +157,7 @@ def _backend(config: ProxyConfig, client: HttpClient, server: HttpServer, url: s
     policy = HeaderPolicy(changes=(*config.forward_headers, *server.headers))
     headers = policy.outbound({"wsgi.url_scheme": "http"})
     try:
-        return Row(what, True, f"{greet(client, target, headers)} ({_shown(target)})")
+        return Row(what, True, f"{_greet(client, target, headers)} ({_shown(target)})")
     except ProxyError as error:
         return Row(what, False, f"{error} ({_shown(target)})")
 
@@ -135,11 +172,160 @@ def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) ->
         limit = config.max_message_bytes
         bridge = Bridge(supervisor, server, limit, on_lost=lambda lost: None)
     except ProxyError as error:
-        return Row(what, False, f"{error} ({server})")
+        return Row(what, False, f"{error} ({shown_command(server.argv)})")
     try:
-        return Row(what, True, greet_child(bridge))
+        return Row(what, True, _greet_child(bridge))
     except ProxyError as error:
         tail = "".join(f"\n      stderr: {line}" for line in bridge.stderr_tail[-5:])
-        return Row(what, False, f"{error} ({server}){tail}")
+        return Row(what, False, f"{error} ({shown_command(server.argv)}){tail}")
     finally:
         bridge.close()
+
+
+# --- what is said to a server --------------------------------------------------------------------
+
+
+def _greet_child(bridge: Bridge) -> str:
+    """The name, version and revision of a stdio server; raises ProxyError."""
+    return handshake.describe(handshake.ask(bridge, _initialize(), _ANSWER_TIME))
+
+
+def _greet(client: HttpClient, target: Target, headers: Mapping[str, str]) -> str:
+    """The name, version and revision of an HTTP server; raises ProxyError.
+
+    `headers` are sent with each request. A server that wants credentials is in order where they
+    have none: its clients have them.
+    """
+    endpoint = request_target(target, None, "/mcp", "")
+    try:
+        return _greet_streamable(client, target, endpoint, headers)
+    except _Refused as refusal:
+        if refusal.status == 401 and "authorization" not in map(str.lower, headers):
+            return "wants credentials of each client (401), so it was not initialized"
+        if refusal.status not in _NOT_THIS_WIRE:
+            raise
+        older = request_target(target, None, "/sse", "")
+        for path in dict.fromkeys((endpoint, older)):
+            found = _greet_older(client, target, path, headers)
+            if found is not None:
+                return found
+        raise
+
+
+class _Refused(BackendError):
+    """The server has answered a POST with a status that is no success."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"The server answers initialize with HTTP status {status}")
+        self.status = status
+
+
+def _initialize() -> Request:
+    params = {
+        "protocolVersion": revisions.LEGACY[-1],
+        "capabilities": {},
+        "clientInfo": {"name": "mcp-wsgi-proxy check", "version": __version__},
+    }
+    return Request("check", INITIALIZE, jsonrpc.as_payload(params))
+
+
+def _greet_streamable(
+    client: HttpClient, target: Target, endpoint: str, headers: Mapping[str, str]
+) -> str:
+    accepted = {"Accept": f"{JSON}, {EVENT_STREAM}", "Content-Type": JSON}
+    body = jsonrpc.encode(_initialize())
+    call = HttpCall(client, target.address, "POST", endpoint, {**accepted, **headers}, body)
+    call = _sent(call)
+    try:
+        if not 200 <= call.status < 300:
+            raise _Refused(call.status)
+        if call.media_type == EVENT_STREAM:
+            answer = _response_among(_events(call))
+        else:
+            answer = _response_in(call.read(_MAX_ANSWER))
+        found = handshake.describe(answer)
+        session = call.header(SESSION_ID)
+    finally:
+        call.close()
+    if session is not None:
+        version = jsonrpc.protocol_version_of(answer.result) or revisions.ASSUMED
+        named = {SESSION_ID: session, PROTOCOL_VERSION: version, **headers}
+        end = HttpCall(client, call.address, "DELETE", call.target, named, b"")
+        end.send(_ANSWER_TIME)
+        end.close()
+    return found
+
+
+def _greet_older(
+    client: HttpClient, target: Target, path: str, headers: Mapping[str, str]
+) -> str | None:
+    """As `_greet` over HTTP+SSE (2024-11-05); None where there is no such stream."""
+    accepted = {"Accept": EVENT_STREAM, **headers}
+    stream = _sent(HttpCall(client, target.address, "GET", path, accepted, b""))
+    try:
+        if stream.status != 200 or stream.media_type != EVENT_STREAM:
+            return None
+        events = _events(stream)
+        first = next(events, None)
+        if first is None or first.event != b"endpoint":
+            return None
+        uri = (first.data or b"").decode("utf-8", "replace")
+        there = parse_target(urljoin(stream.address.url + stream.target, uri))
+        if there is None or there.origin != target.origin:
+            raise BadAnswer("The server's endpoint event names another server, or none")
+        endpoint = f"{there.path or '/'}?{there.query}" if there.query else there.path or "/"
+        typed = {"Content-Type": JSON, "Accept": JSON, **headers}
+        body = jsonrpc.encode(_initialize())
+        post = HttpCall(client, stream.address, "POST", endpoint, typed, body)
+        post.send(_ANSWER_TIME)
+        post.close()
+        if not 200 <= post.status < 300:
+            raise _Refused(post.status)
+        return handshake.describe(_response_among(events))
+    finally:
+        stream.close()
+
+
+def _sent(call: HttpCall) -> HttpCall:
+    """The call, its answer begun, with redirects followed as the proxy follows them."""
+    while True:
+        call.send(_ANSWER_TIME)
+        successor = call.redirected()
+        if successor is None:
+            return call
+        call.close()
+        call = successor
+
+
+def _events(call: HttpCall) -> Iterator[sse.Event]:
+    """The events of an answer, for as long as an answer may take."""
+    deadline = time.monotonic() + _ANSWER_TIME
+    decoder = sse.Decoder(_MAX_ANSWER)
+    for piece in call.pieces(pulse=_PULSE):
+        yield from decoder.feed(piece)
+        if time.monotonic() > deadline:
+            raise BackendTimeout(f"The server did not answer within {in_seconds(_ANSWER_TIME)}")
+
+
+def _response_among(events: Iterator[sse.Event]) -> Response:
+    """The first response in a stream; what the server says before that is not for us."""
+    for event in events:
+        if event.data:
+            message = _parsed(event.data)
+            if isinstance(message, Response):
+                return message
+    raise BadAnswer("The server's event stream ended without an answer to initialize")
+
+
+def _response_in(body: bytes) -> Response:
+    message = _parsed(body)
+    if not isinstance(message, Response):
+        raise BadAnswer("The server's answer to initialize is no JSON-RPC response")
+    return message
+
+
+def _parsed(data: bytes) -> jsonrpc.Message:
+    try:
+        return jsonrpc.parse_message(data)
+    except ClientError as error:
+        raise BadAnswer(f"The server's answer to initialize is not understood: {error}") from error

@@ -12,13 +12,19 @@ from mcp_proxy import __version__
 from mcp_proxy.config import (
     ProxyConfig,
     Setting,
+    entries_of,
     environment_values,
     from_values,
     settings,
 )
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server.gunicorn import require_shared_sessions, require_worker_class, serve
-from mcp_proxy.servers import as_command
+from mcp_proxy.server.gunicorn import (
+    require_directory_and_cpus,
+    require_shared_sessions,
+    require_worker_class,
+    serve,
+)
+from mcp_proxy.servers import as_command, shown_arguments
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --target-url URL
@@ -28,8 +34,6 @@ _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
 _EPILOG = """Without a command and without a file the bundled demo server is served. Every option
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
 out and serves nothing."""
-
-_WITH_COMMAS = ("env", "target_url", "forward_headers")
 
 # The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "cwd")
@@ -42,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(arguments[1:] if is_check else arguments)
         config.servers()  # its errors belong here, not in a worker's log
+        require_directory_and_cpus(config)
         if is_check:
             from mcp_proxy.server.check import check
 
@@ -85,9 +90,13 @@ def _require_readable_url(config: ProxyConfig) -> None:
 def read_config(arguments: Sequence[str]) -> ProxyConfig:
     """The configuration from the environment, overridden by options; raises ConfigError."""
     options, command = _split(list(arguments))
-    given = vars(_parser().parse_args(options))
+    given = _parse(options)
     values: dict[str, Any] = {
-        name: _split_lists(name, value) for name, value in given.items() if value is not None
+        name: [entry for text in value for entry in entries_of(name, text)]
+        if isinstance(value, list)
+        else value
+        for name, value in given.items()
+        if value is not None
     }
     if command is not None:
         values["command"] = as_command(command)
@@ -97,19 +106,31 @@ def read_config(arguments: Sequence[str]) -> ProxyConfig:
     return from_values({**inherited, **values})
 
 
-def _split_lists(name: str, value: str | list[str]) -> str | list[str]:
-    """Splits a list at commas, unless the values of the setting may have some."""
-    if isinstance(value, str) or name in _WITH_COMMAS:
-        return value
-    return [part.strip() for item in value for part in item.split(",") if part.strip()]
-
-
 def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     """The options, and the command after `--`, word for word."""
     if "--" not in arguments:
         return arguments, None
     at = arguments.index("--")
     return arguments[:at], arguments[at + 1 :]
+
+
+def _parse(options: Sequence[str]) -> dict[str, Any]:
+    """The values of options, None for those that are not given; exits with 2 for what is none."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args([_with_dashes(option) for option in options])
+    if unknown:
+        shown = " ".join(shown_arguments(["", *unknown])[1:])
+        advice = "the command of a server stands behind --"
+        if unknown[0].partition("=")[0] in ("--host", "--port"):
+            advice = "--bind HOST:PORT says where to listen"
+        parser.error(f"unrecognized arguments: {shown} ({advice})")
+    return vars(given)
+
+
+def _with_dashes(option: str) -> str:
+    """An option in the spelling of the parser: `--max_sessions` is `--max-sessions`, too."""
+    name, equals, value = option.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if option.startswith("--") else option
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,14 +145,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
-    spellings = {f"--{setting.name.replace('_', '-')}", f"--{setting.name}"}
-    has_default = setting.default not in (None, ())
-    default = "off" if setting.default is False else setting.default
-    reason = f"{setting.reason} ({default})" if has_default else setting.reason
+    default = f" ({setting.default_text})" if setting.default_text else ""
     parser.add_argument(
-        *sorted(spellings),
+        f"--{setting.name.replace('_', '-')}",
         dest=setting.name,
         action="append" if setting.is_list else "store",
-        metavar=setting.name.split("_")[-1].upper(),
-        help=reason.replace("%", "%%"),
+        metavar=setting.placeholder,
+        help=f"{setting.reason}{default}".replace("%", "%%"),
     )

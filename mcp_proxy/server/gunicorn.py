@@ -64,13 +64,18 @@ _SHARED_MEMORY = "/dev/shm"
 _KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
 
 
-def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[str, Any]:
-    """All settings for gunicorn, hooks included."""
-    hooks = hooks or Hooks(config)
+def settings_of_environment() -> dict[str, Any]:
+    """As `gunicorn_settings` by the environment; ends with a sentence where they do not fit."""
     try:
-        require_worker_class(config)
+        return gunicorn_settings(ProxyConfig.from_env())
     except ConfigError as error:
         sys.exit(f"mcp-wsgi-proxy: {error}")
+
+
+def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[str, Any]:
+    """All settings for gunicorn, hooks included; raises ConfigError."""
+    hooks = hooks or Hooks(config)
+    require_worker_class(config)
     is_gthread = config.worker_class == "gthread"
     return {
         # gunicorn's own class logs its first line before any hook is called.
@@ -146,6 +151,21 @@ def require_shared_sessions(config: ProxyConfig, worker_count: int) -> None:
         )
 
 
+def require_directory_and_cpus(config: ProxyConfig) -> None:
+    """Raises ConfigError where `cwd`, or a CPU of `cpu_affinity`, does not exist here."""
+    if config.directory is not None and not os.path.isdir(config.directory):
+        raise ConfigError(f"cwd: expected a directory that exists, got {config.cwd!r}")
+    if config.cpu_affinity in ("auto", "off") or not hasattr(os, "sched_getaffinity"):
+        return
+    ours = sorted(os.sched_getaffinity(0))
+    if not set(config.cpus()) <= set(ours):
+        listed = ", ".join(map(str, ours))
+        raise ConfigError(
+            f"cpu_affinity: expected auto, off or CPUs that this process may use ({listed}), "
+            f"got {config.cpu_affinity!r}"
+        )
+
+
 def require_worker_class(config: ProxyConfig) -> None:
     """Raises ConfigError where what gunicorn's worker of this kind imports is not installed."""
     needed = ("gevent", "packaging") if config.worker_class == "gevent" else ()
@@ -177,7 +197,7 @@ class Hooks:
         return self._log
 
     def on_starting(self, server: Any) -> None:
-        """Exits before anything listens if several workers could not share their sessions."""
+        """Exits before anything listens if this cannot be served here."""
         self.begin_log()
         _allow_many_files()
         lowered = within_files(self.config).max_sessions
@@ -188,6 +208,7 @@ class Hooks:
             )
         try:
             require_shared_sessions(self.config, server.cfg.workers)
+            require_directory_and_cpus(self.config)
         except ConfigError as error:
             sys.exit(f"mcp-wsgi-proxy: {error}")
         for sentence in self.config.ignored():

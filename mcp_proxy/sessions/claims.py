@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mcp_proxy.errors import BackendTimeout, ClientLeft, StorageError
+from mcp_proxy.errors import BackendTimeout, ClientLeft, StorageError, in_seconds
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.session import CLAIM, Session
 
@@ -108,7 +108,7 @@ def unclaimed(
     while CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
         if time.monotonic() > until:
             raise BackendTimeout(
-                f"The session's server was not brought back within {limit:g} seconds"
+                f"The session's server was not brought back within {in_seconds(limit)}"
             )
         if has_left is not None and has_left():
             raise ClientLeft

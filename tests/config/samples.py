@@ -25,7 +25,7 @@ SAMPLES: dict[str, Sample] = {
     "allowed_backends": Sample("http://a:1", ("http://a:1",), ("http://a:1",)),
     "ca_file": _one("/etc/ca.pem", "/etc/ca.pem"),
     "config": _one("servers.json", "servers.json"),
-    "env": Sample("A=1, B=2=3,", ("A=1", "B=2=3"), ("A=1", "B=2=3")),
+    "env": Sample("A=1, B=2=3", ("A=1", "B=2=3"), ("A=1", "B=2=3")),
     "cwd": _one("/srv", "/srv"),
     "stdio_mode": _one("per-session", "per-session"),
     "stdio_transports": Sample("sse", ("sse",), ("sse",)),

@@ -15,10 +15,7 @@ def table() -> str:
     """The settings as the README shows them."""
     rows = ["| setting | default | what it is |", "| --- | --- | --- |"]
     for setting in settings():
-        value = setting.default
-        shown = ",".join(value) if isinstance(value, tuple) else value
-        shown = "off" if value is False else shown
-        default = "" if value in (None, ()) else f"`{shown}`"
+        default = f"`{setting.default_text}`" if setting.default_text else ""
         rows.append(f"| `{setting.name}` | {default} | {setting.reason} |")
     return "\n".join(rows)
 

@@ -11,6 +11,8 @@ import pytest
 
 from mcp_proxy import ProxyConfig, create_app
 from mcp_proxy.server.check import check
+from mcp_proxy.server.gunicorn import server_urls
+from mcp_proxy.servers import path_name
 from tests.servers.http_backend import HttpBackend
 from tests.support.front import SCRIPTED, McpClient
 from tests.support.transparent import LocalFront
@@ -56,3 +58,15 @@ def test_check_sends_the_headers_and_prints_none(
     assert check(config) == 0
     assert backend.seen[0].header("Authorization") == "Bearer of-the-file"
     assert "of-the-file" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["my server", "@scope/x", "日本"])
+def test_any_name_is_served_at_the_url_of_the_banner(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "servers.json"
+    entry = {"command": SCRIPTED[0], "args": list(SCRIPTED[1:])}
+    file.write_text(json.dumps({"servers": {name: entry}}), encoding="utf-8")
+    config = ProxyConfig(config=str(file))
+    (path,) = server_urls(config, "").values()
+    assert path == f"/servers/{path_name(name)}/mcp"
+    with closing(create_app(config)) as app, closing(LocalFront(app)) as front:
+        assert McpClient(front, path).open().result("echo", {"text": "é"}) == {"text": "é"}

@@ -8,6 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
@@ -195,3 +196,18 @@ def test_a_client_of_ones_own_keeps_its_own_limits() -> None:
         assert Connection(client).block_time == 0.25
     with redis.Redis() as client:
         assert Connection(client).block_time == 2.0
+
+
+def test_who_waits_for_a_cluster_waits_no_longer_than_for_an_answer() -> None:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(12)]
+        hosts = ",".join(f"127.0.0.1:{listener.getsockname()[1]}" for listener in silent)
+        connection = Connection(f"redis+cluster://{hosts}", 1)
+        connecting = pool.submit(lambda: connection.client)  # a half second for each host
+        arrived, _ = silent[0].accept()
+        stack.callback(arrived.close)
+        with pytest.raises(StorageUnavailable):
+            _ = connection.client
+        assert not connecting.done()
+        with pytest.raises(StorageUnavailable):
+            connecting.result(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,13 @@ from mcp_proxy.errors import ConfigError
 from mcp_proxy.server.cli import main, read_config
 from tests.config.samples import NEED_COMMAND, SAMPLES
 from tests.support.proxy_process import GUNICORN
+
+ADDRESS = "bind: expected HOST:PORT, with a port up to 65535, or unix:PATH, got "
+CPUS = sorted(os.sched_getaffinity(0))
+AFFINITY = (
+    "cpu_affinity: expected auto, off or CPUs that this process may use "
+    f"({', '.join(map(str, CPUS))}), got "
+)
 
 
 def spelled(name: str, dash: str) -> str:
@@ -164,6 +172,16 @@ def test_an_unknown_variable_is_refused_on_the_command_line_too(
         (["--threads", "3"], "threads: expected a whole number of at least 4, got '3'"),
         (["--config", "{tmp}/absent.json"], "{tmp}/absent.json: No such file or directory"),
         (["--config", "{tmp}"], "{tmp}: Is a directory"),
+        (
+            ["--cwd", "{tmp}/absent", "--", "server"],
+            "cwd: expected a directory that exists, got '{tmp}/absent'",
+        ),
+        (["--bind", "foo"], f"{ADDRESS}'foo'"),
+        (["--bind", ":99999"], f"{ADDRESS}':99999'"),
+        (["--bind", "127.0.0.1:0,::1"], f"{ADDRESS}'::1'"),
+        (["--bind", "9000"], f"{ADDRESS}'9000'; 127.0.0.1:9000 is meant, it seems"),
+        (["--bind", "99999"], f"{ADDRESS}'99999'"),
+        (["--cpu-affinity", f"{CPUS[0]},99999"], f"{AFFINITY}'{CPUS[0]},99999'"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_ends_with_code_2_and_a_sentence(
@@ -207,10 +225,40 @@ def test_the_help_names_every_setting_and_its_default(
         main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for name in SAMPLES:
-        assert spelled(name, "-") in printed
-    assert "(7200)" in printed
-    assert "(())" not in printed
+    options = re.findall(r"^  (--\S+) (\S+)", printed, re.MULTILINE)
+    assert [option for option, _ in options] == [spelled(name, "-") for name in SAMPLES]
+    shown = dict(options)
+    assert shown["--preserve-host"] == "on|off"
+    assert shown["--failure-status"] == "http|json-rpc"
+    assert shown["--unknown-session-status"] == "400|404|ask"
+    assert shown["--stdio-transports"] == "sse|streamable"
+    assert (shown["--session-ttl"], shown["--idle-timeout"]) == ("SECONDS", "SECONDS")
+    assert (shown["--max-body-bytes"], shown["--threads"]) == ("BYTES", "NUMBER")
+    one_line = " ".join(printed.split())
+    assert "(7200)" in one_line
+    assert "(streamable,sse)" in one_line
+    assert "(off)" in one_line
+    assert "((" not in one_line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["python", "-m", "x"], "python -m x (the command of a server stands behind --)"),
+        (
+            ["server", "--token=hunter2"],
+            "server --token=*** (the command of a server ",
+        ),
+        (["--port", "80"], "--port 80 (--bind HOST:PORT says where to listen)"),
+        (["--host=0.0.0.0"], "--host=0.0.0.0 (--bind HOST:PORT says where to listen)"),
+    ],
+)
+def test_what_is_no_option_is_named_with_what_is_meant(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_config(arguments)
+    assert f"unrecognized arguments: {complaint}" in capsys.readouterr().err
 
 
 def test_the_package_is_the_program() -> None:
@@ -241,10 +289,29 @@ def test_choices_may_be_written_in_capital_letters() -> None:
     assert (made.log_level, made.stdio_transports) == ("info", ("sse", "streamable"))
 
 
-def test_lists_may_be_separated_by_commas_or_repeated() -> None:
-    made = read_config(["--allowed-hosts", "a,b", "--allowed-hosts", "c", "--env=A=1,2", "--", "x"])
-    assert made.allowed_hosts == ("a", "b", "c")
-    assert made.env == ("A=1,2",)
+@pytest.mark.parametrize(
+    ("setting", "value", "complaint"),
+    [
+        ("CWD", "/no/such/directory", "cwd: expected a directory"),
+        ("BIND", ":99999", "bind: expected HOST:PORT"),
+        ("CPU_AFFINITY", "99999", "cpu_affinity: expected auto, off or CPUs"),
+    ],
+)
+def test_gunicorn_is_not_started_with_what_cannot_be_here(
+    setting: str, value: str, complaint: str
+) -> None:
+    settings = {"MCP_PROXY_COMMAND": "server", "MCP_PROXY_BIND": "127.0.0.1:0"}
+    refused = subprocess.run(
+        [sys.executable, *GUNICORN],
+        env={**os.environ, **settings, f"MCP_PROXY_{setting}": value},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert refused.returncode != 0
+    assert complaint in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize("missing", ["gevent", "packaging"])

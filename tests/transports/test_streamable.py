@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,14 +123,15 @@ def test_a_command_that_does_not_exist_is_an_error_and_not_ready(way: str) -> No
         assert "/no/such/server" in not_ready(client)
 
 
-def test_a_working_directory_that_does_not_exist_is_named() -> None:
-    from tests.support.front import SCRIPTED
-
-    with running("gunicorn", SCRIPTED, cwd="/no/such/directory") as proxy:
+def test_a_working_directory_that_no_longer_exists_is_named(tmp_path: Path) -> None:
+    directory = tmp_path / "work"
+    directory.mkdir()
+    with running("gunicorn", SCRIPTED, cwd=str(directory)) as proxy:
+        directory.rmdir()
         client = proxy.client()
         message = client.initialize().error()["message"]
         assert message == "The server cannot be started: its working directory does not exist"
-        assert "its working directory /no/such/directory does not exist" in not_ready(client)
+        assert f"its working directory {directory} does not exist" in not_ready(client)
 
 
 def not_ready(client: McpClient) -> str:

@@ -41,11 +41,12 @@ class StdioServer(msgspec.Struct, frozen=True):
         _require_types(self)
 
     def __str__(self) -> str:
-        return shlex.join(self.argv)
+        return shown_command(self.argv)
 
     def __repr__(self) -> str:
         return (
-            f"StdioServer({self.name!r}, {self.argv!r}, env={sorted(self.env)}, cwd={self.cwd!r})"
+            f"StdioServer({self.name!r}, {shown_arguments(self.argv)!r}, env={sorted(self.env)}, "
+            f"cwd={self.cwd!r})"
         )
 
 

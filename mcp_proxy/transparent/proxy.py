@@ -42,6 +42,7 @@ from mcp_proxy.errors import (
     SessionEnded,
     SessionUnknown,
     StorageError,
+    in_seconds,
 )
 from mcp_proxy.replica import Replica
 from mcp_proxy.sessions import handshake
@@ -525,9 +526,8 @@ class TransparentProxy(Transport):
         """Seconds for a message that nobody waits for; raises BackendTimeout when they are over."""
         left = until - time.monotonic()
         if left <= 0:
-            raise BackendTimeout(
-                f"The server did not take it within {self.options.connect_timeout:g} seconds"
-            )
+            limit = in_seconds(self.options.connect_timeout)
+            raise BackendTimeout(f"The server did not take it within {limit}")
         return max(round(left, 1), 0.1)  # a sentence may name it
 
     def _cancel(self, inbound: Inbound, call: HttpCall) -> None:

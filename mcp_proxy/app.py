@@ -26,7 +26,7 @@ from mcp_proxy.servers import HttpServer, Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
-from mcp_proxy.transports.base import DRAIN_TIME, Transport, drain
+from mcp_proxy.transports.base import Transport, drain
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
@@ -104,16 +104,17 @@ class Application:
         """Whether other replicas can serve the same sessions."""
         return all(transport.is_shared for transport in self._transports())
 
-    def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
-        """The orderly end: streams ended, no new work, running calls given time, then `close`.
+    def drain(self, timeout: float, has_clients: Callable[[], bool] = lambda: False) -> None:
+        """The first half of an orderly end; see `mcp_proxy.transports.base.drain`."""
+        drain(self._transports(), timeout, has_clients)
 
-        All times in seconds; see `mcp_proxy.transports.base.drain`.
+    def close(self, timeout: float = 0.0) -> None:
+        """Ends every child and connection of this process; harmless when repeated.
+
+        Calls that are running get `timeout` seconds to end first, and no new work is taken.
         """
-        drain(self._transports(), timeout, linger)
-        self.close()
-
-    def close(self) -> None:
-        """Ends every child and connection of this process; harmless when repeated."""
+        if timeout > 0:
+            self.drain(timeout)
         self.edge.is_draining = True
         with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
             stack.callback(self._storage.close)

@@ -72,6 +72,7 @@ class ClientRequest:
     Five are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
     is the JSON-RPC method and `params` are its parameters, `session` is the session that was named
     or opened, and `reason` says why the request was refused or failed, each once it is known.
+    `is_standing` is for the server: the answer is a standing stream.
     """
 
     __slots__ = (
@@ -82,6 +83,7 @@ class ClientRequest:
         "environ",
         "id",
         "is_encoded",
+        "is_standing",
         "message",
         "method",
         "params",
@@ -115,6 +117,7 @@ class ClientRequest:
         self.rpc: str | None = None
         self.params: Raw | UnsetType = UNSET
         self.session = self.session_id
+        self.is_standing = False
 
     def note(self, error: ProxyError) -> None:
         """Has the access line say what went wrong."""

@@ -74,6 +74,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.is_late = False
         #: Whether the client has ended its side while the request waited for a thread.
         self.has_left = False
+        #: Whether the answer is a standing stream, which ends when it is told to.
+        self.is_standing = False
         self.since = self.progress = time.monotonic()
         self._body_since: float | None = None
         self._body_until: float | None = None
@@ -141,6 +143,11 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     def begin_body(self) -> None:
         """The head is read; what comes next is the body."""
         self._body_since = self._body_since or time.monotonic()
+
+    def is_called_since(self, before: float) -> bool:
+        """Whether a client has been waiting for an answer since before that time. Any thread."""
+        since = self._body_since
+        return since is not None and not self.is_standing and since < before
 
     def skip_body(self) -> bool:
         """Reads what the application has left of a body; whether the connection can be kept."""

@@ -15,6 +15,7 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
   leaves meanwhile is forgotten. A worker without a free thread lets others accept first.
 - What an application `answers_at_once` is answered in the main thread, so that health is told
   whatever holds the threads.
+- A worker that has served `max_requests` goes on until it can end without harm to any call.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
 - What is refused before the application sees it is a JSON-RPC error.
@@ -83,6 +84,9 @@ _SURE = 1.0
 # Seconds after which a queued request is not begun if its client has ended its side.
 _HALF_CLOSED = 1.0
 
+# Seconds after which a call is old: a worker that has served `max_requests` waits for no other.
+_OLD = 5.0
+
 _NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -106,6 +110,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         #: Connections that have a thread; counted by the main thread.
         self.busy = 0
+        self.served: set[Connection] = set()
         #: Connections whose requests wait for a thread, and since when; the oldest first.
         self.queued: dict[Connection, float] = {}
         #: The threads that there are.
@@ -124,6 +129,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._places = 0
         self._arriving_bytes = 0
         self._next_sweep = 0.0
+        # When the worker ends at the latest, once it has served `max_requests`.
+        self._ends_at: float | None = None
         #: Connections that were shut down and are read until their time is over, oldest first.
         self.closing: dict[Connection, None] = {}
 
@@ -213,15 +220,18 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 self._watch(conn, self._look_at_queued)
             return
         self.busy += 1
+        self.served.add(conn)
         try:
             super().enqueue_req(conn)
         except RuntimeError as error:
             self.busy -= 1
+            self.served.discard(conn)
             self._give_no_thread(conn, f"No thread can be started: {error}")
 
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:
         """Takes a connection back from a thread, which gets the request that is queued first."""
         self.busy -= 1
+        self.served.discard(conn)
         self._give_place_back(conn)
         while self.queued and not self._is_full:
             first = next(iter(self.queued))
@@ -422,6 +432,16 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self._drop(conn)
         if self.nr_conns >= self.worker_connections:
             self._make_room(now - _SURE)
+        if self._ends_at is not None and (now > self._ends_at or not self._has_old_call(now)):
+            self.alive = False
+
+    def _has_old_call(self, now: float) -> bool:
+        return any(conn.is_called_since(now - _OLD) for conn in self.served)
+
+    @property
+    def has_clients(self) -> bool:
+        """Whether a request may be, or come, on a connection. Any thread."""
+        return bool(self.nr_conns > len(self.closing))
 
     def _is_over(self, conn: Connection, now: float) -> bool:
         """Whether a request has had its time; a worker that stops does not wait for its rest."""
@@ -551,6 +571,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 req.body.reader = _Noticed(req.body.reader, partial(self._body_has_come, conn))
             body = self.wsgi(environ, response.start_response)
             self._body_has_come(conn)
+            conn.is_standing = getattr(body, "is_standing", False)
             try:
                 send(body, response, environ)
             finally:
@@ -581,9 +602,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def _decide_on_keeping(self, response: Any) -> None:
         self.nr += 1
-        if self.nr >= self.max_requests and self.alive:
-            self.log.info("Autorestarting worker after current request.")
-            self.alive = False
+        if self.nr >= self.max_requests and self._ends_at is None:
+            self.log.info("The worker has served %d requests: it ends soon", self.max_requests)
+            self._ends_at = time.monotonic() + self.request_timeout
         if not self._may_keep:
             response.force_close()
 

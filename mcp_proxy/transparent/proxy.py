@@ -570,6 +570,7 @@ class TransparentProxy(Transport):
             is_get = inbound.request.method == "GET"
             if is_get or inbound.listens:
                 self._track(call, is_stream)
+                inbound.request.is_standing = is_stream
             if is_stream and is_get:
                 self._take_stream_place(call)
                 rewriter = self._sse.rewriter(inbound.request, call)

@@ -98,7 +98,7 @@ class SSEProxy(StdioTransport):
         exchange.on_close = self.edge.streams.release
         try:
             session = self._begin(exchange, request.has_left)
-            request.session = session.id
+            request.session, request.is_standing = session.id, True
             body = EventStream(
                 exchange,
                 ClientConnection(request.environ),

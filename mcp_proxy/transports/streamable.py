@@ -249,6 +249,7 @@ class StreamableProxy(StdioTransport):
             self.edge.streams.release()
             raise
         exchange.on_close = self.edge.streams.release
+        request.is_standing = True
         body = EventStream(
             exchange,
             ClientConnection(request.environ),

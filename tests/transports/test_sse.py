@@ -469,6 +469,7 @@ def test_a_replica_that_stops_opens_no_stream_and_passes_messages_on() -> None:
         assert int(answer.headers["Retry-After"]) > 0
         assert client.result("count")["calls"] == 1
         proxy.app.drain(timeout=0)
+        proxy.app.close()
         assert list(client.events()) == []
         client.close()
         assert processes(proxy) == 0

@@ -169,7 +169,7 @@ class Owner:
         except BaseException as error:
             self._count_pending(-1)
             if isinstance(error, BackendLost):
-                self.backoff.note_failure(str(error))
+                self.backoff.note_failure(error)
             raise
 
     def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
@@ -243,7 +243,7 @@ class Owner:
         bridge.close()
         self._count_pending(-1)
         if failure is not None:
-            self.backoff.note_failure(str(failure))
+            self.backoff.note_failure(failure)
 
     def _open_mailbox(self) -> None:
         """Without a mailbox everybody would take this replica for gone."""
@@ -426,7 +426,7 @@ class Owner:
             with claims.released_on_failure(self.manager, claimed):
                 bridge = self._settled(claimed)
         except BackendError as error:
-            self.backoff.note_failure(str(error))
+            self.backoff.note_failure(error)
             self.backoff.note_exit(claimed.id, lifetime=0)
             raise
         except SessionEnded:

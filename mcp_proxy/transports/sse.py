@@ -244,7 +244,7 @@ class _FirstAnswer:
             return
         self._is_over = True
         if isinstance(message.failure, BackendLost):
-            self._backoff.note_failure(message.failure.message)
+            self._backoff.note_failure(message.failure)
         elif message.failure is None:
             self._backoff.note_success()
 

@@ -99,7 +99,8 @@ class ReplicaParts:
         return max(2, len(cpus) if cpus else os.cpu_count() or 1)
 
     def close(self) -> None:
-        """Ends the relay, then every child, and waits for that."""
+        """Ends the starts, the relay, then every child, and waits for that."""
+        self.turns.close()
         if self.relay is not None:
             self.relay.close()
         self.supervisor.close()
@@ -143,8 +144,9 @@ class Owner:
         self._sweeper.is_essential = False
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
-        self._lock = threading.Lock()  # guards _held and _pending
+        self._lock = threading.Lock()  # guards _held, _starting and _pending
         self._held: dict[str, _Held] = {}
+        self._starting: set[Bridge] = set()  # children that are not held yet
         # Sessions held here that ended while the store was away: their records are still there.
         # Each operation is atomic.
         self._ended: set[str] = set()
@@ -240,7 +242,7 @@ class Owner:
 
     def discard(self, bridge: Bridge, failure: BackendError | None = None) -> None:
         """Ends a child that began no session, because of `failure` if there was one."""
-        bridge.close()
+        self._end_start(bridge)
         self._count_pending(-1)
         if failure is not None:
             self.backoff.note_failure(failure)
@@ -467,7 +469,7 @@ class Owner:
         try:
             handshake.replay(bridge, requests, version, _REPLAY_TIME)
         except BaseException:
-            bridge.close()
+            self._end_start(bridge)
             raise
         return bridge
 
@@ -475,7 +477,19 @@ class Owner:
 
     def _spawn(self) -> Bridge:
         limit = self._options.max_message_bytes
-        return Bridge(self.supervisor, self.server, limit, self._on_lost)
+        bridge = Bridge(self.supervisor, self.server, limit, self._on_lost)
+        with self._lock:
+            self._starting.add(bridge)
+        if self._is_closing:  # `close` may not have seen this one
+            self._end_start(bridge)
+            raise Draining
+        return bridge
+
+    def _end_start(self, bridge: Bridge, failure: BackendLost | None = None) -> None:
+        """Ends a child that is not held."""
+        with self._lock:
+            self._starting.discard(bridge)
+        bridge.close(failure)
 
     def _on_lost(self, bridge: Bridge) -> None:
         held = self._forget(self._url(bridge))
@@ -492,6 +506,7 @@ class Owner:
         bridge.on_close = partial(self._release, url)
         with self._lock:
             self._held[url] = _Held(session.id, session.type, bridge, session_log)
+            self._starting.discard(bridge)
         self._sweeper.start()
         if not bridge.is_alive:  # it exited before anybody could be told
             self._on_lost(bridge)
@@ -594,7 +609,12 @@ class Owner:
         """Ends every child of this replica; the records stay, so another one can take over."""
         self._is_closing = True
         self._sweeper.stop()
+        stopped = "The proxy has stopped the server"
+        with self._lock:
+            starting = list(self._starting)
+        for bridge in starting:
+            self._end_start(bridge, BackendDraining(stopped))
         for url, held in self._held_copy().items():
             self._forget(url)
-            held.bridge.close(BackendDraining("The proxy has stopped the server"))
+            held.bridge.close(BackendDraining(stopped))
         self._read_on.stop()

@@ -334,6 +334,33 @@ def test_a_call_that_the_end_of_its_replica_cuts_off_says_so() -> None:
         assert call.result(10).failure == "draining"
 
 
+@pytest.mark.parametrize("width", [2, 0])
+def test_an_initialize_that_the_end_of_its_replica_cuts_off_says_so(width: int) -> None:
+    """Whether its server has begun to start, or it waits for its turn."""
+    with serving("--slow-start", "60") as (app, client), ThreadPoolExecutor(1) as pool:
+        app.owner._turns._width = lambda: width
+        call = pool.submit(client.initialize, Accept="application/json")
+        eventually(lambda: app.is_busy and (children(app) == 1 or not width))
+        app.close()
+        answer = call.result(10)
+        assert (answer.status, answer.failure) == (200, "draining")
+        assert app.owner.backoff.not_ready_reason() is None
+
+
+def test_a_session_that_is_brought_back_as_its_replica_ends_says_so() -> None:
+    with serving() as (app, client), ThreadPoolExecutor(1) as pool:
+        client.open()
+        kill_server(app, client)
+        server = app.owner.server
+        slow = (*server.argv, "--slow-start", "60")
+        app.owner.server = type(server)("default", slow)
+        call = pool.submit(client.call, "count", Accept="application/json")
+        eventually(lambda: children(app) == 1)
+        app.close()
+        assert call.result(10).failure == "draining"
+        assert app.owner.backoff.not_ready_reason() is None
+
+
 # --- what starts no server -----------------------------------------------------------------------
 
 

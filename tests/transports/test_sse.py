@@ -488,6 +488,20 @@ def test_a_running_call_is_answered_while_gunicorn_stops() -> None:
         client.close()
 
 
+def test_an_initialize_that_the_end_of_its_replica_cuts_off_says_so() -> None:
+    with running("wsgi", [*SCRIPTED, "--slow-start", "60"]) as proxy:
+        assert isinstance(proxy, WsgiProxy)
+        client = client_of(proxy)
+        client.connect()
+        client.call("initialize", {"protocolVersion": "2024-11-05"}, key=0)
+        eventually(lambda: proxy.app.proxies["default"].is_busy)
+        proxy.app.close()
+        assert "The proxy has stopped the server" in client.answer(0)["error"]["message"]
+        assert list(client.events()) == []
+        assert proxy.app.proxies["default"].server_reason() is None
+        client.close()
+
+
 # --- the store -----------------------------------------------------------------------------------
 
 

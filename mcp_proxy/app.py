@@ -18,7 +18,7 @@ from mcp_proxy.errors import (
     ConfigError,
     MethodNotAllowed,
     NotFound,
-    Overloaded,
+    NoThread,
     StorageUnavailable,
 )
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
@@ -30,7 +30,6 @@ from mcp_proxy.transports.base import Transport, drain
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
-from mcp_proxy.wire import jsonrpc
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -57,7 +56,8 @@ class Application:
         self._mounts = {server.name: self._transports_of(server) for server in config.servers()}
         #: The transports that are asked for a server's health, by the server's name.
         self.proxies = {name: next(iter(mounts.values())) for name, mounts in self._mounts.items()}
-        self._front = self._dispatcher()
+        self._front = self._dispatcher(lambda transport: transport)
+        self._refusing = self._dispatcher(lambda transport: transport.overloaded)
         #: What /readyz says.
         self.readiness = Readiness(self._look, lambda: self.edge.is_draining)
         self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {
@@ -91,13 +91,9 @@ class Application:
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Answers a request that has arrived and for which no thread is free; waits for nothing."""
-
-        def handle(request: ClientRequest) -> Reply:
-            if request.method == "POST":
-                request.message = jsonrpc.parse(request.read_body(self.config.max_body_bytes))
-            raise Overloaded("All threads of this worker are taken")
-
-        return self.edge.serve(environ, start_response, handle)
+        if environ.get("PATH_INFO", "") in self._endpoints:
+            return self.edge.serve(environ, start_response, _no_thread, is_own=True)
+        return self._refusing(environ, start_response)
 
     @property
     def is_shared(self) -> bool:
@@ -160,12 +156,12 @@ class Application:
             mounts[path] = kind._shared(owner, self.edge, options)
         return mounts
 
-    def _dispatcher(self) -> WSGIApplication:
+    def _dispatcher(self, app_of: Callable[[Transport], WSGIApplication]) -> WSGIApplication:
         """One server at the root; those of a file each under its name."""
         mounts: dict[str, WSGIApplication] = {}
         for name, transports in self._mounts.items():
             prefix = f"/servers/{name}" if self.config.config else ""
-            mounts |= {f"{prefix}{path}": transport for path, transport in transports.items()}
+            mounts |= {f"{prefix}{path}": app_of(each) for path, each in transports.items()}
         return DispatcherMiddleware(mounts.pop("", self._nothing), mounts)
 
     def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -239,6 +235,10 @@ def storage_of(config: ProxyConfig) -> Storage:
         )
     except ValueError as error:
         raise ConfigError(f"redis_url {error}") from None
+
+
+def _no_thread(request: ClientRequest) -> Reply:
+    raise NoThread
 
 
 # --- health --------------------------------------------------------------------------------------

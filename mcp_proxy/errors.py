@@ -300,6 +300,13 @@ class Overloaded(ProxyError):
         self.headers = [("Retry-After", "5")]
 
 
+class NoThread(Overloaded):
+    """No thread of this worker became free for a request in time."""
+
+    def __init__(self) -> None:
+        super().__init__("All threads of this worker are taken")
+
+
 class Draining(Overloaded):
     """This replica is stopping."""
 

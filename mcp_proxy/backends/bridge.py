@@ -245,6 +245,15 @@ class Bridge(Backend):
         if older is not None:
             older.end(replaced=True)
 
+    def say(self, message: bytes) -> bool:
+        """Puts a message of ours on the standing stream; False where there is none. Never waits."""
+        with self._lock:
+            stream = self._switchboard.stream
+        if stream is None:
+            return False
+        stream.offer(ServerMessage(message, is_response=False))
+        return True
+
     def end_stream(self) -> None:
         """Ends the standing stream; the client may open another one elsewhere.
 

@@ -13,9 +13,10 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest, with_path
-from mcp_proxy.errors import ConfigError
+from mcp_proxy.errors import ConfigError, NoThread
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import Storage
+from mcp_proxy.wire import jsonrpc
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -41,6 +42,12 @@ class Transport(ABC):
         if not environ.get("PATH_INFO", "").startswith("/"):
             environ = with_path(environ)
         return self.edge.serve(environ, start_response, self.handle)
+
+    def overloaded(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Answers a request that has arrived and for which no thread is free; waits for nothing."""
+        return self.edge.serve(environ, start_response, self.refuse)
 
     def __enter__(self) -> Self:
         return self
@@ -71,6 +78,12 @@ class Transport(ABC):
     @abstractmethod
     def handle(self, request: ClientRequest) -> Reply:
         """The answer to one request; raises ProxyError."""
+
+    def refuse(self, request: ClientRequest) -> Reply:
+        """The answer to a request for which no thread is free; raises ProxyError."""
+        if request.method == "POST":
+            request.message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
+        raise NoThread
 
     @property
     @abstractmethod

@@ -20,7 +20,7 @@ from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.edge import Edge, as_message
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.guard import require_own_site
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
@@ -34,6 +34,7 @@ from mcp_proxy.errors import (
     MethodNotAllowed,
     NotAcceptable,
     NotFound,
+    NoThread,
     ProxyError,
     SessionEnded,
     StorageUnavailable,
@@ -87,6 +88,22 @@ class SSEProxy(StdioTransport):
                 raise MethodNotAllowed("GET")
             return self._get(request)
         raise NotFound
+
+    def refuse(self, request: ClientRequest) -> Reply:
+        """On the session's stream, if that is here: nobody reads the answer to a POST."""
+        if request.method != "POST":
+            raise NoThread
+        message = jsonrpc.parse_message(request.read_body(self.options.max_body_bytes))
+        failure = NoThread()
+        if not isinstance(message, Request):
+            request.message = message
+            raise failure
+        failure.request_id = message.id
+        bridge = self._bridges.get(_session_id(request))
+        if bridge is None or not bridge.say(as_message(failure)):
+            raise failure
+        request.note(failure)
+        return empty_reply(202, [(headers.FAILURE, failure.kind)])
 
     # --- GET -------------------------------------------------------------------------------------
 

@@ -502,6 +502,41 @@ def test_an_initialize_that_the_end_of_its_replica_cuts_off_says_so() -> None:
         client.close()
 
 
+# --- no thread ------------------------------------------------------------------------------------
+
+
+def overloaded(client: SseClient) -> SseClient:
+    """The same session, as if no thread were free for what it posts."""
+    front = client.front
+    assert isinstance(front, WsgiFront)
+    client.posts = WsgiFront(front.app.overloaded)
+    return client
+
+
+def test_a_request_without_a_thread_is_answered_on_its_stream() -> None:
+    with running("wsgi") as proxy:
+        client = overloaded(client_of(proxy).open())
+        answer = client.post({"jsonrpc": "2.0", "id": "a", "method": "count"})
+        assert (answer.status, answer.failure, answer.body()) == (202, "overloaded", b"")
+        error = client.answer("a")["error"]
+        assert error == {"code": -32000, "message": "All threads of this worker are taken"}
+        assert client.notify("notifications/x").status == 202
+        client.posts = client.front
+        assert client.result("count")["calls"] == 1
+        client.close()
+
+
+def test_a_request_without_a_thread_whose_stream_is_elsewhere_is_a_503() -> None:
+    with replicas(2, kind=SSEProxy) as several:
+        client = SseClient(WsgiFront(several[0].app)).open()
+        client.posts = WsgiFront(several[1].app.overloaded)
+        answer = client.post({"jsonrpc": "2.0", "id": 7, "method": "count"})
+        assert (answer.status, answer.failure) == (503, "overloaded")
+        assert (answer.headers["Retry-After"], answer.message()["id"]) == ("5", 7)
+        assert client.notify("notifications/x").status == 202
+        client.close()
+
+
 # --- the store -----------------------------------------------------------------------------------
 
 

@@ -117,6 +117,13 @@ class NotAcceptable(ClientError):
     sentence = "Accept must name application/json, text/event-stream or both"
 
 
+class BodyTooSlow(ClientError):
+    """The body did not arrive in the time that the server gives it."""
+
+    status = 408
+    sentence = "The request body did not arrive in time"
+
+
 class BodyTooLarge(ClientError):
     """The body exceeds the limit."""
 

@@ -15,7 +15,7 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.wsgi import get_input_stream
 
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.errors import BodyTooLarge, InvalidRequest, ProxyError
+from mcp_proxy.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, ProxyError
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.jsonrpc import Batch, Message
 
@@ -147,8 +147,9 @@ class ClientRequest:
     def read_body(self, limit: int) -> bytes:
         """The whole body, also a chunked one.
 
-        Raises BodyTooLarge over `limit` bytes, InvalidRequest when the body ended early or is not
-        framed as HTTP wants it: each server has errors of its own for that.
+        Raises BodyTooLarge over `limit` bytes, BodyTooSlow where the server's time limit has
+        passed, InvalidRequest when the body ended early or is not framed as HTTP wants it: each
+        server has errors of its own for that.
         """
         size: str = self.environ.get("CONTENT_LENGTH") or ""
         is_plain = "HTTP_TRANSFER_ENCODING" not in self.environ and _LENGTH.fullmatch(size)
@@ -160,6 +161,8 @@ class ClientRequest:
             data: bytes = self.environ["wsgi.input"].read(int(size))
             return data if len(data) == int(size) else self._read_rest(data, int(size))
         except (ClientDisconnected, OSError) as error:
+            if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):
+                raise BodyTooSlow from error
             raise InvalidRequest("The request body ended early") from error
         except ProxyError:
             raise

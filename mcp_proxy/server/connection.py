@@ -11,7 +11,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gunicorn.http.errors import NoMoreData
@@ -72,6 +72,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.has_begun = False
         #: Whether its head has not come in time.
         self.is_late = False
+        #: Called when its body has not come in time, before the application learns of it.
+        self.on_late_body: Callable[[], object] | None = None
         #: Whether the client has ended its side while the request waited for a thread.
         self.has_left = False
         #: Whether the answer is a standing stream, which ends when it is told to.
@@ -170,6 +172,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
             data: bytes = self.sock.recv(size)
         except TimeoutError:
             if self._body_since is not None:
+                if self.on_late_body is not None:
+                    self.on_late_body()
                 raise
             self.is_late = True
             return b""

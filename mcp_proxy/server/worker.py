@@ -563,6 +563,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 req, conn.sock, conn.client, conn.server, self.cfg, response_class=JoinedResponse
             )
             environ["wsgi.multithread"] = True
+            conn.on_late_body = response.force_close
             _join_cookies(req, environ)
             self._decide_on_keeping(response)
             if getattr(req.body.reader, "length", None) == 0:

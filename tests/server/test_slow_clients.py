@@ -15,8 +15,9 @@ from gunicorn.config import Config
 from gunicorn.http.errors import NoMoreData
 
 from mcp_proxy.server import connection as server_connection
+from tests.live.connections import Connection
 from tests.server.test_worker import WORKER, Held, serving
-from tests.support.proxy_process import ProxyProcess
+from tests.support.proxy_process import GUNICORN, ProxyProcess
 from tests.support.tls import Certificates
 
 IMPATIENT = ("-m", "gunicorn", "-c", "python:tests.live.impatient_gunicorn", "-k", WORKER)
@@ -94,6 +95,36 @@ def test_what_does_not_arrive_in_time_is_answered_with_408(tmp_path: Path, first
             assert json.loads(answer.read())["error"]["code"] == -32600
             assert 1.5 < time.monotonic() - before < 4
             assert connection.is_closed_by_server()
+
+
+_TYPE = b"Content-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_of_a_slow_client",
+    [
+        _LARGE.replace(b"/ ", b"/mcp ").replace(b"Host", _TYPE + b"Host") + b"1",
+        b"POST /mcp HTTP/1.1\r\nHost: localhost\r\n" + _TYPE + b"Transfer-Encoding: chunked\r\n\r\n"
+        b"80000\r\n" + b" " * 1000,
+        b"\r\nPOST /mcp HTTP/1.1\r\nHost: localhost\r\n"
+        + _TYPE
+        + b"Content-Length: 10\r\n\r\n12345",
+    ],
+    ids=["large", "in chunks", "odd"],
+)
+def test_a_body_that_comes_too_slowly_for_the_proxy_is_a_408(
+    request_of_a_slow_client: bytes,
+) -> None:
+    environment = {"MCP_PROXY_CLIENT_TIMEOUT": "1"}
+    with (
+        ProxyProcess(way=GUNICORN, environment=environment) as process,
+        closing(Connection(process.port)) as connection,
+    ):
+        connection.send_raw(request_of_a_slow_client)
+        answer = connection.read_head()
+        assert (answer.status, answer.headers["Connection"]) == (408, "close")
+        assert json.loads(answer.read())["error"]["code"] == -32600
+        assert connection.is_closed_by_server()
 
 
 def test_a_client_that_sends_a_byte_at_a_time_is_not_waited_for_any_longer(tmp_path: Path) -> None:

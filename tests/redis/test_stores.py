@@ -141,10 +141,10 @@ def test_a_reader_waits_for_an_event(form: Form, storage: RedisStorage) -> None:
         eventually(lambda: somebody_waits(form))
         second = log.append("s", "stream", b"2", False)
         assert [event.id for event in reading.result(10)] == [second]
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 10
     began = time.monotonic()
     assert log.read("s", second, 0.2) == []
-    assert 0.15 < time.monotonic() - began < 2
+    assert 0.15 < time.monotonic() - began < 5
 
 
 # --- mailboxes -----------------------------------------------------------------------------------

@@ -57,14 +57,14 @@ def test_halves_of_requests_cost_the_others_nothing(tmp_path: Path) -> None:
         for data in (_HALF_HEAD, _HALF_BODY, b"", _ODD, _LARGE):
             for _ in range(100):
                 stack.enter_context(closing(held.connect())).send_raw(data)
-        assert slowest_answer(held, 3) < 0.5
+        assert slowest_answer(held, 3) < 2
 
 
 def test_idle_connections_cost_the_others_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, "--threads", "8") as held, ExitStack() as stack:
         idle = [stack.enter_context(closing(held.connect())) for _ in range(200)]
         assert {connection.ask("/").status for connection in idle} == {200}
-        assert slowest_answer(held, 1) < 0.5
+        assert slowest_answer(held, 1) < 2
         assert {connection.ask("/").status for connection in idle} == {200}
 
 
@@ -74,7 +74,7 @@ def test_halves_behind_whole_requests_cost_the_others_nothing(tmp_path: Path) ->
             connection = stack.enter_context(closing(held.connect()))
             connection.send_raw(_HEAD + b"1234567890" + half)
             assert connection.read().status == 200
-        assert slowest_answer(held, 1) < 0.5
+        assert slowest_answer(held, 1) < 2
 
 
 @pytest.mark.parametrize("first", [b"", _HEAD + b"1234567890"])

@@ -181,14 +181,14 @@ class TestReading:
         (event_id,) = append(log, b"0")
         began = time.monotonic()
         assert log.read("s", event_id, 0.15) == []
-        assert 0.1 < time.monotonic() - began < 1.5
+        assert 0.1 < time.monotonic() - began < 5
 
     def test_it_returns_as_soon_as_there_is_something(self, log: EventLog) -> None:
         (event_id,) = append(log, b"0")
         found: list[tuple[float, list[LoggedEvent]]] = []
 
         def read() -> None:
-            events = log.read("s", event_id, 2)
+            events = log.read("s", event_id, 10)
             found.append((time.monotonic(), events))
 
         reader = threading.Thread(target=read)
@@ -198,10 +198,10 @@ class TestReading:
         assert reader.is_alive(), "read did not wait"
         appended = time.monotonic()
         (second,) = append(log, b"1")
-        reader.join(5)
+        reader.join(15)
         ((returned, events),) = found
         assert [event.id for event in events] == [second]
-        assert returned - appended < 0.5
+        assert returned - appended < 5
 
     def test_an_id_that_is_no_longer_held_is_a_place_all_the_same(
         self, log: EventLog, max_bytes: int

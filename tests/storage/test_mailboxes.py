@@ -209,7 +209,7 @@ class TestCollecting:
         mailboxes.renew("a")
         began = time.monotonic()
         assert mailboxes.collect("a", 0.2) == []
-        assert 0.15 < time.monotonic() - began < 1.5
+        assert 0.15 < time.monotonic() - began < 5
 
     def test_a_mailbox_that_is_not_there_holds_nothing(self, mailboxes: Mailboxes) -> None:
         assert mailboxes.collect("a", 0.05) == []
@@ -221,7 +221,7 @@ class TestCollecting:
         arrived: list[float] = []
 
         def collect() -> None:
-            assert mailboxes.collect("a", 2) == [b"1"]
+            assert mailboxes.collect("a", 10) == [b"1"]
             arrived.append(time.monotonic())
 
         reader = threading.Thread(target=collect)
@@ -230,8 +230,8 @@ class TestCollecting:
         assert reader.is_alive(), "collect did not wait"
         posted = time.monotonic()
         mailboxes.post([Envelope("a", b"1")])
-        reader.join(5)
-        assert arrived[0] - posted < 0.5
+        reader.join(15)
+        assert arrived[0] - posted < 5
 
     def test_a_mailbox_that_opens_meanwhile_is_seen(self, mailboxes: Mailboxes) -> None:
         reader_waits = threading.Event()

@@ -75,9 +75,6 @@ _YIELD = 0.05
 # Seconds between two looks at which connections' time is over.
 _SWEEP = 0.25
 
-# Bytes of all requests that are arriving at a worker.
-_ARRIVING_BYTES = 64 * 1024 * 1024
-
 # Seconds for which a connection may be sure not to be closed in favour of another.
 _SURE = 1.0
 
@@ -105,6 +102,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     request_timeout = 600.0
     #: The largest body for which a client is told to go on that has asked for that.
     max_body_bytes = sys.maxsize
+    #: The bytes of all requests that are arriving.
+    max_arriving_bytes = 64 * 1024 * 1024
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -389,8 +388,16 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             conn.is_continued = True
             with contextlib.suppress(OSError):
                 conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._arriving_bytes > _ARRIVING_BYTES:
-            self._give_up(min(self.arriving, key=lambda one: one.progress))
+        if self._arriving_bytes > self.max_arriving_bytes:
+            self._spare_memory(time.monotonic() - _SURE)
+
+    def _spare_memory(self, before: float) -> None:
+        """Gives up requests that take too many bytes together, unless progress has come since."""
+        holding = [conn for conn in self.arriving if conn.request.data]
+        for conn in sorted(holding, key=lambda one: one.progress):
+            if self._arriving_bytes <= self.max_arriving_bytes or conn.progress >= before:
+                return
+            self._give_up(conn)
 
     def _give_place_back(self, conn: Connection) -> None:
         """A request is no longer slow: its body has come, or it is over."""
@@ -432,6 +439,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self._drop(conn)
         if self.nr_conns >= self.worker_connections:
             self._make_room(now - _SURE)
+        if self._arriving_bytes > self.max_arriving_bytes:
+            self._spare_memory(now - _SURE)
         if self._ends_at is not None and (now > self._ends_at or not self._has_old_call(now)):
             self.alive = False
 

@@ -18,13 +18,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.exchange import Backend, Exchange
-from mcp_proxy.background import Periodic, Workers
+from mcp_proxy.backends.exchange import Backend, Exchange, wait_for
+from mcp_proxy.background import KeyedExecutor, Periodic, Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.errors import (
     BackendDraining,
@@ -66,6 +67,9 @@ T = TypeVar("T")
 # Rounds of looking for a session's child while others change the record: each of them ends with a
 # child that was found, or with somebody else's success that was gone again at once.
 _ROUNDS = 5
+
+# Children that are brought back at the same time.
+_RESTORED_AT_ONCE = 64
 
 # Seconds for a new child to answer the replay: well within a claim.
 _REPLAY_TIME = claims.CLAIM_TIME / 3
@@ -138,6 +142,7 @@ class Owner:
         self._options = options
         self._workers = parts.workers
         self._read_on = ReadOnWorker(parts.workers)
+        self._restorer = KeyedExecutor("mcp-restorer", _RESTORED_AT_ONCE)
         shortest = min(options.session_ttl, options.idle_timeout or options.session_ttl)
         self._interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
         self._sweeper = Periodic("mcp-sweeper", self._interval, self._sweep_once, parts.workers)
@@ -403,27 +408,65 @@ class Owner:
     def _recover(self, session: Session, has_left: Callable[[], bool] | None) -> Backend | None:
         """The session's child, brought back; None where somebody else was faster.
 
-        A claim lasts for a minute at most, so the turn comes first.
+        A claim lasts for a minute at most, so the turn comes first. Another thread does the work,
+        which goes on when the client leaves: one with a short time limit would never get a slow
+        server back.
         """
         if self._is_closing:
             raise Draining
         self.backoff.require_over(session.id)
-        try:
-            with self._turns.take(self._options.request_timeout, has_left):
-                return self._recover_in_turn(session, has_left)
-        finally:
-            if self.manager.claims_left():
-                self._sweeper.interval = _MIN_SWEEP
-                self._sweeper.start()
-                self._sweeper.wake()
-
-    def _recover_in_turn(
-        self, session: Session, has_left: Callable[[], bool] | None
-    ) -> Backend | None:
         limit = self._options.request_timeout
-        claimed = claims.claim(self.manager, session, self.replica.id, has_ended, has_left, limit)
-        if claimed is None:
-            return None
+        turn = self._turns.take(limit, has_left)
+        restored: Future[Backend | None] = Future()
+        restored.add_done_callback(lambda _: turn.give_back())
+        own = self.replica.id
+        try:
+            claimed = claims.claim(self.manager, session, own, has_ended, has_left, limit)
+            if claimed is None:
+                restored.cancel()
+                return None
+            with claims.released_on_failure(self.manager, claimed):
+                self._submit(claimed.id, partial(self._restore, claimed, restored))
+        except BaseException:
+            restored.cancel()
+            raise
+        return self._awaited(restored, claimed, has_left)
+
+    def _submit(self, session_id: str, act: Callable[[], object]) -> None:
+        try:
+            self._restorer.submit(session_id, act)
+        except RuntimeError as error:
+            raise Overloaded(f"The server cannot be started: {error}") from error
+
+    def _awaited(
+        self,
+        restored: Future[Backend | None],
+        claimed: Session,
+        has_left: Callable[[], bool] | None,
+    ) -> Backend | None:
+        """What comes of bringing a child back; raises ClientLeft, and then that goes on."""
+        is_done = threading.Event()
+        restored.add_done_callback(lambda _: is_done.set())
+
+        def is_over() -> bool:
+            if self._is_closing and restored.cancel():  # nobody begins with it any more
+                with claims.released_on_failure(self.manager, claimed):
+                    raise Draining
+            return has_left is not None and has_left()
+
+        wait_for(is_done, threading.TIMEOUT_MAX, is_over)
+        return restored.result()
+
+    def _restore(self, claimed: Session, restored: Future[Backend | None]) -> None:
+        """Brings the child of a session back that is claimed; in a thread of its own."""
+        if not restored.set_running_or_notify_cancel():
+            return
+        try:
+            restored.set_result(self._restored(claimed))
+        except BaseException as error:
+            restored.set_exception(error)
+
+    def _restored(self, claimed: Session) -> Bridge | None:
         try:
             with claims.released_on_failure(self.manager, claimed):
                 bridge = self._settled(claimed)
@@ -434,6 +477,11 @@ class Owner:
         except SessionEnded:
             self.end(claimed)
             raise
+        finally:
+            if self.manager.claims_left():
+                self._sweeper.interval = _MIN_SWEEP
+                self._sweeper.start()
+                self._sweeper.wake()
         if bridge is not None:
             self.backoff.note_success()
             log.info("[%s] the server of a session was started again", self.server.name)
@@ -612,6 +660,7 @@ class Owner:
         stopped = "The proxy has stopped the server"
         with self._lock:
             starting = list(self._starting)
+        self._restorer.close()
         for bridge in starting:
             self._end_start(bridge, BackendDraining(stopped))
         for url, held in self._held_copy().items():

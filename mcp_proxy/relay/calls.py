@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mcp_proxy.backends.bridge import WRITE_TIMEOUT
-from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
+from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage, wait_for
 from mcp_proxy.background import KeyedExecutor
 from mcp_proxy.errors import (
     PROXY_ERROR,
@@ -253,14 +253,17 @@ class OutboundCall(Call):
     def require_accepted(self, timeout: float) -> None:
         """Returns when the owner has made this the standing stream; raises why it has not.
 
-        Without this an older stream could arrive there after a newer one.
+        Without this an older stream could arrive there after a newer one. Raises ClientLeft.
         """
-        if not self._is_accepted.wait(timeout):
-            self._refusal = _silent()
-        if self._refusal is not None:
+        try:
+            if not wait_for(self._is_accepted, timeout, self._exchange.has_left):
+                self._refusal = _silent()
+            if self._refusal is not None:
+                raise self._refusal
+        except ProxyError:
             self._send(Detach())
             self._calls.forget(self)
-            raise self._refusal
+            raise
 
 
 class OneWayCall(Call):

@@ -274,7 +274,7 @@ class TransparentProxy(Transport):
         except ProxyError as error:
             error.request_id = inbound.id
             if error.kind and request.session_id is not None and request.rpc == INITIALIZED:
-                self._affinity.unsent.keep(request.session_id)
+                self._affinity.unsent.keep(request.session_id, request.has_left)
             if is_discover:
                 error.code = INTERNAL_ERROR
             raise
@@ -384,7 +384,8 @@ class TransparentProxy(Transport):
                     raise BadAnswer("The server has lost the session") from error
                 outbound = self._policy.outbound(inbound.request.environ)
                 limit = None if inbound.until is None else self._time_left(inbound.until)
-                session = self._affinity.reinitialize(session, outbound, limit)
+                has_left = inbound.request.has_left
+                session = self._affinity.reinitialize(session, outbound, limit, has_left)
             except BackendUnreached:
                 raise
             except BackendLost:

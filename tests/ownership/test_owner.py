@@ -13,7 +13,7 @@ import pytest
 
 from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, Session, StreamableProxy
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.errors import BackendExited, StorageUnavailable
+from mcp_proxy.errors import BackendExited, ClientLeft, StorageUnavailable
 from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
@@ -359,6 +359,21 @@ def test_a_session_that_is_brought_back_as_its_replica_ends_says_so() -> None:
         app.close()
         assert call.result(10).failure == "draining"
         assert app.owner.backoff.not_ready_reason() is None
+
+
+def test_a_client_that_leaves_frees_its_thread_and_the_server_comes_back_all_the_same() -> None:
+    with serving("--slow-start", "3") as (app, client):
+        client.open()
+        assert client.session is not None
+        kill_server(app, client)
+        began = time.monotonic()
+        with pytest.raises(ClientLeft):
+            app.owner.backend_of(app.manager.load(client.session), has_left=lambda: True)
+        assert time.monotonic() - began < 2.9
+        eventually(lambda: CLAIM not in app.manager.load(str(client.session)).metadata)
+        assert children(app) == 1
+        assert client.result("count")["calls"] == 1
+        assert children(app) == 1
 
 
 # --- what starts no server -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage, wait_f
 from mcp_proxy.background import KeyedExecutor
 from mcp_proxy.errors import (
     PROXY_ERROR,
+    BackendDraining,
     BackendError,
     BackendLost,
     BackendTimeout,
@@ -131,8 +132,8 @@ class Calls:
         for call in self.all():
             if isinstance(call, InboundCall):
                 call.leave()
-            else:
-                call.on_loss("This replica is shutting down")
+            elif isinstance(call, (OutboundCall, OneWayCall)):
+                call.fail(BackendDraining("This replica is shutting down"))
 
 
 # --- at the replica of the client ----------------------------------------------------------------
@@ -210,11 +211,14 @@ class OutboundCall(Call):
             self._exchange.end(received.replaced)
             self._calls.forget(self)
         else:
-            self._fail(protocol.error_of(received.failure))
-            self._calls.forget(self)
+            self.fail(protocol.error_of(received.failure))
 
     def on_loss(self, sentence: str, is_gone: bool = False) -> None:
-        self._fail(_loss(self.channel, sentence, is_gone))
+        self.fail(_loss(self.channel, sentence, is_gone))
+
+    def fail(self, failure: BackendError) -> None:
+        """Ends the call: whatever is unanswered is answered by `failure`."""
+        self._fail(failure)
         self._calls.forget(self)
 
     def _note_answered(self, data: bytes) -> None:
@@ -290,31 +294,48 @@ class OneWayCall(Call):
             self._finish()
 
     def on_loss(self, sentence: str, is_gone: bool = False) -> None:
-        self._failure = _loss(self.channel, sentence, is_gone)
+        self.fail(_loss(self.channel, sentence, is_gone))
+
+    def fail(self, failure: BackendError) -> None:
+        """Ends the call: whoever waits for it gets `failure`."""
+        self._failure = failure
         self._finish()
 
     def _finish(self) -> None:
         self._done.set()
         self._calls.forget(self)
 
-    def run(self, message: protocol.ToOwner, timeout: float) -> None:
-        """Returns when it is done; raises why it is not."""
+    def run(
+        self,
+        message: protocol.ToOwner,
+        timeout: float,
+        has_left: Callable[[], bool] | None,
+    ) -> None:
+        """Returns when it is done; raises why it is not, or ClientLeft: it may be done yet."""
         self._calls.begin(self, message)
-        is_done = self._done.wait(timeout)
-        self._calls.forget(self)
-        if not is_done:
-            raise _silent()
+        try:
+            if not wait_for(self._done, timeout, has_left):
+                raise _silent()
+        finally:
+            self._calls.forget(self)
         if self._failure is not None:
             raise self._failure
 
 
 class RemoteBackend(Backend):
-    """A child of another replica."""
+    """A child of another replica; `has_left` says that nobody waits for what it is told."""
 
-    def __init__(self, calls: Calls, replica: str, child: str) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        replica: str,
+        child: str,
+        has_left: Callable[[], bool] | None = None,
+    ) -> None:
         self._calls = calls
         self._replica = replica
         self._child = child
+        self._has_left = has_left
 
     def __repr__(self) -> str:
         return f"<RemoteBackend {self._replica}/{self._child}>"
@@ -339,7 +360,8 @@ class RemoteBackend(Backend):
 
     def _tell(self, line: bytes, timeout: float = 0.0) -> None:
         message = SendOneWay(self._child, line, timeout)
-        OneWayCall(self._calls, self._replica).run(message, WRITE_TIMEOUT + _GRACE)
+        call = OneWayCall(self._calls, self._replica)
+        call.run(message, WRITE_TIMEOUT + _GRACE, self._has_left)
 
     def listen(self, exchange: Exchange, after: str | None = None) -> None:
         call = OutboundCall(self._calls, self._replica, exchange)

@@ -99,6 +99,18 @@ def test_a_relayed_call_is_answered_before_its_client_s_replica_goes(three: Repl
         draining.result(timeout=15)
 
 
+@pytest.mark.parametrize("ending", [0, 1], ids=["of the server", "of the client"])
+def test_a_relayed_call_that_the_end_of_a_replica_cuts_off_says_so(
+    three: Replicas, ending: int
+) -> None:
+    _, other, _ = three.opened()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(other.call, "silence", Accept="application/json")
+        eventually(lambda: three[0].app.owner.is_busy)
+        three[ending].app.close(0.2)
+        assert call.result(15).failure == "draining"
+
+
 def test_what_is_taken_over_already_is_not_handed_over(three: Replicas) -> None:
     owner, _, _ = three.opened()
     manager, held = three[0].app.manager, three[0].app.owner

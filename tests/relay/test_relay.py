@@ -214,6 +214,19 @@ def test_who_has_left_waits_for_no_standing_stream(
     eventually(lambda: client.calls == owner.calls == 0)
 
 
+def test_who_has_left_does_not_wait_until_something_is_told(client: Node, owner: Node) -> None:
+    goes_on = threading.Event()
+    owner.child.on_tell = lambda: goes_on.wait(PATIENCE)
+    backend = client.relay.backend(owner.replica.id, "child", has_left=lambda: True)
+    began = time.monotonic()
+    with pytest.raises(ClientLeft):
+        backend.notify(Notification("x"))
+    assert time.monotonic() - began < 5
+    goes_on.set()
+    eventually(lambda: [told.method for told in owner.child.told] == ["x"])  # type: ignore[union-attr]
+    eventually(lambda: client.calls == owner.calls == 0)
+
+
 def test_what_is_told_to_one_child_keeps_its_order(client: Node, owner: Node) -> None:
     backend = client.reach(owner)
     for number in range(50):

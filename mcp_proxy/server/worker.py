@@ -388,8 +388,6 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             conn.is_continued = True
             with contextlib.suppress(OSError):
                 conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._arriving_bytes > self.max_arriving_bytes:
-            self._spare_memory(time.monotonic() - _SURE)
 
     def _spare_memory(self, before: float) -> None:
         """Gives up requests that take too many bytes together, unless progress has come since."""

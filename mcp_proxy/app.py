@@ -100,6 +100,13 @@ class Application:
         """Whether other replicas can serve the same sessions."""
         return all(transport.is_shared for transport in self._transports())
 
+    def has_call_since(self, before: float) -> bool:
+        """Whether a client that is not this worker's own waits for an answer since before that
+        (monotonic) time.
+        """
+        relay = self.parts.relay
+        return relay is not None and relay.has_call_since(before)
+
     def drain(self, timeout: float, has_clients: Callable[[], bool] = lambda: False) -> None:
         """The first half of an orderly end; see `mcp_proxy.transports.base.drain`."""
         drain(self._transports(), timeout, has_clients)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -393,6 +394,7 @@ class InboundCall(Call):
     def __init__(self, channel: Channel, calls: Calls) -> None:
         self.channel = channel
         self._calls = calls
+        self._since = time.monotonic()
         self._key = channel.name  # until it is known which child it is about
         self._exchange: Exchange | None = None
         self._reading = threading.Lock()  # one thread reads; guards _is_done
@@ -469,6 +471,10 @@ class InboundCall(Call):
     @property
     def is_awaited(self) -> bool:
         return self._exchange is None or bool(self._exchange.requests)
+
+    def is_awaited_since(self, before: float) -> bool:
+        """Whether a client has been waiting for an answer since before that (monotonic) time."""
+        return self._since < before and self.is_awaited
 
     # --- to the other side: the sender's thread ---------------------------------------------------
 

@@ -99,6 +99,14 @@ class Relay:
         running = self._running
         return running is not None and running.pid == os.getpid() and running.is_busy
 
+    def has_call_since(self, before: float) -> bool:
+        """Whether a client at another replica waits for an answer since before that time."""
+        running = self._running
+        calls = [] if running is None else running.calls.all()
+        return any(
+            isinstance(call, InboundCall) and call.is_awaited_since(before) for call in calls
+        )
+
     def close(self) -> None:
         """Ends every call and the mailbox; harmless when repeated."""
         with self._lock:

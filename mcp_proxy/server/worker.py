@@ -120,6 +120,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._yields_until: float | None = None
         # Whether the application answers a GET of a path without waiting for anything.
         self._answers_at_once: Callable[[str], bool] = lambda path: False
+        # Whether it has had calls since before a time that came by no connection of ours.
+        self._has_call_since: Callable[[float], bool] = lambda before: False
         #: Connections on which a request is arriving.
         self.arriving: dict[Connection, None] = {}
         # Those of them that wait for a place among the threads for slow requests, and the places
@@ -141,6 +143,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
         self._start_threads()
         self._answers_at_once = getattr(self.wsgi, "answers_at_once", self._answers_at_once)
+        self._has_call_since = getattr(self.wsgi, "has_call_since", self._has_call_since)
         super().run()
 
     def _start_threads(self) -> None:
@@ -443,7 +446,10 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self.alive = False
 
     def _has_old_call(self, now: float) -> bool:
-        return any(conn.is_called_since(now - _OLD) for conn in self.served)
+        before = now - _OLD
+        if any(conn.is_called_since(before) for conn in self.served):
+            return True
+        return self._has_call_since(before)
 
     @property
     def has_clients(self) -> bool:

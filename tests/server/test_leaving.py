@@ -20,6 +20,7 @@ from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import GUNICORN, ProxyProcess
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
+from tests.transports.calls import hold, release
 
 _PATIENCE = 40.0
 
@@ -129,6 +130,33 @@ def test_a_worker_that_has_served_its_requests_goes_on_until_no_call_is_old(
         eventually(lambda: held.process.worker_pids() not in ([], [worker]))
         with closing(held.connect()) as new:  # a worker that is still booting misses SIGTERM
             assert new.ask("/").status == 200
+
+
+def test_a_worker_that_has_served_its_requests_waits_for_old_calls_of_other_workers(
+    redis_server: RedisServer, redis_prefix: str
+) -> None:
+    environment = {"MCP_PROXY_REDIS_URL": redis_server.url, "MCP_PROXY_REDIS_PREFIX": redis_prefix}
+    options = ["--max-requests", "20"]
+    caller = ProxyProcess(SCRIPTED, way=GUNICORN, environment=environment)
+    owner = ProxyProcess(SCRIPTED, way=GUNICORN, options=options, environment=environment)
+    with caller, owner:
+        client = McpClient(HttpFront(owner.base)).open()
+        (worker,) = owner.worker_pids()
+        relayed = client.at(HttpFront(caller.base))
+        messages = hold(relayed, "h").stream()
+        assert next(messages)["params"]["progress"] == 0
+        is_old = time.monotonic() + 5.5
+        eventually(lambda: time.monotonic() > is_old)
+        for _ in range(20):
+            assert "result" in client.call("echo").message()
+        spent = time.monotonic() + 2.5  # the main loop looks each second at least
+        eventually(lambda: time.monotonic() > spent)
+        assert "it ends soon" in owner.log()
+        assert owner.worker_pids() == [worker]
+        release(client, "h")
+        assert next(messages)["result"]["held"] == "h"
+        eventually(lambda: owner.worker_pids() not in ([], [worker]), 20)
+        assert client.call("count").has_succeeded  # a worker that is still booting misses SIGTERM
 
 
 def methods_of(client: McpClient) -> list[str | None]:

@@ -16,16 +16,16 @@ workers = 1  # the sessions of a stdio server live in one process
 
 
 def post_worker_init(worker: Any) -> None:
-    """Has SIGTERM drain the proxy: streams end, calls get a few seconds; then gunicorn goes on."""
+    """Has SIGTERM close the proxy: streams end, calls get some seconds; then gunicorn goes on."""
     mcp = _proxy_of(worker)
     stop = signal.getsignal(signal.SIGTERM)
 
-    def drain_and_stop() -> None:
-        mcp.drain()
+    def close_and_stop() -> None:
+        mcp.close(timeout=worker.cfg.graceful_timeout - 8)  # eight for servers and connections
         stop(signal.SIGTERM, None)
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=drain_and_stop).start()  # takes locks, so not in a handler
+        threading.Thread(target=close_and_stop).start()  # takes locks, so not in a handler
 
     signal.signal(signal.SIGTERM, on_sigterm)
 

@@ -18,7 +18,7 @@ from mcp_proxy.edge.request import ClientRequest, with_path
 from mcp_proxy.errors import (
     MethodNotAllowed,
     NotFound,
-    Overloaded,
+    NoThread,
 )
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import HttpServer, Server, StdioServer
@@ -26,7 +26,6 @@ from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
 from mcp_proxy.transports.base import (
-    DRAIN_TIME,
     SHUTTING_DOWN,
     Transport,
     drain,
@@ -35,7 +34,6 @@ from mcp_proxy.transports.base import (
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
-from mcp_proxy.wire import jsonrpc
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -63,7 +61,8 @@ class Application:
         self._mounts = {server.name: self._transports_of(server) for server in config.servers()}
         #: The transports that are asked for a server's health, by the server's name.
         self.proxies = {name: next(iter(mounts.values())) for name, mounts in self._mounts.items()}
-        self._front = self._dispatcher()
+        self._front = self._dispatcher(lambda transport: transport)
+        self._refusing = self._dispatcher(lambda transport: transport.overloaded)
         #: What /readyz says.
         self.readiness = Readiness(self._look, lambda: self.edge.is_draining)
         self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {
@@ -97,26 +96,21 @@ class Application:
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Answers a request that has arrived and for which no thread is free; waits for nothing."""
-
-        def handle(request: ClientRequest) -> Reply:
-            if request.method == "POST":
-                request.message = jsonrpc.parse(request.read_body(self.config.max_body_bytes))
-            raise Overloaded("All threads of this worker are taken")
-
-        return self.edge.serve(environ, start_response, handle)
+        if environ.get("PATH_INFO", "") in self._endpoints:
+            return self.edge.serve(environ, start_response, _no_thread, is_own=True)
+        return self._refusing(environ, start_response)
 
     @property
     def is_shared(self) -> bool:
         """Whether other replicas can serve the same sessions."""
         return all(transport.is_shared for transport in self._transports())
 
-    def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
-        """The orderly end: streams ended, no new work, running calls given time, then `close`.
-
-        All times in seconds; see `mcp_proxy.transports.base.drain`.
+    def has_call_since(self, before: float) -> bool:
+        """Whether a client that is not this worker's own waits for an answer since before that
+        (monotonic) time.
         """
-        drain(self._transports(), timeout, linger)
-        self.close()
+        relay = self.parts.relay
+        return relay is not None and relay.has_call_since(before)
 
     def __enter__(self) -> Self:
         return self
@@ -138,13 +132,17 @@ class Application:
             return None
         return "; ".join(f"{part.name}: {part.reason}" for part in parts if part.reason)
 
+    def drain(self, timeout: float, has_clients: Callable[[], bool] = lambda: False) -> None:
+        """The first half of an orderly end; see `mcp_proxy.transports.base.drain`."""
+        drain(self._transports(), timeout, has_clients)
+
     def close(self, timeout: float = 0.0) -> None:
         """Ends every child and connection of this process; harmless when repeated.
 
         Calls that are running get `timeout` seconds to end first, and no new work is taken.
         """
         if timeout > 0:
-            drain(self._transports(), timeout)
+            self.drain(timeout)
         self.edge.is_draining = True
         with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
             stack.callback(self._storage.close)
@@ -190,12 +188,12 @@ class Application:
             mounts[path] = kind._shared(owner, self.edge, options)
         return mounts
 
-    def _dispatcher(self) -> WSGIApplication:
+    def _dispatcher(self, app_of: Callable[[Transport], WSGIApplication]) -> WSGIApplication:
         """One server at the root; those of a file each under its name."""
         mounts: dict[str, WSGIApplication] = {}
         for name, transports in self._mounts.items():
             prefix = f"/servers/{name}" if self.config.config else ""
-            mounts |= {f"{prefix}{path}": transport for path, transport in transports.items()}
+            mounts |= {f"{prefix}{path}": app_of(each) for path, each in transports.items()}
         return DispatcherMiddleware(mounts.pop("", self._nothing), mounts)
 
     def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -266,6 +264,10 @@ def storage_of(config: ProxyConfig) -> Storage:
     return RedisStorage(
         config.redis_url, config.session_ttl, config.redis_prefix, config.connect_timeout
     )
+
+
+def _no_thread(request: ClientRequest) -> Reply:
+    raise NoThread
 
 
 # --- health --------------------------------------------------------------------------------------

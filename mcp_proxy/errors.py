@@ -122,6 +122,13 @@ class NotAcceptable(ClientError):
     sentence = "Accept must name application/json, text/event-stream or both"
 
 
+class BodyTooSlow(ClientError):
+    """The body did not arrive in the time that the server gives it."""
+
+    status = 408
+    sentence = "The request body did not arrive in time"
+
+
 class BodyTooLarge(ClientError):
     """The body exceeds the limit."""
 
@@ -303,6 +310,13 @@ class Overloaded(ProxyError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.headers = [("Retry-After", "5")]
+
+
+class NoThread(Overloaded):
+    """No thread of this worker became free for a request in time."""
+
+    def __init__(self) -> None:
+        super().__init__("All threads of this worker are taken")
 
 
 class Draining(Overloaded):

@@ -35,6 +35,7 @@ from mcp_proxy.errors import (
     BackendUnreached,
     Cancelled,
     ClientError,
+    ClientLeft,
 )
 from mcp_proxy.processes.child import shown
 from mcp_proxy.processes.noise import Brake, NoiseLog
@@ -149,12 +150,18 @@ class Bridge(Backend):
                 raise BackendExited(self._lost)
             # Of several calls each can be cancelled, so each has the deadline for itself.
             deadline = exchange.deadline if len(exchange.requests) > 1 else None
-            if self._is_initializing:
-                lines += self._initialized_before(exchange.requests)
+            told = self._initialized_before(exchange.requests) if self._is_initializing else []
+            lines += told
             for request in exchange.requests:
                 lines.append(self._switchboard.enter(request, exchange, deadline))
         try:
-            self._write(b"\n".join(lines))
+            self._write(b"\n".join(lines), exchange.has_left)
+        except ClientLeft:
+            with self._lock:
+                self._switchboard.pop_exchange(exchange)
+                if told:
+                    self._is_initializing, self._was_told = True, False
+            raise
         except BackendUnreached as error:
             with self._lock:
                 unanswered = self._switchboard.pop_exchange(exchange)
@@ -245,6 +252,15 @@ class Bridge(Backend):
         if older is not None:
             older.end(replaced=True)
 
+    def say(self, message: bytes) -> bool:
+        """Puts a message of ours on the standing stream; False where there is none. Never waits."""
+        with self._lock:
+            stream = self._switchboard.stream
+        if stream is None:
+            return False
+        stream.offer(ServerMessage(message, is_response=False))
+        return True
+
     def end_stream(self) -> None:
         """Ends the standing stream; the client may open another one elsewhere.
 
@@ -321,10 +337,14 @@ class Bridge(Backend):
         if self._lost is not None:
             raise BackendExited(self._lost)
 
-    def _write(self, line: bytes) -> None:
-        """Writes to the child, and stops it if that fails."""
+    def _write(self, line: bytes, has_left: Callable[[], bool] | None = None) -> None:
+        """Writes to the child, and stops it if that fails.
+
+        A request is not written where `has_left` says that its client no longer waits; what wants
+        no answer is, whoever has left.
+        """
         try:
-            self._child.write(line, WRITE_TIMEOUT)
+            self._child.write(line, WRITE_TIMEOUT, has_left)
         except BackendTimeout:
             log.error("[%s] the server does not read its input; stopping it", self.name)
             self._supervisor.stop_child(self._child)

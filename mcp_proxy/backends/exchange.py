@@ -463,6 +463,22 @@ class Backend(ABC):
         """Ends the backend and every exchange with it; returns before the server has stopped."""
 
 
+def wait_for(
+    event: threading.Event, timeout: float, has_left: Callable[[], bool] | None = None
+) -> bool:
+    """Whether an event comes within `timeout` seconds, for which the thread of a request waits.
+
+    Raises ClientLeft when `has_left`, which is looked at each second, says so.
+    """
+    until = time.monotonic() + timeout
+    while not event.wait(max(0.0, min(_LOOK, until - time.monotonic()))):
+        if has_left is not None and has_left():
+            raise ClientLeft
+        if time.monotonic() >= until:
+            return False
+    return True
+
+
 def no_answer(timeout: float) -> BackendTimeout:
     """The failure of a call that was not answered in time."""
     return BackendTimeout(f"The server did not answer within {in_seconds(timeout)}")

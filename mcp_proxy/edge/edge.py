@@ -107,12 +107,16 @@ class Edge:
 
 
 class _LoggedBody:
-    """A stream whose log lines carry the request's id, and whose end is logged."""
+    """A stream whose log lines carry the request's id, and whose end is logged.
+
+    `is_standing` is for our worker class, which does not take a standing stream for a call.
+    """
 
     def __init__(self, request: ClientRequest, status: int, body: Body) -> None:
         self._request = request
         self._status = status
         self._body = body
+        self.is_standing = request.is_standing
         self._is_closed = False
 
     def __iter__(self) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.wsgi import get_input_stream
 
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.errors import BodyTooLarge, InvalidRequest, ProxyError
+from mcp_proxy.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, ProxyError
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.jsonrpc import Batch, Message
 
@@ -72,6 +72,7 @@ class ClientRequest:
     Five are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
     is the JSON-RPC method and `params` are its parameters, `session` is the session that was named
     or opened, and `reason` says why the request was refused or failed, each once it is known.
+    `is_standing` is for the server: the answer is a standing stream.
     """
 
     __slots__ = (
@@ -82,6 +83,7 @@ class ClientRequest:
         "environ",
         "id",
         "is_encoded",
+        "is_standing",
         "message",
         "method",
         "params",
@@ -115,6 +117,7 @@ class ClientRequest:
         self.rpc: str | None = None
         self.params: Raw | UnsetType = UNSET
         self.session = self.session_id
+        self.is_standing = False
 
     def note(self, error: ProxyError) -> None:
         """Has the access line say what went wrong."""
@@ -144,8 +147,9 @@ class ClientRequest:
     def read_body(self, limit: int) -> bytes:
         """The whole body, also a chunked one.
 
-        Raises BodyTooLarge over `limit` bytes, InvalidRequest when the body ended early or is not
-        framed as HTTP wants it: each server has errors of its own for that.
+        Raises BodyTooLarge over `limit` bytes, BodyTooSlow where the server's time limit has
+        passed, InvalidRequest when the body ended early or is not framed as HTTP wants it: each
+        server has errors of its own for that.
         """
         size: str = self.environ.get("CONTENT_LENGTH") or ""
         is_plain = "HTTP_TRANSFER_ENCODING" not in self.environ and _LENGTH.fullmatch(size)
@@ -157,6 +161,8 @@ class ClientRequest:
             data: bytes = self.environ["wsgi.input"].read(int(size))
             return data if len(data) == int(size) else self._read_rest(data, int(size))
         except (ClientDisconnected, OSError) as error:
+            if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):
+                raise BodyTooSlow from error
             raise InvalidRequest("The request body ended early") from error
         except ProxyError:
             raise

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mcp_proxy.errors import BackendNotStarted
+from mcp_proxy.errors import BackendDraining, BackendError, BackendNotStarted
 
 #: A server that ran this long (seconds) before it exited does not count as one that keeps ending.
 SETTLED = 10.0
@@ -30,7 +30,8 @@ class Backoff:
         self._clock = clock
         self._lock = threading.Lock()  # guards what follows
         self._exits: dict[str, _Exits] = {}  # by session
-        self._failure: tuple[float, str] | None = None
+        self._failure: tuple[float, str] | None = None  # the last one, unless a success followed
+        self._has_succeeded = False  # ever
 
     def note_exit(self, session_id: str, lifetime: float) -> None:
         """A session's server exited by itself after `lifetime` seconds."""
@@ -62,23 +63,30 @@ class Backoff:
         with self._lock:
             self._exits.pop(session_id, None)
 
-    def note_failure(self, reason: str) -> None:
+    def note_failure(self, failure: BackendError) -> None:
         """A server could not be started, or exited before it had answered initialize."""
+        if isinstance(failure, BackendDraining):
+            return  # it is this replica that stops
         with self._lock:
-            self._failure = (self._clock(), reason)
+            self._failure = (self._clock(), failure.message)
 
     def note_success(self) -> None:
         """A server was started and has answered initialize."""
         with self._lock:
             self._failure = None
+            self._has_succeeded = True
 
     def not_ready_reason(self) -> str | None:
         """Why new servers cannot be expected to start, None if they can.
 
-        A failure counts for half a minute: a replica that gets no requests because it is not ready
-        must become ready again to find out.
+        A failure counts until a start succeeds where none has succeeded before, for half a minute
+        otherwise: a replica that gets no requests because it is not ready must become ready again
+        to find out. A server that was never started is not known to be broken.
         """
         with self._lock:
-            if self._failure is None or self._clock() - self._failure[0] > _FAILURE_COUNTS:
+            if self._failure is None:
                 return None
-            return self._failure[1]
+            since, reason = self._failure
+            if not self._has_succeeded:
+                return f"{reason}; no start has succeeded so far"
+            return reason if self._clock() - since <= _FAILURE_COUNTS else None

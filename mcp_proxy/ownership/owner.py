@@ -18,13 +18,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.exchange import Backend, Exchange
-from mcp_proxy.background import Periodic, Workers
+from mcp_proxy.backends.exchange import Backend, Exchange, wait_for
+from mcp_proxy.background import KeyedExecutor, Periodic, Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.errors import (
     BackendDraining,
@@ -67,6 +68,9 @@ T = TypeVar("T")
 # child that was found, or with somebody else's success that was gone again at once.
 _ROUNDS = 5
 
+# Children that are brought back at the same time.
+_RESTORED_AT_ONCE = 64
+
 # Seconds for a new child to answer the replay: well within a claim.
 _REPLAY_TIME = claims.CLAIM_TIME / 3
 
@@ -99,7 +103,8 @@ class ReplicaParts:
         return max(2, len(cpus) if cpus else os.cpu_count() or 1)
 
     def close(self) -> None:
-        """Ends the relay, then every child, and waits for that."""
+        """Ends the starts, the relay, then every child, and waits for that."""
+        self.turns.close()
         if self.relay is not None:
             self.relay.close()
         self.supervisor.close()
@@ -137,14 +142,16 @@ class Owner:
         self._options = options
         self._workers = parts.workers
         self._read_on = ReadOnWorker(parts.workers)
+        self._restorer = KeyedExecutor("mcp-restorer", _RESTORED_AT_ONCE)
         shortest = min(options.session_ttl, options.idle_timeout or options.session_ttl)
         self._interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
         self._sweeper = Periodic("mcp-sweeper", self._interval, self._sweep_once, parts.workers)
         self._sweeper.is_essential = False
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
-        self._lock = threading.Lock()  # guards _held and _pending
+        self._lock = threading.Lock()  # guards _held, _starting and _pending
         self._held: dict[str, _Held] = {}
+        self._starting: set[Bridge] = set()  # children that are not held yet
         # Sessions held here that ended while the store was away: their records are still there.
         # Each operation is atomic.
         self._ended: set[str] = set()
@@ -169,7 +176,7 @@ class Owner:
         except BaseException as error:
             self._count_pending(-1)
             if isinstance(error, BackendLost):
-                self.backoff.note_failure(str(error))
+                self.backoff.note_failure(error)
             raise
 
     def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
@@ -240,10 +247,10 @@ class Owner:
 
     def discard(self, bridge: Bridge, failure: BackendError | None = None) -> None:
         """Ends a child that began no session, because of `failure` if there was one."""
-        bridge.close()
+        self._end_start(bridge)
         self._count_pending(-1)
         if failure is not None:
-            self.backoff.note_failure(str(failure))
+            self.backoff.note_failure(failure)
 
     def _open_mailbox(self) -> None:
         """Without a mailbox everybody would take this replica for gone."""
@@ -300,23 +307,30 @@ class Owner:
             self._delete_ended(session.id)
             raise SessionEnded
         for _ in range(_ROUNDS):
-            backend = self._known(session, lost) or self._recover(session, has_left)
+            backend = self._known(session, lost, has_left) or self._recover(session, has_left)
             if backend is not None:
                 return backend
             session, lost = self.manager.load(session.id), None
         raise BackendLost("The session's server was not found: others keep changing its record")
 
-    def on_living_backend(self, session: Session, act: Callable[[Backend], object]) -> None:
+    def on_living_backend(
+        self,
+        session: Session,
+        act: Callable[[Backend], object],
+        has_left: Callable[[], bool] | None = None,
+    ) -> None:
         """Does `act` to the session's backend; one that is lost is not brought back for it.
 
         Raises BackendUnreached where it is lost.
         """
-        backend = self._known(session, None)
+        backend = self._known(session, None, has_left)
         if backend is None:
             raise BackendExited("The server that this was for has exited")
         act(backend)
 
-    def _known(self, session: Session, lost: str | None) -> Backend | None:
+    def _known(
+        self, session: Session, lost: str | None, has_left: Callable[[], bool] | None
+    ) -> Backend | None:
         """The session's child where the record says that it is; None where it is certainly lost."""
         url = session.metadata.get(BACKEND_URL, "")
         held = self._held.get(url)
@@ -330,7 +344,7 @@ class Owner:
         found = parse_worker_url(url)
         if self.relay is None or found is None or url == lost or self._has_ended(found):
             return None
-        return self.relay.backend(*found)
+        return self.relay.backend(*found, has_left=has_left)
 
     def _new_backend_of(self, session: Session, has_left: Callable[[], bool] | None) -> Backend:
         """The backend that the session has now that its last one is lost."""
@@ -401,37 +415,80 @@ class Owner:
     def _recover(self, session: Session, has_left: Callable[[], bool] | None) -> Backend | None:
         """The session's child, brought back; None where somebody else was faster.
 
-        A claim lasts for a minute at most, so the turn comes first.
+        A claim lasts for a minute at most, so the turn comes first. Another thread does the work,
+        which goes on when the client leaves: one with a short time limit would never get a slow
+        server back.
         """
         if self._is_closing:
             raise Draining
         self.backoff.require_over(session.id)
-        try:
-            with self.turns.take(self._options.request_timeout, has_left):
-                return self._recover_in_turn(session, has_left)
-        finally:
-            if self.manager.claims_left():
-                self._sweeper.interval = _MIN_SWEEP
-                self._sweeper.start()
-                self._sweeper.wake()
-
-    def _recover_in_turn(
-        self, session: Session, has_left: Callable[[], bool] | None
-    ) -> Backend | None:
         limit = self._options.request_timeout
-        claimed = claims.claim(self.manager, session, self.replica.id, has_ended, has_left, limit)
-        if claimed is None:
-            return None
+        turn = self.turns.take(limit, has_left)
+        restored: Future[Backend | None] = Future()
+        restored.add_done_callback(lambda _: turn.give_back())
+        own = self.replica.id
+        try:
+            claimed = claims.claim(self.manager, session, own, has_ended, has_left, limit)
+            if claimed is None:
+                restored.cancel()
+                return None
+            with claims.released_on_failure(self.manager, claimed):
+                self._submit(claimed.id, partial(self._restore, claimed, restored))
+        except BaseException:
+            restored.cancel()
+            raise
+        return self._awaited(restored, claimed, has_left)
+
+    def _submit(self, session_id: str, act: Callable[[], object]) -> None:
+        try:
+            self._restorer.submit(session_id, act)
+        except RuntimeError as error:
+            raise Overloaded(f"The server cannot be started: {error}") from error
+
+    def _awaited(
+        self,
+        restored: Future[Backend | None],
+        claimed: Session,
+        has_left: Callable[[], bool] | None,
+    ) -> Backend | None:
+        """What comes of bringing a child back; raises ClientLeft, and then that goes on."""
+        is_done = threading.Event()
+        restored.add_done_callback(lambda _: is_done.set())
+
+        def is_over() -> bool:
+            if self._is_closing and restored.cancel():  # nobody begins with it any more
+                with claims.released_on_failure(self.manager, claimed):
+                    raise Draining
+            return has_left is not None and has_left()
+
+        wait_for(is_done, threading.TIMEOUT_MAX, is_over)
+        return restored.result()
+
+    def _restore(self, claimed: Session, restored: Future[Backend | None]) -> None:
+        """Brings the child of a session back that is claimed; in a thread of its own."""
+        if not restored.set_running_or_notify_cancel():
+            return
+        try:
+            restored.set_result(self._restored(claimed))
+        except BaseException as error:
+            restored.set_exception(error)
+
+    def _restored(self, claimed: Session) -> Bridge | None:
         try:
             with claims.released_on_failure(self.manager, claimed):
                 bridge = self._settled(claimed)
         except BackendError as error:
-            self.backoff.note_failure(str(error))
+            self.backoff.note_failure(error)
             self.backoff.note_exit(claimed.id, lifetime=0)
             raise
         except SessionEnded:
             self.end(claimed)
             raise
+        finally:
+            if self.manager.claims_left():
+                self._sweeper.interval = _MIN_SWEEP
+                self._sweeper.start()
+                self._sweeper.wake()
         if bridge is not None:
             self.backoff.note_success()
             log.info("[%s] the server of a session was started again", self.server.name)
@@ -467,7 +524,7 @@ class Owner:
         try:
             handshake.replay(bridge, requests, version, _REPLAY_TIME)
         except BaseException:
-            bridge.close()
+            self._end_start(bridge)
             raise
         return bridge
 
@@ -475,7 +532,19 @@ class Owner:
 
     def _spawn(self) -> Bridge:
         limit = self._options.max_message_bytes
-        return Bridge(self.supervisor, self.server, limit, self._on_lost)
+        bridge = Bridge(self.supervisor, self.server, limit, self._on_lost)
+        with self._lock:
+            self._starting.add(bridge)
+        if self._is_closing:  # `close` may not have seen this one
+            self._end_start(bridge)
+            raise Draining
+        return bridge
+
+    def _end_start(self, bridge: Bridge, failure: BackendLost | None = None) -> None:
+        """Ends a child that is not held."""
+        with self._lock:
+            self._starting.discard(bridge)
+        bridge.close(failure)
 
     def _on_lost(self, bridge: Bridge) -> None:
         held = self._forget(self._url(bridge))
@@ -492,6 +561,7 @@ class Owner:
         bridge.on_close = partial(self._release, url)
         with self._lock:
             self._held[url] = _Held(session.id, session.type, bridge, session_log)
+            self._starting.discard(bridge)
         self._sweeper.start()
         if not bridge.is_alive:  # it exited before anybody could be told
             self._on_lost(bridge)
@@ -607,7 +677,13 @@ class Owner:
         """Ends every child of this replica; the records stay, so another one can take over."""
         self._is_closing = True
         self._sweeper.stop()
+        stopped = "The proxy has stopped the server"
+        with self._lock:
+            starting = list(self._starting)
+        self._restorer.close()
+        for bridge in starting:
+            self._end_start(bridge, BackendDraining(stopped))
         for url, held in self._held_copy().items():
             self._forget(url)
-            held.bridge.close(BackendDraining("The proxy has stopped the server"))
+            held.bridge.close(BackendDraining(stopped))
         self._read_on.stop()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from mcp_proxy.errors import ClientLeft, Overloaded
+from mcp_proxy.errors import ClientLeft, Draining, Overloaded
 
 #: Seconds after which a start holds up nobody any more: it needs no CPU, but waits for a network or
 #: for its client.
@@ -49,10 +49,11 @@ class Turns:
     """The line in which starts wait. `width` says how many may be under way. Thread-safe."""
 
     def __init__(self, width: Callable[[], int]) -> None:
-        self._width = width
+        self.width = width
         self._changed = threading.Condition()  # guards and announces what follows
         self._under_way: dict[Turn, float] = {}  # since when
         self._waiting: deque[Turn] = deque()
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<Turns under_way={len(self._under_way)} waiting={len(self._waiting)}>"
@@ -60,13 +61,16 @@ class Turns:
     def take(self, timeout: float, has_left: Callable[[], bool] | None = None) -> Turn:
         """A turn, once it has come; raises Overloaded when it has not in `timeout` seconds.
 
-        Raises ClientLeft when `has_left` says so meanwhile, so that others need not wait for it.
+        Raises ClientLeft when `has_left` says so meanwhile, so that others need not wait for it,
+        and Draining once there are no more turns.
         """
         turn, until = Turn(self), time.monotonic() + timeout
         with self._changed:
             self._waiting.append(turn)
         try:
             while not self._has_begun(turn, until):
+                if self._is_closed:
+                    raise Draining
                 if has_left is not None and has_left():
                     raise ClientLeft
                 if time.monotonic() >= until:
@@ -84,11 +88,18 @@ class Turns:
             self._under_way.pop(turn, None)
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """There are no more turns: whoever waits is told so."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
     def _has_begun(self, turn: Turn, until: float) -> bool:
         """Waits for a while, and returns whether it was the turn's turn."""
         with self._changed:
             seconds = max(0.0, min(_LOOK, until - time.monotonic()))
-            if not self._changed.wait_for(lambda: self._is_next(turn), seconds):
+            self._changed.wait_for(lambda: self._is_closed or self._is_next(turn), seconds)
+            if self._is_closed or not self._is_next(turn):
                 return False
             self._waiting.popleft()
             self._under_way[turn] = time.monotonic()
@@ -98,4 +109,4 @@ class Turns:
         if self._waiting[0] is not turn:
             return False
         long_ago = time.monotonic() - LONGEST
-        return sum(since > long_ago for since in self._under_way.values()) < self._width()
+        return sum(since > long_ago for since in self._under_way.values()) < self.width()

@@ -23,7 +23,13 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import IO
 
-from mcp_proxy.errors import BackendExited, BackendLost, BackendNotStarted, BackendTimeout
+from mcp_proxy.errors import (
+    BackendExited,
+    BackendLost,
+    BackendNotStarted,
+    BackendTimeout,
+    ClientLeft,
+)
 from mcp_proxy.processes.guardian import CHILD_VARIABLE, REPLICA_VARIABLE
 from mcp_proxy.processes.noise import NoiseLog
 from mcp_proxy.servers import StdioServer, shown_command
@@ -42,6 +48,9 @@ _STDERR_RATE = 10.0
 
 _OOM_SCORE = 500
 _MAX_OOM_SCORE = 1000
+
+# Seconds between looks at whether the client has left whose message the server does not take.
+_LOOK = 1.0
 
 _BUFFER = 16 * 1024
 _TAIL_LINES = 20
@@ -183,38 +192,43 @@ class Child:
 
     # --- input -----------------------------------------------------------------------------------
 
-    def write(self, line: bytes, timeout: float) -> None:
+    def write(
+        self, line: bytes, timeout: float, has_left: Callable[[], bool] | None = None
+    ) -> None:
         """Writes one message; returns when the pipe has taken it all.
 
         Raises BackendUnreached when the server has closed its input and got nothing of the message,
         BackendLost when it may have got a part, and BackendTimeout when it did not read its input
         for `timeout` seconds; after that a message may be incomplete, so the server must be
-        stopped.
+        stopped. Raises ClientLeft when `has_left` says so before the server got any of it: half a
+        message would spoil every other.
         """
         deadline = time.monotonic() + timeout
-        if not self._write_lock.acquire(timeout=timeout):
-            raise BackendTimeout("The server does not read its input")
+        while not self._write_lock.acquire(timeout=min(_LOOK, timeout)):
+            _require_time(deadline, has_left)
         try:
-            self._write_all(memoryview(line + b"\n"), deadline)
+            self._write_all(memoryview(line + b"\n"), deadline, has_left)
         finally:
             self._write_lock.release()
 
-    def _write_all(self, data: memoryview, deadline: float) -> None:
+    def _write_all(
+        self, data: memoryview, deadline: float, has_left: Callable[[], bool] | None
+    ) -> None:
         size = len(data)
         while data:
             try:
                 data = data[os.write(self._stdin.fileno(), data) :]
             except BlockingIOError:
-                self._wait_writable(deadline)
+                self._wait_writable(deadline, has_left if len(data) == size else None)
             except (OSError, ValueError) as error:
                 kind = BackendExited if len(data) == size else BackendLost
                 raise kind("The server has closed its input") from error
 
-    def _wait_writable(self, deadline: float) -> None:
+    def _wait_writable(self, deadline: float, has_left: Callable[[], bool] | None) -> None:
         poll = select.poll()
         poll.register(self._stdin.fileno(), select.POLLOUT)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise BackendTimeout("The server does not read its input")
+        while not poll.poll(max(0.0, min(_LOOK, deadline - time.monotonic())) * 1000):
+            _require_time(deadline, has_left)
 
     def close_stdin(self) -> None:
         """Closes the server's input, which asks it to exit (MCP 2025-11-25, lifecycle, "Shutdown").
@@ -255,6 +269,14 @@ class Child:
         """Kills a process that nobody reads yet."""
         self.reap()
         self.close_output()
+
+
+def _require_time(deadline: float, has_left: Callable[[], bool] | None) -> None:
+    """Raises BackendTimeout when a writer's time is over, ClientLeft when its client has left."""
+    if time.monotonic() >= deadline:
+        raise BackendTimeout("The server does not read its input")
+    if has_left is not None and has_left():
+        raise ClientLeft
 
 
 def _start(

@@ -9,14 +9,16 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
 from mcp_proxy.backends.bridge import WRITE_TIMEOUT
-from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
+from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage, wait_for
 from mcp_proxy.background import KeyedExecutor
 from mcp_proxy.errors import (
     PROXY_ERROR,
+    BackendDraining,
     BackendError,
     BackendLost,
     BackendTimeout,
@@ -131,8 +133,8 @@ class Calls:
         for call in self.all():
             if isinstance(call, InboundCall):
                 call.leave()
-            else:
-                call.on_loss("This replica is shutting down")
+            elif isinstance(call, (OutboundCall, OneWayCall)):
+                call.fail(BackendDraining("This replica is shutting down"))
 
 
 # --- at the replica of the client ----------------------------------------------------------------
@@ -210,11 +212,14 @@ class OutboundCall(Call):
             self._exchange.end(received.replaced)
             self._calls.forget(self)
         else:
-            self._fail(protocol.error_of(received.failure))
-            self._calls.forget(self)
+            self.fail(protocol.error_of(received.failure))
 
     def on_loss(self, sentence: str, is_gone: bool = False) -> None:
-        self._fail(_loss(self.channel, sentence, is_gone))
+        self.fail(_loss(self.channel, sentence, is_gone))
+
+    def fail(self, failure: BackendError) -> None:
+        """Ends the call: whatever is unanswered is answered by `failure`."""
+        self._fail(failure)
         self._calls.forget(self)
 
     def _note_answered(self, data: bytes) -> None:
@@ -253,14 +258,17 @@ class OutboundCall(Call):
     def require_accepted(self, timeout: float) -> None:
         """Returns when the owner has made this the standing stream; raises why it has not.
 
-        Without this an older stream could arrive there after a newer one.
+        Without this an older stream could arrive there after a newer one. Raises ClientLeft.
         """
-        if not self._is_accepted.wait(timeout):
-            self._refusal = _silent()
-        if self._refusal is not None:
+        try:
+            if not wait_for(self._is_accepted, timeout, self._exchange.has_left):
+                self._refusal = _silent()
+            if self._refusal is not None:
+                raise self._refusal
+        except ProxyError:
             self._send(Detach())
             self._calls.forget(self)
-            raise self._refusal
+            raise
 
 
 class OneWayCall(Call):
@@ -287,31 +295,48 @@ class OneWayCall(Call):
             self._finish()
 
     def on_loss(self, sentence: str, is_gone: bool = False) -> None:
-        self._failure = _loss(self.channel, sentence, is_gone)
+        self.fail(_loss(self.channel, sentence, is_gone))
+
+    def fail(self, failure: BackendError) -> None:
+        """Ends the call: whoever waits for it gets `failure`."""
+        self._failure = failure
         self._finish()
 
     def _finish(self) -> None:
         self._done.set()
         self._calls.forget(self)
 
-    def run(self, message: protocol.ToOwner, timeout: float) -> None:
-        """Returns when it is done; raises why it is not."""
+    def run(
+        self,
+        message: protocol.ToOwner,
+        timeout: float,
+        has_left: Callable[[], bool] | None,
+    ) -> None:
+        """Returns when it is done; raises why it is not, or ClientLeft: it may be done yet."""
         self._calls.begin(self, message)
-        is_done = self._done.wait(timeout)
-        self._calls.forget(self)
-        if not is_done:
-            raise _silent()
+        try:
+            if not wait_for(self._done, timeout, has_left):
+                raise _silent()
+        finally:
+            self._calls.forget(self)
         if self._failure is not None:
             raise self._failure
 
 
 class RemoteBackend(Backend):
-    """A child of another replica."""
+    """A child of another replica; `has_left` says that nobody waits for what it is told."""
 
-    def __init__(self, calls: Calls, replica: str, child: str) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        replica: str,
+        child: str,
+        has_left: Callable[[], bool] | None = None,
+    ) -> None:
         self._calls = calls
         self._replica = replica
         self._child = child
+        self._has_left = has_left
 
     def __repr__(self) -> str:
         return f"<RemoteBackend {self._replica}/{self._child}>"
@@ -336,7 +361,8 @@ class RemoteBackend(Backend):
 
     def _send_one_way(self, line: bytes, timeout: float = 0.0) -> None:
         message = SendOneWay(self._child, line, timeout)
-        OneWayCall(self._calls, self._replica).run(message, WRITE_TIMEOUT + _GRACE)
+        call = OneWayCall(self._calls, self._replica)
+        call.run(message, WRITE_TIMEOUT + _GRACE, self._has_left)
 
     def listen(self, exchange: Exchange, after: str | None = None) -> None:
         call = OutboundCall(self._calls, self._replica, exchange)
@@ -368,6 +394,7 @@ class InboundCall(Call):
     def __init__(self, channel: Channel, calls: Calls) -> None:
         self.channel = channel
         self._calls = calls
+        self._since = time.monotonic()
         self._key = channel.name  # until it is known which child it is about
         self._exchange: Exchange | None = None
         self._reading = threading.Lock()  # one thread reads; guards _is_done
@@ -444,6 +471,10 @@ class InboundCall(Call):
     @property
     def is_awaited(self) -> bool:
         return self._exchange is None or bool(self._exchange.requests)
+
+    def is_awaited_since(self, before: float) -> bool:
+        """Whether a client has been waiting for an answer since before that (monotonic) time."""
+        return self._since < before and self.is_awaited
 
     # --- to the other side: the sender's thread ---------------------------------------------------
 

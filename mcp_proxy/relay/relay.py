@@ -68,9 +68,14 @@ class Relay:
         """Opens this replica's mailbox; raises StorageUnavailable. Harmless when repeated."""
         self._begun()
 
-    def backend(self, replica: str, child: str) -> Backend:
-        """A child of another replica; raises StorageUnavailable."""
-        return RemoteBackend(self._begun().calls, replica, child)
+    def backend(
+        self, replica: str, child: str, has_left: Callable[[], bool] | None = None
+    ) -> Backend:
+        """A child of another replica; raises StorageUnavailable.
+
+        Where `has_left` says that the client has left, nothing that it is told is waited for.
+        """
+        return RemoteBackend(self._begun().calls, replica, child, has_left)
 
     def is_gone(self, replica: str) -> bool:
         """Whether another replica is gone for good; StorageUnavailable while nobody can know."""
@@ -93,6 +98,14 @@ class Relay:
         """Whether a client, here or at another replica, waits for an answer that is relayed."""
         running = self._running
         return running is not None and running.pid == os.getpid() and running.is_busy
+
+    def has_call_since(self, before: float) -> bool:
+        """Whether a client at another replica waits for an answer since before that time."""
+        running = self._running
+        calls = [] if running is None else running.calls.all()
+        return any(
+            isinstance(call, InboundCall) and call.is_awaited_since(before) for call in calls
+        )
 
     def close(self) -> None:
         """Ends every call and the mailbox; harmless when repeated."""

@@ -12,7 +12,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gunicorn.http import get_parser
@@ -79,8 +79,12 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.has_begun = False
         #: Whether its head has not come in time.
         self.is_late = False
+        #: Called when its body has not come in time, before the application learns of it.
+        self.on_late_body: Callable[[], object] | None = None
         #: Whether the client has ended its side while the request waited for a thread.
         self.has_left = False
+        #: Whether the answer is a standing stream, which ends when it is told to.
+        self.is_standing = False
         self.since = self.progress = time.monotonic()
         self._body_since: float | None = None
         self._body_until: float | None = None
@@ -194,6 +198,11 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         """The head is read; what comes next is the body."""
         self._body_since = self._body_since or time.monotonic()
 
+    def is_called_since(self, before: float) -> bool:
+        """Whether a client has been waiting for an answer since before that time. Any thread."""
+        since = self._body_since
+        return since is not None and not self.is_standing and since < before
+
     def skip_body(self) -> bool:
         """Reads what the application has left of a body; whether the connection can be kept."""
         if getattr(self.parser.mesg.body.reader, "length", None) != 0:
@@ -215,6 +224,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
             data: bytes = self.sock.recv(size)
         except TimeoutError:
             if self._body_since is not None:
+                if self.on_late_body is not None:
+                    self.on_late_body()
                 raise
             self.is_late = True
             return b""

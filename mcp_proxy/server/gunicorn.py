@@ -13,13 +13,10 @@ import os
 import random
 import re
 import resource
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,19 +26,13 @@ from mcp_proxy.edge.guard import is_loopback, url_host
 from mcp_proxy.edge.log_writer import LogWriter
 from mcp_proxy.edge.logs import configure, start_writing
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.server.leaving import Leaving
 from mcp_proxy.servers import Server, StdioServer
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 log = logging.getLogger(__name__)
-
-# Seconds between checks whether the worker stops without a signal.
-_LOOK = 1.0
-
-# Seconds for which a worker that no longer accepts still answers on kept-alive connections, which
-# gunicorn closes two seconds after it was told to stop.
-LINGER = 2.5
 
 # Files that a worker may have open, if the system allows it.
 _FILES = 16_384
@@ -94,6 +85,7 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
         "secure_scheme_headers": {},
         # A limit for the main loop's heartbeat, not for requests.
         "timeout": 60,
+        # What calls get of it when a worker is told to stop: `leaving` says.
         "graceful_timeout": 20,
         "worker_tmp_dir": heartbeat_directory(),
         "keepalive": max(1, round(config.http_keepalive)),
@@ -254,17 +246,18 @@ class Hooks:
             app.parts.supervisor.cpu_affinity = frozenset(os.sched_getaffinity(0))
             pin(worker.cpu)
         if hasattr(app, "drain"):
-            _drain_at_the_end(worker, app)
+            worker.leaving = Leaving(worker, app)
+            worker.leaving.start()
 
     def worker_int(self, worker: Any) -> None:
         """SIGINT or SIGQUIT: closes the application, and so its children, at once."""
-        _close(worker)
+        if hasattr(worker, "leaving"):
+            worker.leaving.leave_at_once()
 
     def worker_exit(self, server: Any, worker: Any) -> None:
-        """Drains the application, which may still serve clients of other replicas."""
-        drain = getattr(getattr(worker, "wsgi", None), "drain", None)
-        if drain is not None:
-            drain()
+        """Waits for the end of the application, which may still serve other replicas' clients."""
+        if hasattr(worker, "leaving"):
+            worker.leaving.wait()
 
 
 # --- signals to the master -----------------------------------------------------------------------
@@ -360,48 +353,6 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < files_to_have():
         resource.setrlimit(resource.RLIMIT_NOFILE, (files_to_have(), hard))
-
-
-# --- the end of a worker -------------------------------------------------------------------------
-
-
-def _drain_at_the_end(worker: Any, app: Any) -> None:
-    """Drains the application when gunicorn stops its worker.
-
-    gunicorn has no hook for that, and waits for open streams. Where other replicas serve the same
-    sessions the worker stops accepting first, and answers on the connections that it has. Otherwise
-    it accepts until it is drained, to answer that it is shutting down. Stops without a signal,
-    `max_requests` and a master that has exited, are polled for.
-    """
-    told = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        told.set()
-
-    def leave() -> None:
-        if told.is_set() and callable(before):
-            before(signal.SIGTERM, None)
-
-    def watch() -> None:
-        while not told.wait(_LOOK) and worker.alive and os.getppid() == worker.ppid:
-            pass
-        if app.is_shared:
-            leave()
-            app.drain(linger=LINGER)
-        else:
-            app.drain()
-            leave()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.siginterrupt(signal.SIGTERM, False)
-    threading.Thread(target=watch, name="mcp-drain", daemon=True).start()
-
-
-def _close(worker: Any) -> None:
-    close = getattr(getattr(worker, "wsgi", None), "close", None)
-    if close is not None:
-        close()
 
 
 # --- the banner ----------------------------------------------------------------------------------

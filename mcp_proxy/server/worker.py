@@ -15,6 +15,7 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
   leaves meanwhile is forgotten. A worker without a free thread lets others accept first.
 - What an application `answers_at_once` is answered in the main thread, so that health is told
   whatever holds the threads.
+- A worker that has served `max_requests` goes on until it can end without harm to any call.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
 - TLS handshakes are done in steps, by two threads that wait for no client; one that fails is a line
@@ -79,14 +80,14 @@ _HANDSHAKE_THREADS = 2
 # Seconds between two looks at which connections' time is over.
 _SWEEP = 0.25
 
-# Bytes of all requests that are arriving at a worker.
-_ARRIVING_BYTES = 64 * 1024 * 1024
-
 # Seconds for which a connection may be sure not to be closed in favour of another.
 _SURE = 1.0
 
 # Seconds after which a queued request is not begun if its client has ended its side.
 _HALF_CLOSED = 1.0
+
+# Seconds after which a call is old: a worker that has served `max_requests` waits for no other.
+_OLD = 5.0
 
 _NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -106,11 +107,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     request_timeout = 600.0
     #: The largest body for which a client is told to go on that has asked for that.
     max_body_bytes = sys.maxsize
+    #: The bytes of all requests that are arriving.
+    max_arriving_bytes = 64 * 1024 * 1024
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         #: Connections that have a thread; counted by the main thread.
         self.busy = 0
+        self.served: set[Connection] = set()
         #: Connections whose requests wait for a thread, and since when; the oldest first.
         self.queued: dict[Connection, float] = {}
         #: The threads that there are.
@@ -121,6 +125,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._yields_until: float | None = None
         # Whether the application answers a GET of a path without waiting for anything.
         self._answers_at_once: Callable[[str], bool] = lambda path: False
+        # Whether it has had calls since before a time that came by no connection of ours.
+        self._has_call_since: Callable[[float], bool] = lambda before: False
         #: Connections on which a request is arriving.
         self.arriving: dict[Connection, None] = {}
         # Those of them that wait for one of the threads for slow requests, and how many of these
@@ -129,6 +135,8 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._slow_count = 0
         self._arriving_bytes = 0
         self._next_sweep = 0.0
+        # When the worker ends at the latest, once it has served `max_requests`.
+        self._ends_at: float | None = None
         #: Connections that were shut down and are read until their time is over, oldest first.
         self.closing: dict[Connection, None] = {}
         self._handshakes = ThreadPoolExecutor(_HANDSHAKE_THREADS)
@@ -145,6 +153,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
         self._start_threads()
         self._answers_at_once = getattr(self.wsgi, "answers_at_once", self._answers_at_once)
+        self._has_call_since = getattr(self.wsgi, "has_call_since", self._has_call_since)
         super().run()
 
     def _start_threads(self) -> None:
@@ -225,16 +234,19 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 self._watch(conn, self._look_at_queued)
             return
         self.busy += 1
+        self.served.add(conn)
         try:
             super().enqueue_req(conn)
         except RuntimeError as error:
             self.busy -= 1
+            self.served.discard(conn)
             self._give_no_thread(conn, f"No thread can be started: {error}")
 
     def finish_request(self, conn: Connection, fs: Future[Any]) -> None:
         """Takes a connection back from a thread, which gets the request that is queued first."""
         self.busy -= 1
         self._count_slow_out(conn)
+        self.served.discard(conn)
         while self.queued and not self._is_full:
             first = next(iter(self.queued))
             self._unqueue(first)
@@ -391,8 +403,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             conn.is_continued = True
             with contextlib.suppress(OSError):
                 conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._arriving_bytes > _ARRIVING_BYTES:
-            self._give_up(min(self.arriving, key=lambda one: one.progress))
+
+    def _spare_memory(self, before: float) -> None:
+        """Gives up requests that take too many bytes together, unless progress has come since."""
+        holding = [conn for conn in self.arriving if conn.request.data]
+        for conn in sorted(holding, key=lambda one: one.progress):
+            if self._arriving_bytes <= self.max_arriving_bytes or conn.progress >= before:
+                return
+            self._give_up(conn)
 
     def _count_slow_out(self, conn: Connection) -> None:
         """A request is no longer slow: its body has come, or it is over."""
@@ -455,6 +473,21 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self._drop(conn)
         if self.nr_conns >= self.worker_connections:
             self._make_room(now - _SURE)
+        if self._arriving_bytes > self.max_arriving_bytes:
+            self._spare_memory(now - _SURE)
+        if self._ends_at is not None and (now > self._ends_at or not self._has_old_call(now)):
+            self.alive = False
+
+    def _has_old_call(self, now: float) -> bool:
+        before = now - _OLD
+        if any(conn.is_called_since(before) for conn in self.served):
+            return True
+        return self._has_call_since(before)
+
+    @property
+    def has_clients(self) -> bool:
+        """Whether a request may be, or come, on a connection. Any thread."""
+        return bool(self.nr_conns > len(self.closing))
 
     def _is_over(self, conn: Connection, now: float) -> bool:
         """Whether a request has had its time; a worker that stops does not wait for its rest."""
@@ -575,6 +608,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 req, conn.sock, conn.client, conn.server, self.cfg, response_class=JoinedResponse
             )
             environ["wsgi.multithread"] = True
+            conn.on_late_body = response.force_close
             _join_cookies(req, environ)
             self._decide_on_keeping(response)
             if getattr(req.body.reader, "length", None) == 0:
@@ -583,6 +617,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 req.body.reader = _Noticed(req.body.reader, partial(self._body_has_come, conn))
             body = self.wsgi(environ, response.start_response)
             self._body_has_come(conn)
+            conn.is_standing = getattr(body, "is_standing", False)
             try:
                 send(body, response, environ)
             finally:
@@ -613,9 +648,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def _decide_on_keeping(self, response: Any) -> None:
         self.nr += 1
-        if self.nr >= self.max_requests and self.alive:
-            self.log.info("Autorestarting worker after current request.")
-            self.alive = False
+        if self.nr >= self.max_requests and self._ends_at is None:
+            self.log.info("The worker has served %d requests: it ends soon", self.max_requests)
+            self._ends_at = time.monotonic() + self.request_timeout
         if not self._may_keep:
             response.force_close()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from mcp_proxy.errors import SessionNotFound, StorageError
+from mcp_proxy.errors import ClientLeft, SessionNotFound, StorageError
 from mcp_proxy.replica import has_ended
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.manager import SessionManager
@@ -48,10 +48,17 @@ def opened(session_id: str, kind: str, request: Request, response: Response | No
     return new_session(session_id, kind, **metadata)
 
 
-def remember(manager: SessionManager, session_id: str, change: Change) -> None:
+def remember(
+    manager: SessionManager,
+    session_id: str,
+    change: Change,
+    has_left: Callable[[], bool] | None = None,
+) -> None:
     """Adds a change to the session's record, for the time when the child is lost.
 
-    Waits while the record is claimed. Raises StorageUnavailable; an ended session is no error.
+    Waits while the record is claimed, unless `has_left` says that the client has left, which then
+    has not heard that the server agreed: raises ClientLeft. Raises StorageUnavailable; an ended
+    session is no error.
     """
 
     def changed(session: Session) -> Session | None:
@@ -62,7 +69,7 @@ def remember(manager: SessionManager, session_id: str, change: Change) -> None:
             return None
         return session.with_metadata(**{RESUME: resume.encode()})
 
-    _record(manager, session_id, changed)
+    _record(manager, session_id, changed, has_left)
 
 
 class UnsentInitialized:
@@ -78,15 +85,20 @@ class UnsentInitialized:
         self._lock = threading.Lock()  # guards changes of ids
         self.ids: OrderedDict[str, None] = OrderedDict()
 
-    def keep(self, session_id: str) -> None:
-        """The notification is to be sent to the server from now on."""
+    def keep(self, session_id: str, has_left: Callable[[], bool] | None = None) -> None:
+        """The notification is to be sent to the server from now on.
+
+        Where `has_left` says that the client has left while the record is claimed, or where the
+        store is away, this process alone knows.
+        """
         try:
             _record(
                 self._manager,
                 session_id,
                 lambda session: session.with_metadata(**{UNSENT: INITIALIZED}),
+                has_left,
             )
-        except StorageError:
+        except (StorageError, ClientLeft):
             with self._lock:
                 self.ids[session_id] = None
                 if len(self.ids) > _MAX_UNSENT:
@@ -101,12 +113,15 @@ class UnsentInitialized:
 
 
 def _record(
-    manager: SessionManager, session_id: str, change: Callable[[Session], Session | None]
+    manager: SessionManager,
+    session_id: str,
+    change: Callable[[Session], Session | None],
+    has_left: Callable[[], bool] | None,
 ) -> None:
     """Swaps `change` into the record, if it has one; as `remember`."""
     for _ in range(_ROUNDS):
         try:
-            session = claims.unclaimed(manager, manager.load(session_id), has_ended)
+            session = claims.unclaimed(manager, manager.load(session_id), has_ended, has_left)
         except SessionNotFound:
             return
         changed = change(session)

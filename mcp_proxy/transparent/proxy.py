@@ -279,7 +279,7 @@ class TransparentProxy(Transport):
         except ProxyError as error:
             error.request_id = inbound.id
             if error.kind and request.session_id is not None and request.rpc == INITIALIZED:
-                self._affinity.unsent.keep(request.session_id)
+                self._affinity.unsent.keep(request.session_id, request.has_left)
             if is_discover:
                 error.code = INTERNAL_ERROR
             raise
@@ -389,7 +389,8 @@ class TransparentProxy(Transport):
                     raise BadAnswer("The server has lost the session") from error
                 outbound = self._policy.outbound(inbound.request.environ)
                 limit = None if inbound.until is None else self._time_left(inbound.until)
-                session = self._affinity.reinitialize(session, outbound, limit)
+                has_left = inbound.request.has_left
+                session = self._affinity.reinitialize(session, outbound, limit, has_left)
             except BackendUnreached:
                 raise
             except BackendLost:
@@ -574,6 +575,7 @@ class TransparentProxy(Transport):
             is_get = inbound.request.method == "GET"
             if is_get or inbound.listens:
                 self._track(call, is_stream)
+                inbound.request.is_standing = is_stream
             if is_stream and is_get:
                 self._count_stream(call)
                 rewriter = self._sse.rewriter(inbound.request, call)

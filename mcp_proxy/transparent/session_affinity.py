@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -234,26 +234,36 @@ class SessionAffinity:
     # --- initialized again -----------------------------------------------------------------------
 
     def reinitialize(
-        self, session: Session, request_headers: Mapping[str, str], timeout: float | None = None
+        self,
+        session: Session,
+        request_headers: Mapping[str, str],
+        timeout: float | None = None,
+        has_left: Callable[[], bool] | None = None,
     ) -> Session:
         """The session's record after its backend was replaced, by this caller or a faster one.
 
         `timeout` in seconds is for each step, where it is to be shorter than usual; a claim of
-        somebody else is waited for as long, else for the time limit of a request.
+        somebody else is waited for as long, else for the time limit of a request, unless `has_left`
+        says that the client has left: then ClientLeft is raised.
 
         Raises SessionEnded when the session has ended or cannot be initialized again, BackendError
         when no backend could be initialized now.
         """
         limit = self._request_timeout if timeout is None else timeout
-        claimed = claims.claim(self._manager, session, self._replica.id, has_ended, limit=limit)
+        own = self._replica.id
+        claimed = claims.claim(self._manager, session, own, has_ended, has_left, limit)
         if claimed is None:
             return self._manager.load(session.id)
         with claims.released_on_failure(self._manager, claimed):
-            return self._replace(claimed, request_headers, timeout)
+            settled = self._replace(claimed, request_headers, timeout)
+        if settled is None:
+            current = self._manager.load(claimed.id)
+            return claims.unclaimed(self._manager, current, has_ended, has_left, limit)
+        return settled
 
     def _replace(
         self, claimed: Session, request_headers: Mapping[str, str], timeout: float | None
-    ) -> Session:
+    ) -> Session | None:
         body = claimed.metadata.get(INIT_BODY, "").encode("utf-8", "replace")
         if not _is_initialize(body):
             self._manager.end(claimed.id)
@@ -272,7 +282,10 @@ class SessionAffinity:
             raise SessionEnded
         return self._settle(claimed, new, given)
 
-    def _settle(self, claimed: Session, new: _Initialized, given: Mapping[str, str]) -> Session:
+    def _settle(
+        self, claimed: Session, new: _Initialized, given: Mapping[str, str]
+    ) -> Session | None:
+        """The record with the new backend; None where another replica has claimed it meanwhile."""
         result: dict[str, str | None] = {
             BACKEND_URL: new.address.url,
             BACKEND_HOST: new.address.name,
@@ -284,7 +297,7 @@ class SessionAffinity:
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
             self.discard(new.address, new.session_id, given)
-            return claims.unclaimed(self._manager, self._manager.load(claimed.id), has_ended)
+            return None
         self._balancer.add(claimed.id, new.address)
         log.info("a session was initialized again at %s", new.address.url)
         return self._manager.load(claimed.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -13,20 +13,22 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest, with_path
-from mcp_proxy.errors import ConfigError, StorageUnavailable
+from mcp_proxy.errors import ConfigError, NoThread, StorageUnavailable
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.wire import jsonrpc
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-#: Seconds that running calls get to end by themselves once a worker is told to stop.
-DRAIN_TIME = 8.0
 
 #: Why nothing begins where everything ends.
 SHUTTING_DOWN = "shutting down"
 
 _POLL = 0.1
+
+# Seconds for which calls of other replicas may still come that found a session here before it was
+# handed over; they are sent back. What comes later finds nobody, and might count as executed.
+_SETTLING = 0.5
 
 
 class Transport(ABC):
@@ -44,6 +46,12 @@ class Transport(ABC):
             environ = with_path(environ)
         return self.edge.serve(environ, start_response, self.handle)
 
+    def overloaded(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Answers a request that has arrived and for which no thread is free; waits for nothing."""
+        return self.edge.serve(environ, start_response, self.refuse)
+
     def __enter__(self) -> Self:
         return self
 
@@ -53,11 +61,6 @@ class Transport(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
-
-    def drain(self, timeout: float = DRAIN_TIME, linger: float = 0.0) -> None:
-        """The orderly end of a transport on its own: no new work, streams ended, then `close`."""
-        drain([self], timeout, linger)
         self.close()
 
     def close(self, timeout: float = 0.0) -> None:
@@ -78,6 +81,12 @@ class Transport(ABC):
     @abstractmethod
     def handle(self, request: ClientRequest) -> Reply:
         """The answer to one request; raises ProxyError."""
+
+    def refuse(self, request: ClientRequest) -> Reply:
+        """The answer to a request for which no thread is free; raises ProxyError."""
+        if request.method == "POST":
+            request.message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
+        raise NoThread
 
     @property
     @abstractmethod
@@ -115,24 +124,34 @@ class Transport(ABC):
         """Why the MCP server cannot be expected to begin a session, None if it can."""
 
 
-def drain(transports: Collection[Transport], timeout: float, linger: float = 0.0) -> None:
+def drain(
+    transports: Collection[Transport],
+    timeout: float,
+    has_clients: Callable[[], bool] = lambda: False,
+) -> None:
     """Ends standing streams, takes no new work, and gives running calls `timeout` seconds.
 
-    Before that, requests are served for `linger` seconds: for a worker that accepts no connections
-    any more but has some. Sessions for which nobody waits are handed over at once, the others when
-    their calls are done.
+    In that time requests are served for as long as `has_clients`: for a worker that accepts no
+    connections any more but has some. Then sessions for which nobody waits are handed over, the
+    others when their calls are done.
     """
-    for transport in transports:
-        transport.end_streams()
-    time.sleep(linger)
+    deadline = time.monotonic() + timeout
+    while has_clients() and time.monotonic() < deadline:
+        for transport in transports:
+            transport.end_streams()
+        time.sleep(_POLL)
     for transport in transports:
         transport.edge.is_draining = True
-    deadline = time.monotonic() + timeout
+    settling = _SETTLING if any(transport.is_shared for transport in transports) else 0.0
+    settled = time.monotonic() + settling
     while True:
         for transport in transports:
             transport.end_streams()
             transport.hand_over()
-        if not any(transport.is_busy for transport in transports) or time.monotonic() > deadline:
+        now = time.monotonic()
+        if any(transport.is_busy for transport in transports):
+            settled = now + settling
+        if now >= min(settled, deadline):
             return
         time.sleep(_POLL)
 

@@ -20,7 +20,7 @@ from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.edge import Edge, as_message
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.guard import require_own_site
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
@@ -34,6 +34,7 @@ from mcp_proxy.errors import (
     MethodNotAllowed,
     NotAcceptable,
     NotFound,
+    NoThread,
     ProxyError,
     SessionEnded,
     StorageUnavailable,
@@ -88,6 +89,22 @@ class SSEProxy(StdioTransport):
             return self._get(request)
         raise NotFound
 
+    def refuse(self, request: ClientRequest) -> Reply:
+        """On the session's stream, if that is here: nobody reads the answer to a POST."""
+        if request.method != "POST":
+            raise NoThread
+        message = jsonrpc.parse_message(request.read_body(self.options.max_body_bytes))
+        failure = NoThread()
+        if not isinstance(message, Request):
+            request.message = message
+            raise failure
+        failure.request_id = message.id
+        bridge = self._bridges.get(_session_id(request))
+        if bridge is None or not bridge.say(as_message(failure)):
+            raise failure
+        request.note(failure)
+        return empty_reply(202, [(headers.FAILURE, failure.kind)])
+
     # --- GET -------------------------------------------------------------------------------------
 
     def _get(self, request: ClientRequest) -> Reply:
@@ -98,7 +115,7 @@ class SSEProxy(StdioTransport):
         exchange.on_close = self.edge.streams.release
         try:
             session = self._begin(exchange, request.has_left)
-            request.session = session.id
+            request.session, request.is_standing = session.id, True
             body = EventStream(
                 exchange,
                 ClientConnection(request.environ),
@@ -244,7 +261,7 @@ class _FirstAnswer:
             return
         self._is_over = True
         if isinstance(message.failure, BackendLost):
-            self._backoff.note_failure(message.failure.message)
+            self._backoff.note_failure(message.failure)
         elif message.failure is None:
             self._backoff.note_success()
 

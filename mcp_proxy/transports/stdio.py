@@ -120,9 +120,13 @@ class StdioTransport(Transport):
         What is about something that only the server which is lost knew brings none back.
         """
         if isinstance(message, Response):
-            self.owner.on_living_backend(session, lambda backend: backend.respond(message))
+            self.owner.on_living_backend(
+                session, lambda backend: backend.respond(message), request.has_left
+            )
         elif message.method == jsonrpc.CANCELLED:
-            self.owner.on_living_backend(session, lambda backend: backend.notify(message))
+            self.owner.on_living_backend(
+                session, lambda backend: backend.notify(message), request.has_left
+            )
         else:
             self.owner.on_backend(
                 session, lambda backend: backend.notify(message), request.has_left

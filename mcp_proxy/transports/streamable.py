@@ -117,7 +117,8 @@ class StreamableProxy(StdioTransport):
         def remember(message: ServerMessage) -> None:
             answer = jsonrpc.parse_message(message.data)
             if isinstance(answer, Response) and answer.id in changes and answer.result is not UNSET:
-                handshake.remember(self.manager, session.id, changes[answer.id])
+                change = changes[answer.id]
+                handshake.remember(self.manager, session.id, change, exchange.has_left)
 
         exchange.on_response = remember
 
@@ -249,6 +250,7 @@ class StreamableProxy(StdioTransport):
             self.edge.streams.release()
             raise
         exchange.on_close = self.edge.streams.release
+        request.is_standing = True
         body = EventStream(
             exchange,
             ClientConnection(request.environ),
@@ -262,6 +264,7 @@ class StreamableProxy(StdioTransport):
     def _standing(self, request: ClientRequest, session: Session, after: str | None) -> Exchange:
         def listen(backend: Backend) -> Exchange:
             exchange = Exchange()
+            exchange.has_left = request.has_left
             backend.listen(exchange, after)
             return exchange
 

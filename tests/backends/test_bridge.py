@@ -16,6 +16,7 @@ from mcp_proxy.backends import bridge as bridging
 from mcp_proxy.backends import exchange as exchanging
 from mcp_proxy.backends import switchboard as switching
 from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.exchange import Exchange
 from mcp_proxy.backends.switchboard import Switchboard
 from mcp_proxy.errors import (
     BackendError,
@@ -23,6 +24,7 @@ from mcp_proxy.errors import (
     BackendTimeout,
     BackendUnreached,
     Cancelled,
+    ClientLeft,
 )
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.replica import Replica
@@ -359,6 +361,15 @@ def test_write_failures_of_a_cancellation_are_survived(
     assert delivery is not None
     assert delivery.failure is not None
     assert "does not read its input" in caplog.text
+
+
+def test_a_request_is_not_written_once_its_client_has_left(bridge: Bridge) -> None:
+    exchange = Exchange([request("count")], False, 30)
+    exchange.has_left = lambda: True
+    with bridge._child._write_lock, pytest.raises(ClientLeft):
+        bridge.send(exchange)
+    assert not bridge.is_busy
+    assert b'"calls":1' in bytes(ask(bridge, "count").result).replace(b" ", b"")
 
 
 def raw(bridge: Bridge, line: bytes) -> None:

@@ -100,9 +100,8 @@ def test_max_requests_restarts_the_worker_and_redis_keeps_the_session(
     with ProxyProcess(SCRIPTED, options=options, way=GUNICORN, environment=store) as process:
         client = client_of(process).open()
         (worker,) = process.worker_pids()
-        counts = [client.result("count")["calls"] for _ in range(12)]
-        assert counts[0] == 1
-        assert counts.count(1) >= 2
+        assert client.result("count")["calls"] == 1
+        eventually(lambda: client.result("count")["calls"] == 1)  # by a server of the next worker
         assert process.worker_pids() != [worker]
 
 

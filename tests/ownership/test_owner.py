@@ -14,7 +14,7 @@ import pytest
 from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, Session, StreamableProxy
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.background import Periodic
-from mcp_proxy.errors import BackendExited, StorageUnavailable
+from mcp_proxy.errors import BackendExited, ClientLeft, StorageUnavailable
 from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
@@ -337,6 +337,48 @@ def test_a_call_that_the_end_of_its_replica_cuts_off_says_so() -> None:
         eventually(lambda: app.is_busy)
         app.close()
         assert call.result(10).failure == "draining"
+
+
+@pytest.mark.parametrize("width", [2, 0])
+def test_an_initialize_that_the_end_of_its_replica_cuts_off_says_so(width: int) -> None:
+    """Whether its server has begun to start, or it waits for its turn."""
+    with serving("--slow-start", "60") as (app, client), ThreadPoolExecutor(1) as pool:
+        app.owner.turns.width = lambda: width
+        call = pool.submit(client.initialize, Accept="application/json")
+        eventually(lambda: app.is_busy and (children(app) == 1 or not width))
+        app.close()
+        answer = call.result(10)
+        assert (answer.status, answer.failure) == (200, "draining")
+        assert app.owner.backoff.not_ready_reason() is None
+
+
+def test_a_session_that_is_brought_back_as_its_replica_ends_says_so() -> None:
+    with serving() as (app, client), ThreadPoolExecutor(1) as pool:
+        client.open()
+        kill_server(app, client)
+        server = app.owner.server
+        slow = (*server.argv, "--slow-start", "60")
+        app.owner.server = type(server)("default", slow)
+        call = pool.submit(client.call, "count", Accept="application/json")
+        eventually(lambda: children(app) == 1)
+        app.close()
+        assert call.result(10).failure == "draining"
+        assert app.owner.backoff.not_ready_reason() is None
+
+
+def test_a_client_that_leaves_frees_its_thread_and_the_server_comes_back_all_the_same() -> None:
+    with serving("--slow-start", "3") as (app, client):
+        client.open()
+        assert client.session is not None
+        kill_server(app, client)
+        began = time.monotonic()
+        with pytest.raises(ClientLeft):
+            app.owner.backend_of(app.manager.load(client.session), has_left=lambda: True)
+        assert time.monotonic() - began < 2.9
+        eventually(lambda: CLAIM not in app.manager.load(str(client.session)).metadata)
+        assert children(app) == 1
+        assert client.result("count")["calls"] == 1
+        assert children(app) == 1
 
 
 # --- what starts no server -----------------------------------------------------------------------

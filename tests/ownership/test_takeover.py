@@ -35,9 +35,9 @@ def cut_off(several: Replicas, number: int) -> None:
 # --- the orderly end -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", ["drain", "close"])
+@pytest.mark.parametrize("seconds", [0, 8])
 def test_after_the_orderly_end_of_the_owner_the_next_request_is_served_at_once(
-    fleeting: Replicas, end: str
+    fleeting: Replicas, seconds: float
 ) -> None:
     owner, other, third = fleeting.opened("2025-03-26")
     owner.result("logging/setLevel", {"level": "warning"})
@@ -46,7 +46,7 @@ def test_after_the_orderly_end_of_the_owner_the_next_request_is_served_at_once(
     other.result("resources/unsubscribe", {"uri": "a:1"})
     before = pid_of(owner)
     judging(fleeting)
-    getattr(fleeting[0].app, end)()
+    fleeting[0].app.close(seconds)
     began = time.monotonic()
     after = other.result("count")
     assert time.monotonic() - began < AT_ONCE
@@ -75,7 +75,7 @@ def test_a_call_of_another_replica_is_finished_before_the_owner_goes(three: Repl
     messages = call.stream()
     assert next(messages)["params"]["progress"] == 0
     with ThreadPoolExecutor(1) as pool:
-        draining = pool.submit(three[0].app.drain)
+        draining = pool.submit(three[0].app.close, 8)
         assert [event.retry for event in stream.events()] == []  # it may be opened elsewhere
         release(other, "h")
         assert next(messages)["result"]["held"] == "h"
@@ -91,12 +91,24 @@ def test_a_relayed_call_is_answered_before_its_client_s_replica_goes(three: Repl
     messages = call.stream()
     assert next(messages)["params"]["progress"] == 0
     with ThreadPoolExecutor(1) as pool:
-        draining = pool.submit(three[1].app.drain)
+        draining = pool.submit(three[1].app.close, 8)
         eventually(lambda: three[1].app.edge.is_draining)
         release(owner, "h")
         assert next(messages)["result"]["held"] == "h"
         call.close()
         draining.result(timeout=15)
+
+
+@pytest.mark.parametrize("ending", [0, 1], ids=["of the server", "of the client"])
+def test_a_relayed_call_that_the_end_of_a_replica_cuts_off_says_so(
+    three: Replicas, ending: int
+) -> None:
+    _, other, _ = three.opened()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(other.call, "silence", Accept="application/json")
+        eventually(lambda: three[0].app.owner.is_busy)
+        three[ending].app.close(0.2)
+        assert call.result(15).failure == "draining"
 
 
 def test_what_is_taken_over_already_is_not_handed_over(three: Replicas) -> None:
@@ -115,7 +127,7 @@ def test_a_draining_replica_takes_no_new_work_but_passes_answers_on(three: Repli
     messages = third.call("ask", {"method": "roots/list", "id": "q"}).stream()
     next(messages)
     with ThreadPoolExecutor(1) as pool:
-        draining = pool.submit(three[0].app.drain)
+        draining = pool.submit(three[0].app.close, 8)
         eventually(lambda: three[0].app.edge.is_draining)
         refused = owner.call("count")
         assert (refused.failure, refused.headers["Retry-After"]) == ("draining", "5")

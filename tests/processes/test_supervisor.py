@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from mcp_proxy.background import Reader
-from mcp_proxy.errors import BackendLost, BackendTimeout, Overloaded
+from mcp_proxy.errors import BackendLost, BackendTimeout, ClientLeft, Overloaded
 from mcp_proxy.processes import guardian as guarding
 from mcp_proxy.processes.child import Child, describe_exit, shown
 from mcp_proxy.processes.guardian import REPLICA_VARIABLE, Guardian, processes_of
@@ -243,6 +244,21 @@ def test_writing_to_a_server_that_does_not_read_times_out(supervisor: Supervisor
     spawned.ask("stop_reading")
     with pytest.raises(BackendTimeout):
         spawned.child.write(b"x" * 1_000_000, 0.3)
+
+
+def test_a_writer_whose_client_has_left_gives_up_before_it_has_written_anything(
+    supervisor: Supervisor,
+) -> None:
+    spawned = Spawned(supervisor)
+    began = time.monotonic()
+    with spawned.child._write_lock, pytest.raises(ClientLeft):
+        spawned.child.write(b"{}", 30, lambda: True)
+    spawned.ask("stop_reading")
+    with pytest.raises(BackendTimeout):  # half a message would spoil the next one
+        spawned.child.write(b"x" * 1_000_000, 1.5, lambda: True)
+    with pytest.raises(ClientLeft):
+        spawned.child.write(b"{}", 30, lambda: True)
+    assert time.monotonic() - began < 15
 
 
 def test_a_writer_waits_for_the_one_before(supervisor: Supervisor) -> None:

@@ -142,7 +142,7 @@ def test_a_reader_waits_for_an_event(form: Form, storage: RedisStorage) -> None:
         assert [event.id for event in reading.result(10)] == [second]
     began = time.monotonic()
     assert log.read("s", second, 0.2) == []
-    assert 0.15 < time.monotonic() - began < 2
+    assert 0.15 < time.monotonic() - began < 5
 
 
 # --- mailboxes -----------------------------------------------------------------------------------

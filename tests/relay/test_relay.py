@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 import pytest
 
+from mcp_proxy.backends.exchange import Exchange
 from mcp_proxy.errors import (
     BackendError,
     BackendLost,
     BackendTimeout,
     BackendUnreached,
     Cancelled,
+    ClientLeft,
     StorageUnavailable,
 )
 from mcp_proxy.storage.mailboxes import LocalMailboxes
@@ -194,6 +197,34 @@ def test_nothing_can_be_told_to_a_child_that_is_not_there(client: Node, owner: N
         client.reach(owner, "absent").notify(Notification("x"))
     with pytest.raises(BackendUnreached):
         listening(client.reach(owner, "absent"))
+
+
+def test_who_has_left_waits_for_no_standing_stream(
+    client: Node, owner: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(owner.child, "listen", lambda exchange, after: goes_on.wait(PATIENCE))
+    exchange = Exchange()
+    exchange.has_left = lambda: True
+    began = time.monotonic()
+    with pytest.raises(ClientLeft):
+        client.reach(owner).listen(exchange)
+    assert time.monotonic() - began < 5
+    goes_on.set()
+    eventually(lambda: client.calls == owner.calls == 0)
+
+
+def test_who_has_left_does_not_wait_until_something_is_told(client: Node, owner: Node) -> None:
+    goes_on = threading.Event()
+    owner.child.on_tell = lambda: goes_on.wait(PATIENCE)
+    backend = client.relay.backend(owner.replica.id, "child", has_left=lambda: True)
+    began = time.monotonic()
+    with pytest.raises(ClientLeft):
+        backend.notify(Notification("x"))
+    assert time.monotonic() - began < 5
+    goes_on.set()
+    eventually(lambda: [told.method for told in owner.child.told] == ["x"])  # type: ignore[union-attr]
+    eventually(lambda: client.calls == owner.calls == 0)
 
 
 def test_what_is_told_to_one_child_keeps_its_order(client: Node, owner: Node) -> None:

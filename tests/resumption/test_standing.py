@@ -189,7 +189,7 @@ def test_a_stream_goes_on_when_the_owner_has_gone(three: Replicas) -> None:
         say(owner, number)
     sent = read(stream, 2)
     before = pid_of(owner)
-    three[0].app.drain()
+    three[0].app.close(timeout=8)
     assert list(stream.events()) == []
     again = resume(third, sent[0])
     events = again.events()

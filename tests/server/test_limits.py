@@ -68,6 +68,7 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
     worker.__dict__.update(
         {"busy": 0, "threads": 4, "tpool": Pool(), "wsgi": None, "_slow_count": 1, "_waiting": {}}
     )
+    worker.served = set()
     monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, *given: refused.append(given))
     conn = SimpleNamespace(counts_as_slow=True)
     worker.enqueue_req(conn)

@@ -70,7 +70,7 @@ def test_sockets_left_open_after_an_answer_keep_nobody_from_being_served(tmp_pat
         before = time.monotonic()
         with closing(held.connect()) as other:
             assert other.ask("/").status == 200
-        assert time.monotonic() - before < 1
+        assert time.monotonic() - before < 2
 
 
 @pytest.mark.parametrize("sends", [b"", b"x" * 100_000])

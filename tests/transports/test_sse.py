@@ -471,6 +471,7 @@ def test_a_replica_that_stops_opens_no_stream_and_passes_messages_on() -> None:
         assert int(answer.headers["Retry-After"]) > 0
         assert client.result("count")["calls"] == 1
         proxy.app.drain(timeout=0)
+        proxy.app.close()
         assert list(client.events()) == []
         client.close()
         assert processes(proxy) == 0
@@ -486,6 +487,55 @@ def test_a_running_call_is_answered_while_gunicorn_stops() -> None:
         assert client.answer(key)["result"]["slept"] == 1
         assert list(client.events()) == []
         assert proxy.process.wait(15) == 0
+        client.close()
+
+
+def test_an_initialize_that_the_end_of_its_replica_cuts_off_says_so() -> None:
+    with running("wsgi", [*SCRIPTED, "--slow-start", "60"]) as proxy:
+        assert isinstance(proxy, WsgiProxy)
+        client = client_of(proxy)
+        client.connect()
+        client.call("initialize", {"protocolVersion": "2024-11-05"}, key=0)
+        eventually(lambda: proxy.app.proxies["default"].is_busy)
+        proxy.app.close()
+        assert "The proxy has stopped the server" in client.answer(0)["error"]["message"]
+        assert list(client.events()) == []
+        assert proxy.app.proxies["default"].server_reason() is None
+        client.close()
+
+
+# --- no thread ------------------------------------------------------------------------------------
+
+
+def overloaded(client: SseClient) -> SseClient:
+    """The same session, as if no thread were free for what it posts."""
+    front = client.front
+    assert isinstance(front, WsgiFront)
+    client.posts = WsgiFront(front.app.overloaded)
+    return client
+
+
+def test_a_request_without_a_thread_is_answered_on_its_stream() -> None:
+    with running("wsgi") as proxy:
+        client = overloaded(client_of(proxy).open())
+        answer = client.post({"jsonrpc": "2.0", "id": "a", "method": "count"})
+        assert (answer.status, answer.failure, answer.body()) == (202, "overloaded", b"")
+        error = client.answer("a")["error"]
+        assert error == {"code": -32000, "message": "All threads of this worker are taken"}
+        assert client.notify("notifications/x").status == 202
+        client.posts = client.front
+        assert client.result("count")["calls"] == 1
+        client.close()
+
+
+def test_a_request_without_a_thread_whose_stream_is_elsewhere_is_a_503() -> None:
+    with replicas(2, kind=SSEProxy) as several:
+        client = SseClient(WsgiFront(several[0].app)).open()
+        client.posts = WsgiFront(several[1].app.overloaded)
+        answer = client.post({"jsonrpc": "2.0", "id": 7, "method": "count"})
+        assert (answer.status, answer.failure) == (503, "overloaded")
+        assert (answer.headers["Retry-After"], answer.message()["id"]) == ("5", 7)
+        assert client.notify("notifications/x").status == 202
         client.close()
 
 

@@ -205,7 +205,7 @@ class Child:
         """
         deadline = time.monotonic() + timeout
         while not self._write_lock.acquire(timeout=min(_LOOK, timeout)):
-            _require_patience(deadline, has_left)
+            _require_time(deadline, has_left)
         try:
             self._write_all(memoryview(line + b"\n"), deadline, has_left)
         finally:
@@ -228,7 +228,7 @@ class Child:
         poll = select.poll()
         poll.register(self._stdin.fileno(), select.POLLOUT)
         while not poll.poll(max(0.0, min(_LOOK, deadline - time.monotonic())) * 1000):
-            _require_patience(deadline, has_left)
+            _require_time(deadline, has_left)
 
     def close_stdin(self) -> None:
         """Closes the server's input, which asks it to exit (MCP 2025-11-25, lifecycle, "Shutdown").
@@ -271,7 +271,7 @@ class Child:
         self.close_output()
 
 
-def _require_patience(deadline: float, has_left: Callable[[], bool] | None) -> None:
+def _require_time(deadline: float, has_left: Callable[[], bool] | None) -> None:
     """Raises BackendTimeout when a writer's time is over, ClientLeft when its client has left."""
     if time.monotonic() >= deadline:
         raise BackendTimeout("The server does not read its input")

@@ -149,9 +149,10 @@ def drain(
             transport.end_streams()
             transport.hand_over()
         now = time.monotonic()
-        if any(transport.is_busy for transport in transports):
+        is_busy = any(transport.is_busy for transport in transports)
+        if is_busy:
             settled = now + settling
-        if now >= min(settled, deadline):
+        if now >= deadline or (now >= settled and not is_busy):
             return
         time.sleep(_POLL)
 

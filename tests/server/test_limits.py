@@ -6,7 +6,7 @@ import resource
 import tempfile
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
     )
     worker.served = set()
     monkeypatch.setattr(KeepaliveWorker, "_refuse", lambda _self, *given: refused.append(given))
-    conn = SimpleNamespace(counts_as_slow=True)
+    conn: Any = type("Waiting", (), {"counts_as_slow": True})()
     worker.enqueue_req(conn)
     ((connection, status, message, kind),) = refused
     assert (worker.busy, connection, kind) == (0, conn, "overloaded")

@@ -337,7 +337,7 @@ class TransparentProxy(Transport):
         with _closed_on_error(call):
             opened = handshake.opened(backend_sid, KIND, message, None)
             if call.sets_cookie:
-                found = cookies.kept("", call.headers, self.options.sticky_cookies)
+                found = cookies.kept("", call.headers, self.options.sticky_cookies, time.time())
                 opened = opened.with_metadata(**{COOKIES: found or None})
             try:
                 session = self._affinity.record(opened, call.address, backend_sid)

@@ -223,7 +223,7 @@ class SessionAffinity:
     def follow_cookies(self, session: Session, received: Headers) -> None:
         """Records the balancer's cookies in an answer; another change of the record wins."""
         before = session.metadata.get(COOKIES, "")
-        found = cookies.kept(before, received, self._sticky)
+        found = cookies.kept(before, received, self._sticky, time.time())
         if found == before or CLAIM in session.metadata:
             return
         try:
@@ -331,7 +331,7 @@ class SessionAffinity:
         version = jsonrpc.protocol_version_of(response.result)
         if not headers.FIELD_VALUE.fullmatch(f"{version}{answer.session_id}"):
             raise BadAnswer("The server answered with a session id or version that cannot be sent")
-        sticky = cookies.kept("", answer.headers, self._sticky)
+        sticky = cookies.kept("", answer.headers, self._sticky, time.time())
         given = _within(given, answer.session_id, version, sticky)
         self._calls.send_initialized(address, given, timeout)
         return _Initialized(address, answer.session_id, version, sticky)

@@ -5,7 +5,10 @@ SDK clients keep none, so the proxy keeps those of the names that are given to i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_tz
 from fnmatch import fnmatchcase
 
 from mcp_proxy.wire.headers import Headers
@@ -13,11 +16,14 @@ from mcp_proxy.wire.headers import Headers
 #: The longest text of `kept`, in bytes; a cookie that does not fit is left out.
 MAX_COOKIES = 4096
 
+_SECONDS = re.compile(r"-?[0-9]+")
 
-def kept(before: str, received: Headers, names: Sequence[str]) -> str:
+
+def kept(before: str, received: Headers, names: Sequence[str], now: float) -> str:
     """The cookies `before`, as a Cookie header has them, after the Set-Cookie in an answer.
 
-    `names` are those that are kept; a `*` in them stands for any characters.
+    `names` are those that are kept; a `*` in them stands for any characters. `now` is the time as
+    `time.time` has it: one that is over is taken out.
     """
     cookies = _parsed(before)
     for name, value in received:
@@ -27,7 +33,7 @@ def kept(before: str, received: Headers, names: Sequence[str]) -> str:
         cookie = pair.partition("=")[0].strip()
         if any(fnmatchcase(cookie, wanted) for wanted in names):
             cookies.pop(cookie, None)
-            if not any(_ends(attribute) for attribute in attributes):
+            if not _is_over(attributes, now):
                 cookies[cookie] = pair
     text = ""
     for pair in cookies.values():
@@ -50,7 +56,23 @@ def _parsed(cookies: str) -> dict[str, str]:
     return {pair.partition("=")[0].strip(): pair for pair in pairs}
 
 
-def _ends(attribute: str) -> bool:
-    """Whether an attribute says that the cookie is over."""
-    name, _, value = attribute.partition("=")
-    return name.strip().lower() == "max-age" and (value.strip() or "0").startswith(("-", "0"))
+def _is_over(attributes: Sequence[str], now: float) -> bool:
+    """Whether a cookie with these attributes is over; Max-Age counts more than Expires."""
+    age, expiry = "", float("inf")
+    for attribute in attributes:
+        name, _, value = attribute.partition("=")
+        match name.strip().lower():
+            case "max-age" if _SECONDS.fullmatch(value.strip()):
+                age = value.strip()
+            case "expires" if (date := _time_in(value)) is not None:
+                expiry = date
+    return (age.startswith("-") or not age.strip("0")) if age else expiry <= now
+
+
+def _time_in(date: str) -> float | None:
+    """The time that a date means, None for what is none."""
+    try:
+        parsed = parsedate_tz(date)
+        return None if parsed is None else datetime(*parsed[:6], tzinfo=UTC).timestamp()
+    except (ValueError, OverflowError, IndexError):
+        return None

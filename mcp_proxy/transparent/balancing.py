@@ -135,6 +135,7 @@ class Balancer:
     ) -> None:
         self._reachability = reachability
         self._targets = targets
+        self.has_one_target = len(targets) == 1
         self._ttl = ttl
         self._names = Names(resolver, clock)
         self._clock = clock
@@ -195,7 +196,7 @@ class Balancer:
         First come those of its name, then the other targets, and at last those that were left out
         and can be reached again, `address` among them.
         """
-        others = [found for found in self.candidates() if found[:3] != address[:3]]
+        others = [found for found in self.candidates() if _place(found) != _place(address)]
         others.sort(key=lambda found: _named(found) != _named(address))
         yield from self._in_turn([*others, *([address] if self._is_left_out(address) else [])])
 
@@ -255,6 +256,21 @@ class Balancer:
             self._addresses(each, NAME_WAIT)
         return self._is_known(target.origin)
 
+    def address_of(self, backend: Target, name: str | None) -> Address:
+        """The address that a record names, with the endpoint of the target that it belongs to.
+
+        A path in the record finds one of several targets on a host, or stands for itself.
+        """
+        address = Address(*backend.origin, name, backend.own_path, backend.query)
+        if address.query:
+            return address
+        for target in self._targets:
+            own = self._own_endpoint(target)
+            is_there = target.origin == (address.scheme, name or address.host, address.port)
+            if is_there and address.path in ("", own[0], target.own_path):
+                return Address(*address[:4], *own)
+        return address
+
     def has_name(self, name: str | None) -> bool:
         """Whether a target has this name."""
         return any(target.host == name for target in self._targets)
@@ -270,9 +286,17 @@ class Balancer:
     def _addresses(self, target: Target, wait: float) -> list[Address]:
         hosts = self._names.addresses(target.host, target.port, wait)
         self._remember(target, hosts)
+        own = self._own_endpoint(target)
         if not hosts or list(hosts) == [target.host]:
-            return [target.address]
-        return [Address(target.scheme, host, target.port, target.host) for host in hosts]
+            return [Address(*target.origin, None, *own)]
+        return [Address(target.scheme, host, target.port, target.host, *own) for host in hosts]
+
+    def _own_endpoint(self, target: Target) -> tuple[str, str]:
+        """Path and query as an address of a target has them: none for those of the first one."""
+        static = self._targets[0]
+        if (target.own_path, target.query) == (static.own_path, static.query):
+            return "", ""
+        return target.own_path or "/mcp", target.query
 
     def _remember(self, target: Target, hosts: Sequence[str]) -> None:
         now = self._clock()
@@ -301,3 +325,8 @@ class Balancer:
 
 def _named(address: Address) -> Origin:
     return address.scheme, address.name or address.host, address.port
+
+
+def _place(address: Address) -> tuple[str, ...]:
+    """What identifies a backend, whether its name is known or not."""
+    return address.url, address.path, address.query

@@ -119,7 +119,7 @@ class OwnCalls:
         timeout: float,
         is_fresh: bool = False,
     ) -> HttpCall:
-        target = request_target(self._target, None, "/mcp", "")
+        target = request_target(self._target, address, "/mcp", "")
         call = HttpCall(self._client, address, method, target, given, body, is_fresh)
         call.send(timeout)
         while (successor := call.redirected()) is not None:

@@ -191,6 +191,7 @@ class TransparentProxy(Transport):
         )
         self.disconnects = DisconnectWatcher(workers)
         self.refresher = SessionRefresher(manager, manager.storage.ttl, workers)
+        self._targets = targets
         self._target = targets[0]
         calls = OwnCalls(self._client, targets[0], options.request_timeout)
         self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
@@ -256,8 +257,9 @@ class TransparentProxy(Transport):
 
     def handle(self, request: ClientRequest) -> Reply:
         if "HTTP_SEC_FETCH_SITE" in request.environ:
-            path = request.path.rstrip("/")
-            if path in _SSE_PATHS or is_endpoint(self._target, None, request.path):
+            path = request.path
+            is_ours = any(is_endpoint(target, None, path) for target in self._targets)
+            if is_ours or path.rstrip("/") in _SSE_PATHS:
                 require_own_site(request.environ)
         body = request.read_body(self.options.max_body_bytes)
         message = _message_in(request, body)
@@ -314,7 +316,7 @@ class TransparentProxy(Transport):
     def _first_reached(self, inbound: Inbound) -> HttpCall:
         """The call at the first backend that can be reached."""
         return self.balancer.first_reached(
-            lambda address: self._call(inbound, Route(address, None, None))
+            lambda address: self._call(inbound, Route(address, None))
         )
 
     def _in_sse_session(self, inbound: Inbound, session: Session) -> Reply:
@@ -369,7 +371,7 @@ class TransparentProxy(Transport):
         found = self._unknown.find(session_id, outbound)
         if isinstance(found, Session):
             return self._in_session(inbound, found)
-        return self._reply(inbound, self._call(inbound, Route(found, None, session_id)))
+        return self._reply(inbound, self._call(inbound, Route(found, session_id)))
 
     # --- in a session ----------------------------------------------------------------------------
 
@@ -416,7 +418,7 @@ class TransparentProxy(Transport):
         failure: ProxyError = BackendUnreached("The server cannot be reached")
         for address in self.balancer.instead_of(route.address):
             try:
-                there = route._replace(address=address, backend=None)
+                there = route._replace(address=address)
                 call = self._asked(inbound, session, there)
             except BackendUnreached as error:
                 self.balancer.note_failure(address, error)
@@ -487,8 +489,8 @@ class TransparentProxy(Transport):
         is_followed = False
         if target is None:
             path, query = raw_path(request.environ), request.environ.get("QUERY_STRING", "")
-            target = request_target(self._target, route.backend, path, query)
-            is_followed = is_endpoint(self._target, route.backend, path)
+            target = request_target(self._target, route.address, path, query)
+            is_followed = is_endpoint(self._target, route.address, path)
         call = HttpCall(self._client, route.address, request.method, target, outbound, inbound.body)
         return self._sent(inbound, call, is_followed)
 

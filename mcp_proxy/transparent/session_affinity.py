@@ -63,13 +63,11 @@ _PINGS = 3
 class Route(NamedTuple):
     """The address for a request, and the backend's session id, None for none.
 
-    `backend` is the target that the session's record names, None for the static target. Where
-    the address is not usable the request goes elsewhere: it was left out, or its name has lost it.
-    `cookies` are those of a balancer.
+    Where the address is not usable the request goes elsewhere: it was left out, or its name has
+    lost it. `cookies` are those of a balancer.
     """
 
     address: Address
-    backend: Target | None
     session_id: str | None
     is_usable: bool = True
     cookies: str | None = None
@@ -122,7 +120,7 @@ class SessionAffinity:
         An id that is taken (two backends that count from one) or malformed is replaced by one of
         our own.
         """
-        where = {BACKEND_URL: address.url, BACKEND_HOST: address.name}
+        where = {BACKEND_URL: address.backend_url, BACKEND_HOST: address.name}
         session = session.with_metadata(**where)
         if not headers.is_session_id(session.id) or not self._is_created(session):
             session = msgspec.structs.replace(session, id=self._manager.mint_id())
@@ -174,17 +172,17 @@ class SessionAffinity:
     def route(self, session: Session) -> Route:
         """The route of the session's requests; the session counts as used."""
         session_id = session.metadata.get(BACKEND_SID, session.id) or None
-        name = session.metadata.get(BACKEND_HOST)
-        backend = self._backend_of(session)
-        if backend is None:
-            address, has_moved = self._target.address, self._balancer.has_name(name)
+        address = self._backend_of(session)
+        if address is None:
+            address = self._target.address
+            has_moved = self._balancer.has_name(session.metadata.get(BACKEND_HOST))
             is_usable = self._balancer.touch(session.id, address) and not has_moved
-            return Route(address, None, session_id, is_usable)
-        address = Address(backend.scheme, backend.host, backend.port, name)
+            return Route(address, session_id, is_usable)
         is_usable = self._balancer.touch(session.id, address)
-        return Route(address, backend, session_id, is_usable, session.metadata.get(COOKIES))
+        return Route(address, session_id, is_usable, session.metadata.get(COOKIES))
 
-    def _backend_of(self, session: Session) -> Target | None:
+    def _backend_of(self, session: Session) -> Address | None:
+        """The address that the record names, None where the static target serves."""
         url = session.metadata.get(BACKEND_URL)
         if url is None:
             return None
@@ -193,7 +191,9 @@ class SessionAffinity:
             log.warning("a session's backend cannot be read; using the static target")
             return None
         if self._allows_any or backend.origin in self._allowed or self._balancer.knows(backend):
-            return backend
+            if self._balancer.has_one_target and not (backend.path or backend.query):
+                return Address(backend.scheme, backend.host, backend.port, name)
+            return self._balancer.address_of(backend, name)
         log.warning("a session's backend_url is not an allowed backend; using the static target")
         return None
 
@@ -204,7 +204,7 @@ class SessionAffinity:
         """
         if CLAIM in session.metadata:
             return
-        where = {BACKEND_URL: address.url, BACKEND_HOST: address.name}
+        where = {BACKEND_URL: address.backend_url, BACKEND_HOST: address.name}
         try:
             if self._manager.swap(session, session.with_metadata(**where)):
                 self._balancer.add(session.id, address)
@@ -274,7 +274,7 @@ class SessionAffinity:
 
     def _settle(self, claimed: Session, new: _Initialized, given: Mapping[str, str]) -> Session:
         result: dict[str, str | None] = {
-            BACKEND_URL: new.address.url,
+            BACKEND_URL: new.address.backend_url,
             BACKEND_HOST: new.address.name,
             BACKEND_SID: new.session_id or "",
             LOST_AT: f"{time.time():.3f}",
@@ -297,12 +297,9 @@ class SessionAffinity:
         """
         lost_at = float(claimed.metadata.get(LOST_AT, "-inf"))
         session_id = claimed.metadata.get(BACKEND_SID, claimed.id)
-        backend = self._backend_of(claimed)
-        if abs(time.time() - lost_at) > _LOST_AGAIN or not session_id or backend is None:
+        address = self._backend_of(claimed)
+        if abs(time.time() - lost_at) > _LOST_AGAIN or not session_id or address is None:
             return False
-        address = Address(
-            backend.scheme, backend.host, backend.port, claimed.metadata.get(BACKEND_HOST)
-        )
         if not any(self._knows(address, given, session_id) for _ in range(_PINGS)):
             return False
         if self._warning.is_due():

@@ -141,7 +141,11 @@ class UnknownSessions:
         return takes_all
 
     def _recorded(self, session_id: str, address: Address, version: str | None) -> Session:
-        metadata = {BACKEND_URL: address.url, BACKEND_HOST: address.name, PROTOCOL_VERSION: version}
+        metadata = {
+            BACKEND_URL: address.backend_url,
+            BACKEND_HOST: address.name,
+            PROTOCOL_VERSION: version,
+        }
         known = {key: value for key, value in metadata.items() if value is not None}
         session = new_session(session_id, KIND, **known)
         try:

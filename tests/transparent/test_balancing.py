@@ -299,6 +299,28 @@ def test_an_address_belongs_to_its_name_for_five_minutes(
     assert not made.touch("s", old)
 
 
+def test_each_target_has_an_endpoint_of_its_own(balancer: Make) -> None:
+    made = balancer("http://one:5/v2?t=1", "http://b:1/v2?t=2", "http://b:1/z", "http://c:1")
+    first = Address("http", "10.0.0.1", 5, "one")
+    second = Address("http", "b", 1, None, "/v2", "t=2")
+    third = Address("http", "b", 1, None, "/z")
+    fourth = Address("http", "c", 1, None, "/mcp")
+    assert set(made.candidates()) == {first, second, third, fourth}
+    for address in (first, second, third, fourth):
+        recorded = target(address.backend_url)
+        assert made.address_of(recorded, address.name) == address
+        assert address not in list(made.instead_of(address))
+    assert made.address_of(target("http://c:1"), None) == fourth
+    assert made.address_of(target("http://b:1/w"), None) == third._replace(path="/w")
+    assert made.address_of(target("http://d:1"), None) == Address("http", "d", 1)
+
+
+def test_a_record_may_repeat_the_path_of_the_only_target(balancer: Make) -> None:
+    made = balancer("http://a:1/v2")
+    for url in ("http://a:1", "http://a:1/", "http://a:1/v2"):
+        assert made.address_of(target(url), None) == Address("http", "a", 1)
+
+
 def test_who_serves_instead_is_of_the_same_name_first(balancer: Make) -> None:
     made = balancer("http://many:5", "http://one:5", "http://many:6")
     pinned = Address("http", "10.0.0.2", 5, "many")

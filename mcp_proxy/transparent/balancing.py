@@ -83,9 +83,12 @@ class Names:
     def has(self, host: str, port: int, address: str) -> bool:
         """Whether a name has an address: by its last good look-up, or one within five minutes.
 
-        True as well where nothing is known of the name. Waits for nobody.
+        True as well where nothing is known of the name. Waits for nobody. A port for which the name
+        was not looked up is one that a redirect led to.
         """
-        found = self._found.get((host, port))
+        found = self._found.get((host, port)) or next(
+            (found for (name, _), found in self._found.copy().items() if name == host), None
+        )
         if found is None or not found.hosts or address in found.hosts:
             return True
         return found.seen.get(address, float("-inf")) + _KEPT > self._clock()
@@ -145,6 +148,8 @@ class Balancer:
         self._sessions: OrderedDict[str, tuple[Address, float]] = OrderedDict()
         self._load: Counter[Address] = Counter()
         self._known: dict[Origin, float] = {}
+        # The port for TLS of http targets that redirect to https, and until when that counts.
+        self._tls_ports: dict[Origin, tuple[int, float]] = {}
 
     def __repr__(self) -> str:
         return f"<Balancer {dict(self._load)}>"
@@ -249,12 +254,30 @@ class Balancer:
             self._remove(session_id)
 
     def knows(self, target: Target) -> bool:
-        """Whether a backend is a target or an address of one, now or within the last `ttl`."""
+        """Whether a backend is a target or an address of one, now or within the last `ttl`.
+
+        For an http target that is its host with https as well: it may have redirected there.
+        """
         if self._is_known(target.origin):
             return True
         for each in self._targets:
             self._addresses(each, NAME_WAIT)
-        return self._is_known(target.origin)
+        if self._is_known(target.origin):
+            return True
+        return target.scheme == "https" and self._was_redirected(target)
+
+    def _was_redirected(self, backend: Target) -> bool:
+        for target in self._targets:
+            origin = ("http", backend.host, target.port)
+            if target.scheme == "http" and self._is_known(origin):
+                self.note_tls(target.address, backend.port)
+                return True
+        return False
+
+    def note_tls(self, address: Address, port: int) -> None:
+        """Has a target that redirects to https asked there at once, from now on, for `ttl`."""
+        with self._lock:
+            self._tls_ports[_named(address)] = (port, self._clock() + self._ttl)
 
     def address_of(self, backend: Target, name: str | None) -> Address:
         """The address that a record names, with the endpoint of the target that it belongs to.
@@ -287,6 +310,10 @@ class Balancer:
         hosts = self._names.addresses(target.host, target.port, wait)
         self._remember(target, hosts)
         own = self._own_endpoint(target)
+        port, until = self._tls_ports.get(target.origin, (0, 0.0))
+        if until > self._clock():
+            target = target._replace(scheme="https", port=port)
+            self._remember(target, hosts)
         if not hosts or list(hosts) == [target.host]:
             return [Address(*target.origin, None, *own)]
         return [Address(target.scheme, host, target.port, target.host, *own) for host in hosts]

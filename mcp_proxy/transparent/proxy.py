@@ -517,6 +517,8 @@ class TransparentProxy(Transport):
             if successor is None:
                 return call
             call.close()
+            if successor.address.scheme != call.address.scheme:
+                self.balancer.note_tls(call.address, successor.address.port)
             call = successor
 
     def _time_left(self, until: float) -> float:

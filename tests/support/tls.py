@@ -58,10 +58,15 @@ class Certificates:
         """The files of a client, as the query of a URL."""
         return urlencode(self.files)
 
-    def for_servers(self) -> ssl.SSLContext:
-        """What a server speaks TLS with; clients must have a certificate too."""
+    def for_anybody(self) -> ssl.SSLContext:
+        """What a server speaks TLS with whose clients need no certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.path("server.pem"), self.path("server.key"))
+        return context
+
+    def for_servers(self) -> ssl.SSLContext:
+        """What a server speaks TLS with; clients must have a certificate too."""
+        context = self.for_anybody()
         context.load_verify_locations(self.path("ca.pem"))
         context.verify_mode = ssl.CERT_REQUIRED
         return context

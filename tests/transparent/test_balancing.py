@@ -239,8 +239,35 @@ def test_targets_and_their_addresses_are_known(balancer: Make) -> None:
     made = balancer("http://many:5/mcp", "https://one")
     for url in ("http://many:5", "http://10.0.0.2:5/x", "http://[::3]:5", "https://one:443/"):
         assert made.knows(target(url)), url
-    for url in ("http://many:6", "https://many:5", "http://10.0.0.9:5", "https://10.0.0.2"):
+    for url in ("http://many:6", "http://one:443", "http://10.0.0.9:5", "https://10.0.0.9"):
         assert not made.knows(target(url)), url
+
+
+def test_a_target_that_redirects_to_https_is_asked_there(
+    balancer: Make, names: Names, clock: Clock
+) -> None:
+    made, other = (balancer("http://many:5", "https://one:6") for _ in range(2))
+    made.note_tls(Address("http", "10.0.0.1", 5, "many"), 8443)
+    found = made.candidates()
+    assert {(address.url, address.name) for address in found} == {
+        ("https://10.0.0.1:8443", "many"),
+        ("https://10.0.0.2:8443", "many"),
+        ("https://[::3]:8443", "many"),
+        ("https://10.0.0.1:6", "one"),
+    }
+    for url in ("http://10.0.0.2:5", "https://10.0.0.2:8443", "https://many:8443"):
+        assert made.knows(target(url)), url
+    assert not other.knows(target("https://10.0.0.9:8443"))
+    assert other.knows(target("https://10.0.0.2:8443"))  # as a record of another replica says
+    assert set(other.candidates()) == set(found)
+    names.known["many"] = ["10.0.0.7"]
+    clock.now = 301
+    assert {address.url for address in made.candidates()} == {
+        "http://10.0.0.7:5",
+        "https://10.0.0.1:6",
+    }
+    assert not made.touch("s", Address("https", "10.0.0.2", 8443, "many"))
+    assert made.touch("s", Address("https", "10.0.0.7", 8443, "many"))
 
 
 def test_a_new_address_is_looked_up_before_it_is_refused(

@@ -1,0 +1,93 @@
+"""An http target that redirects to https: its sessions live there, and nothing goes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers.http_backend import HttpBackend, reply
+from tests.support.tls import Certificates
+from tests.support.transparent import BOTH, Transparent, transparent
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def secure(certificates: Certificates) -> Iterator[HttpBackend]:
+    with HttpBackend(tls=certificates.for_anybody(), name="secure") as backend:
+        yield backend
+
+
+@pytest.fixture
+def plain(secure: HttpBackend) -> Iterator[HttpBackend]:
+    with HttpBackend(name="plain") as backend:
+        for method in ("POST", "GET", "DELETE"):
+            backend.on(method, "/mcp", reply(308, b"", f"Location: {secure.url}/mcp"))
+        yield backend
+
+
+@pytest.fixture(params=BOTH)
+def proxy(
+    request: pytest.FixtureRequest, plain: HttpBackend, certificates: Certificates, redis_url: str
+) -> Iterator[Transparent]:
+    ca_file = certificates.path("ca.pem")
+    with transparent(request.param, plain.url, redis_url, ca_file=ca_file, threads=4) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_session_lives_where_its_initialize_was_led(
+    proxy: Transparent, plain: HttpBackend, secure: HttpBackend, status: int
+) -> None:
+    plain.on("POST", "/mcp", reply(status, b"", f"Location: {secure.url}/mcp"))
+    client = proxy.client().open()
+    assert client.result("tools/call")["backend"] == "secure"
+    assert client.session is not None
+    record = proxy.manager.storage.load(client.session)
+    assert record.backend_url == secure.url
+    assert client.listen().status == 200
+    assert [seen.rpc for seen in plain.seen] == ["initialize"]  # nothing else was redirected
+    secure.sessions.clear()
+    assert client.result("tools/call")["backend"] == "secure"  # initialized again
+    assert proxy.client().open().result("tools/call")["backend"] == "secure"
+    assert client.delete().status == 200
+    assert [seen.rpc for seen in plain.seen] == ["initialize"]
+
+
+def test_a_replica_that_saw_no_redirect_believes_the_record(
+    proxy: Transparent,
+    plain: HttpBackend,
+    secure: HttpBackend,
+) -> None:
+    record = proxy.record(backend_url=secure.url)
+    secure.sessions.add(record.id)
+    client = proxy.client()
+    client.session = record.id
+    assert client.result("tools/call")["backend"] == "secure"
+    assert plain.seen == []
+
+
+def test_a_server_that_is_away_is_not_looked_for_without_tls(
+    proxy: Transparent, plain: HttpBackend, secure: HttpBackend
+) -> None:
+    client = proxy.client().open()
+    seen = len(plain.seen)
+    secure.stop()
+    answer = client.call("tools/call", Authorization="Bearer secret")
+    assert answer.failure == "server-unreachable"
+    assert len(plain.seen) == seen
+
+
+def test_the_way_back_is_not_taken(
+    proxy: Transparent, plain: HttpBackend, secure: HttpBackend
+) -> None:
+    client = proxy.client().open()
+    plain.acts.clear()
+    secure.on("POST", "/mcp", reply(307, b"", f"Location: {plain.url}/mcp"))
+    seen = len(plain.seen)
+    assert client.call("tools/call").status == 307
+    assert len(plain.seen) == seen

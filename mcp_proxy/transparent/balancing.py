@@ -124,8 +124,9 @@ class Balancer:
     """Orders backends by their sessions of this replica, fewest first, ties in turn. Thread-safe.
 
     A host name is resolved by `Names`, and each of its addresses is a backend; the name itself is
-    one only while no address is known. `ttl` is the sessions', in seconds. Those that
-    `reachability` leaves out come last.
+    one only while no address is known, or where `proxy_of` names an outbound proxy for it: then it
+    is not looked up. `ttl` is the sessions', in seconds. Those that `reachability` leaves out come
+    last.
     """
 
     def __init__(
@@ -135,8 +136,10 @@ class Balancer:
         resolver: Resolver = resolve,
         clock: Callable[[], float] = time.monotonic,
         reachability: Reachability | None = None,
+        proxy_of: Callable[[Address], str | None] = lambda address: None,
     ) -> None:
         self._reachability = reachability
+        self._proxy_of = proxy_of
         self._targets = targets
         self.has_one_target = len(targets) == 1
         self._ttl = ttl
@@ -307,7 +310,9 @@ class Balancer:
         self._names.stop()
 
     def _addresses(self, target: Target, wait: float) -> list[Address]:
-        hosts = self._names.addresses(target.host, target.port, wait)
+        hosts: Sequence[str] = ()
+        if self._proxy_of(target.address) is None:
+            hosts = self._names.addresses(target.host, target.port, wait)
         self._remember(target, hosts)
         own = self._own_endpoint(target)
         port, until = self._tls_ports.get(target.origin, (0, 0.0))

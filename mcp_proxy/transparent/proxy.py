@@ -184,10 +184,16 @@ class TransparentProxy(Transport):
         self.manager = manager
         self.edge = edge
         self._workers = workers
-        self._client = HttpClient(options.connect_timeout, options.threads, verify)
+        self._client = HttpClient(
+            options.connect_timeout, options.threads, verify, options.backend_proxy
+        )
         self.reachability = Reachability(self._client.probe, workers)
         self.balancer = Balancer(
-            targets, manager.storage.ttl, resolver or resolve, reachability=self.reachability
+            targets,
+            manager.storage.ttl,
+            resolver or resolve,
+            reachability=self.reachability,
+            proxy_of=self._client.proxy_of,
         )
         self.disconnects = DisconnectWatcher(workers)
         self.refresher = SessionRefresher(manager, manager.storage.ttl, workers)

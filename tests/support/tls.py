@@ -29,11 +29,13 @@ _DAY = datetime.timedelta(days=1)
 class Certificates:
     """A certificate authority in a directory, with one certificate for servers and one for clients.
 
-    Files: `ca.pem`, `server.pem`, `client.pem`, and their keys in `*.key`.
+    They are for 127.0.0.1 and `name`. Files: `ca.pem`, `server.pem`, `client.pem`, and their keys
+    in `*.key`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "localhost") -> None:
         self._directory = directory
+        self._server_name = x509.DNSName(name)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name("Authority of this test")
         self._write("ca", self._key, self._name, is_authority=True)
@@ -89,7 +91,9 @@ class Certificates:
             .not_valid_before(now - _DAY)
             .not_valid_after(now + _DAY)
             .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([loopback]), critical=False)
+            .add_extension(
+                x509.SubjectAlternativeName([loopback, self._server_name]), critical=False
+            )
             .sign(self._key, hashes.SHA256())
         )
         pem = serialization.Encoding.PEM

@@ -83,6 +83,9 @@ _DISCOVER = "server/discover"
 # Requests of 2026-07-28 that are answered by a standing stream.
 _LISTENING = ("subscriptions/listen", "events/stream")
 
+# Seconds between two attempts to reach the backend of a stream.
+_PAUSE = 0.2
+
 # Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
 
@@ -326,14 +329,27 @@ class TransparentProxy(Transport):
         )
 
     def _in_sse_session(self, inbound: Inbound, session: Session) -> Reply:
-        """Sends a message of 2024-11-05 to the backend that holds its session's stream."""
-        target = self._sse.target_of(inbound.request, session)
+        """Sends a message of 2024-11-05 to the backend that holds its session's stream.
+
+        A request is tried for `connect_timeout` while that cannot be reached. The session ends with
+        its stream alone: whoever holds that notices.
+        """
+        request = inbound.request
+        target = self._sse.target_of(request, session)
         route = self._affinity.route(session)._replace(session_id=None)
-        try:
-            return self._reply(inbound, self._call(inbound, route, target))
-        except BackendUnreached as error:
-            self._sse.end(session)  # its stream has ended with the backend
-            raise SessionEnded from error
+        is_request = isinstance(inbound.message, Request)
+        until = time.monotonic() + (self.options.connect_timeout if is_request else 0)
+        while True:
+            try:
+                return self._reply(inbound, self._call(inbound, route, target))
+            except BackendUnreached as error:
+                if time.monotonic() >= until or request.has_left():
+                    error.status = 503
+                    error.headers = [("Retry-After", "1")]
+                    raise
+            time.sleep(_PAUSE)
+            if self._sse.session_of(request) is None:
+                raise SessionEnded
 
     def _initialize(self, inbound: Inbound, message: Request) -> Reply:
         call = self._first_reached(inbound)

@@ -108,6 +108,15 @@ class Inbound(NamedTuple):
         """The JSON-RPC id of the answer, None where the body is not a single request."""
         return self.message.id if isinstance(self.message, Request) else None
 
+    @property
+    def ids(self) -> list[RequestId]:
+        """The ids of all requests in the body."""
+        if isinstance(self.message, Request):
+            return [self.message.id]
+        if not isinstance(self.message, list):
+            return []
+        return [part.id for part in self.message if isinstance(part, Request)]
+
 
 class TransparentProxy(Transport):
     """A WSGI application in front of one or several HTTP MCP servers.
@@ -614,7 +623,7 @@ class TransparentProxy(Transport):
 
         body = ForwardedBody(
             call,
-            inbound.id,
+            inbound.ids,
             on_failure,
             transform,
             self.options.keepalive_interval,

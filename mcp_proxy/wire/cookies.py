@@ -1,4 +1,4 @@
-"""Cookies by which a balancer keeps a session at one server (RFC 6265). Pure.
+"""Cookies of clients, and those by which a balancer keeps a session at one server (RFC 6265). Pure.
 
 SDK clients keep none, so the proxy keeps those of the names that are given to it, and no other.
 """
@@ -17,6 +17,9 @@ from mcp_proxy.wire.headers import Headers
 MAX_COOKIES = 4096
 
 _SECONDS = re.compile(r"-?[0-9]+")
+
+# A comma before what begins a cookie, and what is in quotes, where none does.
+_JOINT = re.compile(r"""("[^"]*")|,[ \t]*(?=[!#$%&'*+.^_`|~0-9A-Za-z-]+=)""")
 
 
 def kept(before: str, received: Headers, names: Sequence[str], now: float) -> str:
@@ -41,6 +44,15 @@ def kept(before: str, received: Headers, names: Sequence[str], now: float) -> st
         if len(joined.encode()) <= MAX_COOKIES:
             text = joined
     return text
+
+
+def rejoined(cookie: str) -> str:
+    """A Cookie header of which a server may have made several, joined by the comma of lists.
+
+    RFC 9113 section 8.2.3 wants `; `. No cookie's value has a comma (RFC 6265 section 4.1.1), but
+    some have: one that no name follows stays.
+    """
+    return _JOINT.sub(lambda found: found[1] or "; ", cookie)
 
 
 def sent_with(given: str | None, cookies: str) -> str:

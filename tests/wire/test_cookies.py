@@ -60,6 +60,24 @@ def test_nothing_breaks_the_reading(pair: str, attribute: str) -> None:
         assert "other" not in kept(f"{pair}; {name}={attribute}", "other=1; Max-Age=9")
 
 
+@pytest.mark.parametrize(
+    ("told", "meant"),
+    [
+        ("a=1", "a=1"),
+        ("a=1; b=2", "a=1; b=2"),
+        ("a=1,b=2, c=3,\td=4; e=5", "a=1; b=2; c=3; d=4; e=5"),
+        ("a=1,2,b=3", "a=1,2; b=3"),
+        ('a="1,b=2",c=3', 'a="1,b=2"; c=3'),
+        ("a=1,b", "a=1,b"),
+        ("a=1,", "a=1,"),
+        ('a={"x":1,"y":2},b=3', 'a={"x":1,"y":2}; b=3'),
+        ('a="1,b=2', 'a="1; b=2'),
+    ],
+)
+def test_headers_that_a_server_joined_are_told_apart(told: str, meant: str) -> None:
+    assert cookies.rejoined(told) == meant
+
+
 def test_cookies_have_a_bound() -> None:
     found = kept(*(f"route{n}={'x' * 1500}" for n in range(9)))
     assert len(found) <= cookies.MAX_COOKIES

@@ -428,6 +428,11 @@ def script_name() -> str:
     return os.environ.get("SCRIPT_NAME", "")
 
 
+def is_malloc_told() -> bool:
+    """Whether glibc has been told in the environment how to allocate memory."""
+    return any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"))
+
+
 def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The values of `MCP_PROXY_*` variables; raises ConfigError for an unknown name.
 

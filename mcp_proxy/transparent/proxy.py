@@ -377,7 +377,8 @@ class TransparentProxy(Transport):
             except StorageError:
                 call.close()
                 outbound = self._policy.outbound(inbound.request.environ)
-                self._affinity.discard(call.address, backend_sid, outbound)
+                sticky = opened.metadata.get(COOKIES)
+                self._affinity.discard(call.address, backend_sid, outbound, sticky)
                 raise
         inbound.request.session = session.id
         reader = InitializeReader(

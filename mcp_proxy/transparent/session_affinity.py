@@ -157,13 +157,18 @@ class SessionAffinity:
         self._manager.end(session_id)
 
     def discard(
-        self, address: Address, session_id: str | None, request_headers: Mapping[str, str]
+        self,
+        address: Address,
+        session_id: str | None,
+        request_headers: Mapping[str, str],
+        sticky: str | None,
     ) -> None:
-        """Ends a session at its backend that no record names."""
+        """Ends a session at its backend that no record names; `sticky` are a balancer's cookies."""
         if session_id is None:
             return
+        given = _within(taken_along(request_headers), session_id, None, sticky)
         try:
-            self._calls.end(address, taken_along(request_headers), session_id)
+            self._calls.end(address, given, session_id)
         except BackendError as error:
             log.info("an unused session was not ended at its backend: %s", error)
 
@@ -268,7 +273,7 @@ class SessionAffinity:
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
             self._manager.end(claimed.id)
-            self.discard(new.address, new.session_id, given)
+            self.discard(new.address, new.session_id, given, new.cookies)
             raise SessionEnded
         return self._settle(claimed, new, given)
 
@@ -283,7 +288,7 @@ class SessionAffinity:
         }
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
-            self.discard(new.address, new.session_id, given)
+            self.discard(new.address, new.session_id, given, new.cookies)
             return claims.unclaimed(self._manager, self._manager.load(claimed.id), has_ended)
         self._balancer.add(claimed.id, new.address)
         log.info("a session was initialized again at %s", new.address.url)

@@ -417,6 +417,8 @@ class HttpCall:
         if there.scheme == self.address.scheme and there.port != self.address.port:
             return None  # another server on that host, which must not get Authorization
         address = self.address._replace(scheme=there.scheme, port=there.port)
+        if self._client.proxy_of(address) is not None:
+            address = address._replace(host=ours, name=None)
         target = f"{there.path or '/'}?{there.query}" if there.query else there.path or "/"
         call = HttpCall(
             self._client, address, self.method, target, self.request_headers, self.request_body

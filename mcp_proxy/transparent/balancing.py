@@ -310,18 +310,20 @@ class Balancer:
         self._names.stop()
 
     def _addresses(self, target: Target, wait: float) -> list[Address]:
-        hosts: Sequence[str] = ()
-        if self._proxy_of(target.address) is None:
-            hosts = self._names.addresses(target.host, target.port, wait)
-        self._remember(target, hosts)
-        own = self._own_endpoint(target)
+        found = target
         port, until = self._tls_ports.get(target.origin, (0, 0.0))
         if until > self._clock():
-            target = target._replace(scheme="https", port=port)
-            self._remember(target, hosts)
+            found = target._replace(scheme="https", port=port)
+        hosts: Sequence[str] = ()
+        if self._proxy_of(found.address) is None:
+            hosts = self._names.addresses(target.host, target.port, wait)
+        self._remember(target, hosts)
+        if found is not target:
+            self._remember(found, hosts)
+        own = self._own_endpoint(target)
         if not hosts or list(hosts) == [target.host]:
-            return [Address(*target.origin, None, *own)]
-        return [Address(target.scheme, host, target.port, target.host, *own) for host in hosts]
+            return [Address(*found.origin, None, *own)]
+        return [Address(found.scheme, host, found.port, found.host, *own) for host in hosts]
 
     def _own_endpoint(self, target: Target) -> tuple[str, str]:
         """Path and query as an address of a target has them: none for those of the first one."""

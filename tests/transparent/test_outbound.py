@@ -185,3 +185,34 @@ def test_redirects_lead_through_it(certificates: Certificates) -> None:
             assert client.session is not None
             assert proxy.manager.storage.load(client.session).backend_url == there
             assert len(plain.seen) == 1
+
+
+def test_a_redirect_may_lead_from_outside_to_inside_of_it(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        HttpBackend(tls=certificates.for_anybody(), name="secure") as secure,
+        HttpBackend() as plain,
+        OutboundProxy({"one.server.invalid": secure.port}) as outbound,
+    ):
+        there = f"https://one.server.invalid:{secure.port}"
+        plain.on("POST", "/mcp", reply(308, b"", f"Location: {there}/mcp"))
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("https_proxy", outbound.url)
+        with (
+            TransparentProxy(
+                f"http://one.server.invalid:{plain.port}",
+                allowed_backends=(),
+                verify=certificates.path("ca.pem"),
+                resolver=lambda host, port: ["127.0.0.1"],
+            ) as proxy,
+            contextlib.closing(LocalFront(proxy)) as front,
+        ):
+            for _ in range(2):
+                client = McpClient(front).open()
+                assert client.result("tools/call")["backend"] == "secure"
+                assert client.session is not None
+                assert proxy.manager.storage.load(client.session).backend_url == there
+            assert len(plain.seen) == 1
+        assert {line.split()[1] for line in outbound.asked} == {there.removeprefix("https://")}

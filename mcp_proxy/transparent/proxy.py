@@ -563,17 +563,18 @@ class TransparentProxy(Transport):
         return max(round(left, 1), 0.1)  # a sentence may name it
 
     def _cancel(self, inbound: Inbound, call: HttpCall) -> None:
-        """Sends the backend a cancellation of a session's request that has timed out."""
-        if headers.SESSION_ID not in call.request_headers or inbound.id is None:
+        """Sends the backend a cancellation of a session's requests that have timed out."""
+        notices = list(map(_cancellation_of, inbound.ids))
+        if headers.SESSION_ID not in call.request_headers or not notices:
             return
-        assert isinstance(inbound.message, Request)
+        is_batch = isinstance(inbound.message, list)
         notice = HttpCall(
             self._client,
             call.address,
             "POST",
             call.target,
             call.request_headers,
-            _cancellation_of(inbound.message),
+            jsonrpc.encode_batch(notices) if is_batch else notices[0],
         )
         with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
             notice.send(_CANCEL_TIME)
@@ -723,7 +724,7 @@ def _is_about_the_past(message: Message | Batch | None) -> bool:
     return isinstance(message, Response)
 
 
-def _cancellation_of(request: Request) -> bytes:
+def _cancellation_of(request_id: RequestId) -> bytes:
     """The notification that cancels a request after its time limit."""
-    params = {"requestId": request.id, "reason": "The proxy's time limit has passed"}
+    params = {"requestId": request_id, "reason": "The proxy's time limit has passed"}
     return jsonrpc.encode(Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(params)))

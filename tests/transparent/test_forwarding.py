@@ -231,6 +231,9 @@ def test_a_batch_that_stalls_has_an_error_for_each(proxy: Transparent, target: H
     first, *rest = client.post(BATCH).messages()
     assert first["id"] == 1
     assert [message["id"] for message in rest] == ["1", "k\u00e4"]
+    cancelled = target.last.json
+    assert {notice["method"] for notice in cancelled} == {"notifications/cancelled"}
+    assert [notice["params"]["requestId"] for notice in cancelled] == [1, "1", "k\u00e4"]
 
 
 @pytest.mark.parametrize("headers", [("Content-Encoding: gzip",), ()])

@@ -204,7 +204,8 @@ class Balancer:
         First come those of its name, then the other targets, and at last those that were left out
         and can be reached again, `address` among them.
         """
-        others = [found for found in self.candidates() if _place(found) != _place(address)]
+        others = [_as_secure(found, address) for found in self.candidates()]
+        others = [found for found in others if _place(found) != _place(address)]
         others.sort(key=lambda found: _named(found) != _named(address))
         yield from self._in_turn([*others, *([address] if self._is_left_out(address) else [])])
 
@@ -224,6 +225,12 @@ class Balancer:
 
     def note_failure(self, address: Address, error: BackendUnreached) -> None:
         """Has a backend left out that could not be reached."""
+        with self._lock:
+            self._tls_ports = {
+                origin: known
+                for origin, known in self._tls_ports.items()
+                if (origin[1], known[0]) != (address.name or address.host, address.port)
+            }
         if self._reachability is not None:
             self._reachability.failed(address, f"{address.url}: {error}")
 
@@ -273,12 +280,15 @@ class Balancer:
         for target in self._targets:
             origin = ("http", backend.host, target.port)
             if target.scheme == "http" and self._is_known(origin):
-                self.note_tls(target.address, backend.port)
+                self._remember(backend, ())
                 return True
         return False
 
     def note_tls(self, address: Address, port: int) -> None:
-        """Has a target that redirects to https asked there at once, from now on, for `ttl`."""
+        """Has a target that redirects to https asked there at once from now on.
+
+        That ends after `ttl`, or when it cannot be reached there: the target may think otherwise.
+        """
         with self._lock:
             self._tls_ports[_named(address)] = (port, self._clock() + self._ttl)
 
@@ -355,6 +365,13 @@ class Balancer:
         self._load[address] += change
         if not self._load[address]:
             del self._load[address]
+
+
+def _as_secure(found: Address, before: Address) -> Address:
+    """A backend, with TLS where that is how another address of its host was asked."""
+    if (before.scheme, found.scheme) != ("https", "http") or _named(found)[1] != _named(before)[1]:
+        return found
+    return found._replace(scheme="https", port=before.port)
 
 
 def _named(address: Address) -> Origin:

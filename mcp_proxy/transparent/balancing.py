@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 from mcp_proxy.background import KeyedExecutor
@@ -127,6 +128,10 @@ class Balancer:
     one only while no address is known, or where `proxy_of` names an outbound proxy for it: then it
     is not looked up. `ttl` is the sessions', in seconds. Those that `reachability` leaves out come
     last.
+
+    `address_of(backend, name)` is the address that a session's record names, with the endpoint of
+    the target that it belongs to. A path in the record finds one of several targets on a host, or
+    stands for itself.
     """
 
     def __init__(
@@ -141,7 +146,7 @@ class Balancer:
         self._reachability = reachability
         self._proxy_of = proxy_of
         self._targets = targets
-        self.has_one_target = len(targets) == 1
+        self.address_of = lru_cache(maxsize=256)(self._address_of)
         self._ttl = ttl
         self._names = Names(resolver, clock)
         self._clock = clock
@@ -292,17 +297,15 @@ class Balancer:
         with self._lock:
             self._tls_ports[_named(address)] = (port, self._clock() + self._ttl)
 
-    def address_of(self, backend: Target, name: str | None) -> Address:
-        """The address that a record names, with the endpoint of the target that it belongs to.
-
-        A path in the record finds one of several targets on a host, or stands for itself.
-        """
+    def _address_of(self, backend: Target, name: str | None) -> Address:
         address = Address(*backend.origin, name, backend.own_path, backend.query)
         if address.query:
             return address
+        scheme, host, port = _named(address)
         for target in self._targets:
             own = self._own_endpoint(target)
-            is_there = target.origin == (address.scheme, name or address.host, address.port)
+            is_led = (target.scheme, scheme) == ("http", "https")  # by a redirect, to any port
+            is_there = target.host == host and (is_led or target.origin == (scheme, host, port))
             if is_there and address.path in ("", own[0], target.own_path):
                 return Address(*address[:4], *own)
         return address

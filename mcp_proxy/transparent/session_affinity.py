@@ -196,8 +196,6 @@ class SessionAffinity:
             log.warning("a session's backend cannot be read; using the static target")
             return None
         if self._allows_any or backend.origin in self._allowed or self._balancer.knows(backend):
-            if self._balancer.has_one_target and not (backend.path or backend.query):
-                return Address(backend.scheme, backend.host, backend.port, name)
             return self._balancer.address_of(backend, name)
         log.warning("a session's backend_url is not an allowed backend; using the static target")
         return None

@@ -237,16 +237,6 @@ def test_the_deadline_of_a_call_holds_through_it(
 
 # --- which one -----------------------------------------------------------------------------------
 
-VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
-
-
-@pytest.fixture
-def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    return monkeypatch
-
 
 @pytest.mark.parametrize(
     ("given", "url", "expected"),
@@ -272,14 +262,14 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ],
 )
 def test_the_environment_names_a_proxy_unless_a_setting_does(
-    environ: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
     client_of: Make,
     given: dict[str, str],
     url: str,
     expected: str | None,
 ) -> None:
     for name, value in given.items():
-        environ.setenv(name, value)
+        monkeypatch.setenv(name, value)
     target = parse_target(url)
     assert target is not None
     assert client_of(None).proxy_of(target.address) == expected
@@ -288,10 +278,10 @@ def test_the_environment_names_a_proxy_unless_a_setting_does(
 
 
 def test_a_pinned_address_is_judged_by_its_name(
-    environ: pytest.MonkeyPatch, client_of: Make
+    monkeypatch: pytest.MonkeyPatch, client_of: Make
 ) -> None:
-    environ.setenv("HTTPS_PROXY", "http://p")
-    environ.setenv("NO_PROXY", "inside.example")
+    monkeypatch.setenv("HTTPS_PROXY", "http://p")
+    monkeypatch.setenv("NO_PROXY", "inside.example")
     client = client_of(None)
     assert client.proxy_of(Address("https", "10.0.0.1", 443, "inside.example")) is None
     assert client.proxy_of(Address("https", "10.0.0.1", 443, "outside.example")) == "http://p"
@@ -299,8 +289,8 @@ def test_a_pinned_address_is_judged_by_its_name(
 
 @pytest.mark.parametrize("url", ["socks5://p:1", "https://p:1"])
 def test_a_proxy_that_is_not_spoken_to_is_named(
-    environ: pytest.MonkeyPatch, client_of: Make, url: str
+    monkeypatch: pytest.MonkeyPatch, client_of: Make, url: str
 ) -> None:
-    environ.setenv("HTTPS_PROXY", url)
+    monkeypatch.setenv("HTTPS_PROXY", url)
     with pytest.raises(BackendUnreached, match="backend_proxy"):
         got(client_of(None), Address("https", "a.example", 443))

@@ -353,6 +353,8 @@ def test_each_target_has_an_endpoint_of_its_own(balancer: Make) -> None:
         assert made.address_of(recorded, address.name) == address
         assert address not in list(made.instead_of(address))
     assert made.address_of(target("http://c:1"), None) == fourth
+    led = second._replace(scheme="https", port=443)
+    assert made.address_of(target(led.backend_url), None) == led
     assert made.address_of(target("http://b:1/w"), None) == third._replace(path="/w")
     assert made.address_of(target("http://d:1"), None) == Address("http", "d", 1)
 

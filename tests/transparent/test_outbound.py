@@ -197,8 +197,6 @@ def test_a_redirect_may_lead_from_outside_to_inside_of_it(
     ):
         there = f"https://one.server.invalid:{secure.port}"
         plain.on("POST", "/mcp", reply(308, b"", f"Location: {there}/mcp"))
-        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
-            monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("https_proxy", outbound.url)
         with (
             TransparentProxy(

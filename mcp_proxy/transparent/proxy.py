@@ -460,7 +460,7 @@ class TransparentProxy(Transport):
                 failure = error
             else:
                 if call.status < 300:
-                    self._affinity.move(session, address)
+                    self._affinity.move(session, call.address)
                 return call
         raise failure
 

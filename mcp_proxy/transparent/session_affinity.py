@@ -333,8 +333,8 @@ class SessionAffinity:
             raise BadAnswer("The server answered with a session id or version that cannot be sent")
         sticky = cookies.kept("", answer.headers, self._sticky, time.time())
         given = _within(given, answer.session_id, version, sticky)
-        self._calls.send_initialized(address, given, timeout)
-        return _Initialized(address, answer.session_id, version, sticky)
+        self._calls.send_initialized(answer.address, given, timeout)
+        return _Initialized(answer.address, answer.session_id, version, sticky)
 
 
 def _within(

@@ -107,7 +107,7 @@ class UnknownSessions:
             try:
                 answer = self._calls.ping(address, given, session_id)
                 if answer.has_result and not self._takes_every_id(address, given):
-                    return self._recorded(session_id, address, version)
+                    return self._recorded(session_id, answer.address, version)
             except BackendError as error:
                 failure = error
                 if isinstance(error, BackendUnreached):

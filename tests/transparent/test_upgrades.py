@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 
+from mcp_proxy import LocalStorage, ProxyOptions, TransparentProxy
 from tests.servers.http_backend import HttpBackend, reply
+from tests.support.front import McpClient
 from tests.support.tls import Certificates
-from tests.support.transparent import BOTH, Transparent, transparent
+from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,36 @@ def test_a_replica_that_saw_no_redirect_believes_the_record(
     client.session = record.id
     assert client.result("tools/call")["backend"] == "secure"
     assert plain.seen == []
+
+
+def test_a_session_that_begins_anew_is_recorded_where_that_was_answered(
+    plain: HttpBackend, secure: HttpBackend, certificates: Certificates
+) -> None:
+    storage, verify = LocalStorage(), certificates.path("ca.pem")
+    options = ProxyOptions(unknown_session_status="ask")
+    with contextlib.ExitStack() as stack:
+        fronts = []
+        for _ in range(3):  # the second and third have seen no redirect
+            proxy = stack.enter_context(
+                TransparentProxy(
+                    plain.url,
+                    storage,
+                    name="same",
+                    allowed_backends=(),
+                    verify=verify,
+                    options=options,
+                )
+            )
+            fronts.append(stack.enter_context(contextlib.closing(LocalFront(proxy))))
+        client = McpClient(fronts[0]).open()
+        assert client.session is not None
+        secure.sessions.clear()
+        assert client.at(fronts[1]).result("tools/call")["backend"] == "secure"
+        assert proxy.manager.storage.load(client.session).backend_url == secure.url
+        client.session = "asked"
+        secure.sessions.add("asked")
+        assert client.at(fronts[2]).result("tools/call")["backend"] == "secure"
+        assert proxy.manager.storage.load("asked").backend_url == secure.url
 
 
 def test_a_server_that_is_away_is_not_looked_for_without_tls(

@@ -73,6 +73,8 @@ _POOLS = 64  # backends to which connections are kept
 # How http.client begins when the answer to CONNECT is not 200.
 _TUNNEL_REFUSED = "Tunnel connection failed:"
 
+_NOT_SPOKEN_TO = "The outbound proxy in the environment has no http:// URL; set backend_proxy"
+
 # The call of this thread; its connection registers with it, so that `abort` works before there is a
 # response.
 _calling = threading.local()
@@ -115,10 +117,8 @@ class HttpClient:
     def send(self, call: HttpCall, timeout: float) -> requests.Response:
         """The response to a call, its body unread; raises the errors of requests."""
         proxy = self.proxy_of(call.address)
-        if proxy is not None and not proxy.startswith("http://"):
-            raise BackendUnreached(
-                "The outbound proxy in the environment has no http:// URL; set backend_proxy"
-            )
+        if proxy is not None and not _is_spoken_to(proxy):
+            raise BackendUnreached(_NOT_SPOKEN_TO)
         _calling.call = call
         try:
             return self._adapter.send(
@@ -137,6 +137,8 @@ class HttpClient:
         Of one behind an outbound proxy only the proxy is known.
         """
         proxy = self.proxy_of(address)
+        if proxy is not None and not _is_spoken_to(proxy):
+            return f"{address.url}: {_NOT_SPOKEN_TO}"
         try:
             origin = (address.host, address.port) if proxy is None else _origin_of(proxy)
             socket.create_connection(origin, self.connect_timeout).close()
@@ -533,6 +535,10 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.rstrip(".").rpartition(".")[2] == "localhost"
+
+
+def _is_spoken_to(proxy: str) -> bool:
+    return proxy.lower().startswith("http://")
 
 
 def _origin_of(proxy: str) -> tuple[str, int]:

@@ -85,7 +85,7 @@ def got(client: HttpClient, address: Address, target: str = "/x", timeout: float
 def test_a_server_is_reached_by_a_name_that_the_proxy_knows(
     backend: HttpBackend, proxy: OutboundProxy, client_of: Make
 ) -> None:
-    address, client = address_of(backend, proxy), client_of(proxy.url)
+    address, client = address_of(backend, proxy), client_of(proxy.url.replace("http", "HTTP"))
     for _ in range(3):
         assert got(client, address, "/x?a=%2F&b") == b"found"
     assert backend.last.target == "/x?a=%2F&b"
@@ -292,5 +292,7 @@ def test_a_proxy_that_is_not_spoken_to_is_named(
     monkeypatch: pytest.MonkeyPatch, client_of: Make, url: str
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", url)
+    client, address = client_of(None), Address("https", "a.example", 443)
     with pytest.raises(BackendUnreached, match="backend_proxy"):
-        got(client_of(None), Address("https", "a.example", 443))
+        got(client, address)
+    assert "backend_proxy" in (client.probe(address) or "")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from mcp_proxy import LocalStorage, ProxyOptions, TransparentProxy
+from mcp_proxy.storage.session import BACKEND_HOST
 from tests.servers.http_backend import HttpBackend, reply
 from tests.support.front import McpClient
 from tests.support.tls import Certificates
@@ -72,6 +73,29 @@ def test_a_replica_that_saw_no_redirect_believes_the_record(
     client.session = record.id
     assert client.result("tools/call")["backend"] == "secure"
     assert plain.seen == []
+
+
+def test_the_name_of_a_target_stays_with_it(
+    plain: HttpBackend, secure: HttpBackend, certificates: Certificates
+) -> None:
+    there = f"https://localhost:{secure.port}"
+    plain.on("POST", "/mcp", reply(308, b"", f"Location: {there}/mcp"))
+    with (
+        TransparentProxy(
+            f"http://localhost:{plain.port}",
+            allowed_backends=(),
+            verify=certificates.path("ca.pem"),
+            resolver=lambda host, port: ["127.0.0.1"],
+        ) as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        client = McpClient(front).open()
+        assert client.session is not None
+        record = proxy.manager.storage.load(client.session)
+        assert (record.backend_url, record.metadata[BACKEND_HOST]) == (secure.url, "localhost")
+        assert client.result("tools/call")["backend"] == "secure"
+        assert secure.last.header("Host") == f"localhost:{secure.port}"
+        assert len(plain.seen) == 1
 
 
 def test_a_session_that_begins_anew_is_recorded_where_that_was_answered(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -41,7 +42,7 @@ from mcp_proxy.servers import (
     shown_command,
 )
 from mcp_proxy.wire.headers import FIELD_VALUE
-from mcp_proxy.wire.urls import parse_target
+from mcp_proxy.wire.urls import ascii_host, parse_target
 
 PREFIX = "MCP_PROXY_"
 
@@ -210,7 +211,14 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="on: an HTTP server gets the Host header that the client sent, not its own"
         ),
     ] = False
-
+    backend_proxy: Annotated[
+        str | None,
+        Meta(
+            description="the http:// URL of a proxy through which HTTP servers are reached, or "
+            "off; none: as HTTPS_PROXY, HTTP_PROXY and NO_PROXY say, but never for loopback",
+            extra=SECRET,
+        ),
+    ] = None
     sticky_cookies: Annotated[
         tuple[Cookie, ...],
         Meta(description="cookies of a balancer that keep a session at one HTTP server"),
@@ -223,6 +231,10 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 msgspec.structs.force_setattr(self, setting.name, _checked(setting, value))
         for peer in self.trusted_proxies:
             _require_network(peer)
+        if self.backend_proxy is not None:
+            msgspec.structs.force_setattr(
+                self, "backend_proxy", _as_outbound_proxy(self.backend_proxy)
+            )
 
     def __repr__(self) -> str:
         changed = (s for s in settings(type(self)) if getattr(self, s.name) != s.default)
@@ -450,6 +462,11 @@ def script_name() -> str:
     return os.environ.get("SCRIPT_NAME", "")
 
 
+def is_malloc_told() -> bool:
+    """Whether glibc has been told in the environment how to allocate memory."""
+    return any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"))
+
+
 def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The values of `MCP_PROXY_*` variables; raises ConfigError for an unknown name.
 
@@ -611,6 +628,20 @@ def _require_network(peer: str) -> None:
             ipaddress.ip_network(peer, strict=False)
     except ValueError as error:
         raise ConfigError(f"trusted_proxies: {error}") from None
+
+
+def _as_outbound_proxy(value: str) -> str:
+    """`off`, or the URL of a proxy; raises ConfigError for anything else, and does not show it."""
+    if value.lower() == "off":
+        return "off"
+    try:
+        parts = urlsplit(value)
+        is_proxy = parts.scheme == "http" and bool(ascii_host(parts.hostname or ""))
+        if is_proxy and parts.port != 0 and parts.path in ("", "/") and not parts.query:
+            return value
+    except ValueError:
+        pass
+    raise ConfigError("backend_proxy must be off or http://HOST:PORT, also with USER:PASSWORD@")
 
 
 def require_certificates(name: str, path: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import logging
 import re
 import select
@@ -19,14 +20,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
+from requests.utils import select_proxy, should_bypass_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import SKIP_HEADER
@@ -68,6 +71,11 @@ _MAX_HEAD = 256 * 1024  # bytes of a head, those of the answers before it includ
 _MAX_TRAILERS = 64 * 1024  # bytes
 _POOLS = 64  # backends to which connections are kept
 
+# How http.client begins when the answer to CONNECT is not 200.
+_TUNNEL_REFUSED = "Tunnel connection failed:"
+
+_NOT_SPOKEN_TO = "The outbound proxy in the environment has no http:// URL; set backend_proxy"
+
 # The call of this thread; its connection registers with it, so that `abort` works before there is a
 # response.
 _calling = threading.local()
@@ -77,33 +85,67 @@ class HttpClient:
     """Connections to any number of backends, at most `pool_size` kept to each. Thread-safe.
 
     `connect_timeout` in seconds; `verify` as in requests: True, False, or a file of CAs.
+    `outbound_proxy` is the URL of the proxy through which all requests go, `off` for none, None
+    for those of the environment.
+
+    `proxy_of(address)` is the URL of the proxy for a backend, None for none. Behind one the backend
+    goes by its name alone: nobody but the proxy may be able to look it up.
     """
 
-    def __init__(self, connect_timeout: float, pool_size: int, verify: bool | str = True) -> None:
+    def __init__(
+        self,
+        connect_timeout: float,
+        pool_size: int,
+        verify: bool | str = True,
+        outbound_proxy: str | None = None,
+    ) -> None:
         self.connect_timeout = connect_timeout
         self.verify = verify
         self._adapter = _Adapter(pool_connections=_POOLS, pool_maxsize=pool_size)
+        self._proxies = _environment() if outbound_proxy is None else {}
+        self._proxy = None if outbound_proxy == "off" else outbound_proxy
+        self.proxy_of = lru_cache(maxsize=256)(self._proxy_of)
+
+    def _proxy_of(self, address: Address) -> str | None:
+        if self._proxy is not None or not self._proxies:
+            return self._proxy
+        named = address._replace(host=address.name or address.host)
+        if _is_loopback(named.host) or should_bypass_proxies(named.url, no_proxy=None):
+            return None
+        found = select_proxy(named.url, self._proxies)
+        return found if found is None or "://" in found else f"http://{found}"
 
     def send(self, call: HttpCall, timeout: float) -> requests.Response:
         """The response to a call, its body unread; raises the errors of requests."""
+        proxy = self.proxy_of(call.address)
+        if proxy is not None and not _is_spoken_to(proxy):
+            raise BackendUnreached(_NOT_SPOKEN_TO)
         _calling.call = call
         try:
             return self._adapter.send(
-                _prepared(call),
+                _prepared(call, proxy is not None),
                 stream=True,
                 timeout=(min(self.connect_timeout, timeout), timeout),
                 verify=self.verify,
+                proxies=None if proxy is None else {"all": proxy},
             )
         finally:
             _calling.call = None
 
     def probe(self, address: Address) -> str | None:
-        """Why a backend cannot be connected to, None if it can; no request is sent."""
+        """Why a backend cannot be connected to, None if it can; no request is sent.
+
+        Of one behind an outbound proxy only the proxy is known.
+        """
+        proxy = self.proxy_of(address)
+        if proxy is not None and not _is_spoken_to(proxy):
+            return f"{address.url}: {_NOT_SPOKEN_TO}"
         try:
-            origin = (address.host, address.port)
+            origin = (address.host, address.port) if proxy is None else _origin_of(proxy)
             socket.create_connection(origin, self.connect_timeout).close()
-        except OSError as error:
-            return f"{address.url}: {error.strerror or error}"
+        except (OSError, ValueError) as error:
+            what = address.url if proxy is None else f"the outbound proxy of {address.url}"
+            return f"{what}: {getattr(error, 'strerror', None) or error}"
         return None
 
     def close(self) -> None:
@@ -150,6 +192,7 @@ class HttpCall:
         self._ahead: list[bytes] = []
         self._timeout = 0.0
         self._until: float | None = None  # when the answer must have ended, by the monotonic clock
+        self._connect_until = 0.0  # when a proxy must have led to the backend
         self._read_timeout: float | None = None
         self._head_size = 0
         self._response: requests.Response | None = None
@@ -177,7 +220,9 @@ class HttpCall:
         that follows a redirect has the time that is left of the first one's.
         """
         self._timeout = self._read_timeout = timeout
-        self._until = self._until or time.monotonic() + timeout
+        now = time.monotonic()
+        self._until = self._until or now + timeout
+        self._connect_until = now + min(timeout, self._client.connect_timeout)
         try:
             self._response = self._client.send(self, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -224,8 +269,9 @@ class HttpCall:
 
         Raises TimeoutError, and _BadHead when the head is too long.
         """
-        if self._until is not None and sock.gettimeout() != 0:
-            left = self._until - time.monotonic()
+        until = self._until if self._was_connected else self._connect_until
+        if until is not None and sock.gettimeout() != 0:
+            left = until - time.monotonic()
             if left <= 0:
                 raise TimeoutError("the time for the answer is over")
             sock.settimeout(left)
@@ -374,6 +420,8 @@ class HttpCall:
         if there.scheme == self.address.scheme and there.port != self.address.port:
             return None  # another server on that host, which must not get Authorization
         address = self.address._replace(scheme=there.scheme, port=there.port)
+        if self._client.proxy_of(address) is not None:
+            address = address._replace(host=ours, name=None)
         target = f"{there.path or '/'}?{there.query}" if there.query else there.path or "/"
         call = HttpCall(
             self._client, address, self.method, target, self.request_headers, self.request_body
@@ -385,11 +433,14 @@ class HttpCall:
     def _named_url(self) -> str:
         return self.address._replace(host=self.address.name or self.address.host).url + self.target
 
-    def connected(self, sock: socket.socket) -> None:
-        """Registers the socket of the call; shuts it down if the call was aborted already."""
+    def connected(self, sock: socket.socket, is_through: bool = True) -> None:
+        """Registers the socket of the call; shuts it down if the call was aborted already.
+
+        Until it `is_through`, a proxy or a handshake has yet to make it one to the backend.
+        """
         with self._lock:
             self._socket = sock
-            self._was_connected = True
+            self._was_connected = is_through
         if self._abort_reason is not None:
             self._shut_down()
 
@@ -450,10 +501,13 @@ class _Prepared(requests.PreparedRequest):
     server_name: str | None = None
 
 
-def _prepared(call: HttpCall) -> _Prepared:
+def _prepared(call: HttpCall, is_proxied: bool) -> _Prepared:
     request = _Prepared()
     request.method = call.method
-    request.url = call.address.url + call.target
+    address = call.address
+    if is_proxied:
+        address = address._replace(host=address.name or address.host, name=None)
+    request.url = address.url + call.target
     request.headers = CaseInsensitiveDict(
         {"User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
     )
@@ -464,8 +518,37 @@ def _prepared(call: HttpCall) -> _Prepared:
         request.headers["Content-Length"] = str(len(call.request_body))
     request.body = call.request_body or None
     request.hooks = requests.hooks.default_hooks()
-    request.server_name = call.address.name
+    request.server_name = address.name
     return request
+
+
+# --- outbound proxies ----------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, str]:
+    """The proxies in the environment by scheme."""
+    found = getproxies()
+    return {key: found[key] for key in ("http", "https", "all") if found.get(key)}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".").rpartition(".")[2] == "localhost"
+
+
+def _is_spoken_to(proxy: str) -> bool:
+    return proxy.lower().startswith("http://")
+
+
+def _origin_of(proxy: str) -> tuple[str, int]:
+    """Host and port in the URL of a proxy; raises ValueError."""
+    parts = urlsplit(proxy)
+    return parts.hostname or "", parts.port or 80
+
+
+# --- connections ---------------------------------------------------------------------------------
 
 
 class _Adapter(HTTPAdapter):
@@ -474,6 +557,11 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+    def proxy_manager_for(self, proxy: str, **proxy_kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **proxy_kwargs)
+        manager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme
+        return manager
 
     def build_connection_pool_key_attributes(
         self, request: Any, verify: Any, cert: Any = None
@@ -498,12 +586,6 @@ class _Response(http.client.HTTPResponse):
     _call: Callable[[], HttpCall | None] | None = None  # weak: the call has the response
 
     def begin(self) -> None:
-        call = getattr(_calling, "call", None)
-        if call is not None:
-            self._call = weakref.ref(call)
-            # The reader asks for more until it has a line: only below it can time be limited.
-            raw: Any = self.fp.raw
-            raw.readinto = partial(call.receive, call._socket)
         super().begin()
         lengths = [] if self.chunked else self.headers.get_all("Content-Length", [])
         is_sound = len(set(lengths)) < 2 and all(map(_LENGTH.fullmatch, lengths))
@@ -512,6 +594,12 @@ class _Response(http.client.HTTPResponse):
             raise _BadHead
 
     def _read_status(self) -> Any:
+        call = getattr(_calling, "call", None)
+        if call is not None:
+            self._call = weakref.ref(call)
+            # The reader asks for more until it has a line: only below it can time be limited.
+            raw: Any = self.fp.raw
+            raw.readinto = partial(call.receive, call._socket)
         for _ in range(_MAX_INFORMATIONAL + 1):
             line = super()._read_status()  # type: ignore[misc]
             if not 100 <= line[1] < 200 or line[1] == http.client.SWITCHING_PROTOCOLS:
@@ -536,7 +624,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _KnownToTheCall:
-    """A connection that registers its socket with the call of its thread once it is established.
+    """A connection that registers its socket with the call of its thread.
 
     The socket, not the connection: a connection that is closed after the response gives its socket
     away, and the call must still be able to shut that down.
@@ -545,6 +633,17 @@ class _KnownToTheCall:
     idle_since = 0.0
     call: HttpCall | None = None
     sock: Any
+    timeout: Any
+
+    def _new_conn(self) -> socket.socket:
+        sock: socket.socket = super()._new_conn()  # type: ignore[misc]
+        if self.call is not None:
+            self.call.connected(sock, is_through=False)
+        return sock
+
+    def _tunnel(self) -> None:
+        super()._tunnel()  # type: ignore[misc]
+        self.sock.settimeout(self.timeout)
 
     def connect(self) -> None:
         super().connect()  # type: ignore[misc]
@@ -598,14 +697,8 @@ def _translated(
 ) -> BackendLost | BackendTimeout:
     """The error of ours for an error of requests."""
     reason = getattr(error.args[0], "reason", error.args[0]) if error.args else None
-    if isinstance(error, requests.ConnectTimeout):
-        return BackendUnreached("The server cannot be reached in time")
-    if isinstance(error, requests.exceptions.SSLError) and not was_connected:
-        return BackendUnreached(f"The server's certificate or TLS is not acceptable: {reason}")
-    if isinstance(
-        reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.NameResolutionError)
-    ):
-        return BackendUnreached("The server cannot be reached: the connection was refused")
+    if not was_connected:
+        return _unreached(error, reason)
     if any(isinstance(cause, _BadHead) for cause in getattr(reason, "args", ())):
         return BadAnswer("The server answered with a head that is not valid HTTP")
     if isinstance(error, requests.Timeout):
@@ -613,6 +706,23 @@ def _translated(
     if isinstance(reason, urllib3.exceptions.ProtocolError) and _is_nonsense(reason.args[-1]):
         return BadAnswer("The server answered something that is not HTTP")
     return ConnectionBroken("The server closed the connection before it answered")
+
+
+def _unreached(error: Exception, reason: Any) -> BackendUnreached:
+    """The error where nothing of the request was sent."""
+    cause = str(getattr(reason, "original_error", ""))
+    if cause.startswith(_TUNNEL_REFUSED):
+        status = cause.removeprefix(_TUNNEL_REFUSED).strip()
+        return BackendUnreached(f"The outbound proxy does not connect: {status}")
+    if isinstance(error, requests.exceptions.SSLError):
+        return BackendUnreached(f"The server's certificate or TLS is not acceptable: {reason}")
+    if isinstance(error, requests.exceptions.ProxyError):
+        return BackendUnreached("The outbound proxy cannot be reached")
+    if isinstance(error, requests.Timeout):
+        return BackendUnreached("The server cannot be reached in time")
+    if isinstance(reason, urllib3.exceptions.ProtocolError):
+        return BackendUnreached("The server cannot be reached: the connection broke off")
+    return BackendUnreached("The server cannot be reached: the connection was refused")
 
 
 def _is_nonsense(cause: object) -> bool:

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mcp_proxy.edge.request import path_as_sent
+from mcp_proxy.wire import cookies
 from mcp_proxy.wire.headers import FIELD_VALUE, HOP_BY_HOP, Headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 log = logging.getLogger(__name__)
+
+#: Our worker's, in the environ: the commas in the Cookie header are the client's own.
+COOKIES_KNOWN = "mcp_proxy.cookies_known"
 
 # As WSGI names them. Host and Content-Length are written for the backend: its own name, and the
 # length of the body that is sent.
@@ -82,6 +86,8 @@ class HeaderPolicy:
                 headers[key[5:].replace("_", "-").title()] = value
         if environ.get("CONTENT_TYPE"):
             headers["Content-Type"] = environ["CONTENT_TYPE"]
+        if "," in headers.get("Cookie", "") and not environ.get(COOKIES_KNOWN):
+            headers["Cookie"] = cookies.rejoined(headers["Cookie"])
         for option in environ.get("HTTP_CONNECTION", "").split(","):
             headers.pop(option.strip().title(), None)
         if peer := environ.get("REMOTE_ADDR"):

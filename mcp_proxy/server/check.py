@@ -91,8 +91,8 @@ def _secrets(config: ProxyConfig) -> list[str]:
     told += [header.partition(":")[2].strip() for header in headers]
     told += [word for value in told for word in value.split()]
     told += [value for url in urls for _, value in parse_qsl(urlsplit(url).query)]
-    if config.redis_url is not None:
-        password = password_in(config.redis_url)
+    for url in filter(None, (config.redis_url, config.backend_proxy)):
+        password = password_in(url)
         told += [password, unquote(password)]
     return sorted({s for s in told if len(s) >= _SHORTEST_SECRET}, key=len, reverse=True)
 
@@ -110,7 +110,7 @@ def _rows(config: ProxyConfig) -> Iterator[Row]:
     yield _workers(config)
     yield _store(config)
     supervisor = Supervisor(Replica())
-    client = HttpClient(config.connect_timeout, pool_size=1, verify=config.ca_file or True)
+    client = HttpClient(config.connect_timeout, 1, config.ca_file or True, config.backend_proxy)
     try:
         for server in config.servers():
             if isinstance(server, HttpServer):

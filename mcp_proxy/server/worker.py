@@ -57,6 +57,7 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
+from mcp_proxy.edge.forwarded import COOKIES_KNOWN
 from mcp_proxy.errors import Overloaded, ProxyError
 from mcp_proxy.server.answers import Gathering, JoinedResponse, answer, refusal, send
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
@@ -671,6 +672,7 @@ def _join_cookies(req: Any, environ: dict[str, Any]) -> None:
     if "," in environ.get("HTTP_COOKIE", ""):
         cookies = [value for name, value in req.headers if name == "COOKIE"]
         environ["HTTP_COOKIE"] = "; ".join(cookies)  # RFC 9113 section 8.2.3
+        environ[COOKIES_KNOWN] = True
 
 
 class _Noticed:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 from mcp_proxy.background import KeyedExecutor
@@ -83,9 +84,12 @@ class Names:
     def has(self, host: str, port: int, address: str) -> bool:
         """Whether a name has an address: by its last good look-up, or one within five minutes.
 
-        True as well where nothing is known of the name. Waits for nobody.
+        True as well where nothing is known of the name. Waits for nobody. A port for which the name
+        was not looked up is one that a redirect led to.
         """
-        found = self._found.get((host, port))
+        found = self._found.get((host, port)) or next(
+            (found for (name, _), found in self._found.copy().items() if name == host), None
+        )
         if found is None or not found.hosts or address in found.hosts:
             return True
         return found.seen.get(address, float("-inf")) + _KEPT > self._clock()
@@ -121,8 +125,13 @@ class Balancer:
     """Orders backends by their sessions of this replica, fewest first, ties in turn. Thread-safe.
 
     A host name is resolved by `Names`, and each of its addresses is a backend; the name itself is
-    one only while no address is known. `ttl` is the sessions', in seconds. Those that
-    `reachability` leaves out come last.
+    one only while no address is known, or where `proxy_of` names an outbound proxy for it: then it
+    is not looked up. `ttl` is the sessions', in seconds. Those that `reachability` leaves out come
+    last.
+
+    `address_of(backend, name)` is the address that a session's record names, with the endpoint of
+    the target that it belongs to. A path in the record finds one of several targets on a host, or
+    stands for itself.
     """
 
     def __init__(
@@ -132,9 +141,12 @@ class Balancer:
         resolver: Resolver = resolve,
         clock: Callable[[], float] = time.monotonic,
         reachability: Reachability | None = None,
+        proxy_of: Callable[[Address], str | None] = lambda address: None,
     ) -> None:
         self._reachability = reachability
+        self._proxy_of = proxy_of
         self._targets = targets
+        self.address_of = lru_cache(maxsize=256)(self._address_of)
         self._ttl = ttl
         self._names = Names(resolver, clock)
         self._clock = clock
@@ -144,6 +156,8 @@ class Balancer:
         self._sessions: OrderedDict[str, tuple[Address, float]] = OrderedDict()
         self._load: Counter[Address] = Counter()
         self._known: dict[Origin, float] = {}
+        # The port for TLS of http targets that redirect to https, and until when that counts.
+        self._tls_ports: dict[Origin, tuple[int, float]] = {}
 
     def __repr__(self) -> str:
         return f"<Balancer {dict(self._load)}>"
@@ -195,7 +209,8 @@ class Balancer:
         First come those of its name, then the other targets, and at last those that were left out
         and can be reached again, `address` among them.
         """
-        others = [found for found in self.candidates() if found[:3] != address[:3]]
+        others = [_as_secure(found, address) for found in self.candidates()]
+        others = [found for found in others if _identity(found) != _identity(address)]
         others.sort(key=lambda found: _named(found) != _named(address))
         yield from self._in_turn([*others, *([address] if self._is_left_out(address) else [])])
 
@@ -215,6 +230,12 @@ class Balancer:
 
     def note_failure(self, address: Address, error: BackendUnreached) -> None:
         """Has a backend left out that could not be reached."""
+        with self._lock:
+            self._tls_ports = {
+                origin: known
+                for origin, known in self._tls_ports.items()
+                if (origin[1], known[0]) != (address.name or address.host, address.port)
+            }
         if self._reachability is not None:
             self._reachability.failed(address, f"{address.url}: {error}")
 
@@ -248,12 +269,46 @@ class Balancer:
             self._remove(session_id)
 
     def knows(self, target: Target) -> bool:
-        """Whether a backend is a target or an address of one, now or within the last `ttl`."""
+        """Whether a backend is a target or an address of one, now or within the last `ttl`.
+
+        For an http target that is its host with https as well: it may have redirected there.
+        """
         if self._is_known(target.origin):
             return True
         for each in self._targets:
             self._addresses(each, NAME_WAIT)
-        return self._is_known(target.origin)
+        if self._is_known(target.origin):
+            return True
+        return target.scheme == "https" and self._was_redirected(target)
+
+    def _was_redirected(self, backend: Target) -> bool:
+        for target in self._targets:
+            origin = ("http", backend.host, target.port)
+            if target.scheme == "http" and self._is_known(origin):
+                self._remember(backend, ())
+                return True
+        return False
+
+    def note_tls(self, address: Address, port: int) -> None:
+        """Has a target that redirects to https asked there at once from now on.
+
+        That ends after `ttl`, or when it cannot be reached there: the target may think otherwise.
+        """
+        with self._lock:
+            self._tls_ports[_named(address)] = (port, self._clock() + self._ttl)
+
+    def _address_of(self, backend: Target, name: str | None) -> Address:
+        address = Address(*backend.origin, name, backend.own_path, backend.query)
+        if address.query:
+            return address
+        scheme, host, port = _named(address)
+        for target in self._targets:
+            own = self._own_endpoint(target)
+            is_led = (target.scheme, scheme) == ("http", "https")  # by a redirect, to any port
+            is_there = target.host == host and (is_led or target.origin == (scheme, host, port))
+            if is_there and address.path in ("", own[0], target.own_path):
+                return Address(*address[:4], *own)
+        return address
 
     def has_name(self, name: str | None) -> bool:
         """Whether a target has this name."""
@@ -268,11 +323,27 @@ class Balancer:
         self._names.stop()
 
     def _addresses(self, target: Target, wait: float) -> list[Address]:
-        hosts = self._names.addresses(target.host, target.port, wait)
+        found = target
+        port, until = self._tls_ports.get(target.origin, (0, 0.0))
+        if until > self._clock():
+            found = target._replace(scheme="https", port=port)
+        hosts: Sequence[str] = ()
+        if self._proxy_of(found.address) is None:
+            hosts = self._names.addresses(target.host, target.port, wait)
         self._remember(target, hosts)
+        if found is not target:
+            self._remember(found, hosts)
+        own = self._own_endpoint(target)
         if not hosts or list(hosts) == [target.host]:
-            return [target.address]
-        return [Address(target.scheme, host, target.port, target.host) for host in hosts]
+            return [Address(*found.origin, None, *own)]
+        return [Address(found.scheme, host, found.port, found.host, *own) for host in hosts]
+
+    def _own_endpoint(self, target: Target) -> tuple[str, str]:
+        """Path and query as an address of a target has them: none for those of the first one."""
+        static = self._targets[0]
+        if (target.own_path, target.query) == (static.own_path, static.query):
+            return "", ""
+        return target.own_path or "/mcp", target.query
 
     def _remember(self, target: Target, hosts: Sequence[str]) -> None:
         now = self._clock()
@@ -299,5 +370,17 @@ class Balancer:
             del self._load[address]
 
 
+def _as_secure(found: Address, before: Address) -> Address:
+    """A backend, with TLS where that is how another address of its host was asked."""
+    if (before.scheme, found.scheme) != ("https", "http") or _named(found)[1] != _named(before)[1]:
+        return found
+    return found._replace(scheme="https", port=before.port)
+
+
 def _named(address: Address) -> Origin:
     return address.scheme, address.name or address.host, address.port
+
+
+def _identity(address: Address) -> tuple[str, ...]:
+    """What identifies a backend, whether its name is known or not."""
+    return address.url, address.path, address.query

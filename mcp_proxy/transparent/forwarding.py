@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -51,15 +51,16 @@ class _Refusal(msgspec.Struct):
 
 
 class _Outcome(msgspec.Struct):
-    """What tells a response from other messages."""
+    """What tells a response from other messages, and which it is."""
 
+    id: Raw | UnsetType = UNSET
     method: Raw | UnsetType = UNSET
     result: Raw | UnsetType = UNSET
     error: Raw | UnsetType = UNSET
 
 
 _refusal = msgspec.json.Decoder(_Refusal)
-_outcome = msgspec.json.Decoder(_Outcome)
+_outcomes = msgspec.json.Decoder(_Outcome | list[_Outcome])
 
 # Two line ends, and the nothing before the first event. A comment may stand there, and only there.
 _BETWEEN_EVENTS = re.compile(rb"(\A|(\r\n|\n|\r(?!\n))(\r\n|\n|\r))\Z")
@@ -72,19 +73,19 @@ class ForwardedBody:
 
     When the backend breaks off, the iterator raises a ProxyError, so that the WSGI server aborts
     the connection and the client does not take the part for the whole. A drain ends an event stream
-    in order, and so does a break after the response to `request_id`; before it, the stream ends
-    with a JSON-RPC error event, unless the client can resume it: its events have ids, and
-    `is_reachable` says that the backend is there. A timeout always becomes an error event. A silent
-    event stream gets a comment every `keepalive` seconds.
+    in order, and so does a break after the responses to `request_ids`; before them, the stream ends
+    with a JSON-RPC error event for each that is missing, unless the client can resume it: its
+    events have ids, and `is_reachable` says that the backend is there. A timeout always becomes
+    error events. A silent event stream gets a comment every `keepalive` seconds.
 
-    Hooks: `on_failure` is called with what went wrong, unless the response has passed; `transform`
-    gets each piece, b"" at the end, and returns the bytes for the client.
+    Hooks: `on_failure` is called with what went wrong, unless all responses have passed;
+    `transform` gets each piece, b"" at the end, and returns the bytes for the client.
     """
 
     def __init__(
         self,
         call: HttpCall,
-        request_id: RequestId | None = None,
+        request_ids: Sequence[RequestId] = (),
         on_failure: Callable[[ProxyError], object] | None = None,
         transform: Callable[[bytes], bytes] | None = None,
         keepalive: float | None = None,
@@ -92,12 +93,11 @@ class ForwardedBody:
     ) -> None:
         is_open = is_open_stream(call)
         self._call = call
-        self._request_id = request_id
         self._on_failure = on_failure
         self._transform = transform
         self._keepalive = keepalive if is_open else None
         self._is_reachable = is_reachable
-        self._passed = PassedEvents() if is_open and request_id is not None else None
+        self._passed = PassedEvents(request_ids) if is_open and request_ids else None
 
     def __iter__(self) -> Iterator[bytes]:
         yield b""  # sends the headers at once, however long the first piece takes
@@ -158,28 +158,37 @@ class ForwardedBody:
         return not (passed.has_ids and self._is_reachable())
 
     def _ending(self, error: BackendLost | BackendTimeout) -> bytes:
-        if self._is_answered:
+        if self._passed is None or not self._passed.missing:
             return b""
-        error.request_id = self._request_id
-        return b"\n\n" + sse.encode_message(as_message(error))
+        ending = b"\n\n"
+        for request_id in self._passed.missing:
+            error.request_id = request_id
+            ending += sse.encode_message(as_message(error))
+        return ending
 
 
 class PassedEvents:
-    """What has passed of an event stream that answers one request. `feed` gets each piece."""
+    """What has passed of an event stream that answers requests. `feed` gets each piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, request_ids: Sequence[RequestId]) -> None:
         #: Whether an event had an id, so that the stream can be resumed.
         self.has_ids = False
-        #: Whether the response was among the events.
-        self.is_answered = False
+        #: The requests whose response was not among the events.
+        self.missing = list(request_ids)
         #: Whether an event was too long to be looked at.
         self.is_unknown = False
         self._decoder = sse.Decoder()
         self._pending = 0
+        self._is_batch = len(request_ids) > 1
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all responses were among the events."""
+        return not self.missing
 
     @property
     def is_missed(self) -> bool:
-        """Whether the response has not come and cannot be had by resuming."""
+        """Whether a response has not come and cannot be had by resuming."""
         return not (self.is_answered or self.is_unknown or self.has_ids)
 
     def feed(self, piece: bytes) -> None:
@@ -191,17 +200,33 @@ class PassedEvents:
         self.is_unknown = self._pending > MAX_INITIALIZE
         for event in events:
             self.has_ids = self.has_ids or bool(event.id)
-            self.is_answered = self.is_answered or _is_response(event.data or b"")
+            for response in _responses_in(event.data or b""):
+                self._answered(response)
+
+    def _answered(self, response: _Outcome) -> None:
+        """Takes one request out: the only one, whatever the id, or that with the response's id.
+
+        Some servers make a text of a number.
+        """
+        found = self.missing
+        if self._is_batch:
+            given = None if response.id is UNSET else msgspec.json.decode(response.id)
+            found = [each for each in self.missing if each == given]
+            found = found or [each for each in self.missing if str(each) == str(given)]
+        if found:
+            self.missing.remove(found[0])
 
 
-def _is_response(data: bytes) -> bool:
+def _responses_in(data: bytes) -> list[_Outcome]:
+    """The responses among the messages of an event; a server may send several in one array."""
     if b'"result"' not in data and b'"error"' not in data:
-        return False
+        return []
     try:
-        message = _outcome.decode(data)
+        found = _outcomes.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return message.method is UNSET and not (message.result is UNSET and message.error is UNSET)
+        return []
+    messages = found if isinstance(found, list) else [found]
+    return [m for m in messages if m.method is UNSET and (m.result, m.error) != (UNSET, UNSET)]
 
 
 class InitializeReader:

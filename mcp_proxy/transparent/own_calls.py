@@ -45,9 +45,11 @@ _OURS = {"Accept": f"{headers.JSON}, {headers.EVENT_STREAM}", "Content-Type": he
 class Answered(NamedTuple):
     """The answer to a call: its JSON-RPC response, None where it has none.
 
-    `is_lost` says that the backend does not know the session.
+    `is_lost` says that the backend does not know the session; `address` is where a redirect led, if
+    there was one.
     """
 
+    address: Address
     status: int
     session_id: str | None
     response: Response | None
@@ -88,7 +90,7 @@ class OwnCalls:
         finally:
             call.close()
         session_id = call.header(headers.SESSION_ID)
-        return Answered(call.status, session_id, response, is_lost, call.headers)
+        return Answered(call.address, call.status, session_id, response, is_lost, call.headers)
 
     def ping(
         self, address: Address, given: Mapping[str, str], session_id: str, is_fresh: bool = False
@@ -119,7 +121,7 @@ class OwnCalls:
         timeout: float,
         is_fresh: bool = False,
     ) -> HttpCall:
-        target = request_target(self._target, None, "/mcp", "")
+        target = request_target(self._target, address, "/mcp", "")
         call = HttpCall(self._client, address, method, target, given, body, is_fresh)
         call.send(timeout)
         while (successor := call.redirected()) is not None:

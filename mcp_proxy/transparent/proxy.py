@@ -84,6 +84,9 @@ _DISCOVER = "server/discover"
 # Requests of 2026-07-28 that are answered by a standing stream.
 _LISTENING = ("subscriptions/listen", "events/stream")
 
+# Seconds between two attempts to reach the backend of a stream.
+_PAUSE = 0.2
+
 # Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
 
@@ -105,6 +108,15 @@ class Inbound(NamedTuple):
     def id(self) -> RequestId | None:
         """The JSON-RPC id of the answer, None where the body is not a single request."""
         return self.message.id if isinstance(self.message, Request) else None
+
+    @property
+    def ids(self) -> list[RequestId]:
+        """The ids of all requests in the body."""
+        if isinstance(self.message, Request):
+            return [self.message.id]
+        if not isinstance(self.message, list):
+            return []
+        return [part.id for part in self.message if isinstance(part, Request)]
 
 
 class TransparentProxy(Transport):
@@ -189,13 +201,20 @@ class TransparentProxy(Transport):
         self.manager = manager
         self.edge = edge
         self._workers = workers
-        self._client = HttpClient(options.connect_timeout, options.threads, verify)
+        self._client = HttpClient(
+            options.connect_timeout, options.threads, verify, options.backend_proxy
+        )
         self.reachability = Reachability(self._client.probe, workers)
         self.balancer = Balancer(
-            targets, manager.storage.ttl, resolver or resolve, reachability=self.reachability
+            targets,
+            manager.storage.ttl,
+            resolver or resolve,
+            reachability=self.reachability,
+            proxy_of=self._client.proxy_of,
         )
         self.disconnects = DisconnectWatcher(workers)
         self.refresher = SessionRefresher(manager, manager.storage.ttl, workers)
+        self._targets = targets
         self._target = targets[0]
         calls = OwnCalls(self._client, targets[0], options.request_timeout)
         self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
@@ -261,8 +280,9 @@ class TransparentProxy(Transport):
 
     def handle(self, request: ClientRequest) -> Reply:
         if "HTTP_SEC_FETCH_SITE" in request.environ:
-            path = request.path.rstrip("/")
-            if path in _SSE_PATHS or is_endpoint(self._target, None, request.path):
+            path = request.path
+            is_ours = any(is_endpoint(target, None, path) for target in self._targets)
+            if is_ours or path.rstrip("/") in _SSE_PATHS:
                 require_own_site(request.environ)
         body = request.read_body(self.options.max_body_bytes)
         message = _message_in(request, body)
@@ -319,18 +339,31 @@ class TransparentProxy(Transport):
     def _first_reached(self, inbound: Inbound) -> HttpCall:
         """The call at the first backend that can be reached."""
         return self.balancer.first_reached(
-            lambda address: self._call(inbound, Route(address, None, None))
+            lambda address: self._call(inbound, Route(address, None))
         )
 
     def _in_sse_session(self, inbound: Inbound, session: Session) -> Reply:
-        """Sends a message of 2024-11-05 to the backend that holds its session's stream."""
-        target = self._sse.target_of(inbound.request, session)
+        """Sends a message of 2024-11-05 to the backend that holds its session's stream.
+
+        A request is tried for `connect_timeout` while that cannot be reached. The session ends with
+        its stream alone: whoever holds that notices.
+        """
+        request = inbound.request
+        target = self._sse.target_of(request, session)
         route = self._affinity.route(session)._replace(session_id=None)
-        try:
-            return self._reply(inbound, self._call(inbound, route, target))
-        except BackendUnreached as error:
-            self._sse.end(session)  # its stream has ended with the backend
-            raise SessionEnded from error
+        is_request = isinstance(inbound.message, Request)
+        until = time.monotonic() + (self.options.connect_timeout if is_request else 0)
+        while True:
+            try:
+                return self._reply(inbound, self._call(inbound, route, target))
+            except BackendUnreached as error:
+                if time.monotonic() >= until or request.has_left():
+                    error.status = 503
+                    error.headers = [("Retry-After", "1")]
+                    raise
+            time.sleep(_PAUSE)
+            if self._sse.session_of(request) is None:
+                raise SessionEnded
 
     def _initialize(self, inbound: Inbound, message: Request) -> Reply:
         call = self._first_reached(inbound)
@@ -342,14 +375,15 @@ class TransparentProxy(Transport):
         with _closed_on_error(call):
             opened = handshake.opened(backend_sid, KIND, message, None)
             if call.sets_cookie:
-                found = cookies.kept("", call.headers, self.options.sticky_cookies)
+                found = cookies.kept("", call.headers, self.options.sticky_cookies, time.time())
                 opened = opened.with_metadata(**{COOKIES: found or None})
             try:
                 session = self._affinity.record(opened, call.address, backend_sid)
             except StorageError:
                 call.close()
                 outbound = self._policy.outbound(inbound.request.environ)
-                self._affinity.discard(call.address, backend_sid, outbound)
+                sticky = opened.metadata.get(COOKIES)
+                self._affinity.discard(call.address, backend_sid, outbound, sticky)
                 raise
         inbound.request.session = session.id
         reader = InitializeReader(
@@ -374,7 +408,7 @@ class TransparentProxy(Transport):
         found = self._unknown.find(session_id, outbound)
         if isinstance(found, Session):
             return self._in_session(inbound, found)
-        return self._reply(inbound, self._call(inbound, Route(found, None, session_id)))
+        return self._reply(inbound, self._call(inbound, Route(found, session_id)))
 
     # --- in a session ----------------------------------------------------------------------------
 
@@ -422,7 +456,7 @@ class TransparentProxy(Transport):
         failure: ProxyError = BackendUnreached("The server cannot be reached")
         for address in self.balancer.instead_of(route.address):
             try:
-                there = route._replace(address=address, backend=None)
+                there = route._replace(address=address)
                 call = self._asked(inbound, session, there)
             except BackendUnreached as error:
                 self.balancer.note_failure(address, error)
@@ -432,7 +466,7 @@ class TransparentProxy(Transport):
                 failure = error
             else:
                 if call.status < 300:
-                    self._affinity.move(session, address)
+                    self._affinity.move(session, call.address)
                 return call
         raise failure
 
@@ -493,8 +527,8 @@ class TransparentProxy(Transport):
         is_followed = False
         if target is None:
             path, query = raw_path(request.environ), request.environ.get("QUERY_STRING", "")
-            target = request_target(self._target, route.backend, path, query)
-            is_followed = is_endpoint(self._target, route.backend, path)
+            target = request_target(self._target, route.address, path, query)
+            is_followed = is_endpoint(self._target, route.address, path)
         call = HttpCall(self._client, route.address, request.method, target, outbound, inbound.body)
         return self._sent(inbound, call, is_followed)
 
@@ -521,6 +555,8 @@ class TransparentProxy(Transport):
             if successor is None:
                 return call
             call.close()
+            if successor.address.scheme != call.address.scheme:
+                self.balancer.note_tls(call.address, successor.address.port)
             call = successor
 
     def _time_left(self, until: float) -> float:
@@ -532,17 +568,18 @@ class TransparentProxy(Transport):
         return max(round(left, 1), 0.1)  # a sentence may name it
 
     def _cancel(self, inbound: Inbound, call: HttpCall) -> None:
-        """Sends the backend a cancellation of a session's request that has timed out."""
-        if headers.SESSION_ID not in call.request_headers or inbound.id is None:
+        """Sends the backend a cancellation of a session's requests that have timed out."""
+        notices = list(map(_cancellation_of, inbound.ids))
+        if headers.SESSION_ID not in call.request_headers or not notices:
             return
-        assert isinstance(inbound.message, Request)
+        is_batch = isinstance(inbound.message, list)
         notice = HttpCall(
             self._client,
             call.address,
             "POST",
             call.target,
             call.request_headers,
-            _cancellation_of(inbound.message),
+            jsonrpc.encode_batch(notices) if is_batch else notices[0],
         )
         with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
             notice.send(_CANCEL_TIME)
@@ -594,7 +631,7 @@ class TransparentProxy(Transport):
 
         body = ForwardedBody(
             call,
-            inbound.id,
+            inbound.ids,
             on_failure,
             transform,
             self.options.keepalive_interval,
@@ -696,7 +733,7 @@ def _is_about_the_past(message: Message | Batch | None) -> bool:
     return isinstance(message, Response)
 
 
-def _cancellation_of(request: Request) -> bytes:
+def _cancellation_of(request_id: RequestId) -> bytes:
     """The notification that cancels a request after its time limit."""
-    params = {"requestId": request.id, "reason": "The proxy's time limit has passed"}
+    params = {"requestId": request_id, "reason": "The proxy's time limit has passed"}
     return jsonrpc.encode(Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(params)))

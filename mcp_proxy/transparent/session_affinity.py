@@ -63,13 +63,11 @@ _PINGS = 3
 class Route(NamedTuple):
     """The address for a request, and the backend's session id, None for none.
 
-    `backend` is the target that the session's record names, None for the static target. Where
-    the address is not usable the request goes elsewhere: it was left out, or its name has lost it.
-    `cookies` are those of a balancer.
+    Where the address is not usable the request goes elsewhere: it was left out, or its name has
+    lost it. `cookies` are those of a balancer.
     """
 
     address: Address
-    backend: Target | None
     session_id: str | None
     is_usable: bool = True
     cookies: str | None = None
@@ -122,7 +120,7 @@ class SessionAffinity:
         An id that is taken (two backends that count from one) or malformed is replaced by one of
         our own.
         """
-        where = {BACKEND_URL: address.url, BACKEND_HOST: address.name}
+        where = {BACKEND_URL: address.backend_url, BACKEND_HOST: address.name}
         session = session.with_metadata(**where)
         if not headers.is_session_id(session.id) or not self._is_created(session):
             session = msgspec.structs.replace(session, id=self._manager.mint_id())
@@ -159,13 +157,18 @@ class SessionAffinity:
         self._manager.end(session_id)
 
     def discard(
-        self, address: Address, session_id: str | None, request_headers: Mapping[str, str]
+        self,
+        address: Address,
+        session_id: str | None,
+        request_headers: Mapping[str, str],
+        sticky: str | None,
     ) -> None:
-        """Ends a session at its backend that no record names."""
+        """Ends a session at its backend that no record names; `sticky` are a balancer's cookies."""
         if session_id is None:
             return
+        given = _within(taken_along(request_headers), session_id, None, sticky)
         try:
-            self._calls.end(address, taken_along(request_headers), session_id)
+            self._calls.end(address, given, session_id)
         except BackendError as error:
             log.info("an unused session was not ended at its backend: %s", error)
 
@@ -174,17 +177,17 @@ class SessionAffinity:
     def route(self, session: Session) -> Route:
         """The route of the session's requests; the session counts as used."""
         session_id = session.metadata.get(BACKEND_SID, session.id) or None
-        name = session.metadata.get(BACKEND_HOST)
-        backend = self._backend_of(session)
-        if backend is None:
-            address, has_moved = self._target.address, self._balancer.has_name(name)
+        address = self._backend_of(session)
+        if address is None:
+            address = self._target.address
+            has_moved = self._balancer.has_name(session.metadata.get(BACKEND_HOST))
             is_usable = self._balancer.touch(session.id, address) and not has_moved
-            return Route(address, None, session_id, is_usable)
-        address = Address(backend.scheme, backend.host, backend.port, name)
+            return Route(address, session_id, is_usable)
         is_usable = self._balancer.touch(session.id, address)
-        return Route(address, backend, session_id, is_usable, session.metadata.get(COOKIES))
+        return Route(address, session_id, is_usable, session.metadata.get(COOKIES))
 
-    def _backend_of(self, session: Session) -> Target | None:
+    def _backend_of(self, session: Session) -> Address | None:
+        """The address that the record names, None where the static target serves."""
         url = session.metadata.get(BACKEND_URL)
         if url is None:
             return None
@@ -193,7 +196,7 @@ class SessionAffinity:
             log.warning("a session's backend cannot be read; using the static target")
             return None
         if self._allows_any or backend.origin in self._allowed or self._balancer.knows(backend):
-            return backend
+            return self._balancer.address_of(backend, name)
         log.warning("a session's backend_url is not an allowed backend; using the static target")
         return None
 
@@ -204,7 +207,7 @@ class SessionAffinity:
         """
         if CLAIM in session.metadata:
             return
-        where = {BACKEND_URL: address.url, BACKEND_HOST: address.name}
+        where = {BACKEND_URL: address.backend_url, BACKEND_HOST: address.name}
         try:
             if self._manager.swap(session, session.with_metadata(**where)):
                 self._balancer.add(session.id, address)
@@ -223,7 +226,7 @@ class SessionAffinity:
     def follow_cookies(self, session: Session, received: Headers) -> None:
         """Records the balancer's cookies in an answer; another change of the record wins."""
         before = session.metadata.get(COOKIES, "")
-        found = cookies.kept(before, received, self._sticky)
+        found = cookies.kept(before, received, self._sticky, time.time())
         if found == before or CLAIM in session.metadata:
             return
         try:
@@ -278,7 +281,7 @@ class SessionAffinity:
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
             self._manager.end(claimed.id)
-            self.discard(new.address, new.session_id, given)
+            self.discard(new.address, new.session_id, given, new.cookies)
             raise SessionEnded
         return self._settle(claimed, new, given)
 
@@ -287,7 +290,7 @@ class SessionAffinity:
     ) -> Session | None:
         """The record with the new backend; None where another replica has claimed it meanwhile."""
         result: dict[str, str | None] = {
-            BACKEND_URL: new.address.url,
+            BACKEND_URL: new.address.backend_url,
             BACKEND_HOST: new.address.name,
             BACKEND_SID: new.session_id or "",
             LOST_AT: f"{time.time():.3f}",
@@ -296,7 +299,7 @@ class SessionAffinity:
         }
         if not claims.settle(self._manager, claimed, **result):
             # The session has ended meanwhile, or another replica claimed it after our deadline.
-            self.discard(new.address, new.session_id, given)
+            self.discard(new.address, new.session_id, given, new.cookies)
             return None
         self._balancer.add(claimed.id, new.address)
         log.info("a session was initialized again at %s", new.address.url)
@@ -310,12 +313,9 @@ class SessionAffinity:
         """
         lost_at = float(claimed.metadata.get(LOST_AT, "-inf"))
         session_id = claimed.metadata.get(BACKEND_SID, claimed.id)
-        backend = self._backend_of(claimed)
-        if abs(time.time() - lost_at) > _LOST_AGAIN or not session_id or backend is None:
+        address = self._backend_of(claimed)
+        if abs(time.time() - lost_at) > _LOST_AGAIN or not session_id or address is None:
             return False
-        address = Address(
-            backend.scheme, backend.host, backend.port, claimed.metadata.get(BACKEND_HOST)
-        )
         if not any(self._knows(address, given, session_id) for _ in range(_PINGS)):
             return False
         if self._warning.is_due():
@@ -344,10 +344,10 @@ class SessionAffinity:
         version = jsonrpc.protocol_version_of(response.result)
         if not headers.FIELD_VALUE.fullmatch(f"{version}{answer.session_id}"):
             raise BadAnswer("The server answered with a session id or version that cannot be sent")
-        sticky = cookies.kept("", answer.headers, self._sticky)
+        sticky = cookies.kept("", answer.headers, self._sticky, time.time())
         given = _within(given, answer.session_id, version, sticky)
-        self._calls.send_initialized(address, given, timeout)
-        return _Initialized(address, answer.session_id, version, sticky)
+        self._calls.send_initialized(answer.address, given, timeout)
+        return _Initialized(answer.address, answer.session_id, version, sticky)
 
 
 def _within(

@@ -107,7 +107,7 @@ class UnknownSessions:
             try:
                 answer = self._calls.ping(address, given, session_id)
                 if answer.has_result and not self._takes_every_id(address, given):
-                    return self._recorded(session_id, address, version)
+                    return self._recorded(session_id, answer.address, version)
             except BackendError as error:
                 failure = error
                 if isinstance(error, BackendUnreached):
@@ -141,7 +141,11 @@ class UnknownSessions:
         return takes_all
 
     def _recorded(self, session_id: str, address: Address, version: str | None) -> Session:
-        metadata = {BACKEND_URL: address.url, BACKEND_HOST: address.name, PROTOCOL_VERSION: version}
+        metadata = {
+            BACKEND_URL: address.backend_url,
+            BACKEND_HOST: address.name,
+            PROTOCOL_VERSION: version,
+        }
         known = {key: value for key, value in metadata.items() if value is not None}
         session = new_session(session_id, KIND, **known)
         try:

@@ -1,6 +1,6 @@
 """Targets, addresses and request URLs of backends. Pure.
 
-The target's path is the path of the MCP endpoint; requests for other paths keep theirs. A session's
+A target's path is the path of its MCP endpoint; requests for other paths keep theirs. A session's
 `backend_url` replaces scheme, host and port, and the path too if it has one.
 """
 
@@ -22,18 +22,28 @@ Origin = tuple[str, str, int]
 
 
 class Address(NamedTuple):
-    """The address of a server. `name` is its host name where `host` is an IP address."""
+    """The address of a server. `name` is its host name where `host` is an IP address.
+
+    `path` and `query` are those of its MCP endpoint where they are not the static target's.
+    """
 
     scheme: str
     host: str
     port: int
     name: str | None = None
+    path: str = ""
+    query: str = ""
 
     @property
     def url(self) -> str:
-        """The `backend_url` of a session at this address."""
+        """Scheme, host and port."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
+
+    @property
+    def backend_url(self) -> str:
+        """The `backend_url` of a session here; without the query, which may be a secret."""
+        return self.url + self.path
 
     @property
     def host_header(self) -> str:
@@ -68,6 +78,11 @@ class Target(NamedTuple):
         """Scheme, host and port, which identify a server."""
         return self.scheme, self.host, self.port
 
+    @property
+    def own_path(self) -> str:
+        """The path, empty where the URL has none."""
+        return "" if self.path == "/" else self.path
+
 
 @lru_cache(maxsize=256)
 def parse_target(url: str) -> Target | None:
@@ -95,11 +110,10 @@ def ascii_host(name: str) -> str | None:
     return found if _HOST.fullmatch(found) else None
 
 
-def is_endpoint(static: Target, backend: Target | None, path: str) -> bool:
-    """Whether a request for `path` is for the MCP endpoint; the targets as in `request_target`."""
-    named = static if backend is None else backend
-    has_path = named.path not in ("", "/") or static.path not in ("", "/")
-    return path.rstrip("/") == "/mcp" or (has_path and path in ("", "/"))
+def is_endpoint(static: Target, address: Address | None, path: str) -> bool:
+    """Whether a request for `path` is for the MCP endpoint; the rest is as in `request_target`."""
+    has_path = static.path not in ("", "/") or (address is not None and address.path)
+    return path.rstrip("/") == "/mcp" or (bool(has_path) and path in ("", "/"))
 
 
 def is_host(url: Target, header: str) -> bool:
@@ -131,18 +145,18 @@ def local_reference(address: Address, host: str, reference: str, mount: str) -> 
     return mount + path
 
 
-def request_target(static: Target, backend: Target | None, path: str, query: str) -> str:
-    """The path and query that the backend gets for a request for `path`.
+def request_target(static: Target, address: Address | None, path: str, query: str) -> str:
+    """The path and query that the server at `address` gets for a request for `path`.
 
-    `static` is the configured target, `backend` the target in the session's `backend_url`, if any.
+    `static` is the configured target whose endpoint counts where the address has none of its own.
     """
     own_query = ""
     if path.rstrip("/") in ("", "/mcp"):
-        if backend is not None and backend.path not in ("", "/"):
-            path, own_query = backend.path, backend.query
-        else:
-            path = static.path if static.path not in ("", "/") else path or "/mcp"
-            own_query = static.query
+        own_query = static.query
+        if address is not None and (address.path or address.query):
+            own_query = address.query
+        own_path = static.path if static.path != "/" else ""
+        path = (address is not None and address.path) or own_path or path or "/mcp"
     query = f"{own_query}&{query}" if own_query and query else own_query or query
     return f"{path}?{query}" if query else path
 

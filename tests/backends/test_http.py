@@ -493,9 +493,9 @@ def test_whether_the_host_of_a_silent_stream_is_there_is_asked(
     calls: Calls, backend: HttpBackend
 ) -> None:
     class Noting(HttpCall):
-        def connected(self, sock: socket.socket) -> None:
+        def connected(self, sock: socket.socket, is_through: bool = True) -> None:
             self.sock = sock
-            super().connected(sock)
+            super().connected(sock, is_through)
 
     backend.on("GET", "/x", stream(b"one", Feed()))
     call = Noting(calls.client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")

@@ -51,6 +51,7 @@ SAMPLES: dict[str, Sample] = {
     "trusted_proxies": Sample("10.0.0.1, *", ("10.0.0.1", "*"), ("10.0.0.1", "*")),
     "forward_headers": Sample("X-A:, X-B: 1", ("X-A:", "X-B: 1"), ("X-A:", "X-B: 1")),
     "preserve_host": _one("on", True),
+    "backend_proxy": _one("http://u:p@proxy:3128", "http://u:p@proxy:3128"),
     "sticky_cookies": Sample("route,MINE*", ("route", "MINE*"), ("route", "MINE*")),
     "log_format": _one("json", "json"),
     "log_level": _one("debug", "debug"),

@@ -65,6 +65,26 @@ def test_without_any_setting_the_defaults_hold() -> None:
     assert from_env() == config.from_values({})
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "on", "proxy", "proxy:3128", "https://proxy", "socks5://proxy", "http://", "//proxy"),
+        *("http://u:secret-word@", "http://u:secret-word@proxy:x", "http://secret-word@p/path"),
+        *("http://proxy:0", "http://[", "http://proxy?secret-word"),
+    ],
+)
+def test_an_outbound_proxy_is_a_url_or_off(url: str) -> None:
+    sentence = refusal(backend_proxy=url)
+    assert "backend_proxy must be off or http://HOST:PORT" in sentence
+    assert "secret-word" not in sentence
+
+
+def test_the_password_of_an_outbound_proxy_is_not_shown() -> None:
+    given = ProxyOptions(backend_proxy="http://u:secret-word@proxy:3128/")
+    assert "secret-word" not in repr(given)
+    assert from_env(backend_proxy="OFF").backend_proxy == "off"
+
+
 def test_the_documented_defaults() -> None:
     default = ProxyConfig()
     assert (default.bind, default.workers, default.threads) == ("127.0.0.1:8080", 1, 64)
@@ -83,7 +103,7 @@ def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
         *("keepalive_interval", "sse_after", "max_body_bytes", "max_message_bytes"),
         *("max_sessions", "evict_after", "idle_timeout", "keep_detached"),
         *("max_streams", "threads", "allowed_origins", "allowed_hosts"),
-        *("trusted_proxies", "forward_headers", "preserve_host", "sticky_cookies"),
+        *("trusted_proxies", "forward_headers", "preserve_host", "backend_proxy", "sticky_cookies"),
     ]
     assert [setting for setting in config.settings() if setting in options] == list(options)
     assert isinstance(ProxyConfig(), ProxyOptions)

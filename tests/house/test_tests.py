@@ -36,6 +36,7 @@ REASONS = {
     ("server/test_limits.py", "_candidate_tempdir_list"): "the same; Python names it nowhere else",
     ("server/test_limits.py", "_refuse"): "a worker that cannot be given a request otherwise",
     ("server/test_limits.py", "_slow_count"): "the same",
+    ("transparent/test_sse_sessions.py", "_client"): "the server's end of kept connections",
     ("wire/test_mending.py", "_PIECE"): "cuts at every place, without texts of many MiB",
 }
 
@@ -95,7 +96,7 @@ def test_tests_use_what_objects_show() -> None:
 
 
 #: Files with a test that is skipped where something is missing that nobody can install, and what.
-SKIPS: dict[str, str] = {}
+SKIPS = {"server/test_memory.py": "glibc: its allocator is what is tested"}
 
 
 def weaknesses_in(source: str) -> Iterator[str]:

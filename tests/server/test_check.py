@@ -15,6 +15,7 @@ from mcp_proxy.config import from_values
 from mcp_proxy.server.check import check
 from tests.servers.http_backend import HttpBackend, Turn
 from tests.support.front import SCRIPTED
+from tests.support.outbound import OutboundProxy
 from tests.support.sse_servers import SseServer, python_2
 from tests.support.tls import Certificates
 
@@ -100,6 +101,19 @@ def test_a_server_of_2024_11_05_is_initialized(capsys: Printed, path: str) -> No
         code, said = checked(capsys, target_url=[f"{server.url}{path}"])
     assert code == 0, said
     assert "older" in said
+
+
+def test_a_server_behind_an_outbound_proxy_is_initialized(
+    backend: HttpBackend, capsys: Printed
+) -> None:
+    with OutboundProxy({"server.invalid": backend.port}, "user:secret-word") as outbound:
+        values = {"target_url": ["http://server.invalid/mcp"], "backend_proxy": outbound.url}
+        assert checked(capsys, **values)[0] == 0
+        outbound.password = "user:another-word"
+        code, said = checked(capsys, **values)
+        assert code == 1
+        assert "407" in said
+        assert "secret-word" not in said
 
 
 def test_every_server_is_tried(backend: HttpBackend, capsys: Printed, tmp_path: Path) -> None:

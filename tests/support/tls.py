@@ -29,11 +29,13 @@ _DAY = datetime.timedelta(days=1)
 class Certificates:
     """A certificate authority in a directory, with one certificate for servers and one for clients.
 
-    Files: `ca.pem`, `server.pem`, `client.pem`, and their keys in `*.key`.
+    They are for 127.0.0.1 and `name`. Files: `ca.pem`, `server.pem`, `client.pem`, and their keys
+    in `*.key`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "localhost") -> None:
         self._directory = directory
+        self._server_name = x509.DNSName(name)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name("Authority of this test")
         self._write("ca", self._key, self._name, is_authority=True)
@@ -58,10 +60,15 @@ class Certificates:
         """The files of a client, as the query of a URL."""
         return urlencode(self.files)
 
-    def for_servers(self) -> ssl.SSLContext:
-        """What a server speaks TLS with; clients must have a certificate too."""
+    def for_anybody(self) -> ssl.SSLContext:
+        """What a server speaks TLS with whose clients need no certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.path("server.pem"), self.path("server.key"))
+        return context
+
+    def for_servers(self) -> ssl.SSLContext:
+        """What a server speaks TLS with; clients must have a certificate too."""
+        context = self.for_anybody()
         context.load_verify_locations(self.path("ca.pem"))
         context.verify_mode = ssl.CERT_REQUIRED
         return context
@@ -89,7 +96,9 @@ class Certificates:
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), False
             )
             .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([loopback]), critical=False)
+            .add_extension(
+                x509.SubjectAlternativeName([loopback, self._server_name]), critical=False
+            )
             .sign(self._key, hashes.SHA256())
         )
         pem = serialization.Encoding.PEM

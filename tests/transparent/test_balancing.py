@@ -243,8 +243,50 @@ def test_targets_and_their_addresses_are_known(balancer: Make) -> None:
     made = balancer("http://many:5/mcp", "https://one")
     for url in ("http://many:5", "http://10.0.0.2:5/x", "http://[::3]:5", "https://one:443/"):
         assert made.knows(target(url)), url
-    for url in ("http://many:6", "https://many:5", "http://10.0.0.9:5", "https://10.0.0.2"):
+    for url in ("http://many:6", "http://one:443", "http://10.0.0.9:5", "https://10.0.0.9"):
         assert not made.knows(target(url)), url
+
+
+def test_a_target_that_redirects_to_https_is_asked_there(
+    balancer: Make, names: Names, clock: Clock
+) -> None:
+    made = balancer("http://many:5", "https://one:6")
+    made.note_tls(Address("http", "10.0.0.1", 5, "many"), 8443)
+    found = made.candidates()
+    assert {(address.url, address.name) for address in found} == {
+        ("https://10.0.0.1:8443", "many"),
+        ("https://10.0.0.2:8443", "many"),
+        ("https://[::3]:8443", "many"),
+        ("https://10.0.0.1:6", "one"),
+    }
+    for url in ("http://10.0.0.2:5", "https://10.0.0.2:8443", "https://many:8443"):
+        assert made.knows(target(url)), url
+    made.note_failure(next(a for a in found if a.port == 8443), BackendUnreached())
+    assert {address.url for address in made.candidates()} == {
+        *(f"http://{host}:5" for host in ("10.0.0.1", "10.0.0.2", "[::3]")),
+        "https://10.0.0.1:6",
+    }
+    names.known["many"] = ["10.0.0.7"]
+    clock.now = 301
+    assert {address.url for address in made.candidates()} == {
+        "http://10.0.0.7:5",
+        "https://10.0.0.1:6",
+    }
+    assert not made.touch("s", Address("https", "10.0.0.2", 8443, "many"))
+    assert made.touch("s", Address("https", "10.0.0.7", 8443, "many"))
+
+
+def test_a_record_may_name_the_host_of_an_http_target_with_tls(balancer: Make) -> None:
+    made = balancer("http://many:5", "https://one:6")
+    assert not made.knows(target("https://10.0.0.9:8443"))
+    assert made.knows(target("https://10.0.0.2:8443"))
+    assert {address.port for address in made.candidates()} == {5, 6}  # new sessions begin as ever
+    pinned = Address("https", "10.0.0.2", 8443, "many")
+    assert [address.url for address in made.instead_of(pinned)][2:] == ["https://10.0.0.1:6"]
+    assert {address.url for address in list(made.instead_of(pinned))[:2]} == {
+        "https://10.0.0.1:8443",
+        "https://[::3]:8443",
+    }
 
 
 def test_a_new_address_is_looked_up_before_it_is_refused(
@@ -301,6 +343,30 @@ def test_an_address_belongs_to_its_name_for_five_minutes(
     clock.now = 320
     made.candidates()
     assert not made.touch("s", old)
+
+
+def test_each_target_has_an_endpoint_of_its_own(balancer: Make) -> None:
+    made = balancer("http://one:5/v2?t=1", "http://b:1/v2?t=2", "http://b:1/z", "http://c:1")
+    first = Address("http", "10.0.0.1", 5, "one")
+    second = Address("http", "b", 1, None, "/v2", "t=2")
+    third = Address("http", "b", 1, None, "/z")
+    fourth = Address("http", "c", 1, None, "/mcp")
+    assert set(made.candidates()) == {first, second, third, fourth}
+    for address in (first, second, third, fourth):
+        recorded = target(address.backend_url)
+        assert made.address_of(recorded, address.name) == address
+        assert address not in list(made.instead_of(address))
+    assert made.address_of(target("http://c:1"), None) == fourth
+    led = second._replace(scheme="https", port=443)
+    assert made.address_of(target(led.backend_url), None) == led
+    assert made.address_of(target("http://b:1/w"), None) == third._replace(path="/w")
+    assert made.address_of(target("http://d:1"), None) == Address("http", "d", 1)
+
+
+def test_a_record_may_repeat_the_path_of_the_only_target(balancer: Make) -> None:
+    made = balancer("http://a:1/v2")
+    for url in ("http://a:1", "http://a:1/", "http://a:1/v2"):
+        assert made.address_of(target(url), None) == Address("http", "a", 1)
 
 
 def test_who_serves_instead_is_of_the_same_name_first(balancer: Make) -> None:

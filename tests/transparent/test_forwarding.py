@@ -18,6 +18,7 @@ from werkzeug.test import create_environ, run_wsgi_app
 
 from mcp_proxy import ProxyOptions, TransparentProxy
 from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
+from mcp_proxy.wire import sse
 from tests.proofs.hell import drip, flood
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
 from tests.support.front import Answer, Json, McpClient
@@ -143,6 +144,78 @@ def test_a_break_after_the_response_is_an_end(
     answer = proxy.client().open().call("break", key="k")
     feed.put(Feed.BREAK)
     assert answer.body() == NOTE + RESPONSE + more
+
+
+BATCH: list[dict[str, Any]] = [
+    {"jsonrpc": "2.0", "id": 1, "method": "a"},
+    {"jsonrpc": "2.0", "method": "n"},
+    {"jsonrpc": "2.0", "id": "1", "method": "b"},
+    {"jsonrpc": "2.0", "id": "k\u00e4", "method": "c"},
+]
+ONE = b'data: {"jsonrpc":"2.0","id":1,"result":{"result":1}}\n\n'
+LAST = b'data: {"jsonrpc":"2.0","id":"k\\u00e4","error":{"code":1,"message":"x"}}\n\n'
+BOTH_ONES = b'data: [{"jsonrpc":"2.0","id":1,"result":1},{"jsonrpc":"2.0","id":"1","result":1}]\n\n'
+ASKED = b'data: {"jsonrpc":"2.0","id":1,"method":"ping","params":{"result":1}}\n\n'
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+@pytest.mark.parametrize(
+    ("passed", "missing"),
+    [
+        (b": x\n\n", [1, "1", "k\u00e4"]),
+        (NOTE + ASKED + b"data: {", [1, "1", "k\u00e4"]),
+        (ONE, ["1", "k\u00e4"]),
+        (LAST + ONE, ["1"]),
+        (ONE.replace(b"1,", b'"1",', 1), [1, "k\u00e4"]),
+        (BOTH_ONES, ["k\u00e4"]),
+    ],
+)
+def test_each_request_of_a_batch_that_breaks_off_has_an_end(
+    proxy: Transparent, target: HttpBackend, framing: str, passed: bytes, missing: list[Any]
+) -> None:
+    feed = Feed()
+    client = proxy.client().open()
+    target.on("POST", "/mcp", stream(passed, feed, framing=framing))
+    answer = client.post(BATCH)
+    feed.put(Feed.BREAK)
+    body = answer.body()  # a proper end
+    assert body.startswith(passed)
+    decoder = sse.Decoder()
+    messages = [json.loads(event.data or b"") for event in decoder.feed(body[len(passed) :])]
+    assert [message["id"] for message in messages] == missing
+    assert {message["error"]["code"] for message in messages} == {-32000}
+
+
+def test_a_batch_whose_responses_have_passed_breaks_off_in_order(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    feed = Feed()
+    client = proxy.client().open()
+    target.on("POST", "/mcp", stream(BOTH_ONES, LAST, feed))
+    answer = client.post(BATCH)
+    feed.put(Feed.BREAK)
+    assert answer.body() == BOTH_ONES + LAST
+
+
+def test_a_batch_that_can_be_resumed_breaks_off(proxy: Transparent, target: HttpBackend) -> None:
+    feed = Feed()
+    client = proxy.client().open()
+    target.on("POST", "/mcp", stream(b"id: 1\n" + ONE, feed))
+    answer = client.post(BATCH)
+    feed.put(Feed.BREAK)
+    with pytest.raises(BROKEN):
+        answer.body()
+
+
+def test_a_batch_that_stalls_has_an_error_for_each(proxy: Transparent, target: HttpBackend) -> None:
+    client = proxy.client().open()
+    target.on("POST", "/mcp", stream(ONE, Feed()))
+    first, *rest = client.post(BATCH).messages()
+    assert first["id"] == 1
+    assert [message["id"] for message in rest] == ["1", "k\u00e4"]
+    cancelled = target.last.json
+    assert {notice["method"] for notice in cancelled} == {"notifications/cancelled"}
+    assert [notice["params"]["requestId"] for notice in cancelled] == [1, "1", "k\u00e4"]
 
 
 @pytest.mark.parametrize("headers", [("Content-Encoding: gzip",), ()])

@@ -523,10 +523,13 @@ def test_a_session_that_cannot_be_recorded_is_ended_at_its_backend(
             server.stop()
         else:
             monkeypatch.setattr(proxy.manager.storage, "create", away)
+        sticky = "Set-Cookie: route=r1"
+        backend.rpc["initialize"] = lambda turn: backend.initialize(turn, sticky)
         answer = proxy.client().initialize(Authorization="Bearer mine")
         assert (answer.status, answer.failure) == (200, "store-unavailable")
         assert len(backend.ended) == 1
         assert backend.sessions == set()
+        assert backend.last.header("Cookie") == "route=r1"
         assert (backend.last.method, backend.last.header("Authorization")) == (
             "DELETE",
             "Bearer mine",

@@ -8,6 +8,7 @@ import http.client
 import itertools
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -386,17 +387,69 @@ def test_a_server_that_breaks_off_breaks_the_stream_off(
     assert is_404(client)
 
 
-def test_a_server_that_is_away_has_lost_the_session(
-    two: list[Replicated], servers: list[OldServer]
+REQUEST = {"jsonrpc": "2.0", "id": 1, "method": "echo"}
+
+
+def refuse_connections(server: OldServer) -> None:
+    """New connections are refused from now on; those that there are stay."""
+    drop, server.drop_connections = server.drop_connections, lambda: None  # type: ignore[method-assign]
+    server.stop()
+    server.drop_connections = drop  # type: ignore[method-assign]
+    server.is_stopping = False
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_a_server_that_refuses_a_connection_has_not_lost_the_session(
+    server: OldServer, holder: int
 ) -> None:
-    client = two[0].client(two[1])
-    client.connect()
-    for each in servers:
-        each.stop()
-    assert two[1].session(client) is not None
-    assert is_404(client)
-    assert two[0].session(client) is None
-    assert is_404(client)
+    storage, settings = LocalStorage(), {"connect_timeout": 0.5}
+    options: dict[str, Any] = {"storage": storage, "settings": settings, "name": "same"}
+    with replica(server.url, **options) as first, replica(server.url, **options) as second:
+        client = first.client([first, second][holder])
+        client.connect()
+        assert echo(client)["server"] == "A"
+        refuse_connections(server)
+        first.app._client.close()  # connections that are kept
+        second.app._client.close()
+        answer = client.post(REQUEST)
+        assert (answer.status, answer.failure) == (503, "server-unreachable")
+        for message in (
+            {"jsonrpc": "2.0", "method": "n"},
+            {"jsonrpc": "2.0", "id": 1, "result": 1},
+        ):
+            told = client.post(message)
+            assert (told.status, told.failure) == (202, "server-unreachable")
+        assert first.session(client) is not None
+        server.start()
+        assert echo(client)["server"] == "A"
+
+
+def test_a_request_waits_for_a_server_that_comes_back(server: OldServer) -> None:
+    with replica(server.url, settings={"connect_timeout": 30}) as proxy:
+        client = proxy.client()
+        client.connect()
+        refuse_connections(server)
+        proxy.app._client.close()
+        timer = threading.Timer(0.5, server.start)
+        timer.start()
+        assert echo(client)["server"] == "A"
+        timer.join()
+
+
+def test_a_request_that_waits_learns_that_the_stream_is_gone(server: OldServer) -> None:
+    with replica(server.url, settings={"connect_timeout": 30}) as proxy:
+        client = proxy.client()
+        client.connect()
+        server.stop()
+        proxy.app._client.close()
+        timer = threading.Timer(0.5, client.close)
+        timer.start()
+        begun = time.monotonic()
+        assert is_404(client)
+        assert time.monotonic() - begun < 20
+        timer.join()
+        assert proxy.session(client) is None
+        assert is_404(client)
 
 
 def test_a_server_that_loses_a_message_has_not_lost_the_session(

@@ -74,7 +74,8 @@ def test_nothing_breaks_the_reading(text: str) -> None:
     ],
 )
 def test_what_an_address_is_called(address: Address, url: str, host: str) -> None:
-    assert address.url == url
+    assert address.url == address.backend_url == url
+    assert address._replace(path="/x", query="y=z").backend_url == f"{url}/x"
     assert address.host_header == host
     target = parse_target(url)
     assert target is not None
@@ -96,6 +97,12 @@ def test_a_target_in_one_string(url: str, whole: str) -> None:
     assert target.origin == (target.scheme, target.host, target.port)
 
 
+def at(backend: str | None) -> Address | None:
+    """The address that a `backend_url` names."""
+    named = parse_target(backend or "")
+    return None if named is None else Address(*named.origin, None, named.own_path, named.query)
+
+
 @pytest.mark.parametrize(
     ("static", "backend", "path", "query", "expected"),
     [
@@ -112,6 +119,8 @@ def test_a_target_in_one_string(url: str, whole: str) -> None:
         ("http://h:1/v2?q=1", "http://k:2/", "/mcp", "c=1", "/v2?q=1&c=1"),
         ("http://h:1", "http://k:2/z", "/mcp", "c=1", "/z?c=1"),
         ("http://h:1/v2?t=1", "http://k:2/z?u=1", "/mcp", "c=1", "/z?u=1&c=1"),
+        ("http://h:1/v2?t=1", "http://k:2/z", "/mcp", "", "/z"),
+        ("http://h:1/v2?t=1", "http://k:2?u=1", "/mcp", "", "/v2?u=1"),
         ("http://h:1/v2", "http://k:2/z", "/x", "c=1", "/x?c=1"),
     ],
 )
@@ -120,8 +129,7 @@ def test_where_a_request_goes(
 ) -> None:
     target = parse_target(static)
     assert target is not None
-    other = parse_target(backend) if backend is not None else None
-    assert request_target(target, other, path, query) == expected
+    assert request_target(target, at(backend), path, query) == expected
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,6 @@ def test_a_path_at_the_root_never_names_a_host() -> None:
 def test_which_path_is_the_endpoint(
     static: str, backend: str | None, path: str, expected: bool
 ) -> None:
-    named = None if backend is None else parse_target(backend)
     there = parse_target(static)
     assert there is not None
-    assert is_endpoint(there, named, path) is expected
+    assert is_endpoint(there, at(backend), path) is expected

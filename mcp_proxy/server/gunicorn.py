@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcp_proxy.config import PREFIX, ProxyConfig, set_in_environment
+from mcp_proxy.config import GEVENT_CONNECTIONS, PREFIX, ProxyConfig, set_in_environment
 from mcp_proxy.edge.guard import is_loopback, url_host
 from mcp_proxy.edge.log_writer import LogWriter
 from mcp_proxy.edge.logs import configure, start_writing
@@ -61,7 +61,11 @@ _CONNECTIONS = 4_096
 # Memory that is a file system: writable in most containers whose file system is not.
 _SHARED_MEMORY = "/dev/shm"
 
-_KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
+# Our classes behind the setting `worker_class`.
+_WORKER_CLASSES = {
+    "gthread": "mcp_proxy.server.worker.KeepaliveWorker",
+    "gevent": "mcp_proxy.server.gevent_worker.GeventWorker",
+}
 
 
 def settings_of_environment() -> dict[str, Any]:
@@ -83,9 +87,9 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
         "bind": config.bind,
         "workers": config.workers,
         "threads": config.threads,
-        "worker_class": _KEEPALIVE_WORKER if is_gthread else config.worker_class,
+        "worker_class": _WORKER_CLASSES[config.worker_class],
         "loglevel": config.log_level,
-        "worker_connections": connections(config) if is_gthread else 10_000,
+        "worker_connections": connections(config) if is_gthread else GEVENT_CONNECTIONS,
         # What an application that reads its own settings finds in the environment.
         "raw_env": [f"{PREFIX}MAX_SESSIONS={within_files(config).max_sessions}"],
         # gunicorn would check every header against these; `trusted_proxies` decides instead.

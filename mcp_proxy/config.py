@@ -46,6 +46,9 @@ from mcp_proxy.wire.urls import ascii_host, parse_target
 
 PREFIX = "MCP_PROXY_"
 
+#: Connections that a gevent worker may have.
+GEVENT_CONNECTIONS = 10_000
+
 _LAST_PORT = 65_535
 
 # Settings that have names of others in the environment: gunicorn's, requests' and OpenSSL's.
@@ -176,7 +179,10 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = False
     max_streams: Annotated[
         Count | None,
-        Meta(description="standing streams of one worker; none: three quarters of `threads`"),
+        Meta(
+            description="standing streams of one worker; none: three quarters of `threads`, with "
+            "gevent 7500"
+        ),
     ] = None
     threads: Annotated[
         Annotated[int, Meta(ge=4)],
@@ -341,6 +347,13 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
         _require_addresses(self.bind)
+
+    @property
+    def stream_limit(self) -> int:
+        """As of the options; with gevent a stream takes no thread but one of its connections."""
+        if self.worker_class == "gevent":
+            return self.max_streams or GEVENT_CONNECTIONS * 3 // 4
+        return super().stream_limit
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ProxyConfig:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gunicorn.http import wsgi
 from gunicorn.http.parser import RequestParser
 
 from mcp_proxy.errors import INVALID_REQUEST, PROXY_ERROR
-from mcp_proxy.server.connection import PIECE
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.headers import FAILURE
+
+#: Bytes that are read or written at once; more than TLS has in a record, so none stay in OpenSSL.
+PIECE = 64 * 1024
 
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3} [^\r\n]*)")
 
@@ -104,3 +106,11 @@ def refusal(status: str, message: str, kind: str = "") -> bytes:
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode("latin-1") + body
+
+
+def refusal_of(handle_error: Callable[..., object], addr: Any, error: Exception) -> bytes:
+    """A whole response that says what gunicorn's `handle_error` says of an error, and logs."""
+    written = Gathering()
+    handle_error(written, addr, error)
+    is_refused = written.status.startswith("4")
+    return refusal(written.status, str(error) if is_refused else "Internal error")

@@ -10,6 +10,9 @@ from __future__ import annotations
 import enum
 import re
 
+#: Bytes of a body that have to come in a second, on the whole.
+SLOWEST_BODY = 1024
+
 #: The largest body that is kept here; a larger one is read while it arrives.
 LARGEST_BODY = 256 * 1024
 

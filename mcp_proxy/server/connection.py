@@ -19,17 +19,12 @@ from gunicorn.http import get_parser
 from gunicorn.http.unreader import Unreader
 from gunicorn.workers import gthread
 
-from mcp_proxy.server.arriving import ArrivingRequest, Shape
+from mcp_proxy.server.answers import PIECE
+from mcp_proxy.server.arriving import SLOWEST_BODY, ArrivingRequest, Shape
 from mcp_proxy.server.tls import with_tls
-
-#: Bytes that are read or written at once; more than TLS has in a record, so none stay in OpenSSL.
-PIECE = 64 * 1024
 
 #: Seconds for which a thread waits at a connection on which it has answered.
 STAY = 0.05
-
-# Bytes of a body that have to come in a second, on the whole.
-_SLOWEST = 1024
 
 # Bytes of a body that are read at once if so many are wanted.
 _LARGEST_PIECE = 1024 * 1024
@@ -128,7 +123,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         """When a connection that waits in the poller is given up."""
         if self._body_since is None:
             return self.since + self.client_timeout
-        slowest = self._body_since + self.request.body_bytes / _SLOWEST
+        slowest = self._body_since + self.request.body_bytes / SLOWEST_BODY
         return self.client_timeout + min(self.progress, slowest)
 
     def end(self) -> None:
@@ -240,7 +235,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         now = time.monotonic()
         if self._body_since is None:
             return self.since + self.client_timeout - now
-        slowest = self._body_since + self.client_timeout + self._got / _SLOWEST
+        slowest = self._body_since + self.client_timeout + self._got / SLOWEST_BODY
         until = slowest if self._body_until is None else min(slowest, self._body_until)
         return min(self.client_timeout, until - now)
 

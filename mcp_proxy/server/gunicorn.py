@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcp_proxy.config import PREFIX, ProxyConfig, is_malloc_told, set_in_environment
+from mcp_proxy.config import (
+    GEVENT_CONNECTIONS,
+    PREFIX,
+    ProxyConfig,
+    is_malloc_told,
+    set_in_environment,
+)
 from mcp_proxy.edge.guard import is_loopback, url_host
 from mcp_proxy.edge.log_writer import LogWriter
 from mcp_proxy.edge.logs import configure, start_writing
@@ -56,7 +62,11 @@ _SHARED_MEMORY = "/dev/shm"
 # As mallopt of glibc calls it.
 _M_ARENA_MAX = -8
 
-_KEEPALIVE_WORKER = "mcp_proxy.server.worker.KeepaliveWorker"
+# Our classes behind the setting `worker_class`.
+_WORKER_CLASSES = {
+    "gthread": "mcp_proxy.server.worker.KeepaliveWorker",
+    "gevent": "mcp_proxy.server.gevent_worker.GeventWorker",
+}
 
 
 def settings_of_environment() -> dict[str, Any]:
@@ -78,9 +88,9 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
         "bind": config.bind,
         "workers": config.workers,
         "threads": config.threads,
-        "worker_class": _KEEPALIVE_WORKER if is_gthread else config.worker_class,
+        "worker_class": _WORKER_CLASSES[config.worker_class],
         "loglevel": config.log_level,
-        "worker_connections": connections(config) if is_gthread else 10_000,
+        "worker_connections": connections(config) if is_gthread else GEVENT_CONNECTIONS,
         # What an application that reads its own settings finds in the environment.
         "raw_env": [f"{PREFIX}MAX_SESSIONS={within_files(config).max_sessions}"],
         # gunicorn would check every header against these; `trusted_proxies` decides instead.

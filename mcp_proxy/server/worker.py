@@ -59,9 +59,9 @@ from gunicorn.workers import gthread
 
 from mcp_proxy.edge.forwarded import COOKIES_KNOWN
 from mcp_proxy.errors import Overloaded, ProxyError
-from mcp_proxy.server.answers import Gathering, JoinedResponse, answer, refusal, send
+from mcp_proxy.server.answers import PIECE, JoinedResponse, answer, refusal, refusal_of, send
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
-from mcp_proxy.server.connection import PIECE, Connection
+from mcp_proxy.server.connection import Connection
 from mcp_proxy.server.tls import HandshakeFailures
 
 # Seconds for which a connection that was shut down is read: closed with unread bytes it would be
@@ -590,11 +590,9 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         """Answers a request that gunicorn refuses, or that has failed, with a JSON-RPC error."""
-        written = Gathering()
-        super().handle_error(req, written, addr, exc)
-        is_refused = written.status.startswith("4")
+        written = refusal_of(partial(super().handle_error, req), addr, exc)
         with contextlib.suppress(OSError):
-            client.sendall(refusal(written.status, str(exc) if is_refused else "Internal error"))
+            client.sendall(written)
 
     def handle_request(self, req: Any, conn: Connection) -> bool:
         """Answers one request; whether the connection is to be kept."""

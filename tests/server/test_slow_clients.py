@@ -17,9 +17,9 @@ from tests.support.proxy_process import GUNICORN, ProxyProcess
 
 IMPATIENT = ("-m", "gunicorn", "-c", "python:tests.live.impatient_gunicorn", "-k", WORKER)
 
-_HALF_HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-"
-_HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
-_HALF_BODY = _HEAD + b"12345"
+HALF_HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-"
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
+HALF_BODY = HEAD + b"12345"
 _ODD = b"\r\nPOST / HTTP/1.1\r\nHost: localhost\r\n"
 _LARGE = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
 
@@ -49,7 +49,7 @@ def slowest_answer(held: Held, seconds: float) -> float:
 
 def test_halves_of_requests_cost_the_others_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, "--threads", "8") as held, ExitStack() as stack:
-        for data in (_HALF_HEAD, _HALF_BODY, b"", _ODD, _LARGE):
+        for data in (HALF_HEAD, HALF_BODY, b"", _ODD, _LARGE):
             for _ in range(100):
                 stack.enter_context(closing(held.connect())).send_raw(data)
         assert slowest_answer(held, 3) < 2
@@ -65,18 +65,18 @@ def test_idle_connections_cost_the_others_nothing(tmp_path: Path) -> None:
 
 def test_halves_behind_whole_requests_cost_the_others_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, "--threads", "4") as held, ExitStack() as stack:
-        for half in (_HALF_HEAD, _HALF_BODY) * 4:
+        for half in (HALF_HEAD, HALF_BODY) * 4:
             connection = stack.enter_context(closing(held.connect()))
-            connection.send_raw(_HEAD + b"1234567890" + half)
+            connection.send_raw(HEAD + b"1234567890" + half)
             assert connection.read().status == 200
         assert slowest_answer(held, 1) < 2
 
 
-@pytest.mark.parametrize("first", [b"", _HEAD + b"1234567890"])
+@pytest.mark.parametrize("first", [b"", HEAD + b"1234567890"])
 def test_what_does_not_arrive_in_time_is_answered_with_408(tmp_path: Path, first: bytes) -> None:
     with impatient(tmp_path) as held, ExitStack() as stack:
         late = []
-        for data in (_HALF_HEAD, _HEAD, _HALF_BODY, _ODD, _LARGE + b"1"):
+        for data in (HALF_HEAD, HEAD, HALF_BODY, _ODD, _LARGE + b"1"):
             connection = stack.enter_context(closing(held.connect()))
             connection.send_raw(first)
             if first:
@@ -153,7 +153,7 @@ def test_slow_requests_hold_a_quarter_of_the_threads_only_until_their_bodies_hav
 
 def test_a_client_that_waits_for_100_gets_it_once(tmp_path: Path) -> None:
     with serving(tmp_path, "--threads", "4") as held, closing(held.connect()) as connection:
-        head = _HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+        head = HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
         for _ in range(2):
             connection.send_raw(head)
             assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
@@ -167,7 +167,7 @@ def test_chunks_and_requests_in_one_go_are_served(tmp_path: Path) -> None:
         b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
     )
     with serving(tmp_path, "--threads", "4") as held, closing(held.connect()) as connection:
-        connection.send_raw((chunked + _HEAD + b"1234567890") * 5)
+        connection.send_raw((chunked + HEAD + b"1234567890") * 5)
         assert [connection.read().status for _ in range(10)] == [200] * 10
 
 

@@ -1,0 +1,160 @@
+"""The gevent worker: clients that are slow, silent or wrong, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.server.test_slow_clients import HALF_BODY, HALF_HEAD, HEAD, slowest_answer
+from tests.server.test_worker import Held
+from tests.support.front import HttpFront, McpClient
+from tests.support.proxy_process import COMMAND, ProxyProcess
+from tests.support.tls import Certificates
+from tests.support.waiting import eventually
+
+WORKER = "mcp_proxy.server.gevent_worker.GeventWorker"
+PLAIN = ("-m", "gunicorn", "-c", "python:tests.live.plain_gunicorn", "-k", WORKER)
+IMPATIENT = ("-m", "gunicorn", "-c", "python:tests.live.impatient_gunicorn", "-k", WORKER)
+
+
+@contextmanager
+def serving(tmp_path: Path, *options: str, way: tuple[str, ...] = PLAIN) -> Iterator[Held]:
+    file = tmp_path / "released"
+    environment = {"HELD_UNTIL": str(file)}
+    with ProxyProcess(
+        way=(*way, "tests.live.held:app"), options=options, environment=environment
+    ) as process:
+        try:
+            yield Held(process, file)
+        finally:
+            file.touch()
+
+
+def test_requests_are_served_one_after_the_other_on_a_connection(tmp_path: Path) -> None:
+    with serving(tmp_path) as held, closing(held.connect()) as connection:
+        for _ in range(3):
+            assert connection.ask("/", body=b"x" * 300_000).status == 200
+        connection.send("/", "/", "/")
+        assert [connection.read().status for _ in range(3)] == [200] * 3
+
+
+def test_halves_of_requests_cost_the_others_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path) as held, ExitStack() as stack:
+        for data in (HALF_HEAD, HALF_BODY, b""):
+            for _ in range(100):
+                stack.enter_context(closing(held.connect())).send_raw(data)
+        assert slowest_answer(held, 2) < 2
+
+
+@pytest.mark.parametrize("first", [b"", HEAD + b"1234567890"])
+def test_what_does_not_arrive_in_time_is_answered_with_408(tmp_path: Path, first: bytes) -> None:
+    with serving(tmp_path, way=IMPATIENT) as held, ExitStack() as stack:
+        late = []
+        for data in (HALF_HEAD, HEAD, HALF_BODY):
+            connection = stack.enter_context(closing(held.connect()))
+            connection.send_raw(first)
+            if first:
+                assert connection.read().status == 200
+            connection.send_raw(data)
+            late.append(connection)
+        for connection in late:
+            answer = connection.read_head()
+            assert (answer.status, answer.headers["Connection"]) == (408, "close")
+            assert json.loads(answer.read())["error"]["code"] == -32600
+            assert connection.is_closed_by_server()
+        assert "Traceback" not in held.process.log()
+
+
+def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for_any_longer(tmp_path: Path) -> None:
+    with serving(tmp_path, way=IMPATIENT) as held, closing(held.connect()) as connection:
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            connection.send_raw(b"G")
+            time.sleep(0.1)
+        assert connection.read().status == 408
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(tmp_path: Path) -> None:
+    with serving(tmp_path, way=IMPATIENT) as held, closing(held.connect()) as connection:
+        assert connection.is_closed_by_server()
+        assert "Traceback" not in held.process.log()
+
+
+def test_an_answer_that_nobody_reads_is_given_up(tmp_path: Path) -> None:
+    with serving(tmp_path, way=IMPATIENT) as held, closing(held.connect()) as connection:
+        connection.send("/large")
+        time.sleep(4)  # twice the time that the client has; what was buffered is still there
+        with pytest.raises((EOFError, OSError)):
+            connection.read_head().read()
+        assert "Traceback" not in held.process.log()
+
+
+def test_what_is_refused_is_a_json_rpc_error(tmp_path: Path) -> None:
+    with serving(tmp_path) as held, closing(held.connect()) as connection:
+        connection.send_raw(b"GET / HTTP/1.1\r\nHost: a\r\nX\x01: y\r\n\r\n")
+        answer = connection.read_head()
+        assert (answer.status, answer.headers["Content-Type"]) == (400, "application/json")
+        assert json.loads(answer.read())["error"]["code"] == -32600
+
+
+def test_a_worker_that_stops_does_not_wait_for_what_may_still_arrive(tmp_path: Path) -> None:
+    with serving(tmp_path) as held, ExitStack() as stack:
+        for data in (HALF_HEAD, HALF_BODY, b"", HEAD + b"1234567890"):
+            stack.enter_context(closing(held.connect())).send_raw(data)
+        before = time.monotonic()
+        os.kill(held.process.master_pid, signal.SIGTERM)
+        held.process.wait(30)
+        assert time.monotonic() - before < 15
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    return Certificates(tmp_path)
+
+
+def test_tls_is_served_and_its_failures_are_a_line(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    files = ("--certfile", certificates.path("server.pem"), "--keyfile")
+    options = (*files, certificates.path("server.key"))
+    with serving(tmp_path, *options, way=IMPATIENT) as held:
+        with closing(held.connect()) as plain:
+            plain.send_raw(b"GET / HTTP/1.1\r\n\r\n")
+            eventually(lambda: "TLS with 127.0.0.1 failed: " in held.process.log())
+        with closing(held.connect()) as silent:
+            assert silent.is_closed_by_server()
+        held.tls = ssl.create_default_context(cafile=certificates.path("ca.pem"))
+        with closing(held.connect()) as connection:
+            assert connection.ask("/", body=b"x" * 100_000).status == 200
+            assert connection.ask("/").status == 200
+            connection.send_raw(HALF_HEAD)
+            assert connection.read().status == 408
+        assert "Traceback" not in held.process.log()
+
+
+# --- our own application -------------------------------------------------------------------------
+
+
+def test_our_command_uses_it_and_a_late_body_is_408(tmp_path: Path) -> None:
+    options = ["--worker-class", "gevent", "--client-timeout", "2"]
+    with ProxyProcess(options=options, way=COMMAND) as process:
+        assert f"Using worker: {WORKER}" in process.log()
+        assert McpClient(HttpFront(process.base)).open().call("echo").has_succeeded
+        with closing(Held(process, tmp_path).connect()) as connection:
+            head = b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n"
+            connection.send_raw(head + b"Content-Type: application/json\r\n\r\n12345")
+            answer = connection.read()
+            assert (answer.status, answer.headers["Connection"]) == (408, "close")
+            assert connection.is_closed_by_server()
+        assert "Traceback" not in process.log()

@@ -10,7 +10,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-worker_class = "gthread"
+worker_class = "mcp_proxy.server.worker.KeepaliveWorker"  # threads, and patience with limits
 threads = 16  # as in the application's ProxyOptions
 workers = 1  # the sessions of a stdio server live in one process
 

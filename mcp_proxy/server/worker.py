@@ -16,6 +16,7 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
 - What an application `answers_at_once` is answered in the main thread, so that health is told
   whatever holds the threads.
 - A worker that has served `max_requests` goes on until it can end without harm to any call.
+- SIGQUIT and SIGINT end the worker in the main loop, not in the middle of something.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
 - Where the system has no file for another connection, accepting pauses for a moment.
 - TLS handshakes are done in steps, by two threads that wait for no client; one that fails is a line
@@ -52,6 +53,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from gunicorn.http import wsgi
@@ -295,6 +297,10 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         if self.queued:
             timeout = min(timeout, _SWEEP)
         super().wait_for_and_dispatch_events(self._pause_left() or timeout)
+
+    def handle_quit(self, sig: int, frame: FrameType | None) -> None:
+        """Ends at once, but in the main loop: what the signal has interrupted may hold a lock."""
+        self.method_queue.defer(super().handle_quit, sig, frame)
 
     # --- requests for which no thread is free ----------------------------------------------------
 

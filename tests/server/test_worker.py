@@ -16,7 +16,7 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import create
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.server.answers import JoinedResponse
@@ -56,6 +56,23 @@ def serving(tmp_path: Path, *options: str) -> Iterator[Held]:
             yield Held(process, file)
         finally:
             file.touch()
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+def test_what_ends_at_once_ends_in_the_main_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal may have interrupted what holds the pool's lock, for which its end waits."""
+    worker: Any = KeepaliveWorker.__new__(KeepaliveWorker)
+    worker.method_queue = PollableMethodQueue()
+    worker.method_queue.init()
+    ended: list[int] = []
+    monkeypatch.setattr(ThreadWorker, "handle_quit", lambda _self, sig, _frame: ended.append(sig))
+    with closing(worker.method_queue):
+        worker.handle_quit(signal.SIGQUIT, None)
+        assert ended == []
+        worker.method_queue.run_callbacks(None)
+    assert ended == [signal.SIGQUIT]
 
 
 # --- connections ---------------------------------------------------------------------------------

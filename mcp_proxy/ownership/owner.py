@@ -81,12 +81,16 @@ _MIN_SWEEP = 0.25
 
 
 class ReplicaParts:
-    """What the owners of one replica have in common: its id, supervisor, relay and threads.
+    """What the owners of one replica have in common: its id, supervisor, relay and threads, and the
+    children that it may have.
 
     Without `mailboxes` there are no other replicas.
     """
 
     def __init__(self, mailboxes: Mailboxes | None) -> None:
+        #: Guards what each of the owners holds, since `max_sessions` counts it together.
+        self.lock = threading.Lock()
+        self.owners: list[Owner] = []
         self.workers = Workers()
         self.replica = Replica()
         self.supervisor = Supervisor(self.replica, self.workers)
@@ -149,7 +153,7 @@ class Owner:
         self._sweeper.is_essential = False
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
-        self._lock = threading.Lock()  # guards _held, _starting and _pending
+        self._lock = parts.lock  # guards _held, _starting and _pending
         self._held: dict[str, _Held] = {}
         self._starting: set[Bridge] = set()  # children that are not held yet
         # Sessions held here that ended while the store was away: their records are still there.
@@ -157,6 +161,8 @@ class Owner:
         self._ended: set[str] = set()
         self._pending = 0  # children that are about to be held
         self._is_closing = False
+        self._owners = parts.owners
+        self._owners.append(self)
 
     def __repr__(self) -> str:
         return f"<Owner {self.server.name} held={len(self._held)} ended={len(self._ended)}>"
@@ -199,7 +205,7 @@ class Owner:
 
     def _has_reserved(self, limit: int) -> bool:
         with self._lock:
-            if len(self._held) + self._pending >= limit:
+            if sum(len(owner._held) + owner._pending for owner in self._owners) >= limit:
                 return False
             self._pending += 1
             return True
@@ -207,13 +213,12 @@ class Owner:
     def _has_stopped_idle_one(self) -> bool:
         """Stops the idle child that is missed the least: never called, or not for the longest time.
 
-        False where there is none.
+        It may be of another server. False where there is none.
         """
-        held = sorted(
-            self._held_copy().items(),
-            key=lambda item: (item[1].bridge.was_called, item[1].bridge.last_used),
-        )
-        return any(self._stop_if_idle(url, one, self._options.evict_after) for url, one in held)
+        held = [(owner, *item) for owner in self._owners for item in owner._held_copy().items()]
+        held.sort(key=lambda item: (item[2].bridge.was_called, item[2].bridge.last_used))
+        seconds = self._options.evict_after
+        return any(owner._stop_if_idle(url, one, seconds) for owner, url, one in held)
 
     def _stop_if_idle(self, url: str, held: _Held, seconds: float) -> bool:
         if not held.bridge.stop_if_idle(seconds):
@@ -636,9 +641,9 @@ class Owner:
 
     def full_reason(self) -> str | None:
         """Why no session can begin here: all are taken and none can give way; None if one can."""
-        held, limit = self._held_copy(), self._options.max_sessions
-        can_give_way = any(one.bridge.is_idle(self._options.evict_after) for one in held.values())
-        if len(held) < limit or can_give_way:
+        limit, seconds = self._options.max_sessions, self._options.evict_after
+        held = [one.bridge for owner in self._owners for one in owner._held_copy().values()]
+        if len(held) < limit or any(bridge.is_idle(seconds) for bridge in held):
             return None
         return f"all {limit} sessions of this worker are taken"
 

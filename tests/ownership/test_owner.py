@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, Session, StreamableProxy
+from mcp_proxy import (
+    LocalStorage,
+    ProxyConfig,
+    ProxyOptions,
+    RedisStorage,
+    Session,
+    StreamableProxy,
+    create_app,
+)
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.background import Periodic
 from mcp_proxy.errors import BackendExited, ClientLeft, StorageUnavailable
@@ -428,6 +438,27 @@ def test_where_there_is_no_room_the_server_of_the_longest_idle_session_stops() -
         eventually(lambda: (back := second.call("count")).status == 200 and not back.failure)
         assert second.result("count")["pid"] != begun
         assert app.owner.backoff.not_ready_reason() is None
+
+
+def test_the_sessions_of_all_servers_of_a_worker_count(tmp_path: Path) -> None:
+    command, *args = SCRIPTED
+    file = tmp_path / "servers.json"
+    servers = {name: {"command": command, "args": args} for name in ("one", "two")}
+    file.write_text(json.dumps({"mcpServers": servers}))
+    for evict_after in (60, 0.01):
+        config = ProxyConfig(config=str(file), max_sessions=1, evict_after=evict_after)
+        with create_app(config) as app:
+            one, two = (McpClient(WsgiFront(app), f"/servers/{name}/mcp") for name in servers)
+            one.open()
+            eventually(lambda: app.parts.supervisor.children == 1)
+            time.sleep(0.05)  # idle for long enough
+            if evict_after == 60:
+                assert two.initialize().failure == "overloaded"
+            else:
+                two.open()
+                assert app.parts.supervisor.children == 1, "the other server's has stopped"
+                time.sleep(0.05)
+                assert one.result("count")["calls"] == 1, "and is back"
 
 
 def test_a_session_that_was_never_called_makes_room_first() -> None:

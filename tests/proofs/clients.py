@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tests.clients.programs import HERE, ROOT, node, node_modules, python_with_mcp1
+from tests.clients.programs import HERE, ROOT, go, node, node_modules, python_with_mcp1
 from tests.proofs.replica_failures import ask
 from tests.servers.http_backend import HttpBackend, Leave, Turn
 from tests.support.proxy_process import ProxyProcess
@@ -141,10 +140,8 @@ def commands() -> dict[str, Callable[[str], list[str]]]:
         "fastmcp": lambda url: [fastmcp, _PYTHON, url, "fastmcp"],
         "langchain": lambda url: [langchain, _PYTHON, url, "langchain"],
     }
-    if (go := _go_client()) is not None:
-        found["go"] = lambda url: [go, url]
-    else:
-        print("  Go is not installed: its client is left out", flush=True)
+    go_client = _go_client()
+    found["go"] = lambda url: [go_client, url]
     return found
 
 
@@ -162,14 +159,11 @@ def _environment(name: str) -> str:
     return interpreter
 
 
-def _go_client() -> str | None:
-    """The program of the Go SDK, built anew; None without Go."""
-    go = shutil.which("go") or shutil.which("/usr/local/go/bin/go")
-    if go is None:
-        return None
+def _go_client() -> str:
+    """The program of the Go SDK, built anew."""
     program = ROOT / "build" / "driven_client"
     program.parent.mkdir(exist_ok=True)
-    subprocess.run([go, "build", "-o", str(program), "."], cwd=HERE / "go", check=True)
+    subprocess.run([go(), "build", "-o", str(program), "."], cwd=HERE / "go", check=True)
     return str(program)
 
 

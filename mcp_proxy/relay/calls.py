@@ -24,6 +24,7 @@ from mcp_proxy.errors import (
     BackendTimeout,
     BackendUnavailable,
     BackendUnreached,
+    InvalidRequest,
     ProxyError,
     RequestId,
 )
@@ -548,8 +549,10 @@ def _send_to_child(backend: Backend, received: SendOneWay) -> None:
 
 
 def _as_request(line: bytes) -> Request:
+    """The request in a line; raises ClientError where another replica sent something else."""
     message = jsonrpc.parse(line)
-    assert isinstance(message, Request)
+    if not isinstance(message, Request):
+        raise InvalidRequest("What another replica passed on is no request")
     return message
 
 

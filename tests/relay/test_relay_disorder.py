@@ -204,3 +204,19 @@ def test_a_letter_that_nobody_can_read_harms_nothing(envelope: bytes) -> None:
         )
         assert client.ask(owner, call("add")) == "add"
         eventually(lambda: owner.calls == 0, 1.5)
+
+
+@pytest.mark.parametrize("line", [b'{"jsonrpc":"2.0","method":"x"}', b"[]", b"nonsense"])
+def test_a_line_that_is_no_request_is_refused_without_a_traceback(
+    line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    mailboxes = LocalMailboxes()
+    with Scene(mailboxes, mailboxes) as scene:
+        asking, asked = scene.nodes
+        (child,) = asked.children
+        message = protocol.encode(protocol.SendRequests(child, [line], False, 5))
+        frame = protocol.Frame("c", asking.replica.id, protocol.Kind.PIECE, 1, False, message)
+        mailboxes.post([Envelope(asked.replica.id, protocol.encode(frame))])
+        assert asking.ask(asked, call("quick")) == "quick"
+        eventually(lambda: asked.calls == 0)
+    assert "Traceback" not in caplog.text

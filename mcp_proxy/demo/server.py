@@ -60,10 +60,11 @@ class DemoServer:
 
     def send(self, message: Json) -> None:
         """Writes one message. Thread-safe."""
-        line = json.dumps({"jsonrpc": "2.0", **message}, ensure_ascii=False)
+        line = json.dumps({"jsonrpc": "2.0", **message}, ensure_ascii=False) + "\n"
         with self._output:
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            # Half a character, which UTF-8 has no bytes for, stays the escape that it was.
+            sys.stdout.buffer.write(line.encode("utf-8", "backslashreplace"))
+            sys.stdout.buffer.flush()
 
     def ask(self, method: str, params: Json) -> Json:
         """The client's answer to a request of ours; raises ToolError when it refuses."""

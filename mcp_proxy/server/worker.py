@@ -283,8 +283,14 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._receive(conn)
 
     def set_accept_enabled(self, enabled: bool) -> None:
-        """Starts or stops accepting; does not start while that pauses."""
+        """Starts or stops accepting; does not start while that pauses.
+
+        A worker that ends closes its listeners: once all have, nobody is left waiting unaccepted.
+        """
         super().set_accept_enabled(enabled and not self._pause_left())
+        if not self.alive:
+            for listener in self.sockets:
+                listener.close()
 
     def _pause_left(self) -> float:
         """Seconds for which this worker does not accept."""

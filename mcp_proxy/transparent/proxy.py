@@ -686,8 +686,9 @@ def as_targets(target_url: str | Sequence[str]) -> list[Target]:
 
 def require_urls(allowed_backends: Sequence[str]) -> None:
     """Raises ConfigError unless each is a URL or `*`; a text would be taken for its letters."""
-    urls = [] if isinstance(allowed_backends, str) else [u for u in allowed_backends if u != "*"]
-    if isinstance(allowed_backends, str) or not all(map(parse_target, urls)):
+    is_list = isinstance(allowed_backends, Sequence) and not isinstance(allowed_backends, str)
+    urls = [url for url in allowed_backends if url != "*"] if is_list else []
+    if not is_list or not all(map(parse_target, urls)):
         raise ConfigError(
             "allowed_backends takes a list of absolute http:// or https:// URLs, or *"
         )

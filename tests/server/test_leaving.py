@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -196,3 +197,26 @@ def test_a_call_that_outlasts_the_stop_is_told_so(
         assert 1.9 < took < 6
         assert process.wait(10) == 0
         assert time.monotonic() - before < 10
+
+
+def test_nobody_is_left_waiting_for_workers_that_accept_no_more(
+    redis_server: RedisServer, redis_prefix: str
+) -> None:
+    environment = {"MCP_PROXY_REDIS_URL": redis_server.url, "MCP_PROXY_REDIS_PREFIX": redis_prefix}
+    with stopping(**environment) as (process, client), ThreadPoolExecutor(1) as pool:
+        client.open()
+        headers = {"Accept": "application/json"}
+        long = pool.submit(client.call, "sleep", {"seconds": 60}, **headers)
+        eventually(lambda: methods_of(client).count("sleep") == 1)
+        os.kill(process.master_pid, signal.SIGTERM)
+
+        def is_refused() -> bool:
+            try:
+                socket.create_connection(("127.0.0.1", process.port)).close()
+            except ConnectionRefusedError:
+                return True
+            return False
+
+        eventually(is_refused)
+        assert not long.done()
+        assert long.result(_PATIENCE).failure == "draining"

@@ -25,6 +25,7 @@ from mcp_proxy import (
     StreamableProxy,
     TransparentProxy,
     create_app,
+    demo_server,
 )
 from mcp_proxy.transports.stdio import StdioTransport
 from tests.servers.http_backend import HttpBackend
@@ -410,7 +411,14 @@ def test_the_time_limit_of_a_server_is_heeded() -> None:
         assert answer.headers["X-MCP-Proxy-Error"] == "server-timeout"
 
 
-@pytest.mark.parametrize("allowed", ["http://b/*", "*", ("nonsense",)])
+@pytest.mark.parametrize("allowed", ["http://b/*", "*", ("nonsense",), 5])
 def test_allowed_backends_that_mean_nothing_are_refused(allowed: Any) -> None:
     with pytest.raises(ConfigError, match="allowed_backends takes a list"):
         TransparentProxy("http://a", allowed_backends=allowed)
+
+
+def test_the_demo_server_gives_half_a_character_back() -> None:
+    call = {"name": "echo", "arguments": {"text": "\ud800"}}
+    with StreamableProxy(demo_server()) as proxy:
+        answer = client_of(proxy).open().result("tools/call", call)
+    assert answer["content"][0]["text"] in ("\ud800", "\ufffd")

@@ -15,22 +15,13 @@ from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.readiness import Part, Readiness, Weight, state_of
 from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, with_path
-from mcp_proxy.errors import (
-    MethodNotAllowed,
-    NotFound,
-    NoThread,
-)
+from mcp_proxy.errors import MethodNotAllowed, NotFound, NoThread
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import HttpServer, Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
-from mcp_proxy.transports.base import (
-    SHUTTING_DOWN,
-    Transport,
-    drain,
-    store_reason,
-)
+from mcp_proxy.transports.base import SHUTTING_DOWN, Transport, drain, store_reason
 from mcp_proxy.transports.sse import SSEProxy
 from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy

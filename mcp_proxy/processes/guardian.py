@@ -99,7 +99,10 @@ class Guardian:
             if self._process is None or self._process.poll() is None:
                 return
             if time.monotonic() - self._launched < SETTLED:
-                log.error("the guardian of child processes exits as soon as it is started")
+                log.error(
+                    "the guardian of child processes exits as soon as it is started; until another "
+                    "server starts, servers would outlive a worker that is killed"
+                )
                 return
             self._replace()
 

@@ -30,7 +30,8 @@ REPLICA_VARIABLE = "MCP_PROXY_REPLICA"
 #: The one that marks one child, and that child's descendants.
 CHILD_VARIABLE = "MCP_PROXY_CHILD"
 
-#: A guardian that ran for less than this (seconds) is not replaced before it is needed again.
+#: After a guardian that ran for less than this (seconds) there is one more; if that does not stay
+#: either, the next is started when it is needed again.
 SETTLED = 1.0
 
 # How often descendants are looked for: those that fork meanwhile are found the next time.
@@ -49,6 +50,7 @@ class Guardian:
         self._python = python
         self._lock = threading.Lock()  # guards what follows
         self._launched = 0.0
+        self._was_brief = False  # that the last one exited as soon as it was started
         self._process: subprocess.Popen[bytes] | None = None
         self._groups: set[int] = set()
 
@@ -98,7 +100,9 @@ class Guardian:
         with self._lock:
             if self._process is None or self._process.poll() is None:
                 return
-            if time.monotonic() - self._launched < SETTLED:
+            is_brief = time.monotonic() - self._launched < SETTLED
+            was_brief, self._was_brief = self._was_brief, is_brief
+            if is_brief and was_brief:
                 log.error(
                     "the guardian of child processes exits as soon as it is started; until another "
                     "server starts, servers would outlive a worker that is killed"

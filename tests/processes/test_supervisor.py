@@ -397,6 +397,9 @@ def test_a_guardian_that_cannot_live_is_not_started_again_and_again(
 ) -> None:
     monkeypatch.setattr(guarding, "SETTLED", 600.0)
     spawned = Spawned(supervisor)
+    first = kill(supervisor.guardian)
+    eventually(lambda: supervisor.guardian.pid not in (first, None))
+    assert "exits as soon as it is started" not in caplog.text
     kill(supervisor.guardian)
     eventually(lambda: "exits as soon as it is started" in caplog.text)
     supervisor.stop_child(spawned.child)  # the next announcement starts it

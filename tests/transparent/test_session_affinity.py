@@ -125,7 +125,7 @@ _TEXT = b"Bad Request: No valid session ID provided"
         stream(
             *(
                 refusal(id=None, padding="x" * 100_000)[n : n + 5000]
-                for n in range(0, 110_000, 5000)
+                for n in range(0, 105_000, 5000)
             ),
             status=404,
             content_type="application/json",

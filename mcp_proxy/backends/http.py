@@ -283,6 +283,12 @@ class HttpCall:
         return size
 
     @property
+    def whole(self) -> bytes | None:
+        """The body where all of it has been read ahead, or there is none; None otherwise."""
+        assert self._response is not None
+        return b"".join(self._ahead) if self._response.raw.isclosed() else None
+
+    @property
     def ends_with_connection(self) -> bool:
         """Whether the end of the body is that of the connection, so that a break looks like one."""
         assert self._response is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,10 @@ _EITHER = zlib.MAX_WBITS | 32  # gzip or zlib, whichever it is
 
 #: The longest initialize response that is parsed, in bytes; a longer one is only forwarded.
 MAX_INITIALIZE = 4 * 1024 * 1024
+
+
+#: The longest JSON answer to a request that is held back until it is whole, in bytes.
+MAX_HELD = 64 * 1024
 
 
 class _Refusal(msgspec.Struct):
@@ -269,6 +274,20 @@ class InitializeReader:
         if not self._is_done:
             self._is_done = True
             self._on_answer(response)
+
+
+def hold_back(call: HttpCall) -> None:
+    """Reads a JSON answer to its end, unless it is long: half of one is of no use to a client.
+
+    Raises as `HttpCall.pieces` does, and BadAnswer where the connection ended within the document.
+    """
+    document = call.read_ahead(MAX_HELD)
+    if document is None or not call.ends_with_connection or call.header("Content-Encoding"):
+        return
+    try:
+        json.loads(document)
+    except (ValueError, RecursionError) as error:
+        raise BadAnswer("The server broke off in the middle of its answer") from error
 
 
 def is_open_stream(call: HttpCall) -> bool:

@@ -55,6 +55,7 @@ from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
 from mcp_proxy.transparent.forwarding import (
     ForwardedBody,
     InitializeReader,
+    hold_back,
     is_lost_session,
     relocated,
     unbuffered,
@@ -508,7 +509,8 @@ class TransparentProxy(Transport):
         route: Route,
         target: str | None = None,
     ) -> HttpCall:
-        """The call, its response received up to the body; redirects of the MCP endpoint followed.
+        """The call, its response received up to the body, a small one in JSON to its end; redirects
+        of the MCP endpoint are followed.
 
         `target` is path and query where they differ from the request's. Raises BackendError,
         ClientLeft, Draining, and SessionEnded where the backend's id of the session cannot be sent.
@@ -535,6 +537,7 @@ class TransparentProxy(Transport):
     def _sent(self, inbound: Inbound, call: HttpCall, is_followed: bool) -> HttpCall:
         request = inbound.request
         is_standing = inbound.listens or (request.method == "GET" and request.accepts_stream)
+        has_request = inbound.message is not None and inbound.until is None
         while True:
             self._track(call, is_standing)
             call.on_close(partial(self._untrack, call))
@@ -548,6 +551,8 @@ class TransparentProxy(Transport):
                     limit = min(limit, self._time_left(inbound.until))
                 try:
                     call.send(limit)
+                    if has_request and call.media_type == headers.JSON and call.status < 300:
+                        hold_back(call)
                 except BackendTimeout:
                     self._cancel(inbound, call)
                     raise
@@ -622,6 +627,11 @@ class TransparentProxy(Transport):
                 self._let_stand(inbound.request, call)
         if call.status >= 400:
             inbound.request.reason = "the server's own answer"
+        if (whole := call.whole) is not None:
+            call.close()
+            if transform is not None:
+                whole = transform(whole) + transform(b"")
+            return Reply(call.status, reply_headers, whole)
 
         def on_failure(failure: ProxyError) -> None:
             if isinstance(failure, BackendTimeout):

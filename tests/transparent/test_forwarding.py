@@ -17,10 +17,21 @@ import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
 from mcp_proxy import ProxyOptions, TransparentProxy
-from mcp_proxy.errors import BackendLost, BackendTimeout, Draining
+from mcp_proxy.errors import BackendLost, Draining, SessionUnknown
 from mcp_proxy.wire import sse
 from tests.proofs.hell import drip, flood
-from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, silent, stream
+from tests.servers.http_backend import (
+    Act,
+    Feed,
+    HttpBackend,
+    Leave,
+    Turn,
+    raw,
+    reply,
+    reset,
+    silent,
+    stream,
+)
 from tests.support.front import Answer, Json, McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
 from tests.support.waiting import eventually
@@ -294,12 +305,12 @@ def test_several_events_in_one_packet_are_no_silence(
     assert answer.body() == b"".join(events)
 
 
-def test_a_stalled_json_answer_breaks_off(proxy: Transparent, target: HttpBackend) -> None:
+def test_a_stalled_json_answer_is_a_failure(proxy: Transparent, target: HttpBackend) -> None:
     feed = Feed()
     target.rpc["stall"] = stream(b'{"jsonrpc"', feed, content_type=JSON)
-    answer = proxy.client().open().call("stall")
-    with pytest.raises((BackendTimeout, http.client.IncompleteRead)):
-        answer.body()
+    answer = proxy.client().open().call("stall", key=7)
+    assert (answer.status, answer.failure) == (200, "server-timeout")
+    assert answer.message()["id"] == 7
 
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -343,9 +354,138 @@ def test_a_json_answer_has_a_time_limit_as_a_whole(
 ) -> None:
     target.rpc["drip"] = act
     answer = proxy.client().open().call("drip")
-    with pytest.raises((BackendTimeout, http.client.IncompleteRead)):
-        answer.body()
+    assert (answer.status, answer.failure) == (200, "server-timeout")
     eventually(lambda: target.calls("notifications/cancelled"))
+
+
+def broken(*heads: str, body: bytes = b'{"jsonrpc":"2.0",', ending: Act | None = None) -> Act:
+    """A JSON answer whose end does not come."""
+    head = "".join(f"{line}\r\n" for line in heads).encode()
+
+    def act(turn: Turn) -> None:
+        turn.send(_HEAD + head + b"\r\n" + body)
+        if ending is not None:
+            ending(turn)
+        raise Leave
+
+    return act
+
+
+BROKEN_JSON = pytest.mark.parametrize(
+    "act",
+    [
+        broken("Content-Length: 99"),
+        broken("Content-Length: 99", body=b""),
+        broken("Content-Length: 99", ending=reset),
+        broken("Transfer-Encoding: chunked", body=b'5\r\n{"a":\r\n'),
+        broken("Transfer-Encoding: chunked", body=b'99\r\n{"a":'),
+        broken("Transfer-Encoding: chunked", body=b"nonsense\r\n"),
+        broken("Transfer-Encoding: chunked", body=b'5\r\n{"a":\r\n', ending=reset),
+        broken("Connection: close"),
+        broken("Content-Length: 99", "Content-Encoding: gzip", body=b"\x1f\x8b"),
+    ],
+    ids=[
+        "length",
+        "no byte",
+        "reset",
+        "chunks",
+        "chunk",
+        "bad chunk",
+        "reset chunks",
+        "end",
+        "gzip",
+    ],
+)
+
+
+@BROKEN_JSON
+def test_a_json_answer_that_breaks_off_is_a_failure(
+    proxy: Transparent, target: HttpBackend, act: Act
+) -> None:
+    """Clients wait for ever for what never ends: Python's SDK 1.x did."""
+    client = proxy.client().open()
+    target.rpc["tools/call"] = act
+    answer = client.call("tools/call", key=7)
+    assert (answer.status, answer.failure) == (200, "bad-answer")
+    assert answer.headers["Content-Type"] == JSON
+    message = answer.message()
+    assert (message["id"], message["error"]["code"]) == (7, -32000)
+    assert target.executed["tools/call"] == 1  # it may have been executed
+    del target.rpc["tools/call"]
+    client.result("tools/call")
+
+
+def test_an_initialize_whose_answer_breaks_off_opens_no_session(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    target.rpc["initialize"] = broken("Content-Length: 99", "Mcp-Session-Id: half-a-session")
+    answer = proxy.client().initialize()
+    assert (answer.status, answer.failure) == (200, "bad-answer")
+    assert "Mcp-Session-Id" not in answer.headers
+    with pytest.raises(SessionUnknown):
+        proxy.manager.load("half-a-session")
+
+
+def test_each_request_of_a_batch_whose_answer_breaks_off_has_an_error(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    target.on("POST", "/mcp", broken("Content-Length: 99"))
+    body = b'[{"jsonrpc":"2.0","id":1,"method":"a"},{"jsonrpc":"2.0","id":"2","method":"b"}]'
+    answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert answer.failure == "bad-answer"
+    assert [each["id"] for each in json.loads(answer.body())] == [1, "2"]
+
+
+def test_under_failure_status_http_it_is_502(target: HttpBackend, redis_url: str) -> None:
+    target.reset()
+    target.on("POST", "/mcp", broken("Content-Length: 99"))
+    with transparent("wsgi", target.url, redis_url, failure_status="http") as proxy:
+        body = b'{"jsonrpc":"2.0","id":1,"method":"x"}'
+        answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert (answer.status, answer.failure) == (502, "bad-answer")
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_large_json_answer_streams_and_breaks_off(
+    proxy: Transparent, target: HttpBackend, framing: str
+) -> None:
+    feed = Feed()
+    start = b'{"jsonrpc":"2.0","id":1,"result":"' + b"x" * 70_000
+    act = stream(start, feed, framing=framing, length=80_000, content_type=JSON)
+    target.on("POST", "/mcp", act)
+    body = b'{"jsonrpc":"2.0","id":1,"method":"x"}'
+    answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert answer.status == 200
+    assert next(pieces(answer))  # before its end is there
+    feed.put(Feed.BREAK)
+    with pytest.raises(BROKEN):
+        list(answer.pieces)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("size", [0, 100, 65_000, 70_000, 1_000_000])
+def test_a_json_answer_of_any_size_arrives_as_it_was_sent(
+    proxy: Transparent, target: HttpBackend, framing: str, size: int
+) -> None:
+    sent = json.dumps({"jsonrpc": "2.0", "id": 1, "result": "x" * size}).encode()
+    parts = [sent[i : i + 9000] for i in range(0, len(sent), 9000)]
+    act = stream(*parts, framing=framing, length=len(sent), content_type=JSON, headers=("X-A: b",))
+    target.on("POST", "/mcp", act)
+    body = b'{"jsonrpc":"2.0","id":1,"method":"x"}'
+    answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert (answer.status, answer.body()) == (200, sent)
+    assert answer.headers["X-A"] == "b"
+
+
+def test_the_explanation_of_a_refusal_that_breaks_off_costs_no_header(
+    proxy: Transparent, target: HttpBackend
+) -> None:
+    """What a client must do it reads in the head."""
+    head = b"HTTP/1.1 401 No\r\nContent-Type: application/json\r\nWWW-Authenticate: Bearer x=y\r\n"
+    target.on("POST", "/mcp", raw(head + b"Content-Length: 9\r\n\r\n{"))
+    body = b'{"jsonrpc":"2.0","id":1,"method":"x"}'
+    answer = proxy.request("POST", "/mcp", body, Content_Type=JSON)
+    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer x=y")
 
 
 def test_an_answer_that_has_broken_off_is_one_line_of_the_log(
@@ -987,7 +1127,7 @@ def test_sigterm_ends_streams_cleanly_and_lets_calls_finish(
 
 
 @pytest.mark.parametrize("framing", ["chunked", "close", "length"])
-@pytest.mark.parametrize("content_type", [JSON, "text/event-stream"])
+@pytest.mark.parametrize("content_type", ["application/x", "text/event-stream"])
 def test_a_proxy_that_closes_ends_streams_and_breaks_other_answers_off(
     target: HttpBackend, framing: str, content_type: str
 ) -> None:
@@ -1001,12 +1141,30 @@ def test_a_proxy_that_closes_ends_streams_and_breaks_other_answers_off(
         assert next(found) == b"data: 1\n\n"
         assert proxy.is_busy
         proxy.close()
-        if content_type == JSON:
+        if content_type == "application/x":
             with pytest.raises(Draining):
                 list(found)
         else:
             assert list(found) == []
         front.close()
+        assert not proxy.is_busy
+
+
+def test_a_proxy_that_closes_answers_for_a_json_answer_that_is_not_whole(
+    target: HttpBackend,
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    target.reset()
+    target.on("POST", "/mcp", stream(b'{"a"', Feed(), content_type=JSON))
+    with TransparentProxy(target.url) as proxy, ThreadPoolExecutor(1) as pool:
+        body = b'{"jsonrpc":"2.0","id":1,"method":"x"}'
+        front = LocalFront(proxy)
+        call = pool.submit(front.request, "POST", "/mcp", {"Content-Type": JSON}, body)
+        eventually(lambda: target.seen and proxy.is_busy)
+        proxy.close()
+        answer = call.result(20)
+        assert (answer.status, answer.failure) == (200, "draining")
         assert not proxy.is_busy
 
 

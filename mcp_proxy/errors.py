@@ -244,6 +244,12 @@ class BadAnswer(BackendLost):
     kind = "bad-answer"
 
 
+class RedirectRefused(BackendError):
+    """An HTTP server redirects its MCP endpoint to where it is not followed; it has executed
+    nothing.
+    """
+
+
 class ConnectionBroken(BackendLost):
     """The connection to an HTTP server broke before it answered; it may have executed the request.
 

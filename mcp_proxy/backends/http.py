@@ -43,10 +43,11 @@ from mcp_proxy.errors import (
     ConnectionBroken,
     InvalidRequest,
     ProxyError,
+    RedirectRefused,
     in_seconds,
 )
 from mcp_proxy.wire.headers import Headers, media_type
-from mcp_proxy.wire.urls import Address, is_host, parse_target
+from mcp_proxy.wire.urls import Address, Target, is_host, parse_target
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ _KEEPALIVE = [
     ),
 ]
 _LENGTH = re.compile(r"[0-9]{1,18}")
+_KEEPING = (307, 308)  # redirects that keep method and body
+_REDIRECTS = (301, 302, 303, *_KEEPING)
 _MAX_HOPS = 5  # redirects that are followed
 _MAX_INFORMATIONAL = 16  # answers with 1xx before the answer
 _MAX_HEAD = 256 * 1024  # bytes of a head, those of the answers before it included
@@ -399,32 +402,32 @@ class HttpCall:
         return b"".join(read) if size <= limit else None
 
     def redirected(self) -> HttpCall | None:
-        """The call that follows this response's redirect; None for no redirect, or a refused one.
+        """The call that follows this response's redirect; None where it is no redirect.
 
         Followed are 307 and 308, which keep method and body (RFC 9110 section 15.4), on the same
-        host, from http to https too, but never back.
+        host, from http to https too, but never back. Raises RedirectRefused for all others.
         """
-        if self.status not in (307, 308) or self._hops >= _MAX_HOPS:
+        if self.status not in _REDIRECTS:
             return None
         location = self.header("Location")
-        if location is None:
-            return None
-        ours = self.address.name or self.address.host
         try:
-            there = parse_target(urljoin(self._named_url(), location))
+            there = parse_target(urljoin(self._named_url(), location)) if location else None
         except ValueError:
-            return None
-        if there is None:
-            return None
+            there = None
+        ours = self.address.name or self.address.host
         is_told = self.host != self.address.host_header
-        if is_told and is_host(there, self.host):  # as the server was told that it is called
+        if there is not None and is_told and is_host(there, self.host):
+            # as the server was told that it is called
             there = there._replace(scheme=self.address.scheme, host=ours, port=self.address.port)
-        if there.host != ours:
-            return None
-        if self.address.scheme == "https" and there.scheme == "http":
-            return None
-        if there.scheme == self.address.scheme and there.port != self.address.port:
-            return None  # another server on that host, which must not get Authorization
+        if there is None:
+            raise RedirectRefused(f"The server redirects ({self.status}) to what is no usable URL")
+        if why := self._refusal_of(there):
+            where = there.path or "/"  # the query may have a secret
+            if (there.host, there.port) != (ours, self.address.port):  # else ours is no client's
+                where = f"{there.scheme}://{there.address.host_header}{where}"
+            raise RedirectRefused(
+                f"The server redirects ({self.status}) to {where}, which is not followed: {why}"
+            )
         address = self.address._replace(scheme=there.scheme, port=there.port)
         if self._client.proxy_of(address) is not None:
             address = address._replace(host=ours, name=None)
@@ -435,6 +438,21 @@ class HttpCall:
         call._hops = self._hops + 1
         call._until = self._until
         return call
+
+    def _refusal_of(self, there: Target) -> str:
+        """Why a redirect is not followed, empty where it is."""
+        if self.status not in _KEEPING:
+            return f"after a {self.status} a POST may become a GET"
+        if self._hops >= _MAX_HOPS:
+            return f"it came after {_MAX_HOPS} redirects"
+        if there.host != (self.address.name or self.address.host):
+            return "that is another host"
+        if (self.address.scheme, there.scheme) == ("https", "http"):
+            return "it would go on without TLS"
+        if there.scheme == self.address.scheme and there.port != self.address.port:
+            # Another server on that host, which must not get Authorization.
+            return "that is another port, maybe another server"
+        return ""
 
     def _named_url(self) -> str:
         return self.address._replace(host=self.address.name or self.address.host).url + self.target

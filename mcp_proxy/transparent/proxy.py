@@ -38,6 +38,7 @@ from mcp_proxy.errors import (
     ConfigError,
     Draining,
     ProxyError,
+    RedirectRefused,
     RequestId,
     SessionEnded,
     SessionUnknown,
@@ -220,6 +221,7 @@ class TransparentProxy(Transport):
         calls = OwnCalls(self._client, targets[0], options.request_timeout)
         self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
         self._warning = OnceAMinute()
+        self._redirect_warning = OnceAMinute()
         self._affinity = SessionAffinity(
             targets[0],
             self.balancer,
@@ -493,6 +495,8 @@ class TransparentProxy(Transport):
         except SessionEnded:
             self._affinity.forget(session.id)
             raise
+        except RedirectRefused:
+            raise  # the server is there, and has the session
         except BackendError:
             self._affinity.forget(session.id)
             return empty_reply(204)
@@ -556,7 +560,15 @@ class TransparentProxy(Transport):
                 except BackendTimeout:
                     self._cancel(inbound, call)
                     raise
-            successor = call.redirected() if is_followed else None
+            try:
+                successor = call.redirected() if is_followed else None
+            except RedirectRefused as error:
+                if not _is_of_mcp(inbound):
+                    return call
+                call.close()
+                if self._redirect_warning.is_due():
+                    log.warning("%s", error)
+                raise
             if successor is None:
                 return call
             call.close()
@@ -715,6 +727,14 @@ def _message_in(request: ClientRequest, body: bytes) -> Message | Batch | None:
         return jsonrpc.parse(body)
     except ClientError:
         return None  # the backend will report the error
+
+
+def _is_of_mcp(inbound: Inbound) -> bool:
+    """Whether a request for the MCP endpoint is an MCP client's, and no browser's."""
+    request = inbound.request
+    if request.method == "GET":
+        return request.accepts_stream
+    return inbound.message is not None or request.method == "DELETE"
 
 
 def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:

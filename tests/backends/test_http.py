@@ -28,6 +28,7 @@ from mcp_proxy.errors import (
     BadAnswer,
     ClientLeft,
     Draining,
+    RedirectRefused,
 )
 from mcp_proxy.wire.urls import Address
 from tests.proofs.hell import drip, flood
@@ -583,16 +584,27 @@ def test_where_a_redirect_leads(
     port = backend.port
     backend.on("POST", "/x", reply(307, b"", f"Location: {location.format(port=port)}"))
     call = calls.sent("POST", "/x", b"body")
-    successor = call.redirected()
     if expected is None:
-        assert successor is None
+        with pytest.raises(RedirectRefused, match=r"The server redirects \(307\) to "):
+            call.redirected()
         return
+    successor = call.redirected()
     assert successor is not None
     url, target = expected
     assert repr(successor) == f"<HttpCall POST {url.format(port=port)}{target} unsent>"
 
 
-@pytest.mark.parametrize("status", [200, 201, 300, 301, 302, 303, 304])
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_what_may_change_the_method_is_not_followed(
+    calls: Calls, backend: HttpBackend, status: int
+) -> None:
+    backend.on("GET", "/x", reply(status, b"", "Location: /y?secret"))
+    with pytest.raises(RedirectRefused) as caught:
+        calls.sent().redirected()
+    assert str(caught.value).startswith(f"The server redirects ({status}) to /y, which is not")
+
+
+@pytest.mark.parametrize("status", [200, 201, 300, 304])
 def test_other_statuses_are_no_redirects(calls: Calls, backend: HttpBackend, status: int) -> None:
     backend.on("GET", "/x", reply(status, b"", "Location: /y"))
     assert calls.sent().redirected() is None
@@ -776,10 +788,13 @@ def test_no_redirect_from_https_to_http(authority: Authority, secure: Secure) ->
         secure.backend.on("GET", "/x", reply(308, b"", f"Location: {location}"))
         call = HttpCall(client, secure.address(), "GET", "/x", {}, b"")
         call.send(3)
-        successor = call.redirected()
-        assert (successor is not None) is is_followed, location
-        if successor is not None:
+        if is_followed:
+            successor = call.redirected()
+            assert successor is not None
             assert successor.address == secure.address()
+        else:
+            with pytest.raises(RedirectRefused):
+                call.redirected()
         call.close()
     client.close()
 

@@ -926,6 +926,71 @@ def test_redirects_in_a_circle_end(proxy: Transparent, target: HttpBackend) -> N
     assert len(target.seen) == 6
 
 
+REQUEST = b'{"jsonrpc":"2.0","id":7,"method":"x"}'
+REFUSED = pytest.mark.parametrize(
+    ("status", "location", "where", "why"),
+    [
+        (
+            307,
+            "http://elsewhere.invalid/a?b=very#very",
+            "http://elsewhere.invalid/a",
+            "another host",
+        ),
+        (307, "http://u:very@elsewhere.invalid/a", "", "no usable URL"),
+        (307, "", "", "no usable URL"),
+        (308, "//elsewhere.invalid/a", "http://elsewhere.invalid/a", "another host"),
+        (307, "http://127.0.0.1:1/mcp?k=very", "http://127.0.0.1:1/mcp", "another port"),
+        (307, "/mcp?k=very", "/mcp", "5 redirects"),
+        (307, "ftp://elsewhere.invalid/very", "", "no usable URL"),
+        (307, "http://[very", "", "no usable URL"),
+        (302, "/login?k=very", "/login", "302"),
+    ],
+)
+
+
+@REFUSED
+def test_a_redirect_of_the_endpoint_that_is_not_followed_says_why(
+    proxy: Transparent, target: HttpBackend, status: int, location: str, where: str, why: str
+) -> None:
+    client = proxy.client().open()
+    for method in ("GET", "POST", "DELETE"):
+        target.on(method, "/mcp", reply(status, b"moved", f"Location: {location}"))
+    answer = client.call("tools/call", key=7)
+    assert (answer.status, answer.failure) == (200, "bad-answer")
+    message = answer.message()
+    assert message["id"] == 7
+    sentence = message["error"]["message"]
+    assert sentence.startswith("The server redirects")
+    assert where in sentence
+    assert why in sentence
+    assert "very" not in sentence
+    hops = len([seen for seen in target.seen if seen.rpc == "tools/call"])
+    assert hops == (6 if where == "/mcp" else 1)
+    for failed in (client.listen(), client.delete()):
+        assert (failed.status, failed.failure) == (502, "bad-answer")
+        assert failed.error()["message"] == sentence
+    assert target.last.method == "DELETE"
+    assert client.notify("notifications/x").status == 202
+    target.reset()
+    client.result("tools/call")  # no session has ended by it
+
+
+def test_a_redirect_that_is_not_followed_is_one_warning_a_minute(
+    target: HttpBackend, redis_url: str
+) -> None:
+    target.reset()
+    target.on("POST", "/mcp", reply(307, b"", "Location: http://elsewhere.invalid/a?secret=very"))
+    with transparent("gunicorn", target.url, redis_url) as proxy:
+        for _ in range(3):
+            assert proxy.request("POST", "/mcp", REQUEST, Content_Type=JSON).failure == "bad-answer"
+        assert proxy.process is not None
+        log = proxy.process.log
+        eventually(lambda: log().count("POST /mcp x -> 200") == 3)
+    (line,) = [line for line in log().splitlines() if "WARNING" in line and "redirect" in line]
+    assert "http://elsewhere.invalid/a" in line
+    assert "very" not in line
+
+
 # --- pages in browsers ---------------------------------------------------------------------------
 
 

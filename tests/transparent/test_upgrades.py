@@ -146,5 +146,5 @@ def test_the_way_back_is_not_taken(
     plain.acts.clear()
     secure.on("POST", "/mcp", reply(307, b"", f"Location: {plain.url}/mcp"))
     seen = len(plain.seen)
-    assert client.call("tools/call").status == 307
+    assert client.call("tools/call").failure == "bad-answer"
     assert len(plain.seen) == seen

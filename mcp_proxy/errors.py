@@ -260,9 +260,13 @@ class ConnectionBroken(BackendLost):
 
 
 class BackendUnreached(BackendLost):
-    """The backend got nothing of the request, which may be sent again, there or elsewhere."""
+    """The backend got nothing of the request, which may be sent again, there or elsewhere.
+
+    `detail` is for the operator: it says which address, and what the system said; empty if unknown.
+    """
 
     kind = "server-unreachable"
+    detail = ""
 
 
 class BackendExited(BackendUnreached):

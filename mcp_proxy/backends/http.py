@@ -142,14 +142,21 @@ class HttpClient:
         """
         proxy = self.proxy_of(address)
         if proxy is not None and not _is_spoken_to(proxy):
-            return f"{address.url}: {_NOT_SPOKEN_TO}"
+            return f"{address.shown}: {_NOT_SPOKEN_TO}"
         try:
             origin = (address.host, address.port) if proxy is None else _origin_of(proxy)
             socket.create_connection(origin, self.connect_timeout).close()
         except (OSError, ValueError) as error:
-            what = address.url if proxy is None else f"the outbound proxy of {address.url}"
-            return f"{what}: {getattr(error, 'strerror', None) or error}"
+            return f"{self.way_to(address)}: {getattr(error, 'strerror', None) or error}"
         return None
+
+    def way_to(self, address: Address) -> str:
+        """What is connected to for a backend, in words for the log."""
+        proxy = self.proxy_of(address)
+        if proxy is None:
+            return address.shown
+        where = urlsplit(proxy).netloc.rpartition("@")[2]  # without a password
+        return f"the outbound proxy http://{where} of {address.shown}"
 
     def close(self) -> None:
         """Closes idle connections."""
@@ -231,7 +238,11 @@ class HttpCall:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             if self._abort_reason is not None:
                 raise self._abort_reason from error
-            raise _translated(error, timeout, self._was_connected) from error
+            found = _translated(error, timeout, self._was_connected)
+            if isinstance(found, BackendUnreached):
+                way = self._client.way_to(self.address)
+                found.detail = f"{way}: {_words_of_the_system(error) or found}"
+            raise found from error
         raw = self._response.raw
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
@@ -730,6 +741,15 @@ def _translated(
     if isinstance(reason, urllib3.exceptions.ProtocolError) and _is_nonsense(reason.args[-1]):
         return BadAnswer("The server answered something that is not HTTP")
     return ConnectionBroken("The server closed the connection before it answered")
+
+
+def _words_of_the_system(error: BaseException | None) -> str:
+    """What the system said, such as `Connection refused`; empty where it said nothing."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return str(error.strerror)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _unreached(error: Exception, reason: Any) -> BackendUnreached:

@@ -237,7 +237,7 @@ class Balancer:
                 if (origin[1], known[0]) != (address.name or address.host, address.port)
             }
         if self._reachability is not None:
-            self._reachability.failed(address, f"{address.url}: {error}")
+            self._reachability.failed(address, error.detail or f"{address.shown}: {error}")
 
     def _is_left_out(self, address: Address) -> bool:
         return self._reachability is not None and self._reachability.is_left_out(address)

@@ -361,6 +361,7 @@ class TransparentProxy(Transport):
                 return self._reply(inbound, self._call(inbound, route, target))
             except BackendUnreached as error:
                 if time.monotonic() >= until or request.has_left():
+                    self.balancer.note_failure(route.address, error)
                     error.status = 503
                     error.headers = [("Retry-After", "1")]
                     raise

@@ -2,17 +2,21 @@
 
 A backend that cannot be reached is asked last for ten seconds, then twice as long each time, up to
 a minute. Whether it is back is found out by a bare connect of ours, so that no client waits for a
-host that swallows packets. Readiness is answered from what is known here.
+host that swallows packets. Readiness is answered from what is known here, and the log hears of each
+outage: at once, once a minute, and when it is over.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from mcp_proxy.background import KeyedExecutor, Periodic, Workers
 from mcp_proxy.wire.urls import Address
+
+log = logging.getLogger(__name__)
 
 #: Seconds that a backend is left out for: at first, and at most.
 FIRST_PAUSE = 10.0
@@ -25,17 +29,22 @@ _LOOK = 1.0  # seconds between looks at whose pause is over
 _FRESH = 5.0  # seconds for which readiness believes that a backend can be reached
 _FORGOTTEN = 3600.0  # seconds after which nobody asks for an address any more: names change theirs
 _MANY = 256
+_WARNED = 60.0  # seconds between two lines about one backend
 _PROBES = 8  # at a time; each waits for one silent host
 
 
 class _Outage:
-    """Why a backend is left out, since when, until when, and for how long this time."""
+    """Why a backend is left out, since when, until when, and for how long this time.
+
+    `next_line` is when the log hears of it again.
+    """
 
     def __init__(self, reason: str, now: float) -> None:
         self.reason = reason
         self.since = now
         self.pause = FIRST_PAUSE
         self.until = now + FIRST_PAUSE
+        self.next_line = now
 
 
 class Reachability:
@@ -70,19 +79,27 @@ class Reachability:
     def failed(self, address: Address, reason: str) -> None:
         """The backend could not be reached: it is left out from now on, if it was not already."""
         with self._changed:
+            now = self._clock()
             self._reached.pop(address, None)
-            self._outages.setdefault(address, _Outage(reason, self._clock()))
+            outage = self._outages.setdefault(address, _Outage(reason, now))
+            is_due = outage.next_line <= now
+            if is_due:
+                outage.next_line = now + _WARNED
             self._changed.notify_all()
+        if is_due:
+            log.warning("a server cannot be reached: %s", reason)
         self._thread.start()
 
     def reached(self, address: Address) -> None:
         """The backend could be reached."""
         with self._changed:
-            self._outages.pop(address, None)
+            outage = self._outages.pop(address, None)
             self._reached[address] = now = self._clock()
             if len(self._reached) > _MANY:
                 self._reached = {a: t for a, t in self._reached.items() if t > now - _FRESH}
             self._changed.notify_all()
+        if outage is not None:
+            log.warning("%s is reachable again after %.0f s", address.shown, now - outage.since)
 
     def back(self, addresses: Sequence[Address]) -> list[Address]:
         """Which of these, all left out, can be reached again; waits `READY_WAIT` for the first.

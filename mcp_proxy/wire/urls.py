@@ -41,6 +41,11 @@ class Address(NamedTuple):
         return f"{self.scheme}://{host}:{self.port}"
 
     @property
+    def shown(self) -> str:
+        """The URL for the log, with the name where there is one."""
+        return f"{self.url} ({self.name})" if self.name else self.url
+
+    @property
     def backend_url(self) -> str:
         """The `backend_url` of a session here; without the query, which may be a secret."""
         return self.url + self.path

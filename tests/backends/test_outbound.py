@@ -174,7 +174,8 @@ def test_a_proxy_that_is_away(backend: HttpBackend, client_of: Make) -> None:
         got(client, address)
     reason = client.probe(address)
     assert reason is not None
-    assert reason.startswith(f"the outbound proxy of {address.url}: ")
+    where = f"http://127.0.0.1:{proxy.port} of {address.url}"
+    assert reason == f"the outbound proxy {where}: Connection refused"
     assert "secret" not in reason
 
 

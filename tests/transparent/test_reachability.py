@@ -202,3 +202,83 @@ def test_what_found_no_thread_is_tried_again(hosts: Hosts, monkeypatch: pytest.M
     assert names.addresses("a", 1, 5) == ("a",)
     reachability.stop()
     names.stop()
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [each for each in caplog.records if each.levelname == "WARNING"]
+    return [each.getMessage() for each in found if each.name.endswith("reachability")]
+
+
+def test_an_outage_is_a_line_at_once_and_one_a_minute_and_one_at_its_end(
+    reachability: Reachability, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for clock.now in (0, 1, 30, 59, 60, 61, 119):
+        reachability.failed(A, "http://10.0.0.1:1: Connection refused")
+    reachability.failed(B, "http://10.0.0.2:1: No route to host")
+    clock.now = 130
+    for _ in range(2):
+        reachability.reached(A)
+    assert lines_of(caplog) == [
+        "a server cannot be reached: http://10.0.0.1:1: Connection refused",
+        "a server cannot be reached: http://10.0.0.1:1: Connection refused",
+        "a server cannot be reached: http://10.0.0.2:1: No route to host",
+        "http://10.0.0.1:1 is reachable again after 130 s",
+    ]
+    reachability.failed(A, "http://10.0.0.1:1: Connection refused")
+    assert len(lines_of(caplog)) == 5
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_server_that_is_down_is_named_in_the_log_and_not_to_clients(
+    caplog: pytest.LogCaptureFixture, is_named: bool
+) -> None:
+    with HttpBackend() as backend:
+        url = f"http://localhost:{backend.port}" if is_named else backend.url
+        shown = f"{backend.url} (localhost)" if is_named else url
+        with (
+            TransparentProxy(url, resolver=lambda host, port: ["127.0.0.1"]) as proxy,
+            contextlib.closing(LocalFront(proxy)) as front,
+        ):
+            client = McpClient(front).open()
+            backend.stop()
+            failed = [client.call("tools/call"), McpClient(front).initialize()]
+            for answer in failed:
+                assert answer.failure == "server-unreachable"
+                assert str(backend.port) not in answer.error()["message"]
+            assert lines_of(caplog) == [f"a server cannot be reached: {shown}: Connection refused"]
+            backend.start()
+            McpClient(front).open()
+            client.result("tools/call")
+            assert len(lines_of(caplog)) == 2
+            assert lines_of(caplog)[1].startswith(f"{shown} is reachable again after ")
+
+
+def test_an_outbound_proxy_that_is_down_is_named_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    options = ProxyOptions(backend_proxy=f"http://user:secret@127.0.0.1:{port}")
+    with (
+        TransparentProxy("http://server.invalid", options=options) as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        for _ in range(2):
+            answer = McpClient(front).initialize()
+            assert answer.failure == "server-unreachable"
+            assert str(port) not in answer.error()["message"]
+    (line,) = lines_of(caplog)
+    what = f"the outbound proxy http://127.0.0.1:{port} of http://server.invalid:80"
+    assert line == f"a server cannot be reached: {what}: Connection refused"
+
+
+def test_a_name_that_is_not_known_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        TransparentProxy("http://server.invalid") as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        assert McpClient(front).initialize().failure == "server-unreachable"
+    (line,) = lines_of(caplog)
+    # The resolver's words: there is none here, or it knows no such name.
+    start = "a server cannot be reached: http://server.invalid:80: "
+    assert line.startswith((f"{start}Name or service", f"{start}Temporary failure"))

@@ -6,8 +6,8 @@ They carry the headers of the client's request that made them necessary, such as
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Self
 
 from msgspec import UNSET
 
@@ -42,6 +42,10 @@ _NOT_TAKEN_ALONG = frozenset(
 _OURS = {"Accept": f"{headers.JSON}, {headers.EVENT_STREAM}", "Content-Type": headers.JSON}
 
 
+#: Has a function called when a client leaves; what it returns ends that.
+Watch = Callable[[Callable[[], object]], Callable[[], object]]
+
+
 class Answered(NamedTuple):
     """The answer to a call: its JSON-RPC response, None where it has none.
 
@@ -65,13 +69,21 @@ class Answered(NamedTuple):
 class OwnCalls:
     """Calls to the backends of one transport, each with `timeout` seconds. Thread-safe.
 
-    The methods raise BackendError.
+    The methods raise BackendError, and ClientLeft where a client waits for the call, and `watch`
+    says that it has left.
     """
 
-    def __init__(self, client: HttpClient, target: Target, timeout: float) -> None:
+    def __init__(
+        self, client: HttpClient, target: Target, timeout: float, watch: Watch | None = None
+    ) -> None:
         self._client = client
         self._target = target
         self._timeout = min(timeout, CALL_TIME)
+        self._watch = watch
+
+    def waited_for(self, watch: Watch | None) -> Self:
+        """The same calls, for which a client waits."""
+        return type(self)(self._client, self._target, self._timeout, watch)
 
     def ask(
         self,
@@ -123,12 +135,21 @@ class OwnCalls:
     ) -> HttpCall:
         target = request_target(self._target, address, "/mcp", "")
         call = HttpCall(self._client, address, method, target, given, body, is_fresh)
-        call.send(timeout)
-        while (successor := call.redirected()) is not None:
+        try:
+            self._await(call, timeout)
+            while (successor := call.redirected()) is not None:
+                call.close()
+                call = successor
+                self._await(call, timeout)
+        except BaseException:
             call.close()
-            call = successor
-            call.send(timeout)
+            raise
         return call
+
+    def _await(self, call: HttpCall, timeout: float) -> None:
+        if self._watch is not None:
+            call.on_close(self._watch(call.abort))
+        call.send(timeout)
 
 
 def taken_along(request_headers: Mapping[str, str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ from mcp_proxy.transparent.forwarding import (
     relocated,
     unbuffered,
 )
-from mcp_proxy.transparent.own_calls import OwnCalls
+from mcp_proxy.transparent.own_calls import OwnCalls, Watch
 from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
 from mcp_proxy.transparent.unknown_sessions import UnknownSessions
@@ -409,7 +409,7 @@ class TransparentProxy(Transport):
         if inbound.request.method != "GET" and not isinstance(inbound.message, Request):
             raise error
         outbound = self._policy.outbound(inbound.request.environ)
-        found = self._unknown.find(session_id, outbound)
+        found = self._unknown.find(session_id, outbound, self._watch_of(inbound.request))
         if isinstance(found, Session):
             return self._in_session(inbound, found)
         return self._reply(inbound, self._call(inbound, Route(found, session_id)))
@@ -427,8 +427,13 @@ class TransparentProxy(Transport):
                     raise BadAnswer("The server has lost the session") from error
                 outbound = self._policy.outbound(inbound.request.environ)
                 limit = None if inbound.until is None else self._time_left(inbound.until)
-                has_left = inbound.request.has_left
-                session = self._affinity.reinitialize(session, outbound, limit, has_left)
+                session = self._affinity.reinitialize(
+                    session,
+                    outbound,
+                    limit,
+                    inbound.request.has_left,
+                    self._watch_of(inbound.request),
+                )
             except BackendUnreached:
                 raise
             except BackendLost:
@@ -479,7 +484,8 @@ class TransparentProxy(Transport):
         is_untold = UNSENT in session.metadata or session.id in self._affinity.unsent.ids
         if is_untold and inbound.message is not None and inbound.request.rpc != INITIALIZED:
             outbound = self._policy.outbound(inbound.request.environ)
-            self._affinity.send_initialized(session, route, outbound)
+            watch = self._watch_of(inbound.request)
+            self._affinity.send_initialized(session, route, outbound, watch)
         call = self._call(inbound, route)
         if call.sets_cookie:
             self._affinity.follow_cookies(session, call.headers)
@@ -602,6 +608,10 @@ class TransparentProxy(Transport):
         with contextlib.suppress(ProxyError):  # a backend may ignore cancellations, too
             notice.send(_CANCEL_TIME)
         notice.close()
+
+    def _watch_of(self, request: ClientRequest) -> Watch:
+        """For calls of ours that a request waits for: they end when its client leaves."""
+        return partial(self.disconnects.watch, ClientConnection(request.environ))
 
     def _track(self, call: HttpCall, is_standing: bool) -> None:
         with self._lock:

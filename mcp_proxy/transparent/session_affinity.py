@@ -41,7 +41,7 @@ from mcp_proxy.storage.session import (
     Session,
 )
 from mcp_proxy.transparent.balancing import Balancer
-from mcp_proxy.transparent.own_calls import OwnCalls, taken_along
+from mcp_proxy.transparent.own_calls import OwnCalls, Watch, taken_along
 from mcp_proxy.wire import cookies, headers, jsonrpc
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.headers import Headers
@@ -215,12 +215,12 @@ class SessionAffinity:
             log.warning("a session's new address was not recorded: %s", error)
 
     def send_initialized(
-        self, session: Session, route: Route, request_headers: Mapping[str, str]
+        self, session: Session, route: Route, request_headers: Mapping[str, str], watch: Watch
     ) -> None:
         """Sends the backend the `notifications/initialized` that did not reach it."""
         version = session.metadata.get(PROTOCOL_VERSION)
         given = _within(taken_along(request_headers), route.session_id, version, route.cookies)
-        self._calls.send_initialized(route.address, given)
+        self._calls.waited_for(watch).send_initialized(route.address, given)
         self.unsent.sent(session)
 
     def follow_cookies(self, session: Session, received: Headers) -> None:
@@ -242,12 +242,13 @@ class SessionAffinity:
         request_headers: Mapping[str, str],
         timeout: float | None = None,
         has_left: Callable[[], bool] | None = None,
+        watch: Watch | None = None,
     ) -> Session:
         """The session's record after its backend was replaced, by this caller or a faster one.
 
         `timeout` in seconds is for each step, where it is to be shorter than usual; a claim of
         somebody else is waited for as long, else for the time limit of a request, unless `has_left`
-        says that the client has left: then ClientLeft is raised.
+        or `watch` says that the client has left: then ClientLeft is raised, the claim given back.
 
         Raises SessionEnded when the session has ended or cannot be initialized again, BackendError
         when no backend could be initialized now.
@@ -258,25 +259,31 @@ class SessionAffinity:
         if claimed is None:
             return self._manager.load(session.id)
         with claims.released_on_failure(self._manager, claimed):
-            settled = self._replace(claimed, request_headers, timeout)
+            settled = self._replace(
+                claimed, request_headers, timeout, self._calls.waited_for(watch)
+            )
         if settled is None:
             current = self._manager.load(claimed.id)
             return claims.unclaimed(self._manager, current, has_ended, has_left, limit)
         return settled
 
     def _replace(
-        self, claimed: Session, request_headers: Mapping[str, str], timeout: float | None
+        self,
+        claimed: Session,
+        request_headers: Mapping[str, str],
+        timeout: float | None,
+        calls: OwnCalls,
     ) -> Session | None:
         body = claimed.metadata.get(INIT_BODY, "").encode("utf-8", "replace")
         if not _is_initialize(body):
             self._manager.end(claimed.id)
             raise SessionEnded
         given = taken_along(request_headers)
-        if self._is_shared_address(claimed, given):
+        if self._is_shared_address(claimed, given, calls):
             self._manager.end(claimed.id)
             raise SessionEnded
         new = self._balancer.first_reached(
-            lambda address: self._initialize(address, body, given, timeout)
+            lambda address: self._initialize(address, body, given, timeout, calls)
         )
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
@@ -305,7 +312,9 @@ class SessionAffinity:
         log.info("a session was initialized again at %s", new.address.url)
         return self._manager.load(claimed.id)
 
-    def _is_shared_address(self, claimed: Session, given: Mapping[str, str]) -> bool:
+    def _is_shared_address(
+        self, claimed: Session, given: Mapping[str, str], calls: OwnCalls
+    ) -> bool:
         """Whether a session that is lost again so soon is known behind the same address after all.
 
         A server that was started anew twice has really forgotten it. Where several servers share an
@@ -316,7 +325,7 @@ class SessionAffinity:
         address = self._backend_of(claimed)
         if abs(time.time() - lost_at) > _LOST_AGAIN or not session_id or address is None:
             return False
-        if not any(self._knows(address, given, session_id) for _ in range(_PINGS)):
+        if not any(_knows(calls, address, given, session_id) for _ in range(_PINGS)):
             return False
         if self._warning.is_due():
             log.warning(
@@ -327,17 +336,15 @@ class SessionAffinity:
             )
         return True
 
-    def _knows(self, address: Address, given: Mapping[str, str], session_id: str) -> bool:
-        try:
-            answer = self._calls.ping(address, given, session_id, is_fresh=True)
-        except BackendError:
-            return False
-        return answer.response is not None and not answer.is_lost
-
     def _initialize(
-        self, address: Address, body: bytes, given: Mapping[str, str], timeout: float | None
+        self,
+        address: Address,
+        body: bytes,
+        given: Mapping[str, str],
+        timeout: float | None,
+        calls: OwnCalls,
     ) -> _Initialized:
-        answer = self._calls.ask(address, given, body, timeout)
+        answer = calls.ask(address, given, body, timeout)
         response = answer.response
         if answer.status >= 300 or response is None or not answer.has_result:
             raise BadAnswer(f"The server refused to be initialized again (status {answer.status})")
@@ -346,8 +353,17 @@ class SessionAffinity:
             raise BadAnswer("The server answered with a session id or version that cannot be sent")
         sticky = cookies.kept("", answer.headers, self._sticky, time.time())
         given = _within(given, answer.session_id, version, sticky)
-        self._calls.send_initialized(answer.address, given, timeout)
+        calls.send_initialized(answer.address, given, timeout)
         return _Initialized(answer.address, answer.session_id, version, sticky)
+
+
+def _knows(calls: OwnCalls, address: Address, given: Mapping[str, str], session_id: str) -> bool:
+    """Whether a backend knows a session, asked over a connection of its own."""
+    try:
+        answer = calls.ping(address, given, session_id, is_fresh=True)
+    except BackendError:
+        return False
+    return answer.response is not None and not answer.is_lost
 
 
 def _within(

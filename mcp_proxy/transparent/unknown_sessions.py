@@ -30,7 +30,7 @@ from mcp_proxy.storage.session import (
     new_session,
 )
 from mcp_proxy.transparent.balancing import Balancer
-from mcp_proxy.transparent.own_calls import OwnCalls, taken_along
+from mcp_proxy.transparent.own_calls import OwnCalls, Watch, taken_along
 from mcp_proxy.transparent.session_affinity import KIND
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.urls import Address
@@ -60,12 +60,14 @@ class UnknownSessions:
         # Whether a backend takes every session id, and until when that is believed.
         self._takes_all: dict[Address, tuple[bool, float]] = {}
 
-    def find(self, session_id: str, request_headers: Mapping[str, str]) -> Session | Address:
+    def find(
+        self, session_id: str, request_headers: Mapping[str, str], watch: Watch | None = None
+    ) -> Session | Address:
         """The session, now with a record, or the backend that the request may go to without one.
 
         The latter takes every id, or answers neither with a result nor that the session is lost.
         Raises SessionEnded where no backend knows the session, Overloaded at the limit,
-        BackendError where one could not be asked, StorageError.
+        BackendError where one could not be asked, ClientLeft where `watch` says so, StorageError.
         """
         with self._turn(session_id) as is_first:
             if not is_first:
@@ -78,7 +80,7 @@ class UnknownSessions:
                     raise SessionEnded
             if not any(map(self._is_believed_to_take_all, self._takes_all)):
                 self._limit.acquire()
-            return self._found(session_id, request_headers)
+            return self._found(session_id, request_headers, self._calls.waited_for(watch))
 
     @contextmanager
     def _turn(self, session_id: str) -> Iterator[bool]:
@@ -94,7 +96,9 @@ class UnknownSessions:
                 self._asked.discard(session_id)
                 self._changed.notify_all()
 
-    def _found(self, session_id: str, request_headers: Mapping[str, str]) -> Session | Address:
+    def _found(
+        self, session_id: str, request_headers: Mapping[str, str], calls: OwnCalls
+    ) -> Session | Address:
         given = taken_along(request_headers)
         version = request_headers.get(headers.PROTOCOL_VERSION.title())
         if version is not None:
@@ -105,8 +109,8 @@ class UnknownSessions:
             if self._is_believed_to_take_all(address):
                 return address
             try:
-                answer = self._calls.ping(address, given, session_id)
-                if answer.has_result and not self._takes_every_id(address, given):
+                answer = calls.ping(address, given, session_id)
+                if answer.has_result and not self._takes_every_id(address, given, calls):
                     return self._recorded(session_id, answer.address, version)
             except BackendError as error:
                 failure = error
@@ -128,13 +132,13 @@ class UnknownSessions:
         takes_all, until = self._takes_all.get(address, (False, 0.0))
         return takes_all and until > time.monotonic()
 
-    def _takes_every_id(self, address: Address, given: Mapping[str, str]) -> bool:
+    def _takes_every_id(self, address: Address, given: Mapping[str, str], calls: OwnCalls) -> bool:
         """Whether a backend takes an id that nobody has issued; asked once in five minutes."""
         now = time.monotonic()
         takes_all, until = self._takes_all.get(address, (False, 0.0))
         if until > now:
             return takes_all
-        takes_all = self._calls.ping(address, given, uuid.uuid4().hex).has_result
+        takes_all = calls.ping(address, given, uuid.uuid4().hex).has_result
         with self._changed:
             kept = {a: known for a, known in self._takes_all.items() if known[1] > now}
             self._takes_all = {**kept, address: (takes_all, now + _BELIEVED)}

@@ -1129,6 +1129,24 @@ def test_a_client_that_leaves_costs_its_session_nothing(
     assert target.executed["initialize"] == 1
 
 
+@pytest.mark.parametrize("rpc", ["initialize", "notifications/initialized"])
+def test_a_client_that_leaves_frees_its_thread_while_its_session_is_initialized_again(
+    unhurried: Transparent, target: HttpBackend, rpc: str
+) -> None:
+    client = unhurried.client().open()
+    target.sessions.clear()
+    target.rpc[rpc] = silent
+    assert unhurried.process is not None
+    body = b'{"jsonrpc":"2.0","id":9,"method":"tools/call"}'
+    leaving(unhurried.process.base, body, client.session or "")
+    eventually(lambda: target.gone, 5)  # half of the time that the call has
+    log = unhurried.process.log
+    eventually(lambda: " POST /mcp tools/call -> 499 " in log(), 5)
+    target.reset()
+    client.result("tools/call")  # the claim was given back
+    assert target.executed["initialize"] == 1
+
+
 def test_a_client_that_leaves_while_the_last_piece_is_sent_harms_no_other(
     target: HttpBackend,
 ) -> None:

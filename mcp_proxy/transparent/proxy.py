@@ -37,6 +37,7 @@ from mcp_proxy.errors import (
     ClientError,
     ConfigError,
     Draining,
+    NoThread,
     ProxyError,
     RedirectRefused,
     RequestId,
@@ -78,7 +79,7 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 3
 
 # Where HTTP+SSE (2024-11-05) usually lives.
-_SSE_PATHS = ("/sse", "/messages")
+_SSE_PATHS = ("/sse", sse_sessions.MESSAGES_PATH)
 
 # A client that is answered 200 here takes the server for one of the legacy era, for good.
 _DISCOVER = "server/discover"
@@ -307,6 +308,17 @@ class TransparentProxy(Transport):
                 error.code = INTERNAL_ERROR
             raise
 
+    def refuse(self, request: ClientRequest) -> Reply:
+        """By a status where the answer to a POST is not read; nothing can be looked up here."""
+        if request.method == "POST":
+            message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
+            if _has_request(message) and sse_sessions.may_name_session(request):
+                failure = NoThread()
+                failure.request_id = message.id if isinstance(message, Request) else None
+                raise failure
+            request.message = message
+        raise NoThread
+
     def _dispatch(self, inbound: Inbound) -> Reply:
         request, message = inbound.request, inbound.message
         if request.method == "GET" and request.accepts_stream:
@@ -318,7 +330,7 @@ class TransparentProxy(Transport):
             return self._without_session(inbound)
         if request.method == "POST" and request.environ.get("QUERY_STRING"):
             carried = request.message
-            if isinstance(message, Request):
+            if message is not None and _has_request(message):
                 request.message = None  # the answer would leave on the session's stream instead
             session = self._sse.session_of(request)
             if session is not None:
@@ -762,8 +774,9 @@ def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:
 
 
 def _has_request(message: Message | Batch) -> bool:
-    """Whether there is a request in a batch."""
-    return isinstance(message, list) and any(isinstance(part, Request) for part in message)
+    """Whether this is a request, or a batch with one."""
+    parts = message if isinstance(message, list) else [message]
+    return any(isinstance(part, Request) for part in parts)
 
 
 def _is_about_the_past(message: Message | Batch | None) -> bool:

@@ -3,7 +3,8 @@
 Such a server names the URI for a client's messages in the first event of its stream. The session in
 that URI is recorded with the backend that holds the stream, and the URI is rewritten to this proxy,
 so that a message to any replica reaches that backend. The stream is the session: when the stream
-ends for any reason, the record is deleted.
+ends for any reason, the record is deleted. Its bytes are the backend's, so a request that fails is
+told by the status of its POST: whether an event of ours may stand there, only its worker knows.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 KIND = "sse"
 
+#: Where clients usually POST their messages.
+MESSAGES_PATH = "/messages"
+
 # A compressed event could not be read, and a server that believes the prefix would put our mount
 # into the URI itself.
 _WITHHELD = ("Accept-Encoding", "X-Forwarded-Prefix")
@@ -45,6 +49,14 @@ def withhold(request: ClientRequest, outbound: dict[str, str]) -> None:
     if _may_begin(request) and request.accepts_stream:
         for name in _WITHHELD:
             outbound.pop(name, None)
+
+
+def may_name_session(request: ClientRequest) -> bool:
+    """Whether a POST may be a message in such a session, so far as its URI says."""
+    if request.session_id is not None:
+        return False
+    is_usual = request.path.rstrip("/") == MESSAGES_PATH
+    return is_usual or named_session(_query(request)) is not None
 
 
 def _may_begin(request: ClientRequest) -> bool:

@@ -25,9 +25,9 @@ from mcp_proxy.errors import BackendLost, StorageUnavailable
 from mcp_proxy.storage.session import Session, new_session
 from mcp_proxy.transports.base import drain
 from mcp_proxy.wire.endpoint_event import OUR_PARAMETER, named_session
-from tests.servers.http_backend import Feed, HttpBackend, reply, reset, stream
+from tests.servers.http_backend import Feed, HttpBackend, reply, reset, silent, stream
 from tests.servers.old_server import OldServer
-from tests.support.front import Answer, Json
+from tests.support.front import Answer, Json, McpClient, WsgiFront
 from tests.support.redis_server import RedisServer
 from tests.support.sse_client import SseClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
@@ -462,6 +462,46 @@ def test_a_server_that_loses_a_message_has_not_lost_the_session(
     assert (answer.status, answer.error()["code"]) == (502, -32000)
     server.acts.clear()
     assert echo(client)["server"] == "A"
+
+
+def test_a_server_that_takes_a_message_too_slowly_is_504(server: OldServer) -> None:
+    with replica(server.url, settings={"request_timeout": 0.5}) as proxy:
+        client = proxy.client()
+        client.connect()
+        server.on("POST", "/messages", silent)
+        answer = client.post(REQUEST)
+        assert (answer.status, answer.failure) == (504, "server-timeout")
+
+
+BATCH = [{"jsonrpc": "2.0", "id": key, "method": "x"} for key in (1, 2)]
+
+
+def test_a_batch_that_fails_has_a_status_that_says_so(one: Replicated, server: OldServer) -> None:
+    """Nobody reads the answer to a POST, but its status."""
+    client = one.client()
+    client.connect()
+    server.on("POST", "/messages", reset)
+    answer = client.post(BATCH)
+    assert (answer.status, answer.failure) == (502, "server-unreachable")
+
+
+def test_a_message_for_which_there_is_no_thread_has_a_status_that_says_so(
+    one: Replicated,
+) -> None:
+    client = one.client()
+    client.connect()
+    client.posts = WsgiFront(one.app.overloaded)
+    answer = client.post(REQUEST)
+    assert (answer.status, answer.failure) == (503, "overloaded")
+    assert answer.headers["Retry-After"]
+    assert answer.message()["id"] == REQUEST["id"]
+    assert client.post(BATCH).status == 503
+    notified = client.post({"jsonrpc": "2.0", "method": "n"})
+    assert (notified.status, notified.failure) == (202, "overloaded")
+    # On the wire of later revisions the answer is read.
+    for path in ("/mcp", "/mcp?a=b"):
+        answer = McpClient(client.posts, path).call("tools/call")
+        assert (answer.status, answer.failure) == (200, "overloaded")
 
 
 def test_an_open_stream_keeps_its_session_alive(server: OldServer) -> None:

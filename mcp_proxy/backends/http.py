@@ -68,6 +68,7 @@ _KEEPALIVE = [
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _KEEPING = (307, 308)  # redirects that keep method and body
 _REDIRECTS = (301, 302, 303, *_KEEPING)
+_MAX_SHOWN = 200  # characters of a path in a sentence
 _MAX_HOPS = 5  # redirects that are followed
 _MAX_INFORMATIONAL = 16  # answers with 1xx before the answer
 _MAX_HEAD = 256 * 1024  # bytes of a head, those of the answers before it included
@@ -433,7 +434,7 @@ class HttpCall:
         if there is None:
             raise RedirectRefused(f"The server redirects ({self.status}) to what is no usable URL")
         if why := self._refusal_of(there):
-            where = there.path or "/"  # the query may have a secret
+            where = there.path[:_MAX_SHOWN] or "/"  # the query may have a secret
             if (there.host, there.port) != (ours, self.address.port):  # else ours is no client's
                 where = f"{there.scheme}://{there.address.host_header}{where}"
             raise RedirectRefused(

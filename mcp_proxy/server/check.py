@@ -25,6 +25,7 @@ from mcp_proxy.errors import (
     ClientError,
     ConfigError,
     ProxyError,
+    RedirectRefused,
     StorageUnavailable,
     in_seconds,
 )
@@ -261,7 +262,10 @@ def _greet_older(
 ) -> str | None:
     """As `_greet` over HTTP+SSE (2024-11-05); None where there is no such stream."""
     accepted = {"Accept": EVENT_STREAM, **headers}
-    stream = _sent(HttpCall(client, target.address, "GET", path, accepted, b""))
+    try:
+        stream = _sent(HttpCall(client, target.address, "GET", path, accepted, b""))
+    except RedirectRefused:
+        return None  # a page for browsers, say
     try:
         if stream.status != 200 or stream.media_type != EVENT_STREAM:
             return None
@@ -290,7 +294,11 @@ def _sent(call: HttpCall) -> HttpCall:
     """The call, its answer begun, with redirects followed as the proxy follows them."""
     while True:
         call.send(_ANSWER_TIME)
-        successor = call.redirected()
+        try:
+            successor = call.redirected()
+        except RedirectRefused:
+            call.close()
+            raise
         if successor is None:
             return call
         call.close()

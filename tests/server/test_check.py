@@ -13,7 +13,8 @@ import pytest
 from mcp_proxy import ProxyConfig
 from mcp_proxy.config import from_values
 from mcp_proxy.server.check import check
-from tests.servers.http_backend import HttpBackend, Turn
+from tests.servers.http_backend import HttpBackend, Turn, reply
+from tests.servers.old_server import OldServer
 from tests.support.front import SCRIPTED
 from tests.support.outbound import OutboundProxy
 from tests.support.sse_servers import SseServer, python_2
@@ -153,3 +154,20 @@ def test_a_configuration_shows_no_query_of_a_target() -> None:
     assert "swordfish" not in repr(made)
     assert "http://h/mcp?***" in repr(made)
     assert "swordfish" not in repr(made.servers())
+
+
+def test_a_page_for_browsers_does_not_hide_the_older_wire(capsys: Printed) -> None:
+    with OldServer("older") as server:
+        server.on("POST", "/mcp", reply(405))
+        server.on("GET", "/mcp", reply(302, b"", "Location: https://elsewhere.invalid/"))
+        checked(capsys, target_url=[server.url])
+        assert [seen.target for seen in server.seen if seen.method == "GET"] == ["/mcp", "/sse"]
+
+
+def test_a_redirect_that_is_not_followed_is_told(backend: HttpBackend, capsys: Printed) -> None:
+    where = "Location: http://elsewhere.invalid/a?key=swordfish"
+    backend.on("POST", "/mcp", reply(307, b"", where))
+    code, said = checked(capsys, target_url=[backend.url])
+    assert code == 1
+    assert "The server redirects (307) to http://elsewhere.invalid/a, which is not" in said
+    assert "swordfish" not in said

@@ -32,6 +32,7 @@ from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.redis.client import password_in
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
+from mcp_proxy.server.binding import InUse, Unbindable, try_address
 from mcp_proxy.server.gunicorn import require_shared_sessions
 from mcp_proxy.servers import HttpServer, StdioServer, shown_arguments, shown_command
 from mcp_proxy.wire import jsonrpc, revisions, sse
@@ -56,11 +57,19 @@ _NOT_THIS_WIRE = (400, 404, 405)
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One line of the table. A warning is what may be meant, so `is_good` is true of it."""
 
     what: str
     is_good: bool
     finding: str
+    is_warning: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """What the line begins with."""
+        if not self.is_good:
+            return "FAIL"
+        return "WARN" if self.is_warning else "ok"
 
 
 def check(config: ProxyConfig) -> int:
@@ -72,7 +81,7 @@ def check(config: ProxyConfig) -> int:
         finding = row.finding
         for secret in secrets:
             finding = finding.replace(secret, "***")
-        print(f"{'ok  ' if row.is_good else 'FAIL'}  {row.what:<24} {finding}", flush=True)
+        print(f"{row.verdict:<4}  {row.what:<24} {finding}", flush=True)
     return 0 if all(row.is_good for row in rows) else 1
 
 
@@ -106,7 +115,8 @@ def _hidden_in(argv: Sequence[str]) -> Iterator[str]:
 def _rows(config: ProxyConfig) -> Iterator[Row]:
     yield Row("configuration", True, repr(config))
     for sentence in config.ignored():
-        yield Row("configuration", True, sentence)
+        yield Row("configuration", True, sentence, is_warning=True)
+    yield from map(_bind, config.bind.split(","))
     yield _workers(config)
     yield _store(config)
     supervisor = Supervisor(Replica())
@@ -121,6 +131,15 @@ def _rows(config: ProxyConfig) -> Iterator[Row]:
     finally:
         client.close()
         supervisor.close()
+
+
+def _bind(address: str) -> Row:
+    try:
+        return Row("bind", True, try_address(address.strip()))
+    except InUse as error:
+        return Row("bind", True, str(error), is_warning=True)
+    except Unbindable as error:
+        return Row("bind", False, str(error))
 
 
 def _workers(config: ProxyConfig) -> Row:

@@ -228,11 +228,7 @@ class Connection:
 
     def _without_secrets(self, text: str) -> str:
         """What redis-py says of an error, in one line and without the passwords in the URL."""
-        parts, _ = _split(self._url or "")
-        pairs = parse_qsl(parts.query)
-        secrets = [parts.netloc.rpartition("@")[0].partition(":")[2]]
-        secrets += [value for name, value in pairs if "password" in name]
-        for secret in filter(None, [*secrets, *map(unquote, secrets)]):
+        for secret in passwords_in(self._url or ""):
             text = text.replace(secret, "***")
         return " ".join(text.split())
 
@@ -482,9 +478,12 @@ def _split(url: str) -> tuple[SplitResult, list[str]]:
     return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(netloc) :]}"), hosts
 
 
-def password_in(url: str) -> str:
-    """The password in a URL as it stands there, empty where there is none."""
-    return _split(url)[0].password or ""
+def passwords_in(url: str) -> list[str]:
+    """The passwords in a URL and in its query, as they stand there and as they are meant."""
+    parts, _ = _split(url)
+    found = [parts.netloc.rpartition("@")[0].partition(":")[2]]
+    found += [value for name, value in parse_qsl(parts.query) if "password" in name]
+    return [password for password in (*found, *map(unquote, found)) if password]
 
 
 def _given(parts: SplitResult) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Connection:
     """A redis-py client, made at its first use if a URL was given. Thread-safe.
 
     Storage, event log and mailboxes of a replica share one. `timeout`, in seconds, is for each
-    answer. Raises ConfigError when the URL cannot be read.
+    answer. Raises ConfigError when the URL cannot be read, and for any other client.
     """
 
     def __init__(
@@ -94,6 +94,11 @@ class Connection:
         timeout: float = 5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(client, str | redis.Redis | RedisCluster):
+            kind = type(client).__name__
+            raise ConfigError(
+                f"client must be a redis-py client, and none of asyncio, or a URL, not {kind}"
+            )
         self._clock = clock
         self._timeout = timeout
         self._lock = threading.Lock()  # guards _connecting

@@ -22,6 +22,9 @@ _LISTENED_AT = (0, errno.EAGAIN, errno.EINPROGRESS)
 
 _UNPRIVILEGED = 1024
 
+# Characters of a name at random that nothing else has.
+_SHORTEST = 8
+
 
 class Unbindable(ConfigError):
     """Nobody could listen there; the sentence says why."""
@@ -78,8 +81,8 @@ def _try_path(path: str) -> str:
 
 
 def _try_directory(path: str, directory: str, length: int) -> None:
-    """Binds a socket beside the path, whose name is no longer, and removes it."""
-    trial_path = os.path.join(directory, secrets.token_hex(8)[:length])
+    """Binds a socket beside the path, of a name that is about as long, and removes it."""
+    trial_path = os.path.join(directory, secrets.token_hex(8)[: max(_SHORTEST, length)])
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
             trial.bind(trial_path)

@@ -458,8 +458,8 @@ def as_command(command: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def plain(complaint: str) -> str:
-    """msgspec's error message, in plain words for the author of the text."""
-    complaint = complaint.replace(", got `str`", "").replace("`", "")
+    """An error message about a text, in plain words for its author."""
+    complaint = complaint.replace("`", "")
     return complaint[:1].lower() + complaint[1:] if complaint[1:2].islower() else complaint
 
 

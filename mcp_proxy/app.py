@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Self
 from msgspec.structs import replace
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from mcp_proxy.config import ProxyConfig, script_name
+from mcp_proxy.config import ProxyConfig, require_seconds, script_name
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.readiness import Part, Readiness, Weight, state_of
 from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, with_path
-from mcp_proxy.errors import MethodNotAllowed, NotFound, NoThread
+from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, NoThread
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import HttpServer, Server, StdioServer
 from mcp_proxy.sessions.manager import SessionManager
@@ -40,10 +40,12 @@ class Application:
     """The proxy as one WSGI application: `/mcp` or `/servers/<name>/mcp`, and health.
 
     Nothing starts before the first request. `drain` and `close` may be called from any thread. As a
-    context manager it is closed at the end of the block.
+    context manager it is closed at the end of the block. The constructor raises ConfigError.
     """
 
     def __init__(self, config: ProxyConfig) -> None:
+        if not isinstance(config, ProxyConfig):
+            raise ConfigError(f"config must be ProxyConfig(...), not {type(config).__name__}")
         self.config = config
         self._storage = storage_of(config)
         #: What this process is to other replicas, and its children.
@@ -130,8 +132,10 @@ class Application:
     def close(self, timeout: float = 0.0) -> None:
         """Ends every child and connection of this process; harmless when repeated.
 
-        Calls that are running get `timeout` seconds to end first, and no new work is taken.
+        Calls that are running get `timeout` seconds to end first, and no new work is taken. Raises
+        ConfigError, and ends nothing, where that is no time.
         """
+        require_seconds("timeout", timeout, or_zero=True)
         if timeout > 0:
             self.drain(timeout)
         self.edge.is_draining = True
@@ -240,7 +244,7 @@ def _options_for(server: Server, config: ProxyConfig) -> ProxyConfig:
 
 def create_app(config: ProxyConfig | None = None) -> Application:
     """The application for `config`, or for the environment. Raises ConfigError with a sentence."""
-    return Application(config or ProxyConfig.from_env())
+    return Application(ProxyConfig.from_env() if config is None else config)
 
 
 def storage_of(config: ProxyConfig) -> Storage:

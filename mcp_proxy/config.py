@@ -31,7 +31,9 @@ from msgspec.inspect import (
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import (
+    MAX_SECONDS,
     HttpServer,
+    Seconds,
     Server,
     StdioServer,
     as_command,
@@ -61,7 +63,6 @@ _OTHER_NAMES = (
 #: Field metadata: the value must not be printed.
 SECRET = {"secret": True}
 
-Seconds = Annotated[float, Meta(gt=0, le=10 * 365 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -485,6 +486,9 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
 
     An empty variable counts as not set.
     """
+    for name, value in environ.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}: a variable has a text, not {type(value).__name__}")
     given = {name: value for name, value in environ.items() if value.strip()}
     named = {name: value for name, value in given.items() if name.startswith(PREFIX)}
     texts = {name.removeprefix(PREFIX).lower(): value for name, value in named.items()}
@@ -632,6 +636,17 @@ def _wanted(takes: msgspec.inspect.Type) -> str:
         case FloatType():
             return f"a number above {takes.gt} and at most {takes.le}"
     return "a text"
+
+
+def require_seconds(name: str, value: object, or_zero: bool = False) -> None:
+    """Raises ConfigError unless this is a time as settings have it; or 0, where that is one."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+    if 0 < number <= MAX_SECONDS or (or_zero and number == 0):
+        return
+    bound = "from 0" if or_zero else "above 0"
+    raise ConfigError(
+        f"{name} must be a number of seconds {bound} and at most {MAX_SECONDS}, not {value!r}"
+    )
 
 
 def _require_network(peer: str) -> None:

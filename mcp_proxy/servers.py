@@ -9,16 +9,21 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
+from msgspec.inspect import BoolType, DictType, FloatType, ListType, UnionType, VarTupleType
 from msgspec.structs import force_setattr
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.wire.urls import parse_target
+
+#: A time limit, in seconds, as servers and settings have it.
+MAX_SECONDS = 10 * 365 * 24 * 3600
+Seconds = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
 
 
 class StdioServer(msgspec.Struct, frozen=True):
@@ -32,13 +37,14 @@ class StdioServer(msgspec.Struct, frozen=True):
     argv: tuple[str, ...]
     env: dict[str, str] = {}
     cwd: str | None = None
-    timeout: float | None = None
+    timeout: Seconds | None = None
 
     def __post_init__(self) -> None:
         force_setattr(self, "argv", as_command(self.argv))
-        if self.cwd is not None:
+        if isinstance(self.cwd, os.PathLike):
             force_setattr(self, "cwd", os.fspath(self.cwd))
-        _require_types(self)
+        _require_fields(self)
+        _require_startable(self)
 
     def __str__(self) -> str:
         return shown_command(self.argv)
@@ -60,14 +66,23 @@ class HttpServer(msgspec.Struct, frozen=True):
     name: str
     urls: tuple[str, ...]
     headers: tuple[str, ...] = ()
-    timeout: float | None = None
+    timeout: Seconds | None = None
 
     def __post_init__(self) -> None:
-        urls = (self.urls,) if isinstance(self.urls, str) else tuple(self.urls)
-        force_setattr(self, "urls", urls)
-        _require_types(self)
-        if not urls or not all(map(parse_target, urls)):
+        if isinstance(self.urls, str):
+            force_setattr(self, "urls", (self.urls,))
+        for name in ("urls", "headers"):
+            value = getattr(self, name)
+            if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+                force_setattr(self, name, tuple(value))
+        _require_fields(self)
+        if not self.urls or not all(map(parse_target, self.urls)):
             raise ConfigError(f"{self.name}: its URLs must be absolute http:// or https:// URLs")
+        for header in self.headers:
+            if not _CHANGE.fullmatch(header):
+                name, colon, _ = header.partition(":")
+                which = f"the header {name!r}" if colon else "a header"  # else a value, perhaps
+                raise ConfigError(f"{self.name}: {which} has not the form 'Name: value'")
 
     def __str__(self) -> str:
         return " ".join(url.partition("?")[0] for url in self.urls)
@@ -79,14 +94,26 @@ class HttpServer(msgspec.Struct, frozen=True):
 Server = StdioServer | HttpServer
 
 
-def _require_types(server: Server) -> None:
-    """Raises ConfigError where a field has a value of another type."""
-    for field in msgspec.structs.fields(server):
-        try:
-            msgspec.convert(getattr(server, field.name), field.type)
-        except msgspec.ValidationError as error:
-            kind = type(server).__name__
-            raise ConfigError(f"{kind}: {field.name}: {plain(str(error))}") from None
+def _require_fields(server: Server) -> None:
+    """Raises ConfigError where a field has a value of another type, or the name is empty."""
+    kind = type(server)
+    try:
+        _require_types(kind, {name: getattr(server, name) for name in kind.__struct_fields__})
+    except _WrongValue as error:
+        raise ConfigError(f"{kind.__name__}: {error}") from None
+    if not server.name:
+        raise ConfigError(f"{kind.__name__}: name: expected a text that is not empty")
+
+
+def _require_startable(server: StdioServer) -> None:
+    """Raises ConfigError for what no process can be given; it shows no value."""
+    if any("\0" in argument for argument in server.argv):
+        raise ConfigError(f"{server.name}: an argument of its command has a NUL character")
+    for name, value in server.env.items():
+        if not name or "=" in name or "\0" in name:
+            raise ConfigError(f"{server.name}: {name!r} is no name of an environment variable")
+        if "\0" in value:
+            raise ConfigError(f"{server.name}: the variable {name!r} has a NUL character")
 
 
 def demo_server() -> StdioServer:
@@ -120,6 +147,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 _VARIABLE = re.compile(r"\$\{(?:env:)?(\w+)(?::-([^}]*))?\}")
 _INPUT = re.compile(r"\$\{input:[^}]*\}")
 _HEADER = re.compile(r"[^\s:]+: [^\r\n\0]+")
+_CHANGE = re.compile(r"\s*[^\s:]+\s*:[^\r\n\0]*")
 
 # A string; a comment; a comma before the end of a list or an object.
 _COMMENTED = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
@@ -155,7 +183,7 @@ class _Entry(msgspec.Struct):
     server_url: str | None = msgspec.field(default=None, name="serverUrl")
     http_url: str | None = msgspec.field(default=None, name="httpUrl")
     headers: dict[str, str] = {}
-    timeout: Annotated[float, Meta(gt=0)] | None = None
+    timeout: Seconds | None = None
 
 
 class _Key(NamedTuple):
@@ -177,8 +205,14 @@ def read_servers(path: Path, environ: Mapping[str, str]) -> list[Server]:
     Raises ConfigError with a sentence that names the file and the server.
     """
     enabled: dict[str, tuple[str, Server]] = {}
-    for name, entry in _read(path)[1].items():
-        server = _read_server(path, name, entry, environ)
+    text, servers = _read(path)
+    for name, entry in servers.items():
+        try:
+            server = _read_server(path, name, entry, environ)
+        except _WrongValue as error:
+            ways = [(section, name, error.key) for section in _SERVERS]
+            line = next(key.line for key in _keys(text) if key.way in ways)
+            raise ConfigError(f"{path}, line {line}: {name}: {error}") from None
         if server is None:
             continue
         other, _ = enabled.setdefault(server.name, (name, server))
@@ -301,16 +335,25 @@ def _require_no_slip(entry: dict[str, Any]) -> None:
 
 
 def _read_server(path: Path, name: str, entry: Any, environ: Mapping[str, str]) -> Server | None:
-    """The server of one entry, None if it is switched off."""
+    """The server of one entry, None if it is switched off. Raises _WrongValue, ConfigError."""
     if name in ("", ".", ".."):
         raise ConfigError(f"{path}: a server's name must fit into a URL path, {name!r} does not")
     try:
+        if not isinstance(entry, dict):
+            raise ValueError(f"expected an object with a command or a url, got {_kind(entry)}")
         given = _without_nulls(entry)
+        _require_types(_Switch, given)
         switch = msgspec.convert(given, _Switch)
         if switch.disabled or not switch.enabled:
             return None
         _require_no_slip(given)
-        return _server(path_name(name), msgspec.convert(_expanded(given, environ), _Entry))
+        expanded = _expanded(given, environ)
+        _require_types(_Entry, expanded)
+        return _server(path_name(name), msgspec.convert(expanded, _Entry))
+    except _WrongValue:
+        raise
+    except ConfigError as error:  # of a constructor, which names the server
+        raise ConfigError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {name}: {plain(str(error))}") from error
 
@@ -409,15 +452,77 @@ def as_command(command: Sequence[str] | str) -> tuple[str, ...]:
         argv = tuple(command)
     else:
         raise ConfigError(f"A command is a text or a list of texts, not {command!r}")
-    if not argv:
+    if not argv or not argv[0]:
         raise ConfigError("The command of a stdio server is empty")
     return argv
 
 
 def plain(complaint: str) -> str:
-    """msgspec's error message, in plain words for the author of the text."""
-    complaint = complaint.replace(", got `str`", "").replace("`", "")
+    """An error message about a text, in plain words for its author."""
+    complaint = complaint.replace("`", "")
     return complaint[:1].lower() + complaint[1:] if complaint[1:2].islower() else complaint
+
+
+# --- what is said of a value of another type ------------------------------------------------------
+
+
+class _WrongValue(ValueError):
+    """The value of `key` has another type, or is out of bounds."""
+
+    def __init__(self, key: str, complaint: str) -> None:
+        super().__init__(f"{key}: {complaint}")
+        self.key = key
+
+
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+}
+
+
+def _require_types(kind: type[msgspec.Struct], values: Mapping[str, Any]) -> None:
+    """Raises _WrongValue for the first value that does not fit its field of `kind`."""
+    for field in msgspec.structs.fields(kind):
+        if field.encode_name in values:
+            value = values[field.encode_name]
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError:
+                complaint = _expected(msgspec.inspect.type_info(field.type), value)
+                raise _WrongValue(field.encode_name, complaint) from None
+
+
+def _expected(takes: msgspec.inspect.Type, value: Any) -> str:
+    """What is allowed, and what was given: of a text that may be a secret only its kind."""
+    match takes:
+        case UnionType():
+            return _expected(takes.types[0], value)
+        case FloatType() | BoolType():
+            bounds = "true or false"
+            if isinstance(takes, FloatType):
+                bounds = f"a number above {takes.gt} and at most {takes.le}"
+            shown = _kind(value) if isinstance(value, list | tuple | dict) else repr(value)
+            return f"expected {bounds}, got {shown}"
+        case DictType():
+            is_fit, wanted = isinstance(value, dict), "an object of texts"
+            parts = [*value.values(), *value] if is_fit else []
+        case ListType() | VarTupleType():
+            is_fit, wanted = isinstance(value, list | tuple), "a list of texts"
+            parts = value if is_fit else []
+        case _:
+            return f"expected a text, got {_kind(value)}"
+    wrong = next((part for part in parts if not isinstance(part, str)), "")
+    return f"expected {wanted}, got {f'one with {_kind(wrong)} in it' if is_fit else _kind(value)}"
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), type(value).__name__)
 
 
 # --- what is printed of a command ----------------------------------------------------------------

@@ -149,6 +149,11 @@ _ACCESS_LINE = (
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+def visible(text: str) -> str:
+    """A text in one line, with escapes for what a terminal would act on."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 class TextFormatter(logging.Formatter):
     """Time, level, request id, logger, message."""
 
@@ -162,7 +167,7 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line; what others said cannot begin a second one. A traceback follows as it is."""
-        return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], super().formatMessage(record))
+        return visible(super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):

@@ -496,7 +496,7 @@ class Owner:
                 self._sweeper.wake()
         if bridge is not None:
             self.backoff.note_success()
-            log.info("[%s] the server of a session was started again", self.server.name)
+            log.info("[%s] the server of this session was started again", bridge.name)
         return bridge
 
     def _settled(self, claimed: Session) -> Bridge | None:

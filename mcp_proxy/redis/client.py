@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import socket
 import threading
@@ -65,12 +66,42 @@ _UNKNOWN_COMMAND = re.compile(r"unknown command .?([A-Za-z]+)", re.IGNORECASE)
 _DENIED_COMMAND = re.compile(r"the '([^' ]+)' command")
 
 
-# Why a server that answers takes no writes, by the first word of its error and redis-py's class.
-_UNUSABLE: dict[str, tuple[type[redis.ResponseError] | None, str]] = {
-    "READONLY": (ReadOnlyError, "it is a replica, or was a primary until now"),
-    "OOM": (OutOfMemoryError, "its memory is used up"),
-    "MISCONF": (None, "it cannot write its own snapshots to disk"),
+# What redis-py puts before the error of one command of a pipeline: it shows keys.
+_OF_PIPELINE = re.compile(r"Command # \d+ \(.*?\) of pipeline caused error: ", re.DOTALL)
+
+# The error of a command that waits at a server which becomes a replica, as at a failover.
+_UNBLOCKED = re.compile(r"UNBLOCKED .*", re.DOTALL)
+_FAILED_OVER = "it was a primary until now (UNBLOCKED)"
+
+# What follows where reading works, which restarts a session's time to live, and where it does not.
+_FULL = (
+    "sessions that have begun are served, those of a stdio server by the worker that has it; none "
+    "begins or is taken over, and no request goes to another worker"
+)
+_FROZEN = "no request of a session is served"
+
+
+class _Unusable(NamedTuple):
+    """Why a server that answers takes no writes, and what follows; `kind` is redis-py's class."""
+
+    kind: type[redis.ResponseError] | None
+    why: str
+    effect: str
+
+
+# By the first word of the error.
+_UNUSABLE = {
+    "READONLY": _Unusable(ReadOnlyError, "it is a replica, or was a primary until now", _FROZEN),
+    "OOM": _Unusable(OutOfMemoryError, "its memory is used up", _FULL),
+    "MISCONF": _Unusable(None, "it cannot write its own snapshots to disk", _FROZEN),
 }
+
+
+class _Refusal(NamedTuple):
+    """What a client is told, and what follows, for the operator."""
+
+    message: str
+    effect: str = ""
 
 
 class _Outage(NamedTuple):
@@ -85,7 +116,7 @@ class Connection:
     """A redis-py client, made at its first use if a URL was given. Thread-safe.
 
     Storage, event log and mailboxes of a replica share one. `timeout`, in seconds, is for each
-    answer. Raises ConfigError when the URL cannot be read.
+    answer. Raises ConfigError when the URL cannot be read, and for any other client.
     """
 
     def __init__(
@@ -94,6 +125,11 @@ class Connection:
         timeout: float = 5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(client, str | redis.Redis | RedisCluster):
+            kind = type(client).__name__
+            raise ConfigError(
+                f"client must be a redis-py client, and none of asyncio, or a URL, not {kind}"
+            )
         self._clock = clock
         self._timeout = timeout
         self._lock = threading.Lock()  # guards _connecting
@@ -189,9 +225,12 @@ class Connection:
     def _unavailable(self, error: Exception) -> StorageUnavailable:
         refusal = _refusal(error)
         words = self._without_secrets(str(error)) or type(error).__name__
-        found = StorageUnavailable(refusal, f"{self._where()}: {words[:_MAX_WORDS]}")
-        if refusal is not None:
-            found.detail = f"{refusal} ({found.detail})"
+        detail = f"{self._where()}: {words[:_MAX_WORDS]}"
+        if refusal is None:
+            found = StorageUnavailable(None, detail)
+        else:
+            effect = f"; {refusal.effect}" if refusal.effect else ""
+            found = StorageUnavailable(refusal.message, f"{refusal.message} ({detail}){effect}")
         self._begin_outage(found, refusal is not None)
         return found
 
@@ -207,14 +246,16 @@ class Connection:
             if is_due:
                 self._logged = (message, now)
         if is_due:
-            log.warning("The session store is not usable: %s", error.detail)
+            log.warning("[pid=%d] the session store is not usable: %s", os.getpid(), error.detail)
 
     def _end_outage(self) -> None:
         with self._outages:
             outage, self._outage = self._outage, None
         if outage is not None and outage.is_logged:
             seconds = self._clock() - outage.since
-            log.warning("The session store is usable again after %.0f s", seconds)
+            log.warning(
+                "[pid=%d] the session store is usable again after %.0f s", os.getpid(), seconds
+            )
 
     def _where(self) -> str:
         """The server, or the servers, without user and password."""
@@ -227,12 +268,9 @@ class Connection:
         return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
 
     def _without_secrets(self, text: str) -> str:
-        """What redis-py says of an error, in one line and without the passwords in the URL."""
-        parts, _ = _split(self._url or "")
-        pairs = parse_qsl(parts.query)
-        secrets = [parts.netloc.rpartition("@")[0].partition(":")[2]]
-        secrets += [value for name, value in pairs if "password" in name]
-        for secret in filter(None, [*secrets, *map(unquote, secrets)]):
+        """What redis-py says of an error, in one line, without keys and the URL's passwords."""
+        text = _UNBLOCKED.sub(_FAILED_OVER, _OF_PIPELINE.sub("", text))
+        for secret in passwords_in(self._url or ""):
             text = text.replace(secret, "***")
         return " ".join(text.split())
 
@@ -482,9 +520,12 @@ def _split(url: str) -> tuple[SplitResult, list[str]]:
     return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(netloc) :]}"), hosts
 
 
-def password_in(url: str) -> str:
-    """The password in a URL as it stands there, empty where there is none."""
-    return _split(url)[0].password or ""
+def passwords_in(url: str) -> list[str]:
+    """The passwords in a URL and in its query, as they stand there and as they are meant."""
+    parts, _ = _split(url)
+    found = [parts.netloc.rpartition("@")[0].partition(":")[2]]
+    found += [value for name, value in parse_qsl(parts.query) if "password" in name]
+    return [password for password in (*found, *map(unquote, found)) if password]
 
 
 def _given(parts: SplitResult) -> dict[str, Any]:
@@ -511,12 +552,12 @@ def _addresses(hosts: Sequence[str], default_port: int) -> list[tuple[str, int]]
     return addresses
 
 
-def _refusal(error: BaseException | None) -> str | None:
-    """The message for a refused login or a missing permission, None for other errors."""
+def _refusal(error: BaseException | None) -> _Refusal | None:
+    """For a refused login, a missing permission or an unusable server; None for other errors."""
     if error is None:
         return None
     if isinstance(error, redis.AuthenticationError):
-        return "The session store refuses the user name or password of this proxy"
+        return _Refusal("The session store refuses the user name or password of this proxy")
     text = str(error)
     if isinstance(error, redis.ResponseError) and (refused := _unusable(error, text)):
         return refused
@@ -524,21 +565,22 @@ def _refusal(error: BaseException | None) -> str | None:
         command = _DENIED_COMMAND.search(text)
         keys = "the keys with its prefix" if "key" in text else "a command that it needs"
         what = f"the command {command[1].upper()}" if command else keys
-        return f"The session store denies the user of this proxy {what}"
+        return _Refusal(f"The session store denies the user of this proxy {what}")
     return _refusal(error.__cause__ or error.__context__)
 
 
-def _unusable(error: redis.ResponseError, text: str) -> str | None:
-    """The message for a server that takes no writes, or is too old; None for other errors."""
+def _unusable(error: redis.ResponseError, text: str) -> _Refusal | None:
+    """For a server that takes no writes, or is too old; None for other errors."""
     code_of_script = _UNUSABLE_CODE.search(text)
-    for code, (kind, why) in _UNUSABLE.items():
+    for code, (kind, why, effect) in _UNUSABLE.items():
         is_named = code_of_script is not None and code_of_script[1] == code
         if is_named or (kind is not None and isinstance(error, kind)):
-            return f"The session store refuses writes ({code}): {why}"
+            return _Refusal(f"The session store refuses writes ({code}): {why}", effect)
     unknown = _UNKNOWN_COMMAND.search(text)
     if unknown is None:
         return None
-    return f"The session store does not know {unknown[1].upper()}: Redis 6.2 or later is needed"
+    needed = "Redis 6.2 or later is needed"
+    return _Refusal(f"The session store does not know {unknown[1].upper()}: {needed}")
 
 
 def as_bytes(value: bytes | str) -> bytes:

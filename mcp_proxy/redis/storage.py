@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 import secrets
 
-from mcp_proxy.errors import SessionExists, SessionNotFound
+from mcp_proxy.config import require_seconds
+from mcp_proxy.errors import ConfigError, SessionExists, SessionNotFound
 from mcp_proxy.redis.client import Client, Connection, as_bytes
 from mcp_proxy.redis.event_log import RedisEventLog
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.storage.event_log import KEPT, EventLog
 from mcp_proxy.storage.mailboxes import Mailboxes
-from mcp_proxy.storage.records import ISSUED_TTL, Storage, require_ttl
+from mcp_proxy.storage.records import ISSUED_TTL, Storage, require_name
 from mcp_proxy.storage.session import SIGNED, Session, decode, encode, minted_by
 
 _SIGNED = f',"{SIGNED}":"'.encode()
@@ -47,7 +48,7 @@ class RedisStorage(Storage):
 
     `client` is a redis-py client, a URL, or a Connection to share; `close` leaves a client that was
     passed in open. `ttl` and `timeout` in seconds. The mailboxes are at `<prefix>mailbox:<replica>`
-    of the unscoped store: each replica has one for all scopes.
+    of the unscoped store: each replica has one for all scopes. The constructor raises ConfigError.
     """
 
     def __init__(
@@ -57,7 +58,10 @@ class RedisStorage(Storage):
         prefix: str = "mcp-proxy:",
         timeout: float = 5,
     ) -> None:
-        require_ttl(ttl)
+        require_seconds("ttl", ttl)
+        require_seconds("timeout", timeout)
+        if not isinstance(prefix, str):
+            raise ConfigError(f"prefix must be a text, not {prefix!r}")
         self.connection = client if isinstance(client, Connection) else Connection(client, timeout)
         self._ttl_ms = max(1, math.ceil(ttl * 1000))
         self.ttl = ttl
@@ -131,6 +135,7 @@ class RedisStorage(Storage):
         return tuple(int(part) for part in text.split(".")[:3])
 
     def scoped(self, name: str) -> RedisStorage:
+        require_name(name)
         return RedisStorage(self.connection, self.ttl, f"{self.prefix}{name}:")
 
     def mailboxes(self) -> Mailboxes:

@@ -5,11 +5,12 @@ Each server is initialized as a client would do it, and the session that this ma
 
 from __future__ import annotations
 
-import re
+import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
-from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
+from urllib.parse import urljoin
 
 from mcp_proxy import __version__
 from mcp_proxy.app import storage_of
@@ -30,23 +31,23 @@ from mcp_proxy.errors import (
     in_seconds,
 )
 from mcp_proxy.processes.supervisor import Supervisor
-from mcp_proxy.redis.client import password_in
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
+from mcp_proxy.server.binding import InUse, Unbindable, try_address
 from mcp_proxy.server.gunicorn import require_shared_sessions
-from mcp_proxy.servers import HttpServer, StdioServer, shown_arguments, shown_command
+from mcp_proxy.server.masking import Mask, masked_log
+from mcp_proxy.servers import HttpServer, StdioServer, shown_command
 from mcp_proxy.wire import jsonrpc, revisions, sse
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON, PROTOCOL_VERSION, SESSION_ID
 from mcp_proxy.wire.jsonrpc import Request, Response
 from mcp_proxy.wire.urls import Target, parse_target, request_target
 
-# A shorter value is no secret worth the name, and would be found everywhere.
-_SHORTEST_SECRET = 6
+#: Seconds for a server to answer initialize; `npx` and `uvx` may have to fetch it first.
+ANSWER_TIME = 60.0
 
-
-# Seconds for a server to answer initialize; `npx` and `uvx` may have to fetch it first.
-_ANSWER_TIME = 60.0
+# The exit code of a command that SIGINT has ended, as shells have it.
+_INTERRUPTED = 128 + signal.SIGINT
 
 _PULSE = 1.0
 _MAX_ANSWER = 1024 * 1024
@@ -57,57 +58,49 @@ _NOT_THIS_WIRE = (400, 404, 405)
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One line of the table. A warning is what may be meant, so `is_good` is true of it.
+
+    `stderr` is what a server that failed wrote there last.
+    """
 
     what: str
     is_good: bool
     finding: str
+    is_warning: bool = False
+    stderr: Sequence[str] = ()
+
+    @property
+    def verdict(self) -> str:
+        """What the line begins with."""
+        if not self.is_good:
+            return "FAIL"
+        return "WARN" if self.is_warning else "ok"
 
 
 def check(config: ProxyConfig) -> int:
-    """Prints the table and returns 0 if everything is in order, else 1."""
-    secrets = _secrets(config)
-    rows = []
-    for row in _rows(config):
-        rows.append(row)
-        finding = row.finding
-        for secret in secrets:
-            finding = finding.replace(secret, "***")
-        print(f"{'ok  ' if row.is_good else 'FAIL'}  {row.what:<24} {finding}", flush=True)
-    return 0 if all(row.is_good for row in rows) else 1
+    """Prints the table and returns 0 if everything is in order, 130 after SIGINT, else 1.
+
+    What is waited for is said on stderr, where the log lines of this process go, too.
+    """
+    mask = Mask(config)
+    is_good = True
+    try:
+        with masked_log(mask):
+            for row in _rows(config, mask):
+                is_good = is_good and row.is_good
+                print(f"{row.verdict:<4}  {row.what:<24} {mask(row.finding)}", flush=True)
+                for line in row.stderr:
+                    print(f"      stderr: {mask(line)}", flush=True)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0 if is_good else 1
 
 
-def _secrets(config: ProxyConfig) -> list[str]:
-    """What must not be printed, though a server may repeat it; the longest first."""
-    urls = [*config.target_url, *config.allowed_backends]
-    headers = [*config.forward_headers]
-    told: list[str] = []
-    for server in config.servers():
-        if isinstance(server, HttpServer):
-            urls += server.urls
-            headers += server.headers
-        else:
-            told += server.env.values()
-            told += _hidden_in(server.argv)
-    told += [header.partition(":")[2].strip() for header in headers]
-    told += [word for value in told for word in value.split()]
-    told += [value for url in urls for _, value in parse_qsl(urlsplit(url).query)]
-    for url in filter(None, (config.redis_url, config.backend_proxy)):
-        password = password_in(url)
-        told += [password, unquote(password)]
-    return sorted({s for s in told if len(s) >= _SHORTEST_SECRET}, key=len, reverse=True)
-
-
-def _hidden_in(argv: Sequence[str]) -> Iterator[str]:
-    """The words of a command that are not shown."""
-    for argument, shown in zip(argv, shown_arguments(argv), strict=True):
-        yield from (word for word in re.split(r"[\s\"'=:,;&?@]+", argument) if word not in shown)
-
-
-def _rows(config: ProxyConfig) -> Iterator[Row]:
+def _rows(config: ProxyConfig, mask: Mask) -> Iterator[Row]:
     yield Row("configuration", True, repr(config))
     for sentence in config.ignored():
-        yield Row("configuration", True, sentence)
+        yield Row("configuration", True, sentence, is_warning=True)
+    yield from map(_bind, config.bind.split(","))
     yield _workers(config)
     yield _store(config)
     supervisor = Supervisor(Replica())
@@ -116,12 +109,28 @@ def _rows(config: ProxyConfig) -> Iterator[Row]:
         for server in config.servers():
             if isinstance(server, HttpServer):
                 for url in server.urls:
+                    _announce(mask, f"server {server.name}: asking {url.partition('?')[0]}")
                     yield _backend(config, client, server, url)
             else:
+                _announce(mask, f"server {server.name}: starting {server}")
                 yield _server(config, server, supervisor)
     finally:
         client.close()
         supervisor.close()
+
+
+def _announce(mask: Mask, what: str) -> None:
+    """Says on stderr what is done now, and for how long at most."""
+    print(mask(f"{what}, up to {in_seconds(ANSWER_TIME)}"), file=sys.stderr, flush=True)
+
+
+def _bind(address: str) -> Row:
+    try:
+        return Row("bind", True, try_address(address.strip()))
+    except InUse as error:
+        return Row("bind", True, str(error), is_warning=True)
+    except Unbindable as error:
+        return Row("bind", False, str(error))
 
 
 def _workers(config: ProxyConfig) -> Row:
@@ -177,8 +186,8 @@ def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) ->
     try:
         return Row(what, True, _greet_child(bridge))
     except ProxyError as error:
-        tail = "".join(f"\n      stderr: {line}" for line in bridge.stderr_tail[-5:])
-        return Row(what, False, f"{error} ({shown_command(server.argv)}){tail}")
+        finding = f"{error} ({shown_command(server.argv)})"
+        return Row(what, False, finding, stderr=bridge.stderr_tail[-5:])
     finally:
         bridge.close()
 
@@ -188,7 +197,7 @@ def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) ->
 
 def _greet_child(bridge: Bridge) -> str:
     """The name, version and revision of a stdio server; raises ProxyError."""
-    return handshake.describe(handshake.ask(bridge, _initialize(), _ANSWER_TIME))
+    return handshake.describe(handshake.ask(bridge, _initialize(), ANSWER_TIME))
 
 
 def _greet(client: HttpClient, target: Target, headers: Mapping[str, str]) -> str:
@@ -252,7 +261,7 @@ def _greet_streamable(
         version = jsonrpc.protocol_version_of(answer.result) or revisions.ASSUMED
         named = {SESSION_ID: session, PROTOCOL_VERSION: version, **headers}
         end = HttpCall(client, call.address, "DELETE", call.target, named, b"")
-        end.send(_ANSWER_TIME)
+        end.send(ANSWER_TIME)
         end.close()
     return found
 
@@ -281,7 +290,7 @@ def _greet_older(
         typed = {"Content-Type": JSON, "Accept": JSON, **headers}
         body = jsonrpc.encode(_initialize())
         post = HttpCall(client, stream.address, "POST", endpoint, typed, body)
-        post.send(_ANSWER_TIME)
+        post.send(ANSWER_TIME)
         post.close()
         if not 200 <= post.status < 300:
             raise _Refused(post.status)
@@ -293,7 +302,7 @@ def _greet_older(
 def _sent(call: HttpCall) -> HttpCall:
     """The call, its answer begun, with redirects followed as the proxy follows them."""
     while True:
-        call.send(_ANSWER_TIME)
+        call.send(ANSWER_TIME)
         try:
             successor = call.redirected()
         except RedirectRefused:
@@ -307,12 +316,12 @@ def _sent(call: HttpCall) -> HttpCall:
 
 def _events(call: HttpCall) -> Iterator[sse.Event]:
     """The events of an answer, for as long as an answer may take."""
-    deadline = time.monotonic() + _ANSWER_TIME
+    deadline = time.monotonic() + ANSWER_TIME
     decoder = sse.Decoder(_MAX_ANSWER)
     for piece in call.pieces(pulse=_PULSE):
         yield from decoder.feed(piece)
         if time.monotonic() > deadline:
-            raise BackendTimeout(f"The server did not answer within {in_seconds(_ANSWER_TIME)}")
+            raise BackendTimeout(f"The server did not answer within {in_seconds(ANSWER_TIME)}")
 
 
 def _response_among(events: Iterator[sse.Event]) -> Response:

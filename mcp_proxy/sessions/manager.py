@@ -10,7 +10,13 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NoReturn
 
-from mcp_proxy.errors import InvalidRequest, SessionEnded, SessionNotFound, SessionUnknown
+from mcp_proxy.errors import (
+    ConfigError,
+    InvalidRequest,
+    SessionEnded,
+    SessionNotFound,
+    SessionUnknown,
+)
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.storage.session import Session, minted_by
 from mcp_proxy.wire.headers import MAX_SESSION_ID, SESSION_ID_FORM
@@ -29,12 +35,17 @@ class SessionManager:
 
     Without `storage` the records are in memory, for `ttl` seconds after their last use; a `storage`
     has a time to live of its own. `unknown_status` is the HTTP status for an id that was never
-    issued here, 400 or 404.
+    issued here, 400 or 404. The constructor raises ConfigError.
     """
 
     def __init__(
         self, storage: Storage | None = None, ttl: float = 7200, unknown_status: int = 400
     ) -> None:
+        if storage is not None and not isinstance(storage, Storage):
+            kind = type(storage).__name__
+            raise ConfigError(f"storage must be a Storage, such as RedisStorage(url), not {kind}")
+        if unknown_status not in (400, 404):
+            raise ConfigError(f"unknown_status must be 400 or 404, not {unknown_status!r}")
         self.storage = storage if storage is not None else LocalStorage(ttl)
         self._unknown_status = unknown_status
         self._lock = threading.Lock()  # guards what follows

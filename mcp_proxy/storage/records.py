@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mcp_proxy.config import require_seconds
 from mcp_proxy.errors import ConfigError, SessionExists, SessionNotFound
 from mcp_proxy.storage.event_log import KEPT, EventLog, LocalEventLog, ScopedEventLog
 from mcp_proxy.storage.mailboxes import Mailboxes
@@ -75,7 +76,7 @@ class Storage(ABC):
     def scoped(self, name: str) -> Storage:
         """This store for the sessions of one server: each name has sessions of its own.
 
-        Raises ConfigError where the store does not separate names.
+        Raises ConfigError where the store does not separate names, or for what is no name.
         """
         raise ConfigError(
             f"{type(self).__name__} keeps all sessions under one name; leave name out"
@@ -98,10 +99,10 @@ class Storage(ABC):
         """Frees the resources of this object; harmless when repeated."""
 
 
-def require_ttl(ttl: float) -> None:
-    """Raises ConfigError unless records live for some time."""
-    if not isinstance(ttl, (int, float)) or not 0 < ttl < float("inf"):
-        raise ConfigError(f"ttl must be a number of seconds above 0, not {ttl!r}")
+def require_name(name: object) -> None:
+    """Raises ConfigError unless sessions can be kept under this name."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name must be a text that is not empty, not {name!r}")
 
 
 # --- in memory -----------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class LocalStorage(Storage):
     is_shared = False
 
     def __init__(self, ttl: float = 7200, clock: Callable[[], float] = time.monotonic) -> None:
-        require_ttl(ttl)
+        require_seconds("ttl", ttl)
         self.ttl = ttl
         self._clock = clock
         self._lock = threading.Lock()  # guards _scopes, _entries, _size and _issued
@@ -201,6 +202,7 @@ class LocalStorage(Storage):
         return self._events
 
     def scoped(self, name: str) -> LocalStorage:
+        require_name(name)
         with self._lock:
             if name not in self._scopes:
                 scope = self._scopes[name] = LocalStorage(self.ttl, self._clock)

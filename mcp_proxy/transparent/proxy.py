@@ -723,7 +723,8 @@ def as_targets(target_url: str | Sequence[str]) -> list[Target]:
         urls = [target_url] if isinstance(target_url, str) else list(target_url)
     except TypeError:
         urls = []
-    targets = [target for url in urls if (target := parse_target(url)) is not None]
+    texts = [url for url in urls if isinstance(url, str)]
+    targets = [target for url in texts if (target := parse_target(url)) is not None]
     if not urls or len(targets) < len(urls):
         raise ConfigError("target_url takes absolute http:// or https:// URLs")
     return targets
@@ -733,7 +734,7 @@ def require_urls(allowed_backends: Sequence[str]) -> None:
     """Raises ConfigError unless each is a URL or `*`; a text would be taken for its letters."""
     is_list = isinstance(allowed_backends, Sequence) and not isinstance(allowed_backends, str)
     urls = [url for url in allowed_backends if url != "*"] if is_list else []
-    if not is_list or not all(map(parse_target, urls)):
+    if not is_list or not all(isinstance(url, str) and parse_target(url) for url in urls):
         raise ConfigError(
             "allowed_backends takes a list of absolute http:// or https:// URLs, or *"
         )

@@ -9,13 +9,13 @@ from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mcp_proxy.config import ProxyOptions
+from mcp_proxy.config import ProxyOptions, require_seconds
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest, with_path
 from mcp_proxy.errors import ConfigError, NoThread, StorageUnavailable
 from mcp_proxy.sessions.manager import SessionManager
-from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.storage.records import LocalStorage, Storage, require_name
 from mcp_proxy.wire import jsonrpc
 
 if TYPE_CHECKING:
@@ -66,8 +66,10 @@ class Transport(ABC):
     def close(self, timeout: float = 0.0) -> None:
         """Ends everything that this transport started; harmless when repeated.
 
-        Calls that are running get `timeout` seconds to end first, and no new work is taken.
+        Calls that are running get `timeout` seconds to end first, and no new work is taken. Raises
+        ConfigError, and ends nothing, where that is no time.
         """
+        require_seconds("timeout", timeout, or_zero=True)
         if timeout > 0:
             drain([self], timeout)
         self.edge.is_draining = True
@@ -190,8 +192,7 @@ def scoped(storage: Storage, name: str | None, parts: Iterable[str]) -> Storage:
     never meet unless they serve the same. A store that keeps no names apart is used as it is.
     """
     if name is not None:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"name must be a text that is not empty, not {name!r}")
+        require_name(name)
         return storage.scoped(name)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:

@@ -996,18 +996,22 @@ def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
         ({"command": None}, "command is missing"),
         ({"url": "/mcp"}, "url"),
         ({"command": "x", "url": "https://127.0.0.1/mcp"}, "url"),
-        ({"command": ["x"]}, "str"),
-        ({"command": "x", "args": "y"}, "array"),
-        ({"command": "x", "args": [None]}, "str"),
-        ({"command": "x", "env": ["A=1"]}, "object"),
-        ({"command": "x", "env": {"A": [1]}}, "str"),
-        ({"command": "x", "disabled": "no"}, "bool"),
+        ({"command": ["x"]}, ": command: expected a text, got a list$"),
+        ({"command": "x", "args": "y"}, ": args: expected a list of texts, got a text$"),
+        ({"command": "x", "args": [None]}, ": args: .* list of texts, got one with null in it$"),
+        ({"command": "x", "env": ["A=1"]}, ": env: expected an object of texts, got a list$"),
+        ({"command": "x", "env": {"A": [1]}}, ": env: .* texts, got one with a list in it$"),
+        ({"command": "x", "disabled": "no"}, ": disabled: expected true or false, got 'no'$"),
         ({"command": "x", "headers": {"A": "b"}}, "headers belong to a url"),
         ({"url": "http://h", "headers": {"A": "b\r\nC: d"}}, "the header 'A'"),
         ({"url": "http://h", "headers": {"A b": "c"}}, "the header 'A b'"),
-        ({"command": "x", "timeout": 0}, "> 0"),
-        (None, "object"),
-        ("x", "object"),
+        ({"command": "x", "timeout": 0}, ": timeout: expected a number above 0 .*, got 0$"),
+        ({"command": "x", "timeout": "5"}, ": timeout: .*, got '5'$"),
+        ({"command": "x", "timeout": 1e300}, ": timeout: .* at most 315360000, got 1e\\+300$"),
+        ({"command": "x", "env": {"A=B": "c"}}, ": 'A=B' is no name of an environment variable"),
+        ({"command": "x", "args": ["\0"]}, "has a NUL character"),
+        (None, ": expected an object with a command or a url, got null$"),
+        ("x", ": expected an object with a command or a url, got a text$"),
     ],
 )
 def test_a_server_that_cannot_be_served_is_refused_by_file_and_name(
@@ -1017,6 +1021,17 @@ def test_a_server_that_cannot_be_served_is_refused_by_file_and_name(
         file.servers({"fine": {"command": "x"}, "weather": entry})
     assert str(file.path) in str(caught.value)
     assert "weather" in str(caught.value)
+
+
+def test_a_value_of_another_type_is_named_with_its_line_and_no_secret(file: File) -> None:
+    other = '{"x": {"a b": {"env": 1}}, '
+    file.write(
+        other + '"mcpServers": {"a b": {\n"command": "x",\n"env": {"K": {"swordfish": 1}}}}}'
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_servers(file.path, {})
+    complaint = "env: expected an object of texts, got one with an object in it"
+    assert str(caught.value) == f"{file.path}, line 3: a b: {complaint}"
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,21 @@ def test_a_crashed_server_is_brought_back_by_whoever_is_asked_next(
     assert methods(clients[0])[2] == "logging/setLevel"
 
 
+def test_the_log_names_the_session_whose_server_was_started_again(
+    three: Replicas, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the end of its id: the whole would open the session to whoever reads the log."""
+    caplog.set_level("INFO")
+    client = three.opened()[0]
+    assert client.session is not None
+    crash(client)
+    pid = pid_of(client)
+    lines = [record.getMessage() for record in caplog.records]
+    (line,) = (line for line in lines if "was started again" in line)
+    assert f" pid={pid} session={client.session[-8:]}] " in line
+    assert client.session not in line
+
+
 def test_a_crash_that_everybody_notices_starts_one_server(three: Replicas) -> None:
     clients = three.opened()
     crash(clients[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -24,8 +25,10 @@ from mcp_proxy.errors import (
 from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.storage.mailboxes import Envelope
 from mcp_proxy.storage.records import ISSUED_TTL
 from mcp_proxy.storage.session import encode
+from mcp_proxy.transports.base import store_reason
 from tests.storage.stores import record
 from tests.support.lossy import LossyProxy
 from tests.support.monitor import recorded_commands
@@ -203,6 +206,77 @@ def test_a_store_that_refuses_writes_is_not_ready_and_says_why(
     assert "usable again after" in caplog.records[-1].getMessage()
 
 
+def test_the_reason_says_what_a_full_store_still_does(
+    own_redis: OwnRedis, make_storage: MakeStorage
+) -> None:
+    server = own_redis()
+    storage = make_storage(server.url)
+    storage.create(record("s"))
+    mailboxes = storage.mailboxes()
+    mailboxes.renew("r")
+    with server.client() as admin:
+        _full(admin)
+        assert store_reason(storage).endswith(
+            "; sessions that have begun are served, those of a stdio server by the worker that has "
+            "it; none begins or is taken over, and no request goes to another worker"
+        )
+        assert storage.load("s") == record("s")
+        assert mailboxes.renew("r")
+        for change in (
+            lambda: storage.create(record("t")),
+            lambda: storage.swap(record("s"), record("s", a="1")),
+            lambda: mailboxes.post([Envelope("r", b"1")]),
+        ):
+            with pytest.raises(StorageUnavailable) as caught:
+                change()
+            assert "another worker" not in caught.value.message, "clients need not know"
+
+
+def test_the_reason_says_what_a_replica_does_not_do(
+    own_redis: OwnRedis, make_storage: MakeStorage
+) -> None:
+    server = own_redis()
+    storage = make_storage(server.url)
+    storage.create(record("s"))
+    with server.client() as admin:
+        _read_only(admin)
+        assert store_reason(storage).endswith("; no request of a session is served")
+        with pytest.raises(StorageUnavailable, match="READONLY"):
+            storage.load("s")
+
+
+def test_who_waits_at_a_server_that_becomes_a_replica_gets_a_sentence(
+    own_redis: OwnRedis, make_storage: MakeStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As at a failover: redis-py quotes the whole pipeline, with the keys."""
+    server = own_redis()
+    mailboxes = make_storage(server.url).mailboxes()
+    mailboxes.renew("r")
+    with ThreadPoolExecutor(1) as pool, server.client() as admin:
+        waiting = pool.submit(mailboxes.collect, "r", 60)
+        eventually(lambda: admin.info("clients")["blocked_clients"] == 1)
+        _read_only(admin)
+        with pytest.raises(StorageUnavailable):
+            waiting.result(30)
+    (line,) = (line.getMessage() for line in caplog.records)
+    assert line.endswith(f"127.0.0.1:{server.port}/0: it was a primary until now (UNBLOCKED)")
+    assert line.startswith(f"[pid={os.getpid()}] the session store is not usable: redis://")
+
+
+def test_a_refusal_within_a_pipeline_quotes_no_commands(
+    own_redis: OwnRedis, make_storage: MakeStorage
+) -> None:
+    server = own_redis()
+    storage = make_storage(server.url)
+    storage.mailboxes().renew("r")
+    with server.client() as admin:
+        _full(admin)
+        with pytest.raises(StorageUnavailable) as caught:
+            storage.mailboxes().post([Envelope("r", b"1"), Envelope("r", b"2")])
+    assert f"(redis://127.0.0.1:{server.port}/0: command not allowed" in caught.value.detail
+    assert "XADD" not in caught.value.detail
+
+
 def test_any_command_says_in_the_log_that_writes_are_refused(
     own_redis: OwnRedis, make_storage: MakeStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,7 +317,8 @@ def test_an_outage_is_logged_at_once_then_once_a_minute_then_when_it_is_over(
     server.start()
     now[0] = 75
     storage.exists("s")
-    assert caplog.records[-1].getMessage() == "The session store is usable again after 75 s"
+    last = caplog.records[-1].getMessage()
+    assert last == f"[pid={os.getpid()}] the session store is usable again after 75 s"
     storage.exists("s")
     assert len(caplog.records) == 3
     storage.close()

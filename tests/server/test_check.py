@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +140,94 @@ def test_every_server_is_tried(backend: HttpBackend, capsys: Printed, tmp_path: 
         "good": "ok",
         "http": "ok",
     }
+
+
+# Says what it got, in lines that are no messages, and exits.
+_LOUD = """
+import os, sys
+said = os.environ["KEY"] + " \x1b[31m\x07 " + sys.argv[1]
+print(said, flush=True)
+print(said, file=sys.stderr, flush=True)
+sys.exit(3)
+"""
+
+
+def test_what_a_server_says_is_masked_and_rings_no_bell(capfd: Printed, tmp_path: Path) -> None:
+    """Also where the log of this process says it, on stderr."""
+    arguments = ["-c", _LOUD, "--token=fishsword"]
+    entry = {"command": sys.executable, "args": arguments, "env": {"KEY": 'sword"fish ü'}}
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": {"loud": entry}}))
+    assert check(from_values({"config": str(file)})) == 1
+    out, err = capfd.readouterr()
+    assert "stderr: ***" in out
+    assert "a line on stdout is no message" in err
+    for said in (out, err):
+        assert "sword" not in said
+        assert "\\x1b[31m\\x07" in said
+        assert not {"\x1b", "\x07"} & set(said)
+
+
+def test_the_names_that_a_server_gives_itself_are_masked_too(
+    backend: HttpBackend, capsys: Printed
+) -> None:
+    def answer(turn: Turn) -> None:
+        info = {"name": "\x1b]0;title\x07", "version": turn.seen.header("X-Key")}
+        turn.result({"protocolVersion": "2025-06-18", "serverInfo": info})
+
+    backend.rpc["initialize"] = answer
+    code, said = checked(capsys, target_url=[backend.url], forward_headers=['X-Key: hunt"er22'])
+    assert code == 0
+    assert "\\x1b]0;title\\x07 ***, revision" in said
+    assert "\x1b" not in said
+
+
+def test_an_error_that_repeats_a_secret_in_json_is_masked(
+    backend: HttpBackend, capsys: Printed
+) -> None:
+    backend.rpc["initialize"] = lambda turn: turn.error(200, -32000, turn.seen.header("X-Key"))
+    said = checked(capsys, target_url=[backend.url], forward_headers=['X-Key: hunt"er22'])[1]
+    assert "refused initialize" in said
+    assert "er22" not in said
+
+
+def test_passwords_in_the_options_of_the_url_of_redis_are_masked(
+    backend: HttpBackend, capsys: Printed
+) -> None:
+    backend.rpc["initialize"] = lambda turn: turn.error(200, -32000, "no: hunter22")
+    url = "redis+sentinel://127.0.0.1:1/main?sentinel_password=hunter22"
+    said = checked(capsys, target_url=[backend.url], redis_url=url)[1]
+    assert "no: ***" in said
+
+
+def test_what_is_waited_for_is_said_at_once_and_for_how_long(
+    capfd: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcp_proxy.server.check.ANSWER_TIME", 0.5)
+    silent = [sys.executable, "-c", "input(); input()", "--token=hunter22"]
+    assert check(from_values({"command": silent})) == 1
+    out, err = capfd.readouterr()
+    assert re.search(r"^server default: starting .*\*\*\*.*, up to 0.5 seconds", err, re.MULTILINE)
+    assert "did not answer within 0.5 seconds" in out
+
+
+def test_the_question_to_an_http_server_is_said_at_once(
+    backend: HttpBackend, capfd: Printed
+) -> None:
+    check(from_values({"target_url": [f"{backend.url}/mcp?key=hunter22"]}))
+    wanted = f"server default: asking {backend.url}/mcp, up to 60 seconds"
+    assert wanted in capfd.readouterr().err.splitlines()
+
+
+def test_who_has_waited_enough_gets_no_traceback() -> None:
+    silent = [sys.executable, "-c", "input(); input()"]
+    command = [sys.executable, "-m", "mcp_proxy", "check", "--", *silent]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"server default: starting")
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(30) == 130
 
 
 def test_a_store_that_takes_no_writes_is_no_store(capsys: Printed) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
+import redis.asyncio
 
 from mcp_proxy import (
+    Application,
     ConfigError,
     EventLog,
     HttpServer,
@@ -140,14 +143,14 @@ def test_a_manager_of_the_same_name_sees_the_records(
     assert client.session is not None
     managers = {
         name: SessionManager.with_redis(redis_url, prefix=redis_prefix, name=name)
-        for name in ("a", "b", None)
+        for name in ("a", "b", "default")
     }
     try:
         session = managers["a"].load(client.session)
         assert session.type == "streamable"
         assert session.metadata["protocol_version"] == "2025-06-18"
         assert not managers["b"].exists(client.session)
-        assert not managers[None].exists(client.session)
+        assert not managers["default"].exists(client.session)
         managers["a"].end(client.session)
         assert client.call("count").status == 404
     finally:
@@ -223,28 +226,90 @@ def test_a_manager_finds_the_sessions_of_an_application(redis_url: str, redis_pr
         (lambda: StreamableProxy(SCRIPTED, options={}), "options must be ProxyOptions.* not dict"),
         (lambda: TransparentProxy(AWAY, options={"threads": 4}), "options must be ProxyOptions"),
         (lambda: StreamableProxy(SCRIPTED, name=""), "name must be a text that is not empty"),
-        (lambda: StreamableProxy(SCRIPTED, name=7), "StdioServer: name: expected str, got int"),
+        (
+            lambda: StreamableProxy(SCRIPTED, name=7),
+            "StdioServer: name: expected a text, got a number",
+        ),
         (lambda: StreamableProxy([]), "command of a stdio server is empty"),
         (lambda: StreamableProxy(7), "A command is a text or a list of texts, not 7"),
         (lambda: StreamableProxy(["a", 1]), "A command is a text or a list of texts"),
         (lambda: StdioServer("x", ()), "command of a stdio server is empty"),
-        (lambda: StdioServer(7, ("a",)), "StdioServer: name: expected str, got int"),
-        (lambda: StdioServer("x", ("a",), {"N": 1}), "StdioServer: env: expected str, got int"),
+        (lambda: StdioServer(7, ("a",)), "StdioServer: name: expected a text, got a number"),
+        (lambda: StdioServer("", "a"), "StdioServer: name: .* not empty"),
+        (lambda: StdioServer("x", ("",)), "command of a stdio server is empty"),
+        (lambda: StdioServer("x", ("a", "b\0")), "x: an argument .* has a NUL character"),
+        (lambda: StdioServer("x", "a", {"N": 1}), "env: .* texts, got one with a number in it$"),
+        (lambda: StdioServer("x", "a", None), "StdioServer: env: expected .* texts, got null"),
+        (lambda: StdioServer("x", "a", {"A=B": "1"}), "x: 'A=B' is no name of an environment"),
+        (lambda: StdioServer("x", "a", {"": "1"}), "x: '' is no name of an environment"),
+        (lambda: StdioServer("x", "a", {"A": "b\0"}), "x: the variable 'A' has a NUL"),
+        (lambda: StdioServer("x", "a", cwd=5), "StdioServer: cwd: expected a text, got a number"),
+        *[
+            (
+                lambda kind=kind, wrong=wrong: kind("x", "http://h/", timeout=wrong),
+                "Server: timeout: expected a number above 0 and at most 315360000, got",
+            )
+            for kind in (StdioServer, HttpServer)
+            for wrong in (0, -1, math.nan, math.inf, "5", True)
+        ],
+        (lambda: HttpServer("", "http://h/"), "HttpServer: name: .* not empty"),
+        (lambda: HttpServer("x", 5), "HttpServer: urls: expected a list of texts, got a number"),
+        (lambda: HttpServer("x", (5,)), "urls: .* list of texts, got one with a number in it"),
+        (lambda: HttpServer("x", "http://h/", "A: b"), "headers: .* list of texts, got a text"),
+        (lambda: HttpServer("x", "http://h/", ("A",)), "x: .* header .* 'Name: value'"),
+        (lambda: HttpServer("x", "http://h/", ("A: b\r\nC: d",)), "x: .* header 'A'"),
         (lambda: HttpServer("x", ()), "x: its URLs must be absolute"),
         (lambda: HttpServer("x", ("localhost:1",)), "x: its URLs must be absolute"),
         (lambda: TransparentProxy(7), "target_url takes absolute"),
+        (lambda: TransparentProxy([7]), "target_url takes absolute"),
+        (lambda: TransparentProxy(AWAY, allowed_backends=[7]), "allowed_backends takes a list"),
         (lambda: TransparentProxy(AWAY, verify="/nowhere.pem"), "verify: '/nowhere.pem' cannot be"),
         (lambda: TransparentProxy(AWAY, verify=None), "verify is True, False or a file"),
         (lambda: TransparentProxy(AWAY, resolver="dns"), "resolver is a function"),
         (lambda: RedisStorage("localhost"), "The URL of Redis .* cannot be read"),
         (lambda: RedisStorage("redis://localhost", ttl=0), "ttl must be a number of seconds"),
         (lambda: LocalStorage(ttl=-1), "ttl must be a number of seconds"),
-        (lambda: LocalStorage(ttl="60"), "ttl must be a number of seconds above 0, not '60'"),
+        (lambda: LocalStorage(ttl="60"), "ttl must be a number of seconds above 0 .* not '60'"),
+        (lambda: LocalStorage(ttl=True), "ttl must be a number of seconds above 0"),
+        *[
+            (
+                lambda wrong=wrong: RedisStorage("redis://localhost", timeout=wrong),
+                "timeout must be a number of seconds above 0",
+            )
+            for wrong in (0, -1, math.nan, "5", None, True)
+        ],
+        (lambda: RedisStorage(5), "client must be a redis-py client, .* or a URL, not int"),
+        (lambda: RedisStorage(b"redis://h"), "client must be a redis-py client, .* not bytes"),
+        (lambda: RedisStorage(redis.asyncio.Redis()), "client must be a redis-py client"),
+        (lambda: RedisStorage("redis://localhost", prefix=5), "prefix must be a text, not 5"),
+        (lambda: RedisStorage("redis://localhost").scoped(""), "name must be a text that is not"),
+        (lambda: LocalStorage().scoped(5), "name must be a text that is not empty, not 5"),
+        (lambda: SessionManager.with_redis(5), "client must be a redis-py client"),
+        (lambda: SessionManager("redis://localhost"), "storage must be a Storage, .* not str"),
+        (lambda: SessionManager(unknown_status=200), "unknown_status must be 400 or 404, not 200"),
+        (lambda: create_app({}), "config must be ProxyConfig.*, not dict"),
+        (lambda: create_app(ProxyOptions()), "config must be ProxyConfig.*, not ProxyOptions"),
+        (lambda: Application(None), "config must be ProxyConfig.*, not NoneType"),
+        (lambda: ProxyConfig.from_env({"MCP_PROXY_THREADS": 8}), "MCP_PROXY_THREADS: .* not int"),
     ],
 )
 def test_what_does_not_fit_is_said_when_it_is_given(make_one: Any, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         make_one()
+
+
+@pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, "x", None])
+def test_a_time_to_close_that_is_none_closes_nothing(wrong: Any) -> None:
+    complaint = "timeout must be a number of seconds from 0 "
+    with (
+        create_app(ProxyConfig(command=SCRIPTED)) as app,
+        StreamableProxy(SCRIPTED) as streamable,
+        TransparentProxy(AWAY) as transparent,
+    ):
+        for each in (app, streamable, transparent):
+            with pytest.raises(ConfigError, match=complaint):
+                each.close(wrong)
+            assert not each.edge.is_draining
 
 
 def test_a_server_takes_its_command_as_a_text() -> None:

@@ -57,6 +57,20 @@ def test_the_same_server_answers_when_redis_is_back(redis: RedisServer, two: Rep
     assert [replica.children for replica in two.each] == [1, 0]
 
 
+def test_a_full_redis_lets_sessions_go_on_where_their_server_is(
+    redis: RedisServer, two: Replicas
+) -> None:
+    owner, other = two.opened()
+    pid = pid_of(owner)
+    with redis.client() as admin:
+        admin.config_set("maxmemory", "1")
+        assert pid_of(owner) == pid
+        assert other.call("count").error()["code"] == -32000
+        assert McpClient(owner.front).initialize().failure == "store-unavailable"
+        admin.config_set("maxmemory", "0")
+    assert pid_of(other) == pid
+
+
 def test_everybody_asks_at_once_when_redis_is_back(redis: RedisServer, two: Replicas) -> None:
     from tests.support.threads import run_together
 

@@ -1,0 +1,96 @@
+"""Whether this process could listen at an address of `bind`, as gunicorn reads it.
+
+What is bound to find out is closed at once. A unix socket that is there, which gunicorn would
+replace, is left as it is: a socket of another name is bound beside it, and removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import stat
+
+from gunicorn.util import is_ipv6, parse_address
+
+from mcp_proxy.errors import ConfigError
+
+# What a connection to a unix socket answers at once where somebody listens, maybe not quickly.
+_LISTENED_AT = (0, errno.EAGAIN, errno.EINPROGRESS)
+
+_UNPRIVILEGED = 1024
+
+# Characters of a name at random that nothing else has.
+_SHORTEST = 8
+
+
+class Unbindable(ConfigError):
+    """Nobody could listen there; the sentence says why."""
+
+
+class InUse(Unbindable):
+    """Somebody listens there, maybe the very service that is being checked."""
+
+
+def try_address(text: str) -> str:
+    """What was found at one address, in words; raises Unbindable."""
+    address = parse_address(text)
+    if isinstance(address, int):
+        return f"{text}, a descriptor of whoever starts gunicorn"
+    if isinstance(address, str):
+        return _try_path(address)
+    _try_port(text, *address)
+    return text
+
+
+def _try_port(text: str, host: str, port: int) -> None:
+    family = socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InUse(f"{text} is in use: a second one cannot listen there") from error
+        reason = error.strerror
+        if error.errno == errno.EADDRNOTAVAIL:
+            reason = f"this machine does not have the address {host}"
+        elif isinstance(error, PermissionError) and port < _UNPRIVILEGED:
+            reason = f"a port below {_UNPRIVILEGED} needs root or CAP_NET_BIND_SERVICE"
+        raise Unbindable(f"{text}: {reason}") from error
+
+
+def _try_path(path: str) -> str:
+    directory, name = os.path.split(path)
+    directory = directory or "."
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.setblocking(False)
+            is_served = client.connect_ex(path) in _LISTENED_AT
+    except OSError as error:  # "AF_UNIX path too long", which has no number
+        raise Unbindable(f"unix:{path}: {error.strerror or error}") from error
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise Unbindable(f"unix:{path} is there and is no socket")
+    _try_directory(path, directory, len(name))
+    if is_served:
+        raise InUse(f"unix:{path} is in use: a start takes the place of what listens there")
+    return f"unix:{path}"
+
+
+def _try_directory(path: str, directory: str, length: int) -> None:
+    """Binds a socket beside the path, of a name that is about as long, and removes it."""
+    trial_path = os.path.join(directory, secrets.token_hex(8)[: max(_SHORTEST, length)])
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+            trial.bind(trial_path)
+            os.unlink(trial_path)
+    except OSError as error:
+        reason = error.strerror
+        if isinstance(error, PermissionError):
+            reason = f"this user may not make files in {directory}"
+        elif not os.path.isdir(directory):
+            reason = f"the directory {directory} does not exist"
+        raise Unbindable(f"unix:{path}: {reason}") from error

@@ -695,6 +695,18 @@ def test_later_revisions_have_no_batches(client: McpClient) -> None:
     assert answer.error()["code"] == -32600
 
 
+def test_a_revision_that_we_do_not_list_is_served_where_it_was_negotiated(proxy: Proxy) -> None:
+    client = proxy.client().open("2024-10-07")
+    named = {"MCP-Protocol-Version": "2024-10-07"}
+    assert client.post(request_of(1), **named).message()["id"] == 1
+    note = {"jsonrpc": "2.0", "method": "notifications/x"}
+    assert client.post(note, **named).status == 202
+    for other in ("2023-01-01", "nonsense"):
+        answer = client.post(request_of(2), **{"MCP-Protocol-Version": other})
+        assert (answer.status, answer.error()["code"]) == (400, -32600)
+    assert client.request("DELETE", None, **named).status == 204
+
+
 def test_a_batch_has_to_be_of_this_session(proxy: Proxy) -> None:
     assert proxy.client().post([request_of(1)]).status == 400
 

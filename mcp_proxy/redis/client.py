@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -179,12 +179,15 @@ class Connection:
             done.set()
 
     def run(self, script: str, key: str, arguments: Sequence[bytes | str | int]) -> Any:
-        """Runs a Lua script on one key and returns its result; a server gets its text once."""
-        client = self.client
+        """Runs a Lua script on one key and returns its result; a server gets its text once.
+
+        Texts in it are bytes, even with a client that decodes its other responses.
+        """
+        run = partial(self.client.execute_command, NEVER_DECODE=True)
         try:
-            return client.evalsha(_digest(script), 1, key, *arguments)
+            return run("EVALSHA", _digest(script), 1, key, *arguments)
         except NoScriptError:
-            return client.eval(script, 1, key, *arguments)
+            return run("EVAL", script, 1, key, *arguments)
 
     def ping(self) -> None:
         """Pings every primary; raises redis-py's errors."""

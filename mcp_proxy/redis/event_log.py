@@ -49,7 +49,7 @@ class RedisEventLog(EventLog):
         arguments: list[bytes | str | int] = [stream, data, int(is_last), *bounds]
         with self._connection.mapped_errors():
             event_id = self._connection.run(_APPEND, self._key(session_id), arguments)
-        return as_bytes(event_id).decode()
+        return str(event_id, "ascii")
 
     def find(self, session_id: str, event_id: str) -> LoggedEvent | None:
         if not _ID.fullmatch(event_id):

@@ -20,6 +20,13 @@ redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 0
 """
 
+# One key. Returns the entries that were left.
+_REMOVE = """
+local left = redis.call('XRANGE', KEYS[1], '-', '+')
+redis.call('DEL', KEYS[1])
+return left
+"""
+
 
 class RedisMailboxes(Mailboxes):
     """Mailboxes at `<prefix>mailbox:<replica>`. `lease` in seconds."""
@@ -77,9 +84,12 @@ class RedisMailboxes(Mailboxes):
             self._read[replica] = ids
         return envelopes
 
-    def remove(self, replica: str) -> None:
+    def remove(self, replica: str) -> list[bytes]:
         with self._connection.mapped_errors():
-            self._connection.client.delete(self._key(replica))
+            left = self._connection.run(_REMOVE, self._key(replica), [])
+        with self._lock:
+            read = self._read.pop(replica, [])
+        return [fields[1] for entry_id, fields in left if entry_id not in read]
 
     def uptime(self) -> float:
         with self._connection.mapped_errors():

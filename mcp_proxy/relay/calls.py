@@ -128,9 +128,19 @@ class Calls:
                 if len(self._over_order) > _REMEMBERED:
                     self._over.discard(self._over_order.popleft())
 
+    def begin_no_more(self) -> None:
+        """From now on what other replicas ask for is not begun."""
+        self._executor.close()
+
+    def refuse_unbegun(self) -> None:
+        """Tells other replicas which of their calls were not begun, so that others may be asked."""
+        for call in self.all():
+            if isinstance(call, InboundCall):
+                call.refuse_unless_begun()
+
     def close(self) -> None:
         """Ends every call."""
-        self._executor.close()
+        self.begin_no_more()
         for call in self.all():
             if isinstance(call, InboundCall):
                 call.leave()
@@ -398,7 +408,8 @@ class InboundCall(Call):
         self._since = time.monotonic()
         self._key = channel.name  # until it is known which child it is about
         self._exchange: Exchange | None = None
-        self._reading = threading.Lock()  # one thread reads; guards _is_done
+        self._reading = threading.Lock()  # one thread reads; guards _has_begun and _is_done
+        self._has_begun = False
         self._is_done = False
 
     def __repr__(self) -> str:
@@ -427,6 +438,10 @@ class InboundCall(Call):
         try:
             if not is_fresh():
                 raise BackendUnavailable("The replica that holds the session was away; try again")
+            with self._reading:
+                if self._is_done:  # refused, or nobody listens any more
+                    return
+                self._has_begun = True
             backend = self._calls.find(received.child)
             if backend is None:
                 raise BackendUnreached("The server of the session is not here any more")
@@ -522,6 +537,15 @@ class InboundCall(Call):
         """The client's replica is gone: nobody listens any more."""
         log.info("a client's replica is gone: %s", sentence)
         self._calls.submit(self._key, self.leave)
+
+    def refuse_unless_begun(self) -> None:
+        """This replica leaves: what was not begun others may serve."""
+        with self._reading:
+            if self._has_begun or self._is_done:
+                return
+            self._is_done = True
+        error = BackendUnreached("The replica that held the session has left")
+        self._finish(Refused(protocol.failure_of(error)))
 
     def leave(self) -> None:
         """Nobody listens any more."""

@@ -71,13 +71,17 @@ class Lease(Periodic):
         self._renewed = self._in_contact_since = _now()
         super().start()
 
-    def stop(self, timeout: float = 2 * _RETRY) -> None:
-        """Ends the thread and the mailbox: whoever asks learns at once that we are gone."""
-        super().stop(timeout)
+    def end(self) -> list[bytes]:
+        """Ends the thread and the mailbox: whoever asks learns at once that we are gone.
+
+        Returns what nobody has read.
+        """
+        self.stop(2 * _RETRY)
         try:
-            self._mailboxes.remove(self._replica)
+            return self._mailboxes.remove(self._replica)
         except StorageUnavailable as error:
             log.info("the mailbox is left to expire: %s", error)
+            return []
 
     # --- this replica ----------------------------------------------------------------------------
 

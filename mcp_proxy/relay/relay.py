@@ -24,7 +24,7 @@ from mcp_proxy.relay.calls import Calls, InboundCall, RemoteBackend
 from mcp_proxy.relay.lease import Lease
 from mcp_proxy.relay.protocol import Channel, Delivered, Frame, Kind
 from mcp_proxy.relay.sender import Call, Sender
-from mcp_proxy.replica import Replica
+from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.storage.mailboxes import Envelope, Mailboxes
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,10 @@ _NOTHING = b""
 # Seconds that the listener waits at most, and between attempts to reach the store.
 _WAIT = 2.0
 _PAUSE = 0.25
+
+
+def _never() -> bool:
+    return False
 
 
 class Relay:
@@ -170,6 +174,7 @@ class _Running(Worker):
         self._own = own
         self._on_lapse = on_lapse
         self._next_probe = time.monotonic() + mailboxes.lease
+        self._seen_gone: set[str] = set()  # at the last look; touched by the lease's thread only
 
     def __repr__(self) -> str:
         return f"{self._own} calls={len(self.calls)} {self.lease!r}"
@@ -181,10 +186,17 @@ class _Running(Worker):
         self.start()
 
     def end(self) -> None:
-        """Ends the threads, every call and the mailbox."""
-        self._sender.stop(_WAIT)
+        """Ends the threads, every call and the mailbox.
+
+        What has reached this replica and was not begun is refused as such: others serve it.
+        """
         self.stop(_WAIT)
-        self.lease.stop()
+        self.calls.begin_no_more()
+        for envelope in self.lease.end():
+            if envelope != _NOTHING:
+                self._receive(envelope, _never)
+        self.calls.refuse_unbegun()
+        self._sender.stop(_WAIT)
         self.calls.close()
 
     @property
@@ -259,13 +271,14 @@ class _Running(Worker):
     def _look(self) -> None:
         """Ends calls with replicas that are gone, and probes the others now and then."""
         calls = self.calls.all()
-        for peer in {call.channel.peer for call in calls}:
-            if self._is_gone(peer):
-                for call in calls:
-                    # One that has not certainly reached the replica is the sender's to decide.
-                    channel = call.channel
-                    if channel.peer == peer and channel.delivered is Delivered.YES:
-                        call.on_loss("The replica that held the session is gone")
+        gone = {peer for peer in {call.channel.peer for call in calls} if self._is_gone(peer)}
+        # One that leaves in order removes its mailbox first, then refuses what was left there.
+        lost = {peer for peer in gone if peer in self._seen_gone or has_ended(peer)}
+        self._seen_gone = gone
+        for call in calls:
+            # One that has not certainly reached the replica is the sender's to decide.
+            if call.channel.peer in lost and call.channel.delivered is Delivered.YES:
+                call.on_loss("The replica that held the session is gone")
         for call in calls:
             call.expire_if_due()
         if time.monotonic() > self._next_probe:

@@ -171,10 +171,14 @@ class Sender(QueueWorker[Call]):
             self._give_up(peer, sentence)
 
     def _give_up(self, peer: str, sentence: str, is_gone: bool = False) -> None:
-        """Tells everybody who waits for this replica."""
+        """Tells everybody who waits for this replica.
+
+        Where it is gone it may have refused what had reached it: the lease's thread looks at that.
+        """
         self._paused.pop(peer, None)
         for call in dict.fromkeys(waiting.call for waiting in self._outbox.pop(peer)):
-            call.on_loss(sentence, is_gone)
+            if not (is_gone and call.channel.delivered is Delivered.YES):
+                call.on_loss(sentence, is_gone)
 
 
 def _outgoing(call: Call) -> list[Frame]:

@@ -56,8 +56,11 @@ class Mailboxes(ABC):
         """
 
     @abstractmethod
-    def remove(self, replica: str) -> None:
-        """Removes the mailbox of a replica that stops."""
+    def remove(self, replica: str) -> list[bytes]:
+        """Removes the mailbox of a replica that stops; returns what was left in it, oldest first.
+
+        At once: what is posted is either returned here (or by `collect` before), or refused.
+        """
 
     @abstractmethod
     def uptime(self) -> float:
@@ -124,9 +127,11 @@ class LocalMailboxes(Mailboxes):
             count = 0 if box is None else min(_MAX_COLLECTED, len(box.envelopes))
             return [box.envelopes.popleft() for _ in range(count)] if box is not None else []
 
-    def remove(self, replica: str) -> None:
+    def remove(self, replica: str) -> list[bytes]:
         with self._arrived:
+            box = self._box(replica)
             self._boxes.pop(replica, None)
+        return [] if box is None else list(box.envelopes)
 
     def uptime(self) -> float:
         return self._clock() - self._started

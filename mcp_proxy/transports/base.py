@@ -26,10 +26,6 @@ SHUTTING_DOWN = "shutting down"
 
 _POLL = 0.1
 
-# Seconds for which calls of other replicas may still come that found a session here before it was
-# handed over; they are sent back. What comes later finds nobody, and might count as executed.
-_SETTLING = 0.5
-
 
 class Transport(ABC):
     """One wire to clients. Every method may be called from any thread.
@@ -144,18 +140,15 @@ def drain(
         time.sleep(_POLL)
     for transport in transports:
         transport.edge.is_draining = True
-    settling = _SETTLING if any(transport.is_shared for transport in transports) else 0.0
-    settled = time.monotonic() + settling
+    was_busy = True  # a request that was let in just before may not have reached its server yet
     while True:
         for transport in transports:
             transport.end_streams()
             transport.hand_over()
-        now = time.monotonic()
         is_busy = any(transport.is_busy for transport in transports)
-        if is_busy:
-            settled = now + settling
-        if now >= deadline or (now >= settled and not is_busy):
+        if not (is_busy or was_busy) or time.monotonic() >= deadline:
             return
+        was_busy = is_busy
         time.sleep(_POLL)
 
 

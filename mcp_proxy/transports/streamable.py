@@ -299,13 +299,15 @@ class StreamableProxy(StdioTransport):
         """The session that a request names; raises what the client is to be told otherwise."""
         if request.session_id is None:
             raise MissingSession
-        version = request.protocol_version
-        if version is not None and not revisions.is_legacy(version):
-            raise InvalidRequest(f"MCP-Protocol-Version {version!r} is not supported")
         session = self.manager.load(request.session_id)
         if session.type != KIND:
             raise InvalidRequest(f"The session belongs to another transport ({session.type})")
-        return session
+        version = request.protocol_version
+        if version is None or revisions.is_legacy(version):
+            return session
+        if version == session.metadata.get(PROTOCOL_VERSION):  # client and server know it
+            return session
+        raise InvalidRequest(f"MCP-Protocol-Version {version!r} is not supported")
 
 
 class PendingSession:

@@ -279,6 +279,19 @@ def test_a_line_that_hides_the_headers_behind_it_is_a_bad_answer(
         calls().send(60)
 
 
+@pytest.mark.parametrize("line", [b"X-Powered By: PHP", b"X-Powered-By : PHP", b"X-Odd: a\rb"])
+def test_no_odd_line_hides_the_headers_behind_it(
+    calls: Calls, backend: HttpBackend, line: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\n" + line + b"\r\nX-Behind: 1\r\nContent-Length: 3\r\n\r\none"
+    backend.on("GET", "/x", raw(head))
+    try:
+        call = calls.sent()
+    except BadAnswer:
+        return
+    assert (call.header("X-Behind"), call.read(10)) == ("1", b"one")
+
+
 def test_a_few_answers_before_the_answer_are_skipped(calls: Calls, backend: HttpBackend) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\none"
     backend.on("GET", "/x", raw(_EARLY * 15 + answer))

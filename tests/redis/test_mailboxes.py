@@ -63,6 +63,30 @@ def test_a_renewal_is_one_script_with_one_key(
     assert (name, keys, key) == ("EVALSHA", "1", "p:mailbox:a")
 
 
+def test_a_removal_is_one_script_with_one_key(
+    own_server: RedisServer, mailboxes_at: MakeMailboxes
+) -> None:
+    mailboxes = mailboxes_at(own_server.url)
+    mailboxes.remove("a")  # the server learns the script
+    mailboxes.renew("a")
+    mailboxes.post([Envelope("a", b"1")])
+    with recorded_commands(own_server) as commands:
+        assert mailboxes.remove("a") == [b"1"]
+    assert [(name, keys, key) for name, _, keys, key, *_ in commands] == [
+        ("EVALSHA", "1", "p:mailbox:a")
+    ]
+
+
+def test_what_is_left_are_bytes_with_a_client_that_decodes(own_server: RedisServer) -> None:
+    with own_server.client(decode_responses=True) as client:
+        mailboxes = RedisMailboxes(Connection(client), "p:")
+        mailboxes.renew("a")
+        mailboxes.post([Envelope("a", b"\xff read")])
+        assert mailboxes.collect("a", 5) == [b"\xff read"]
+        mailboxes.post([Envelope("a", b"\xff left")])
+        assert mailboxes.remove("a") == [b"\xff left"]
+
+
 def test_no_key_is_ever_without_a_time_to_live(
     own_server: RedisServer, admin: redis.Redis, mailboxes_at: MakeMailboxes
 ) -> None:

@@ -158,8 +158,9 @@ def test_one_batch_goes_to_many_mailboxes(storage: RedisStorage) -> None:
     assert answers == [True] * MANY + [False] + [True] * MANY
     for envelope in envelopes:
         assert mailboxes.collect(envelope.to, 0.01) == [envelope.data] * 2
+    mailboxes.post(envelopes)
     for replica in replicas:
-        mailboxes.remove(replica)
+        assert mailboxes.remove(replica) == [replica.encode() + b"\xff"]
         assert not mailboxes.is_open(replica)
     assert mailboxes.uptime() >= 0
 

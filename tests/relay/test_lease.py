@@ -46,7 +46,7 @@ def scene() -> Iterator[Scene]:
     made.lease.start()
     yield made
     made.mailboxes.is_away = False
-    made.lease.stop()
+    made.lease.end()
 
 
 def judgement(lease: Lease, replica: str) -> bool | None:
@@ -105,13 +105,13 @@ def test_the_lease_is_renewed_for_as_long_as_it_runs(scene: Scene) -> None:
 
 
 def test_stop_ends_the_mailbox_at_once(scene: Scene) -> None:
-    scene.lease.stop()
+    scene.lease.end()
     assert not scene.mailboxes.is_open("own")
 
 
 def test_stop_while_the_store_is_away_leaves_it_to_expire(scene: Scene) -> None:
     scene.mailboxes.is_away = True
-    scene.lease.stop()
+    scene.lease.end()
     scene.mailboxes.is_away = False
     eventually(lambda: not scene.mailboxes.is_open("own"))
 
@@ -122,7 +122,7 @@ def test_a_start_without_the_store_says_so_and_can_be_stopped() -> None:
     with pytest.raises(StorageUnavailable):
         scene.lease.start()
     assert not scene.lease.is_held
-    scene.lease.stop()
+    scene.lease.end()
 
 
 def test_a_mailbox_that_had_gone_is_opened_again_and_reported(scene: Scene) -> None:
@@ -164,7 +164,7 @@ def test_a_look_that_fails_does_not_end_the_lease() -> None:
     eventually(lambda: len(looks) > 20)
     assert lease.is_held
     assert mailboxes.is_open("own")
-    lease.stop()
+    lease.end()
 
 
 # --- others --------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_new_replica_waits_a_lease_where_the_store_has_just_started() -> None:
     assert judgement(scene.lease, ELSEWHERE) is None
     scene.mailboxes.has_just_started = False
     assert judgement(scene.lease, ELSEWHERE)
-    scene.lease.stop()
+    scene.lease.end()
 
 
 def test_nobody_is_judged_before_a_lease_has_passed_since_the_own_reconnect(scene: Scene) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import redis
 
+from mcp_proxy.backends.exchange import Exchange
 from mcp_proxy.errors import BackendLost, BackendUnreached, StorageUnavailable
 from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay import protocol
-from mcp_proxy.storage.mailboxes import LocalMailboxes, Mailboxes
+from mcp_proxy.storage.mailboxes import Envelope, LocalMailboxes, Mailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.scene import PATIENCE, Node, Scene
 from tests.relay.scripted import ScriptedCall, call, result_of, silent
@@ -135,14 +138,19 @@ def test_a_slow_reader_of_large_messages_holds_its_server_up_too(scene: Scene) -
 
 
 @pytest.fixture(params=["memory", "redis"])
-def pair(request: pytest.FixtureRequest) -> Iterator[Scene]:
+def mailboxes(request: pytest.FixtureRequest) -> list[Mailboxes]:
+    """Each kind of mailboxes, as two replicas have them."""
+    if request.param == "memory":
+        return [FickleMailboxes(15.0)] * 2
+    redis_at: Callable[..., Connection] = request.getfixturevalue("redis_at")
+    url = request.getfixturevalue("redis_url")
+    prefix = request.getfixturevalue("redis_prefix")
+    return [RedisMailboxes(redis_at(url), prefix, 1.5) for _ in range(2)]
+
+
+@pytest.fixture
+def pair(mailboxes: list[Mailboxes]) -> Iterator[Scene]:
     """Two replicas over each kind of mailboxes, of which nobody is new."""
-    mailboxes: list[Mailboxes] = [FickleMailboxes(15.0)] * 2
-    if request.param == "redis":
-        redis_at: Callable[..., Connection] = request.getfixturevalue("redis_at")
-        url = request.getfixturevalue("redis_url")
-        prefix = request.getfixturevalue("redis_prefix")
-        mailboxes = [RedisMailboxes(redis_at(url), prefix, 1.5) for _ in range(2)]
     with Scene(*mailboxes) as made:
         yield made
 
@@ -199,6 +207,140 @@ def test_an_owner_closes_while_it_serves_and_leaves_nothing_open(pair: Scene) ->
     owner.relay.close()
     assert hosted.was_left.wait(2)
     assert exchange.receive(PATIENCE) is not None
+
+
+# --- what is left in a mailbox ------------------------------------------------------------------
+
+
+class Removal:
+    """Has something happen between the last look into a node's mailbox and its removal."""
+
+    def __init__(self, mailboxes: list[Mailboxes], node: Node) -> None:
+        self.before: Callable[[], object] = lambda: None
+        self.after: Callable[[], object] = lambda: None
+        self._own = node.replica.id
+        self._accepted = 0
+        self._remove = mailboxes[1].remove
+        for one in set(mailboxes):
+            one.post = partial(self._post, one.post)  # type: ignore[method-assign]
+        mailboxes[1].remove = self._remove_late  # type: ignore[method-assign]
+
+    def _post(
+        self, post: Callable[[Sequence[Envelope]], list[bool]], envelopes: Sequence[Envelope]
+    ) -> list[bool]:
+        accepted = post(envelopes)
+        pairs = zip(envelopes, accepted, strict=True)
+        self._accepted += sum(ok and one.to == self._own for one, ok in pairs)
+        return accepted
+
+    def _remove_late(self, replica: str) -> list[bytes]:
+        if replica != self._own:
+            return self._remove(replica)
+        self.before()
+        left = self._remove(replica)
+        self.after()
+        return left
+
+    def expect(self, act: Callable[[], object], envelopes: int = 1) -> None:
+        """Does something that puts so many envelopes into the mailbox."""
+        expected = self._accepted + envelopes
+        act()
+        eventually(lambda: self._accepted >= expected)
+
+
+@pytest.fixture
+def removal(mailboxes: list[Mailboxes], pair: Scene) -> Removal:
+    """The removal of the owner's mailbox."""
+    return Removal(mailboxes, pair.nodes[1])
+
+
+def test_what_an_owner_that_leaves_has_not_read_is_refused_and_not_lost(
+    pair: Scene, removal: Removal
+) -> None:
+    client, owner = pair.nodes
+    assert client.ask(owner, call("add")) == "add"
+    backend, pieces = client.reach(owner), 3 * protocol.WINDOW
+    large = call("large", text="x" * (pieces * protocol.PIECE))
+    asked: list[Exchange] = []
+
+    with ThreadPoolExecutor(2) as pool:
+        told: list[Future[object]] = []
+
+        def come_late() -> None:
+            removal.expect(lambda: asked.append(sent(backend, [call("late")], True, 60)))
+            removal.expect(lambda: asked.append(sent(backend, [large], False, 60)), protocol.WINDOW)
+            removal.expect(lambda: told.append(pool.submit(backend.notify, Notification("x"))))
+            removal.expect(lambda: told.append(pool.submit(listening, backend)))
+
+        removal.before = come_late
+        owner.relay.close()
+        assert len(asked + told) == 4
+        for exchange in asked:
+            with pytest.raises(BackendUnreached):
+                exchange.receive(PATIENCE)
+        assert [type(one.exception(PATIENCE)) for one in told] == [BackendUnreached] * 2
+    assert owner.child.executed == {"add": 1}
+    assert (owner.child.told, owner.child.streams) == ([], [])
+    eventually(lambda: client.calls == 0)
+
+
+def test_who_sees_that_the_mailbox_has_gone_waits_for_what_is_refused(
+    pair: Scene, mailboxes: list[Mailboxes], removal: Removal
+) -> None:
+    client, owner = pair.nodes
+    asked: list[Exchange] = []
+    has_looked, may_look_again = threading.Event(), threading.Event()
+    is_open = mailboxes[0].is_open
+
+    def look(replica: str) -> bool:
+        found = is_open(replica)
+        if not found and has_looked.is_set():
+            may_look_again.wait(PATIENCE)
+        if not found:
+            has_looked.set()
+        return found
+
+    mailboxes[0].is_open = look  # type: ignore[method-assign]
+    removal.before = lambda: removal.expect(
+        lambda: asked.append(sent(client.reach(owner), [call("late")], False, 60))
+    )
+    removal.after = lambda: has_looked.wait(PATIENCE)
+    owner.relay.close()
+    try:
+        with pytest.raises(BackendUnreached):
+            asked[0].receive(PATIENCE)
+    finally:
+        may_look_again.set()
+
+
+def test_what_waits_behind_a_slow_child_is_refused_when_its_owner_leaves(pair: Scene) -> None:
+    client, owner = pair.nodes
+    free = threading.Event()
+    owner.child.on_tell = lambda: free.wait(PATIENCE)
+    backend = client.reach(owner)
+    with ThreadPoolExecutor(2) as pool:
+        begun = pool.submit(backend.notify, Notification("begun"))
+        eventually(lambda: owner.child.told)
+        waiting = pool.submit(backend.notify, Notification("waits"))
+        eventually(lambda: owner.calls == 2)
+        owner.relay.close()
+        assert type(waiting.exception(PATIENCE)) is BackendUnreached
+        assert type(begun.exception(PATIENCE)) is BackendLost
+        free.set()
+    assert [message.method for message in owner.child.told] == ["begun"]  # type: ignore[union-attr]
+
+
+def test_an_answer_that_a_client_that_leaves_has_not_read_arrives(
+    mailboxes: list[Mailboxes], pair: Scene
+) -> None:
+    owner, client = pair.nodes
+    owner.child.scripts["wait"] = silent
+    exchange = sent(client.reach(owner), [call("wait")], False, 60)
+    hosted = eventually(lambda: owner.child.exchanges)[0]
+    removal = Removal(mailboxes, client)
+    removal.before = lambda: removal.expect(lambda: hosted.answer("late"))
+    client.relay.close()
+    assert result_of(exchange.receive(PATIENCE)) == "late"
 
 
 # --- stores that are away ------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 from mcp_proxy.app import create_app
 from mcp_proxy.config import ProxyConfig
 from tests.live.connections import Connection
-from tests.server.test_slow_clients import impatient
 from tests.server.test_worker import Held, serving
+from tests.server.ways_in import WayIn, impatient
 from tests.support.front import HttpFront, McpClient, WsgiFront
 from tests.support.proxy_process import ProxyProcess
 from tests.support.waiting import eventually
@@ -41,14 +41,15 @@ def get(connection: Connection, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["/probe", "/probe?x=1"])
-def test_a_probe_is_answered_while_every_thread_is_taken(tmp_path: Path, target: str) -> None:
-    with serving(tmp_path, "--threads", "2") as held, ExitStack() as stack:
+def test_a_probe_is_answered_while_every_thread_is_taken(way_in: WayIn, target: str) -> None:
+    with way_in.serving("--threads", "2") as held, ExitStack() as stack:
         taken(held, stack, 2)
-        connection = stack.enter_context(closing(held.connect()))
-        for _ in range(3):
-            get(connection, target)
-            answer = connection.read_head()
-            assert (answer.status, answer.read()) == (200, b"MainThread")
+        for _ in range(5):
+            with closing(held.connect()) as connection:
+                for _ in range(3):
+                    get(connection, target)
+                    answer = connection.read_head()
+                    assert (answer.status, answer.read()) == (200, b"MainThread")
 
 
 def test_a_probe_that_is_no_request_is_refused(tmp_path: Path) -> None:
@@ -133,8 +134,8 @@ def test_queued_requests_are_served_in_their_order(tmp_path: Path) -> None:
         assert said == [f"said={number}" for number in range(5)]
 
 
-def test_a_client_that_leaves_while_it_waits_is_forgotten_unexecuted(tmp_path: Path) -> None:
-    with serving(tmp_path, "--threads", "1") as held, ExitStack() as stack:
+def test_a_client_that_leaves_while_it_waits_is_forgotten_unexecuted(way_in: WayIn) -> None:
+    with way_in.serving("--threads", "1") as held, ExitStack() as stack:
         taken(held, stack, 1)
         with closing(held.connect()) as leaving:
             get(leaving, "/?said=left")

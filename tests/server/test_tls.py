@@ -9,8 +9,7 @@ import selectors
 import socket
 import ssl
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +22,10 @@ from mcp_proxy.server import connection as server_connection
 from mcp_proxy.server.tls import HandshakeFailures
 from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live.connections import Connection
-from tests.server.test_full_worker import get, taken
-from tests.server.test_slow_clients import impatient, slowest_answer
-from tests.server.test_worker import Held, serving
+from tests.server.test_full_worker import get
+from tests.server.test_slow_clients import slowest_answer
+from tests.server.test_worker import Held
+from tests.server.ways_in import WayIn, speaking_tls, with_certificate
 from tests.support.proxy_process import GUNICORN, ProxyProcess
 from tests.support.tls import Certificates
 from tests.support.waiting import eventually
@@ -38,42 +38,13 @@ _ODD = b"\r\nPOST / HTTP/1.1\r\nHost: localhost\r\n"
 HALVES = (_HEAD[:30], _HEAD, _HEAD + b"12345", _ODD, _LARGE + b"1")
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
+class TlsServer(WayIn):
+    """A gunicorn with a certificate, and what its clients begin with."""
 
-
-def speaking_tls(certificates: Certificates, *, known: bool = True) -> ssl.SSLContext:
-    """What a client speaks TLS with; it may not know the server's authority."""
-    context = ssl.create_default_context()
-    context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
-    if known:
-        context.load_verify_locations(certificates.path("ca.pem"))
-    return context
-
-
-class TlsServer:
-    """A gunicorn with a certificate, and ways to begin a connection."""
+    tls: ssl.SSLContext
 
     def __init__(self, tmp_path: Path, certificates: Certificates) -> None:
-        self._tmp_path = tmp_path
-        self.options = (
-            *("--certfile", certificates.path("server.pem")),
-            *("--keyfile", certificates.path("server.key")),
-        )
-        self.tls = speaking_tls(certificates)
-
-    @contextmanager
-    def serving(self, *options: str) -> Iterator[Held]:
-        with serving(self._tmp_path, *self.options, *options) as held:
-            held.tls = self.tls
-            yield held
-
-    @contextmanager
-    def impatient(self, *options: str) -> Iterator[Held]:
-        with impatient(self._tmp_path, *self.options, *options) as held:
-            held.tls = self.tls
-            yield held
+        super().__init__(tmp_path, with_certificate(certificates), speaking_tls(certificates))
 
     def hello(self) -> bytes:
         """The first bytes of a client."""
@@ -138,28 +109,6 @@ def test_a_handshake_goes_on_where_the_client_reads_slowly(
     assert waited_for == {selectors.EVENT_READ, selectors.EVENT_WRITE}
 
 
-@pytest.mark.parametrize("first", [b"", _HEAD + b"1234567890"])
-def test_what_does_not_arrive_in_time_is_answered_with_408(server: TlsServer, first: bytes) -> None:
-    with server.impatient() as held, ExitStack() as stack:
-        late = []
-        first_connect = time.monotonic()
-        for data in HALVES:
-            connection = stack.enter_context(closing(held.connect()))
-            connection.send_raw(first)
-            if first:
-                assert connection.read().status == 200
-            connection.send_raw(data)
-            late.append(connection)
-        before = time.monotonic()
-        for connection in late:
-            answer = connection.read_head()
-            assert (answer.status, answer.headers["Connection"]) == (408, "close")
-            assert json.loads(answer.read())["error"]["code"] == -32600
-            assert time.monotonic() - first_connect > 1.9
-            assert time.monotonic() - before < 4
-            assert connection.is_closed_by_server()
-
-
 def test_a_connection_that_says_nothing_is_closed_without_a_word(server: TlsServer) -> None:
     with server.impatient() as held, ExitStack() as stack:
         for connection in (begun(held, b""), held.connect()):
@@ -168,35 +117,7 @@ def test_a_connection_that_says_nothing_is_closed_without_a_word(server: TlsServ
         assert "TLS" not in held.process.log()
 
 
-@pytest.mark.parametrize(
-    ("data", "status"),
-    [
-        (b"GET / HTTP/1.1\r\nBad Name: 1\r\n\r\n", 400),
-        (_LARGE.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"), 413),
-        (b"GET / HTTP/1.1\r\nA: %s" % (b"x" * 40_000), 431),
-    ],
-)
-def test_what_is_refused_is_a_json_rpc_error(server: TlsServer, data: bytes, status: int) -> None:
-    with server.impatient() as held, closing(held.connect()) as connection:
-        connection.send_raw(data)
-        answer = connection.read_head()
-        assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json")
-        assert json.loads(answer.read())["error"]["code"] == -32600
-        assert connection.is_closed_by_server()
-
-
 # --- a worker without a free thread --------------------------------------------------------------
-
-
-def test_a_probe_is_answered_while_every_thread_is_taken(server: TlsServer) -> None:
-    with server.serving("--threads", "2") as held, ExitStack() as stack:
-        taken(held, stack, 2)
-        for _ in range(5):
-            with closing(held.connect()) as connection:
-                for _ in range(3):
-                    get(connection, "/probe")
-                    answer = connection.read_head()
-                    assert (answer.status, answer.read()) == (200, b"MainThread")
 
 
 def call(connection: Connection, method: str, params: dict[str, Any], *headers: str) -> None:
@@ -241,20 +162,6 @@ def test_health_is_told_while_calls_hold_every_thread(server: TlsServer) -> None
         assert sorted(took)[10] < 0.5, took
 
 
-def test_a_client_that_leaves_while_it_waits_is_forgotten_unexecuted(server: TlsServer) -> None:
-    with server.serving("--threads", "1") as held, ExitStack() as stack:
-        taken(held, stack, 1)
-        with closing(held.connect()) as leaving:
-            get(leaving, "/?said=left")
-        staying = stack.enter_context(closing(held.connect()))
-        get(staying, "/?said=stayed")
-        end = time.monotonic() + 1.5
-        eventually(lambda: time.monotonic() > end)  # half a connection may be a whole request
-        held.release()
-        assert staying.read().status == 200
-        assert "said=left" not in held.process.log()
-
-
 # --- clients that behave -------------------------------------------------------------------------
 
 
@@ -296,17 +203,6 @@ def test_the_end_of_an_answer_is_told_from_a_broken_connection(server: TlsServer
             connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
             while connection.recv(1000):
                 pass  # without an alert this would be an SSLEOFError
-
-
-def test_a_client_that_waits_for_100_gets_it_once(server: TlsServer) -> None:
-    with server.serving("--threads", "4") as held, closing(held.connect()) as connection:
-        head = _HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
-        for _ in range(2):
-            connection.send_raw(head)
-            assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
-            assert connection.file.readline() == b"\r\n"
-            connection.send_raw(b"1234567890")
-            assert connection.read().status == 200
 
 
 def test_a_client_with_a_certificate_is_served_where_one_is_asked_for(

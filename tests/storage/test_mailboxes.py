@@ -91,19 +91,61 @@ class TestLife:
     def test_remove_ends_it_with_its_letters(self, mailboxes: Mailboxes) -> None:
         mailboxes.renew("a")
         mailboxes.renew("b")
-        mailboxes.post([Envelope("a", b"1")])
-        mailboxes.remove("a")
+        mailboxes.post([Envelope("a", b"1"), Envelope("b", b"2")])
+        assert mailboxes.remove("a") == [b"1"]
         assert not mailboxes.is_open("a")
         assert mailboxes.is_open("b")
+        assert mailboxes.collect("b", 5) == [b"2"]
         assert mailboxes.post([Envelope("a", b"2")]) == [False]
         assert mailboxes.renew("a") is False
         assert is_empty(mailboxes, "a")
 
     def test_remove_may_be_repeated(self, mailboxes: Mailboxes) -> None:
+        assert mailboxes.remove("a") == []
         mailboxes.renew("a")
-        mailboxes.remove("a")
-        mailboxes.remove("a")
+        mailboxes.post([Envelope("a", b"1")])
+        assert mailboxes.remove("a") == [b"1"]
+        assert mailboxes.remove("a") == []
         assert not mailboxes.is_open("a")
+
+    def test_remove_returns_what_nobody_has_read(self, mailboxes: Mailboxes) -> None:
+        mailboxes.renew("a")
+        mailboxes.post([Envelope("a", b"read"), Envelope("a", b"read, too")])
+        assert collect_all(mailboxes, "a", 2) == [b"read", b"read, too"]
+        mailboxes.post([Envelope("a", data) for data in VALUES.values()])
+        assert mailboxes.remove("a") == list(VALUES.values())
+
+    def test_remove_returns_nothing_of_a_mailbox_that_expired(self, office: Office) -> None:
+        office.mailboxes.renew("a")
+        office.mailboxes.post([Envelope("a", b"old")])
+        office.pass_time(LEASE + 1)
+        assert office.mailboxes.remove("a") == []
+
+    def test_what_comes_as_it_is_removed_is_returned_or_refused(self, mailboxes: Mailboxes) -> None:
+        mailboxes.renew("a")
+        has_begun = threading.Event()
+
+        def posting(sender: int) -> Callable[[], list[bytes]]:
+            def post() -> list[bytes]:
+                accepted = []
+                for number in range(100_000):
+                    data = b"%d/%d" % (sender, number)
+                    if mailboxes.post([Envelope("a", data)]) == [False]:
+                        return accepted
+                    accepted.append(data)
+                    if number == 10:
+                        has_begun.set()
+                raise AssertionError("the mailbox stayed")
+
+            return post
+
+        def remove() -> list[bytes]:
+            read = mailboxes.collect("a", 5)
+            assert has_begun.wait(10)
+            return read + mailboxes.remove("a")
+
+        *accepted, found = run_together([*map(posting, range(4)), remove])
+        assert sorted(found) == sorted(data for one in accepted for data in one)
 
     def test_the_store_is_up_for_longer_and_longer(self, mailboxes: Mailboxes) -> None:
         uptime = mailboxes.uptime()

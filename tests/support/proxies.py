@@ -125,8 +125,8 @@ class Line(Mailboxes):
         # A wait that is longer than the lease would make what comes late in it look stale.
         return self._pass(lambda: self._mailboxes.collect(replica, min(timeout, self.lease / 3)))
 
-    def remove(self, replica: str) -> None:
-        self._pass(lambda: self._mailboxes.remove(replica))
+    def remove(self, replica: str) -> list[bytes]:
+        return self._pass(lambda: self._mailboxes.remove(replica))
 
     def uptime(self) -> float:
         return self._pass(self._mailboxes.uptime)

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,16 @@ def test_an_answer_that_nobody_waits_for_does_not_reach_the_server(client: McpCl
 def test_a_ping_of_the_server_without_any_listener_is_answered(client: McpClient) -> None:
     client.result("later", {"message": {"id": "are-you-there", "method": "ping"}})
     eventually(lambda: any(m.get("id") == "are-you-there" for m in seen(client)))
+
+
+def test_a_ping_of_the_server_is_answered_by_a_client_that_listens(client: McpClient) -> None:
+    with closing(client.listen()) as stream:
+        messages = stream.stream()
+        client.result("later", {"message": {"id": "there?", "method": "ping"}})
+        assert next(messages)["method"] == "ping"
+        client.post({"jsonrpc": "2.0", "id": "there?", "result": {"from": "the client"}})
+        answers = [message for message in seen(client) if message.get("id") == "there?"]
+        assert [answer["result"] for answer in answers] == [{"from": "the client"}]
 
 
 _PINGS_FIRST = """
@@ -693,6 +704,18 @@ def test_later_revisions_have_no_batches(client: McpClient) -> None:
     answer = client.post([request_of(1)])
     assert answer.status == 400
     assert answer.error()["code"] == -32600
+
+
+def test_a_revision_that_we_do_not_list_is_served_where_it_was_negotiated(proxy: Proxy) -> None:
+    client = proxy.client().open("2024-10-07")
+    named = {"MCP-Protocol-Version": "2024-10-07"}
+    assert client.post(request_of(1), **named).message()["id"] == 1
+    note = {"jsonrpc": "2.0", "method": "notifications/x"}
+    assert client.post(note, **named).status == 202
+    for other in ("2023-01-01", "nonsense"):
+        answer = client.post(request_of(2), **{"MCP-Protocol-Version": other})
+        assert (answer.status, answer.error()["code"]) == (400, -32600)
+    assert client.request("DELETE", None, **named).status == 204
 
 
 def test_a_batch_has_to_be_of_this_session(proxy: Proxy) -> None:

@@ -143,6 +143,25 @@ def test_tls_is_served_and_its_failures_are_a_line(
         assert "Traceback" not in held.process.log()
 
 
+def test_a_worker_that_stops_does_not_wait_for_handshakes(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    files = ("--certfile", certificates.path("server.pem"), "--keyfile")
+    options = (*files, certificates.path("server.key"))
+    with serving(tmp_path, *options) as held, ExitStack() as stack:
+        for data in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            stack.enter_context(closing(held.connect())).send_raw(data)
+        tls = ssl.create_default_context(cafile=certificates.path("ca.pem"))
+        held.tls = tls  # what comes last is served: all were accepted
+        with closing(held.connect()) as connection:
+            assert connection.ask("/").status == 200
+        before = time.monotonic()
+        os.kill(held.process.master_pid, signal.SIGTERM)
+        held.process.wait(30)
+        assert time.monotonic() - before < 8
+        assert "TLS with" not in held.process.log()
+
+
 # --- our own application -------------------------------------------------------------------------
 
 

@@ -482,6 +482,8 @@ class Owner:
         try:
             with claims.released_on_failure(self.manager, claimed):
                 bridge = self._settled(claimed)
+        except BackendDraining as error:
+            raise Draining from error  # the call itself has not begun
         except BackendError as error:
             self.backoff.note_failure(error)
             self.backoff.note_exit(claimed.id, lifetime=0)

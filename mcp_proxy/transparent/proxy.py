@@ -29,6 +29,7 @@ from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
     INTERNAL_ERROR,
+    BackendDraining,
     BackendError,
     BackendLost,
     BackendTimeout,
@@ -89,6 +90,8 @@ _PAUSE = 0.2
 
 # Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
+
+_STOPPING = "The proxy has stopped before the server answered"
 
 
 class Inbound(NamedTuple):
@@ -258,9 +261,9 @@ class TransparentProxy(Transport):
         """Aborts the running calls, stops the threads and closes idle connections."""
         self.refresher.stop()
         with self._lock:
-            calls = list(self._calls)
-        for call in calls:
-            call.abort(Draining())
+            calls = dict(self._calls)
+        for call, is_standing in calls.items():
+            call.abort(Draining() if is_standing else BackendDraining(_STOPPING))
         self.disconnects.stop()
         self.reachability.stop()
         self.balancer.stop()
@@ -425,7 +428,7 @@ class TransparentProxy(Transport):
                 limit = None if inbound.until is None else self._time_left(inbound.until)
                 has_left = inbound.request.has_left
                 session = self._affinity.reinitialize(session, outbound, limit, has_left)
-            except BackendUnreached:
+            except (BackendUnreached, BackendDraining):
                 raise
             except BackendLost:
                 # The request may have been executed. If the backend is lost, the next request finds

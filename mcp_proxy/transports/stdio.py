@@ -112,6 +112,9 @@ class StdioTransport(Transport):
             return f"{server.argv[0]} is not an executable file"
         return self.owner.full_reason() or self.owner.backoff.not_ready_reason()
 
+    def server_doubt(self) -> str | None:
+        return self.owner.backoff.doubt()
+
     def pass_on(
         self, request: ClientRequest, session: Session, message: Notification | Response
     ) -> None:

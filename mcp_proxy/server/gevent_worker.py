@@ -32,6 +32,7 @@ from gunicorn.workers import ggevent
 
 from mcp_proxy.server.answers import PIECE, refusal, refusal_of
 from mcp_proxy.server.arriving import SLOWEST_BODY
+from mcp_proxy.server.deadlines import require_deadlines, set_deadlines
 from mcp_proxy.server.tls import HandshakeFailures, with_tls
 
 # Seconds in which a request may still arrive at a worker that stops.
@@ -51,9 +52,17 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
 
     #: Seconds within which a client sends its head, and makes progress with the rest.
     client_timeout = 30.0
+    #: Not needed here: a request waits for no thread.
+    request_timeout = 600.0
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """Called by gunicorn before there is a worker; exits where a deadline does not fit."""
+        require_deadlines()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        set_deadlines(self)
         #: The connections on which a request is awaited or arriving.
         self.reading: set[PatientSocket] = set()
         # The greenlets that do a TLS handshake.

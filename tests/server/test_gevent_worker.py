@@ -82,6 +82,15 @@ def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for_any_longer(tmp_pat
         assert connection.read().status == 408
 
 
+def test_its_deadlines_come_from_gunicorns_environment(tmp_path: Path) -> None:
+    options = ("-e", "MCP_PROXY_CLIENT_TIMEOUT=1.5")
+    with serving(tmp_path, *options) as held, closing(held.connect()) as connection:
+        before = time.monotonic()
+        connection.send_raw(HALF_HEAD)
+        assert connection.read_head().status == 408
+        assert time.monotonic() - before < 15
+
+
 def test_a_connection_that_says_nothing_is_closed_without_a_word(tmp_path: Path) -> None:
     with serving(tmp_path, way=IMPATIENT) as held, closing(held.connect()) as connection:
         assert connection.is_closed_by_server()

@@ -500,9 +500,9 @@ def value_in_environment(name: str) -> Any:
     """One setting of this process's environment, or its default; raises ConfigError."""
     setting = _known((name,))[name]
     text = os.environ.get(PREFIX + name.upper(), "")
-    return (
-        _checked(setting, _value(setting, text), strict=False) if text.strip() else setting.default
-    )
+    if not text.strip():
+        return setting.default
+    return _checked(setting, _value(setting, text), strict=False)
 
 
 def set_in_environment(name: str, value: str) -> None:

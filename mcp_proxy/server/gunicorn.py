@@ -90,7 +90,6 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
     """All settings for gunicorn, hooks included; raises ConfigError."""
     hooks = hooks or Hooks(config)
     require_worker_class(config)
-    is_gthread = config.worker_class == "gthread"
     return {
         # gunicorn's own class logs its first line before any hook is called.
         **({"logger_class": _json_logger(hooks)} if config.log_format == "json" else {}),
@@ -99,7 +98,7 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
         "threads": config.threads,
         "worker_class": _WORKER_CLASSES[config.worker_class],
         "loglevel": config.log_level,
-        "worker_connections": connections(config) if is_gthread else GEVENT_CONNECTIONS,
+        "worker_connections": connections(config),
         # What an application, and a worker, that read their own settings find in the environment.
         "raw_env": [
             f"{PREFIX}MAX_SESSIONS={within_files(config).max_sessions}",
@@ -205,7 +204,7 @@ class Hooks:
     """gunicorn's server hooks, with the parameter names that gunicorn requires."""
 
     def __init__(self, config: ProxyConfig) -> None:
-        self.config = config
+        self._given = self.config = config
         self._offset = random.randrange(1024)
         self._log: LogWriter | None = None
 
@@ -250,10 +249,13 @@ class Hooks:
         if kind is None:
             return  # somebody's own: the first request says what it lacks
         if kind != self.config.worker_class:
-            self.config = msgspec.structs.replace(self.config, worker_class=kind)
+            try:
+                self.config = msgspec.structs.replace(self.config, worker_class=kind)
+            except ConfigError as error:
+                sys.exit(f"mcp-wsgi-proxy: {error}")
             set_in_environment("worker_class", kind)
-            if kind == "gevent":
-                server.cfg.set("worker_connections", GEVENT_CONNECTIONS)
+        if server.cfg.worker_connections == connections(self._given):
+            server.cfg.set("worker_connections", connections(self.config))
         if chosen != _WORKER_CLASSES[kind]:
             log.info("worker_class %s: %s is used", chosen, _WORKER_CLASSES[kind])
             server.cfg.set("worker_class", _WORKER_CLASSES[kind])
@@ -387,7 +389,9 @@ def files_to_have() -> int:
 
 
 def connections(config: ProxyConfig) -> int:
-    """The connections of a worker: half of the files, and more than it has threads."""
+    """The connections of a worker: with threads half of the files, and more than it has threads."""
+    if config.worker_class == "gevent":
+        return GEVENT_CONNECTIONS
     return max(config.threads + 1, min(_CONNECTIONS, (files_to_have() - _OTHER_FILES) // 2))
 
 

@@ -159,7 +159,7 @@ time.sleep(600)
 @pytest.mark.parametrize("path", ["/mcp", "/messages"])
 def test_who_leaves_holds_no_thread_while_a_server_takes_nothing(path: str) -> None:
     """Half of the first message is in the pipe, and the others wait for their turn."""
-    said = {"jsonrpc": "2.0", "method": "notifications/x", "params": {"pad": "x" * 1_000_000}}
+    said = {"jsonrpc": "2.0", "method": "notifications/x", "params": {"pad": "x" * 200_000}}
     options = ["--threads", "4", "--max-streams", "1"]
     with ProxyProcess([sys.executable, "-c", _DEAF], options=options) as process:
         front = HttpFront(process.base)

@@ -228,8 +228,10 @@ class Application:
             Part("sessions", store_reason(self._storage), Weight.ESSENTIAL),
         ]
         for name, proxy in self.proxies.items():
-            weight = Weight.USEFUL if proxy.has_sessions else Weight.ONE_OF_MANY
-            parts.append(Part(f"server {name}", proxy.server_reason(), weight))
+            reason = proxy.server_reason()
+            is_usable = reason is None or proxy.has_sessions
+            weight = Weight.USABLE if is_usable else Weight.ONE_OF_MANY
+            parts.append(Part(f"server {name}", reason or proxy.server_doubt(), weight))
         return parts
 
 

@@ -500,6 +500,15 @@ def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any
     return values_of(texts, spell=lambda name: PREFIX + name.upper())
 
 
+def value_in_environment(name: str) -> Any:
+    """One setting of this process's environment, or its default; raises ConfigError."""
+    setting = _known((name,))[name]
+    text = os.environ.get(PREFIX + name.upper(), "")
+    if not text.strip():
+        return setting.default
+    return _checked(setting, _value(setting, text), strict=False)
+
+
 def set_in_environment(name: str, value: str) -> None:
     """Sets a setting for what reads the environment of this process from now on."""
     os.environ[PREFIX + name.upper()] = value

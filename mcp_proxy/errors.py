@@ -228,14 +228,12 @@ class BackendNotStarted(BackendLost):
 
 
 class BackendDraining(BackendLost):
-    """The replica that has the backend is stopping, and the backend with it."""
+    """The replica that has the backend is stopping, and the backend with it.
 
-    status = 503
+    The call had begun, so nobody is told to repeat it; one that has not is refused with Draining.
+    """
+
     kind = "draining"
-
-    def __init__(self, message: str | None = None) -> None:
-        super().__init__(message)
-        self.headers = [("Retry-After", "5")]
 
 
 class BadAnswer(BackendLost):
@@ -330,7 +328,7 @@ class NoThread(Overloaded):
 
 
 class Draining(Overloaded):
-    """This replica is stopping."""
+    """This replica is stopping, and has begun nothing of what it was asked for."""
 
     kind = "draining"
 

@@ -26,6 +26,7 @@ from mcp_proxy.backends.exchange import (
     no_answer,
 )
 from mcp_proxy.backends.switchboard import PendingCall, Switchboard
+from mcp_proxy.background import Reader
 from mcp_proxy.errors import (
     PROXY_ERROR,
     BackendError,
@@ -56,6 +57,8 @@ NOISE_SHOWN = 5
 
 # Seconds to wait for the exit of a child that has closed its input.
 _NOTICE = 2.0
+
+_UNTAKEN = "The server took nothing of the request before its client left"
 
 _NOBODY = "No client is listening that could answer"
 
@@ -159,8 +162,7 @@ class Bridge(Backend):
         except ClientLeft:
             with self._lock:
                 self._switchboard.pop_exchange(exchange)
-                if told:
-                    self._is_initializing, self._was_told = True, False
+                self._note_unsaid(is_ours=bool(told))
             raise
         except BackendUnreached as error:
             with self._lock:
@@ -171,7 +173,9 @@ class Bridge(Backend):
             self._has_exited.wait(_NOTICE)
             raise BackendExited(self._lost or str(error)) from error
 
-    def submit(self, request: Request, timeout: float) -> None:
+    def submit(
+        self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
+    ) -> None:
         with self._lock:
             self._require_alive()
             stream = self._switchboard.stream
@@ -182,8 +186,19 @@ class Bridge(Backend):
             lines.append(self._switchboard.enter(request, stream, deadline))
             if stream.deadline is None or deadline < stream.deadline:
                 stream.set_deadline(deadline, lambda: no_answer(timeout))
-        with contextlib.suppress(BackendError):  # then it is stopped, which answers the call
-            self._write(b"\n".join(lines))
+        try:
+            self._write(b"\n".join(lines), has_left)
+        except BackendError:
+            pass  # then it is stopped, which answers the call
+        except ClientLeft:
+            with self._lock:
+                call = self._switchboard.newest(request.id)
+                if call is not None:
+                    self._switchboard.pop(call.wire_id)
+                self._note_unsaid(is_ours=len(lines) > 1)
+            if call is not None:
+                _fail(call, BackendError(_UNTAKEN))
+            raise
 
     def _initialized_before(self, requests: Sequence[Request]) -> list[bytes]:
         """What the child has to hear before these requests, as the client's own was lost.
@@ -196,13 +211,27 @@ class Bridge(Backend):
         log.info("[%s] a client's %s was lost; the server gets ours", self.name, INITIALIZED)
         return [jsonrpc.encode(Notification(INITIALIZED))]
 
-    def notify(self, notification: Notification) -> None:
+    def _note_unsaid(self, is_ours: bool) -> None:
+        """What the child was to hear before a request was not written. The lock is held."""
+        if is_ours:
+            self._is_initializing, self._was_told = True, False
+
+    def notify(
+        self, notification: Notification, has_left: Callable[[], bool] | None = None
+    ) -> None:
         self.last_used = time.monotonic()
         self._require_alive()
         if notification.method == jsonrpc.CANCELLED:
-            self._cancel(notification)
-        elif notification.method != INITIALIZED or self._has_to_know():
-            self._write(jsonrpc.encode(notification))
+            self._cancel(notification, has_left)
+        elif notification.method != INITIALIZED:
+            self._write(jsonrpc.encode(notification), has_left)
+        elif self._has_to_know():
+            try:
+                self._write(jsonrpc.encode(notification), has_left)
+            except ClientLeft:
+                with self._lock:
+                    self._is_initializing = True  # so that it gets ours
+                raise
 
     def _has_to_know(self) -> bool:
         """Whether the client's notifications/initialized is to be passed on: not after ours."""
@@ -211,14 +240,14 @@ class Bridge(Backend):
             was_told, self._was_told = self._was_told, False
             return not was_told
 
-    def _cancel(self, notification: Notification) -> None:
+    def _cancel(self, notification: Notification, has_left: Callable[[], bool] | None) -> None:
         """Passes a cancellation on under the child's id for the newest call with that id."""
         with self._lock:
             call = self._switchboard.newest(jsonrpc.cancelled_id_of(notification))
         if call is None or call.method == INITIALIZE:
             return  # answered already, or never to be cancelled (MCP 2025-11-25, cancellation)
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
-        self._write(jsonrpc.encode(Notification(jsonrpc.CANCELLED, params)))
+        self._write(jsonrpc.encode(Notification(jsonrpc.CANCELLED, params)), has_left)
         if not call.exchange.requests:
             with self._lock:  # over HTTP+SSE a cancelled call needs no answer
                 self._switchboard.pop(call.wire_id)
@@ -229,12 +258,12 @@ class Bridge(Backend):
                 self._switchboard.set_deadline(call, min(until, call.deadline))
         call.exchange.set_deadline(until, Cancelled)
 
-    def respond(self, response: Response) -> None:
+    def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
         self.last_used = time.monotonic()
         with self._lock:
             is_awaited = self._switchboard.take_answer(response)
         if is_awaited:
-            self._write(jsonrpc.encode(response))
+            self._write(jsonrpc.encode(response), has_left)
         else:
             log.info("[%s] dropped a client's response to no pending request", self.name)
 
@@ -340,11 +369,11 @@ class Bridge(Backend):
     def _write(self, line: bytes, has_left: Callable[[], bool] | None = None) -> None:
         """Writes to the child, and stops it if that fails.
 
-        A request is not written where `has_left` says that its client no longer waits; what wants
-        no answer is, whoever has left.
+        Where it takes nothing, and `has_left` says that the client has left, the line is not
+        written: ClientLeft. One that is half written is written to its end by another thread.
         """
         try:
-            self._child.write(line, WRITE_TIMEOUT, has_left)
+            self._child.write(line, WRITE_TIMEOUT, has_left, self._hand_on)
         except BackendTimeout:
             log.error("[%s] the server does not read its input; stopping it", self.name)
             self._supervisor.stop_child(self._child)
@@ -355,6 +384,22 @@ class Bridge(Backend):
         except BackendLost:
             # Its exit is about to be noticed; then every call fails with the exit status.
             self._supervisor.stop_child(self._child)
+
+    def _hand_on(self, finish: Callable[[], None]) -> None:
+        """Has a thread write the rest of a line, and the child stopped if that fails."""
+
+        def write() -> None:
+            try:
+                finish()
+            except BackendError as error:
+                log.error("[%s] half a message was taken (%s); stopping it", self.name, error)
+                self._supervisor.stop_child(self._child)
+
+        name = f"mcp-writer-{self._child.pid}"
+        try:
+            Reader(name, write, lambda: self._supervisor.stop_child(self._child)).start()
+        except RuntimeError:
+            write()  # there is no thread: the client's own has to
 
     # --- from the child --------------------------------------------------------------------------
 
@@ -494,10 +539,10 @@ class Bridge(Backend):
             _fail(call, failure)
             if call.method != INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:
                 reason = {"requestId": call.wire_id, "reason": "The proxy's time limit has passed"}
-                with contextlib.suppress(BackendError):  # then it is being stopped anyway
-                    self._write(
-                        jsonrpc.encode(Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(reason)))
-                    )
+                notice = Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(reason))
+                # A server that takes nothing need not know, and one that stops does not.
+                with contextlib.suppress(BackendError, ClientLeft):
+                    self._write(jsonrpc.encode(notice), _nobody_waits)
 
     def leave(self, exchange: Exchange) -> None:
         """Detaches an exchange whose client has left; its calls go on, its other messages wait.
@@ -525,6 +570,10 @@ class Bridge(Backend):
 def _of_a_line(reason: ClientError) -> str:
     """The sentence about a client's body, said of a line."""
     return reason.message.replace("The body", "the line")
+
+
+def _nobody_waits() -> bool:
+    return True
 
 
 def _is_ping(message: Message) -> bool:

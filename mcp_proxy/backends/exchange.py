@@ -435,19 +435,24 @@ class Backend(ABC):
         """Sends the requests of an exchange and attaches what delivers their messages."""
 
     @abstractmethod
-    def submit(self, request: Request, timeout: float) -> None:
+    def submit(
+        self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
+    ) -> None:
         """Passes a request on whose answer, or failure, goes to the session's standing stream.
 
         That is how the HTTP+SSE wire of 2024-11-05 works. Raises BackendLost also when there is no
-        such stream.
+        such stream. As with what follows, nothing is waited for any longer once `has_left` says
+        that the client has left, which raises ClientLeft; what has gone on its way may arrive.
         """
 
     @abstractmethod
-    def notify(self, notification: Notification) -> None:
+    def notify(
+        self, notification: Notification, has_left: Callable[[], bool] | None = None
+    ) -> None:
         """Passes a notification on."""
 
     @abstractmethod
-    def respond(self, response: Response) -> None:
+    def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
         """Passes on the answer to a request of the server; drops one that nobody waits for."""
 
     @abstractmethod

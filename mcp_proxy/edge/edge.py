@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -30,6 +31,12 @@ Handler = Callable[[ClientRequest], Reply]
 
 _ASKS = 10  # a second
 
+# Our worker classes for gunicorn, by their modules: with threads, with greenlets.
+_OUR_WORKERS = {
+    "mcp_proxy.server.worker": "KeepaliveWorker",
+    "mcp_proxy.server.gevent_worker": "GeventWorker",
+}
+
 
 class Edge:
     """The edge of a worker's application, shared by its transports. Thread-safe.
@@ -44,6 +51,7 @@ class Edge:
         #: Questions of ours about session ids that are not known.
         self.asks = RateLimit(_ASKS)
         self.is_draining = False
+        self._is_server_known = False
         self._failure_status = options.failure_status
         self._ids = RequestIds()
         self._guard = Guard(options.allowed_origins, options.allowed_hosts)
@@ -68,6 +76,9 @@ class Edge:
 
         Our own endpoints (`is_own`) are served under any Host, for health probes.
         """
+        if not self._is_server_known:
+            self._is_server_known = True
+            _warn_of_foreign_worker(environ)
         request = ClientRequest(environ, self._ids)
         token = current_request.set(request.id)
         try:
@@ -132,6 +143,27 @@ class _LoggedBody:
         finally:
             log_access(self._request, self._status)
             current_request.set("")
+
+
+# --- the server that calls -----------------------------------------------------------------------
+
+
+def _warn_of_foreign_worker(environ: WSGIEnvironment) -> None:
+    """Says which setting gunicorn lacks whose worker class is none of ours.
+
+    Nobody but gunicorn imports those.
+    """
+    sock = environ.get("gunicorn.socket")
+    if sock is None or any(module in sys.modules for module in _OUR_WORKERS):
+        return
+    threads, greenlets = (".".join(of) for of in _OUR_WORKERS.items())
+    ours = greenlets if type(sock).__module__.startswith("gevent") else threads
+    log.warning(
+        "This is a worker class of gunicorn's own: clients that are slow or silent can hold all of "
+        'it. In gunicorn\'s configuration write worker_class = "%s"; for the proxy alone '
+        "-c python:mcp_proxy.gunicorn_conf does that",
+        ours,
+    )
 
 
 # --- the one place where errors become HTTP -------------------------------------------------------

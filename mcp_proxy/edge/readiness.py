@@ -34,6 +34,8 @@ class Weight(Enum):
     ONE_OF_MANY = 2
     #: Something works worse than it should.
     USEFUL = 3
+    #: As ONE_OF_MANY, of one that serves although something is wrong with it.
+    USABLE = 4
 
 
 class Part(NamedTuple):
@@ -130,9 +132,9 @@ class Readiness(Worker):
 
 def state_of(parts: Sequence[Part]) -> State:
     """What is to be said of these parts."""
-    choices = [part for part in parts if part.weight is Weight.ONE_OF_MANY]
+    choices = [part for part in parts if part.weight in (Weight.ONE_OF_MANY, Weight.USABLE)]
     is_unusable = any(part.reason for part in parts if part.weight is Weight.ESSENTIAL) or (
-        bool(choices) and all(part.reason for part in choices)
+        bool(choices) and all(part.reason and part.weight is not Weight.USABLE for part in choices)
     )
     if is_unusable:
         return _state(503, "not ready", parts)
@@ -151,7 +153,7 @@ def _state(status: int, summary: str, parts: Sequence[Part]) -> State:
 def _check(part: Part, shows_reasons: bool) -> dict[str, str]:
     if part.reason is None:
         return {"state": "ok"}
-    state = "degraded" if part.weight is Weight.USEFUL else "failed"
+    state = "degraded" if part.weight in (Weight.USEFUL, Weight.USABLE) else "failed"
     return {"state": state, "reason": part.reason} if shows_reasons else {"state": state}
 
 

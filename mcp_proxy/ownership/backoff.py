@@ -15,7 +15,8 @@ SETTLED = 10.0
 
 _MAX_DELAY = 30.0
 _REMEMBERED = 300.0  # seconds after which an exit is forgotten
-_FAILURE_COUNTS = 30.0  # seconds for which a failed start makes the replica not ready
+_FAILURE_COUNTS = 30.0  # seconds for which failed starts count where one has succeeded
+_FAILURES = 2  # failed starts in a row that are no accident, nor one client's doing
 
 
 class _Exits(NamedTuple):
@@ -31,6 +32,7 @@ class Backoff:
         self._lock = threading.Lock()  # guards what follows
         self._exits: dict[str, _Exits] = {}  # by session
         self._failure: tuple[float, str] | None = None  # the last one, unless a success followed
+        self._failures = 0  # since the last success
         self._has_succeeded = False  # ever
 
     def note_exit(self, session_id: str, lifetime: float) -> None:
@@ -69,24 +71,35 @@ class Backoff:
             return  # it is this replica that stops
         with self._lock:
             self._failure = (self._clock(), failure.message)
+            self._failures += 1
 
     def note_success(self) -> None:
         """A server was started and has answered initialize."""
         with self._lock:
             self._failure = None
+            self._failures = 0
             self._has_succeeded = True
 
     def not_ready_reason(self) -> str | None:
         """Why new servers cannot be expected to start, None if they can.
 
-        A failure counts until a start succeeds where none has succeeded before, for half a minute
-        otherwise: a replica that gets no requests because it is not ready must become ready again
-        to find out. A server that was never started is not known to be broken.
+        Two failures in a row count until a start succeeds where none has succeeded before, for half
+        a minute otherwise: a replica that gets no requests because it is not ready must become
+        ready again to find out. A server that was never started is not known to be broken.
         """
         with self._lock:
-            if self._failure is None:
-                return None
-            since, reason = self._failure
-            if not self._has_succeeded:
-                return f"{reason}; no start has succeeded so far"
-            return reason if self._clock() - since <= _FAILURE_COUNTS else None
+            return self._last_failure() if self._failures >= _FAILURES else None
+
+    def doubt(self) -> str | None:
+        """Why the last start failed, for as long as that counts; None if it did not."""
+        with self._lock:
+            return self._last_failure()
+
+    def _last_failure(self) -> str | None:
+        """The last failure in words, None where it counts no more. The lock is held."""
+        if self._failure is None:
+            return None
+        since, reason = self._failure
+        if not self._has_succeeded:
+            return f"{reason}; no start has succeeded so far"
+        return reason if self._clock() - since <= _FAILURE_COUNTS else None

@@ -312,30 +312,23 @@ class Owner:
             self._delete_ended(session.id)
             raise SessionEnded
         for _ in range(_ROUNDS):
-            backend = self._known(session, lost, has_left) or self._recover(session, has_left)
+            backend = self._known(session, lost) or self._recover(session, has_left)
             if backend is not None:
                 return backend
             session, lost = self.manager.load(session.id), None
         raise BackendLost("The session's server was not found: others keep changing its record")
 
-    def on_living_backend(
-        self,
-        session: Session,
-        act: Callable[[Backend], object],
-        has_left: Callable[[], bool] | None = None,
-    ) -> None:
+    def on_living_backend(self, session: Session, act: Callable[[Backend], object]) -> None:
         """Does `act` to the session's backend; one that is lost is not brought back for it.
 
         Raises BackendUnreached where it is lost.
         """
-        backend = self._known(session, None, has_left)
+        backend = self._known(session, None)
         if backend is None:
             raise BackendExited("The server that this was for has exited")
         act(backend)
 
-    def _known(
-        self, session: Session, lost: str | None, has_left: Callable[[], bool] | None
-    ) -> Backend | None:
+    def _known(self, session: Session, lost: str | None) -> Backend | None:
         """The session's child where the record says that it is; None where it is certainly lost."""
         url = session.metadata.get(BACKEND_URL, "")
         held = self._held.get(url)
@@ -349,7 +342,7 @@ class Owner:
         found = parse_worker_url(url)
         if self.relay is None or found is None or url == lost or self._has_ended(found):
             return None
-        return self.relay.backend(*found, has_left=has_left)
+        return self.relay.backend(*found)
 
     def _new_backend_of(self, session: Session, has_left: Callable[[], bool] | None) -> Backend:
         """The backend that the session has now that its last one is lost."""
@@ -482,6 +475,8 @@ class Owner:
         try:
             with claims.released_on_failure(self.manager, claimed):
                 bridge = self._settled(claimed)
+        except BackendDraining as error:
+            raise Draining from error  # the call itself has not begun
         except BackendError as error:
             self.backoff.note_failure(error)
             self.backoff.note_exit(claimed.id, lifetime=0)

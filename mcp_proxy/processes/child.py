@@ -4,7 +4,8 @@ This module starts the process, frames and writes messages, and signals the proc
 supervisor decides when to stop the process; the bridge interprets the messages.
 
 Threads: each child has a reader thread, which alone reads its standard output. Writers come from
-any thread and take turns. The supervisor's thread does the rest.
+any thread and take turns; a line that is begun when its client leaves may be ended by another one.
+The supervisor's thread does the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -193,36 +195,62 @@ class Child:
     # --- input -----------------------------------------------------------------------------------
 
     def write(
-        self, line: bytes, timeout: float, has_left: Callable[[], bool] | None = None
+        self,
+        line: bytes,
+        timeout: float,
+        has_left: Callable[[], bool] | None = None,
+        hand_on: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         """Writes one message; returns when the pipe has taken it all.
 
         Raises BackendUnreached when the server has closed its input and got nothing of the message,
         BackendLost when it may have got a part, and BackendTimeout when it did not read its input
         for `timeout` seconds; after that a message may be incomplete, so the server must be
-        stopped. Raises ClientLeft when `has_left` says so before the server got any of it: half a
-        message would spoil every other.
+        stopped. Raises ClientLeft when `has_left` says so before the server got any of it.
+
+        Half a message would spoil every other. So where the client leaves after a part was written
+        `hand_on` is called, with a function that writes the rest, raises what this does, and is for
+        another thread; nobody else writes until it has returned.
         """
         deadline = time.monotonic() + timeout
         while not self._write_lock.acquire(timeout=min(_LOOK, timeout)):
             _require_time(deadline, has_left)
+        rest: memoryview | None = None
         try:
-            self._write_all(memoryview(line + b"\n"), deadline, has_left)
+            rest = self._write_all(memoryview(line + b"\n"), deadline, has_left)
+        finally:
+            if not rest:
+                self._write_lock.release()
+        if rest:
+            finish = partial(self._finish, rest, deadline)
+            finish() if hand_on is None else hand_on(finish)
+
+    def _finish(self, rest: memoryview, deadline: float) -> None:
+        """Writes the rest of a message whose client has left, and ends its turn."""
+        try:
+            self._write_all(rest, deadline, None)
         finally:
             self._write_lock.release()
 
     def _write_all(
         self, data: memoryview, deadline: float, has_left: Callable[[], bool] | None
-    ) -> None:
+    ) -> memoryview:
+        """Writes `data`; returns what is left of it where the client leaves in between."""
         size = len(data)
         while data:
             try:
                 data = data[os.write(self._stdin.fileno(), data) :]
             except BlockingIOError:
-                self._wait_writable(deadline, has_left if len(data) == size else None)
+                try:
+                    self._wait_writable(deadline, has_left)
+                except ClientLeft:
+                    if len(data) == size:
+                        raise
+                    break
             except (OSError, ValueError) as error:
                 kind = BackendExited if len(data) == size else BackendLost
                 raise kind("The server has closed its input") from error
+        return data
 
     def _wait_writable(self, deadline: float, has_left: Callable[[], bool] | None) -> None:
         poll = select.poll()

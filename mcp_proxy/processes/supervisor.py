@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mcp_proxy.background import Reader, SelectorWorker, Workers
-from mcp_proxy.errors import BackendDraining, BackendNotStarted, Overloaded
+from mcp_proxy.errors import BackendNotStarted, Draining, Overloaded
 from mcp_proxy.processes.child import Child
 from mcp_proxy.processes.guardian import Guardian
 from mcp_proxy.replica import Replica
@@ -108,7 +108,7 @@ class Supervisor(SelectorWorker):
         BackendLost if the child cannot be started, Overloaded if there is no thread for that.
         """
         if self._is_closing:
-            raise BackendDraining("This replica is shutting down")
+            raise Draining
         try:
             self.start()
         except OSError as error:

@@ -335,19 +335,12 @@ class OneWayCall(Call):
 
 
 class RemoteBackend(Backend):
-    """A child of another replica; `has_left` says that nobody waits for what it is told."""
+    """A child of another replica."""
 
-    def __init__(
-        self,
-        calls: Calls,
-        replica: str,
-        child: str,
-        has_left: Callable[[], bool] | None = None,
-    ) -> None:
+    def __init__(self, calls: Calls, replica: str, child: str) -> None:
         self._calls = calls
         self._replica = replica
         self._child = child
-        self._has_left = has_left
 
     def __repr__(self) -> str:
         return f"<RemoteBackend {self._replica}/{self._child}>"
@@ -361,19 +354,25 @@ class RemoteBackend(Backend):
         # The owner applies the time limit; only where it is silent itself this side does.
         exchange.attach(call, on_read=call.note_read, grace=_GRACE)
 
-    def submit(self, request: Request, timeout: float) -> None:
-        self._send_one_way(jsonrpc.encode(request), timeout)
+    def submit(
+        self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
+    ) -> None:
+        self._send_one_way(jsonrpc.encode(request), has_left, timeout)
 
-    def notify(self, notification: Notification) -> None:
-        self._send_one_way(jsonrpc.encode(notification))
+    def notify(
+        self, notification: Notification, has_left: Callable[[], bool] | None = None
+    ) -> None:
+        self._send_one_way(jsonrpc.encode(notification), has_left)
 
-    def respond(self, response: Response) -> None:
-        self._send_one_way(jsonrpc.encode(response))
+    def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
+        self._send_one_way(jsonrpc.encode(response), has_left)
 
-    def _send_one_way(self, line: bytes, timeout: float = 0.0) -> None:
+    def _send_one_way(
+        self, line: bytes, has_left: Callable[[], bool] | None, timeout: float = 0.0
+    ) -> None:
         message = SendOneWay(self._child, line, timeout)
         call = OneWayCall(self._calls, self._replica)
-        call.run(message, WRITE_TIMEOUT + _GRACE, self._has_left)
+        call.run(message, WRITE_TIMEOUT + _GRACE, has_left)
 
     def listen(self, exchange: Exchange, after: str | None = None) -> None:
         call = OutboundCall(self._calls, self._replica, exchange)

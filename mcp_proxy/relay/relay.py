@@ -72,14 +72,9 @@ class Relay:
         """Opens this replica's mailbox; raises StorageUnavailable. Harmless when repeated."""
         self._begun()
 
-    def backend(
-        self, replica: str, child: str, has_left: Callable[[], bool] | None = None
-    ) -> Backend:
-        """A child of another replica; raises StorageUnavailable.
-
-        Where `has_left` says that the client has left, nothing that it is told is waited for.
-        """
-        return RemoteBackend(self._begun().calls, replica, child, has_left)
+    def backend(self, replica: str, child: str) -> Backend:
+        """A child of another replica; raises StorageUnavailable."""
+        return RemoteBackend(self._begun().calls, replica, child)
 
     def is_gone(self, replica: str) -> bool:
         """Whether another replica is gone for good; StorageUnavailable while nobody can know."""

@@ -8,7 +8,7 @@ A greenlet is cheap, so each connection has one and nothing waits in a poller. W
 - A connection may be idle for `keepalive`, a new one for `client_timeout`.
 - A TLS handshake is done by the connection's own greenlet, within the same time; one that fails is
   a line in the log. HTTP/2 is not offered.
-- A worker that stops ends the connections on which no request has arrived.
+- A worker that stops ends the connections on which no request has arrived, handshakes included.
 - What is refused before the application sees it is a JSON-RPC error.
 
 It relies on this in gunicorn, 27.0 or later. `run` makes a server of each listener by
@@ -32,6 +32,7 @@ from gunicorn.workers import ggevent
 
 from mcp_proxy.server.answers import PIECE, refusal, refusal_of
 from mcp_proxy.server.arriving import SLOWEST_BODY
+from mcp_proxy.server.deadlines import require_deadlines, set_deadlines
 from mcp_proxy.server.tls import HandshakeFailures, with_tls
 
 # Seconds in which a request may still arrive at a worker that stops.
@@ -51,11 +52,21 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
 
     #: Seconds within which a client sends its head, and makes progress with the rest.
     client_timeout = 30.0
+    #: Not needed here: a request waits for no thread.
+    request_timeout = 600.0
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """Called by gunicorn before there is a worker; exits where a deadline does not fit."""
+        require_deadlines()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        set_deadlines(self)
         #: The connections on which a request is awaited or arriving.
         self.reading: set[PatientSocket] = set()
+        # The greenlets that do a TLS handshake.
+        self._shaking_hands: set[Any] = set()
         self._handshake_failures = HandshakeFailures(self.log)
         if "h2" in self.cfg.http_protocols:
             self.log.warning("This worker class does not offer HTTP/2 over TLS")
@@ -72,6 +83,7 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
             gevent.sleep(_LOOK)
             self._handshake_failures.report()
         gevent.sleep(_LAST_REQUESTS)
+        gevent.killall(list(self._shaking_hands), block=False)
         for client in list(self.reading):
             client.end()
 
@@ -94,15 +106,21 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
 
     def _with_tls(self, client: Any, addr: Any) -> Any:
         """The connection once its client has agreed on TLS; None where that has failed."""
+        tls, greenlet = client, gevent.getcurrent()
+        self._shaking_hands.add(greenlet)
         try:
             with gevent.Timeout(self.client_timeout, TimeoutError("it did not end in time")):
                 tls = with_tls(client, self.cfg)
                 tls.do_handshake()
                 return tls
+        except gevent.GreenletExit:  # the worker stops
+            tls.close()
         except Exception as error:  # gunicorn's hook may raise anything
             self._handshake_failures.add(addr, error)
-            client.close()
-            return None
+            tls.close()
+        finally:
+            self._shaking_hands.discard(greenlet)
+        return None
 
     def timeout_ctx(self) -> Any:
         """Nothing: the socket knows how long it may take."""

@@ -33,6 +33,7 @@ from mcp_proxy.edge.guard import is_loopback, url_host
 from mcp_proxy.edge.log_writer import LogWriter
 from mcp_proxy.edge.logs import configure, start_writing
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.server.deadlines import DEADLINES
 from mcp_proxy.server.leaving import Leaving
 from mcp_proxy.servers import Server, StdioServer
 
@@ -68,6 +69,14 @@ _WORKER_CLASSES = {
     "gevent": "mcp_proxy.server.gevent_worker.GeventWorker",
 }
 
+# Which of them is meant by a class that gunicorn is told on its own command line.
+_KINDS = {
+    "gunicorn.workers.gthread.ThreadWorker": "gthread",
+    "gunicorn.workers.sync.SyncWorker": "gthread",
+    "gunicorn.workers.ggevent.GeventWorker": "gevent",
+    **{path: kind for kind, path in _WORKER_CLASSES.items()},
+}
+
 
 def settings_of_environment() -> dict[str, Any]:
     """As `gunicorn_settings` by the environment; ends with a sentence where they do not fit."""
@@ -81,7 +90,6 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
     """All settings for gunicorn, hooks included; raises ConfigError."""
     hooks = hooks or Hooks(config)
     require_worker_class(config)
-    is_gthread = config.worker_class == "gthread"
     return {
         # gunicorn's own class logs its first line before any hook is called.
         **({"logger_class": _json_logger(hooks)} if config.log_format == "json" else {}),
@@ -90,9 +98,12 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
         "threads": config.threads,
         "worker_class": _WORKER_CLASSES[config.worker_class],
         "loglevel": config.log_level,
-        "worker_connections": connections(config) if is_gthread else GEVENT_CONNECTIONS,
-        # What an application that reads its own settings finds in the environment.
-        "raw_env": [f"{PREFIX}MAX_SESSIONS={within_files(config).max_sessions}"],
+        "worker_connections": connections(config),
+        # What an application, and a worker, that read their own settings find in the environment.
+        "raw_env": [
+            f"{PREFIX}MAX_SESSIONS={within_files(config).max_sessions}",
+            *(f"{PREFIX}{name.upper()}={getattr(config, name)}" for name in DEADLINES),
+        ],
         # gunicorn would check every header against these; `trusted_proxies` decides instead.
         "forwarded_allow_ips": "*",
         "forwarder_headers": "",
@@ -108,6 +119,7 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
         # Two instances on one machine would claim the same path.
         "control_socket_disable": True,
         "on_starting": hooks.on_starting,
+        "on_reload": hooks.on_reload,
         "when_ready": hooks.when_ready,
         "pre_fork": hooks.pre_fork,
         "post_fork": hooks.post_fork,
@@ -192,7 +204,7 @@ class Hooks:
     """gunicorn's server hooks, with the parameter names that gunicorn requires."""
 
     def __init__(self, config: ProxyConfig) -> None:
-        self.config = config
+        self._given = self.config = config
         self._offset = random.randrange(1024)
         self._log: LogWriter | None = None
 
@@ -205,6 +217,7 @@ class Hooks:
     def on_starting(self, server: Any) -> None:
         """Exits before anything listens if this cannot be served here."""
         self.begin_log()
+        self._use_our_worker_class(server)
         _allow_many_files()
         lowered = within_files(self.config).max_sessions
         if lowered != self.config.max_sessions:
@@ -220,6 +233,33 @@ class Hooks:
         for sentence in self.config.ignored():
             log.warning("%s", sentence)
         _answer_signals(server, self.config)
+
+    def on_reload(self, server: Any) -> None:
+        """The class is gunicorn's again, as its command line says."""
+        self._use_our_worker_class(server)
+
+    def _use_our_worker_class(self, server: Any) -> None:
+        """Has workers be of our class where gunicorn's own of that kind is set, as by `-k gevent`.
+
+        The command line goes before a configuration file, and gunicorn has looked up the class
+        when it calls the first hook; it makes no worker before the hook has ended.
+        """
+        chosen = f"{server.worker_class.__module__}.{server.worker_class.__qualname__}"
+        kind = _KINDS.get(chosen)
+        if kind is None:
+            return  # somebody's own: the first request says what it lacks
+        if kind != self.config.worker_class:
+            try:
+                self.config = msgspec.structs.replace(self.config, worker_class=kind)
+            except ConfigError as error:
+                sys.exit(f"mcp-wsgi-proxy: {error}")
+            set_in_environment("worker_class", kind)
+        if server.cfg.worker_connections == connections(self._given):
+            server.cfg.set("worker_connections", connections(self.config))
+        if chosen != _WORKER_CLASSES[kind]:
+            log.info("worker_class %s: %s is used", chosen, _WORKER_CLASSES[kind])
+            server.cfg.set("worker_class", _WORKER_CLASSES[kind])
+            server.worker_class = server.cfg.worker_class
 
     def when_ready(self, server: Any) -> None:
         """Prints the banner once the sockets listen; a JSON log has the URLs in a line of it."""
@@ -253,10 +293,8 @@ class Hooks:
         """Sets up the worker, pins it to its CPU, and has SIGTERM drain its application."""
         start_writing()
         app = worker.wsgi
-        worker.client_timeout = self.config.client_timeout
         worker.max_header_bytes = self.config.max_header_bytes
         worker.max_body_bytes = self.config.max_body_bytes
-        worker.request_timeout = self.config.request_timeout
         if worker.cpu is not None and hasattr(app, "parts"):
             app.parts.supervisor.cpu_affinity = frozenset(os.sched_getaffinity(0))
             pin(worker.cpu)
@@ -351,7 +389,9 @@ def files_to_have() -> int:
 
 
 def connections(config: ProxyConfig) -> int:
-    """The connections of a worker: half of the files, and more than it has threads."""
+    """The connections of a worker: with threads half of the files, and more than it has threads."""
+    if config.worker_class == "gevent":
+        return GEVENT_CONNECTIONS
     return max(config.threads + 1, min(_CONNECTIONS, (files_to_have() - _OTHER_FILES) // 2))
 
 

@@ -64,6 +64,7 @@ from mcp_proxy.errors import Overloaded, ProxyError
 from mcp_proxy.server.answers import PIECE, JoinedResponse, answer, refusal, refusal_of, send
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
 from mcp_proxy.server.connection import Connection
+from mcp_proxy.server.deadlines import require_deadlines, set_deadlines
 from mcp_proxy.server.tls import HandshakeFailures
 
 # Seconds for which a connection that was shut down is read: closed with unread bytes it would be
@@ -113,8 +114,15 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     #: The bytes of all requests that are arriving.
     max_arriving_bytes = 64 * 1024 * 1024
 
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """Called by gunicorn before there is a worker; exits where a deadline does not fit."""
+        super().check_config(cfg, log)
+        require_deadlines()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        set_deadlines(self)
         #: Connections that have a thread; counted by the main thread.
         self.busy = 0
         self.served: set[Connection] = set()

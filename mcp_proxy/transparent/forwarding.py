@@ -15,6 +15,7 @@ from msgspec import UNSET, Raw, UnsetType
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.edge import as_message
 from mcp_proxy.errors import (
+    BackendDraining,
     BackendLost,
     BackendTimeout,
     BadAnswer,
@@ -157,7 +158,8 @@ class ForwardedBody:
         """Whether the stream has a proper end although the backend broke off."""
         passed = self._passed
         if passed is None or passed.is_unknown:
-            return False
+            is_stream = self._call.media_type == headers.EVENT_STREAM
+            return is_stream and isinstance(error, BackendDraining)
         if passed.is_answered or isinstance(error, BackendTimeout):
             return True
         return not (passed.has_ids and self._is_reachable())

@@ -29,6 +29,7 @@ from mcp_proxy.edge.reply import Reply, empty_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
     INTERNAL_ERROR,
+    BackendDraining,
     BackendError,
     BackendLost,
     BackendTimeout,
@@ -92,6 +93,8 @@ _PAUSE = 0.2
 
 # Seconds for a backend that was too slow to take the cancellation.
 _CANCEL_TIME = 1.0
+
+_STOPPING = "The proxy has stopped before the server answered"
 
 
 class Inbound(NamedTuple):
@@ -262,9 +265,9 @@ class TransparentProxy(Transport):
         """Aborts the running calls, stops the threads and closes idle connections."""
         self.refresher.stop()
         with self._lock:
-            calls = list(self._calls)
-        for call in calls:
-            call.abort(Draining())
+            calls = dict(self._calls)
+        for call, is_standing in calls.items():
+            call.abort(Draining() if is_standing else BackendDraining(_STOPPING))
         self.disconnects.stop()
         self.reachability.stop()
         self.balancer.stop()
@@ -446,7 +449,7 @@ class TransparentProxy(Transport):
                     inbound.request.has_left,
                     self._watch_of(inbound.request),
                 )
-            except BackendUnreached:
+            except (BackendUnreached, BackendDraining):
                 raise
             except BackendLost:
                 # The request may have been executed. If the backend is lost, the next request finds

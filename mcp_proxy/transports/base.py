@@ -121,6 +121,10 @@ class Transport(ABC):
     def server_reason(self) -> str | None:
         """Why the MCP server cannot be expected to begin a session, None if it can."""
 
+    def server_doubt(self) -> str | None:
+        """What is wrong with an MCP server that can be expected to begin a session, if anything."""
+        return None
+
 
 def drain(
     transports: Collection[Transport],

@@ -183,11 +183,11 @@ class SSEProxy(StdioTransport):
 
         def act(backend: Backend) -> None:
             if isinstance(message, Request):
-                backend.submit(message, self.options.request_timeout)
+                backend.submit(message, self.options.request_timeout, request.has_left)
             elif isinstance(message, Notification):
-                backend.notify(message)
+                backend.notify(message, request.has_left)
             else:
-                backend.respond(message)
+                backend.respond(message, request.has_left)
 
         if isinstance(message, Request):
             request.params = message.params

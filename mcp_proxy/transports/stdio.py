@@ -112,6 +112,9 @@ class StdioTransport(Transport):
             return f"{server.argv[0]} is not an executable file"
         return self.owner.full_reason() or self.owner.backoff.not_ready_reason()
 
+    def server_doubt(self) -> str | None:
+        return self.owner.backoff.doubt()
+
     def pass_on(
         self, request: ClientRequest, session: Session, message: Notification | Response
     ) -> None:
@@ -119,18 +122,13 @@ class StdioTransport(Transport):
 
         What is about something that only the server which is lost knew brings none back.
         """
+        has_left = request.has_left
         if isinstance(message, Response):
-            self.owner.on_living_backend(
-                session, lambda backend: backend.respond(message), request.has_left
-            )
+            self.owner.on_living_backend(session, lambda to: to.respond(message, has_left))
         elif message.method == jsonrpc.CANCELLED:
-            self.owner.on_living_backend(
-                session, lambda backend: backend.notify(message), request.has_left
-            )
+            self.owner.on_living_backend(session, lambda to: to.notify(message, has_left))
         else:
-            self.owner.on_backend(
-                session, lambda backend: backend.notify(message), request.has_left
-            )
+            self.owner.on_backend(session, lambda to: to.notify(message, has_left), has_left)
 
 
 def as_server(command: Sequence[str] | str | StdioServer, name: str | None) -> StdioServer:

@@ -6,6 +6,8 @@ import base64
 import json
 import logging
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,8 +45,8 @@ def make_bridge() -> Iterator[MakeBridge]:
     """Makes bridges of a scripted server with options."""
     supervisor = Supervisor(Replica())
 
-    def make(*options: str) -> Bridge:
-        server = StdioServer("test", (*SCRIPTED, *options))
+    def make(*options: str, argv: tuple[str, ...] = SCRIPTED) -> Bridge:
+        server = StdioServer("test", (*argv, *options))
         return Bridge(supervisor, server, 1 << 26, lambda lost: None)
 
     yield make
@@ -370,6 +372,93 @@ def test_a_request_is_not_written_once_its_client_has_left(bridge: Bridge) -> No
         bridge.send(exchange)
     assert not bridge.is_busy
     assert b'"calls":1' in bytes(ask(bridge, "count").result).replace(b" ", b"")
+
+
+# Reads nothing for a time; then each request is answered with the length of its line.
+_LATE = """
+import json, sys, time
+time.sleep(float(sys.argv[1]))
+for line in sys.stdin:
+    key = json.loads(line)["id"]
+    print(json.dumps({"jsonrpc": "2.0", "id": key, "result": len(line)}), flush=True)
+"""
+LATE = (sys.executable, "-c", _LATE)
+
+
+def left_with_half_a_line(bridge: Bridge) -> Exchange:
+    """The exchange of a request of which the server has taken a part when its client leaves."""
+    exchange = Exchange([request("large", pad="x" * 1_000_000)], False, 60)
+    exchange.has_left = lambda: True
+    bridge.send(exchange)
+    exchange.has_left = None
+    return exchange
+
+
+def test_what_a_client_that_leaves_has_begun_to_say_is_said_by_another_thread(
+    make_bridge: MakeBridge,
+) -> None:
+    bridge = make_bridge("8", argv=LATE)
+    began = time.monotonic()
+    exchange = left_with_half_a_line(bridge)
+    assert time.monotonic() - began < 6
+    assert int(bytes(ask(bridge, "small").result)) < 100  # and no line is mixed with another
+    (answer,) = received(exchange)
+    assert int(bytes(answer.result)) > 1_000_000
+
+
+def test_half_a_line_that_is_never_taken_ends_the_server(
+    make_bridge: MakeBridge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bridging, "WRITE_TIMEOUT", 2.5)
+    bridge = make_bridge("600", argv=LATE)
+    delivery = left_with_half_a_line(bridge).receive(20)
+    assert delivery is not None
+    assert isinstance(delivery.failure, BackendLost)
+    assert "half a message was taken" in caplog.text
+
+
+def test_nobody_who_has_left_waits_until_the_server_takes_something(bridge: Bridge) -> None:
+    stream = listening(bridge)
+    ask(bridge, "later", message={"id": "q", "method": "roots/list"}, seconds=0)
+    assert received(stream)[0].id == "q"
+
+    def has_left() -> bool:
+        return True
+
+    with bridge._child._write_lock:
+        for act in (
+            lambda: bridge.notify(Notification("x"), has_left),
+            lambda: bridge.respond(Response("q", Raw(b"{}")), has_left),
+            lambda: bridge.submit(request("count"), 60, has_left),
+        ):
+            with pytest.raises(ClientLeft):
+                act()
+    (told,) = received(stream)
+    assert (told.id, b"took nothing" in bytes(told.error)) == (1, True)
+    assert not bridge.is_busy
+    assert b'"x"' not in bytes(ask(bridge, "seen").result)
+
+
+def test_an_initialized_that_was_not_said_is_said_by_us(
+    bridge: Bridge, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    ask(bridge, "initialize", protocolVersion="2025-11-25")
+    with bridge._child._write_lock, pytest.raises(ClientLeft):
+        bridge.notify(Notification("notifications/initialized"), lambda: True)
+    ask(bridge, "count")
+    assert "the server gets ours" in caplog.text
+
+
+def test_a_call_whose_time_is_over_waits_for_no_server_that_takes_nothing(bridge: Bridge) -> None:
+    exchange = sent(bridge, [request("silence")], False, 0.2)
+    began = time.monotonic()
+    with bridge._child._write_lock:
+        delivery = exchange.receive(20)
+    assert delivery is not None
+    assert isinstance(delivery.failure, BackendTimeout)
+    assert time.monotonic() - began < 8
+    assert bridge.is_alive
 
 
 def raw(bridge: Bridge, line: bytes) -> None:

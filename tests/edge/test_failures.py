@@ -48,7 +48,7 @@ def error_of(message: Json) -> Json:
 FAILURES = [
     (errors.BackendLost("x"), "server-exited", 502),
     (errors.BackendExited("x"), "server-exited", 502),
-    (errors.BackendDraining("x"), "draining", 503),
+    (errors.BackendDraining("x"), "draining", 502),
     (errors.BackendUnreached("x"), "server-unreachable", 502),
     (errors.BackendUnavailable("x"), "server-unreachable", 503),
     (errors.BackendNotStarted("x"), "server-start-failed", 502),

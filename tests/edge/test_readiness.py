@@ -22,6 +22,10 @@ def server(name: str, reason: str | None) -> Part:
     return Part(name, reason, Weight.ONE_OF_MANY)
 
 
+def doubtful(name: str) -> Part:
+    return Part(name, "crashed", Weight.USABLE)
+
+
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
@@ -30,6 +34,8 @@ def server(name: str, reason: str | None) -> Part:
         ([essential("away"), server("a", None)], (503, "not ready")),
         ([essential(None), server("a", "gone"), server("b", None)], (200, "degraded")),
         ([essential(None), server("a", "gone"), server("b", "gone")], (503, "not ready")),
+        ([essential(None), doubtful("a")], (200, "degraded")),
+        ([essential(None), doubtful("a"), server("b", "gone")], (200, "degraded")),
         ([Part("sweeper", "ended", Weight.USEFUL), server("a", None)], (200, "degraded")),
     ],
 )

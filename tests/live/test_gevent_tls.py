@@ -44,7 +44,7 @@ def test_an_https_target_is_served(target: HttpBackend, certificates: Certificat
     way = (*_GUNICORN, "-k", "gevent", "tests.live.gevent_tls:app")
     target.on("GET", "/mcp", stream(b'data: {"jsonrpc":"2.0","method":"m"}\n\n'))
     with ProxyProcess(way=way, environment=environment) as process:
-        assert "Using worker: gevent" in process.log()
+        assert "Using worker: mcp_proxy.server.gevent_worker.GeventWorker" in process.log()
         client = client_of(process).open()
         for _ in range(3):
             assert client.result("tools/list")["backend"] == "backend"

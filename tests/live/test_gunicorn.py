@@ -48,6 +48,62 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+THREADS = "mcp_proxy.server.worker.KeepaliveWorker"
+GREENLETS = "mcp_proxy.server.gevent_worker.GeventWorker"
+
+#: The proxy under a configuration that is not ours.
+PLAIN = ("-m", "gunicorn", "-c", "python:tests.live.plain_gunicorn", "mcp_proxy.wsgi:app")
+
+
+# --- the worker class ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        (["-k", "gevent"], GREENLETS),
+        (["-k", "gthread"], THREADS),
+        (["-k", "sync", "--threads", "1"], THREADS),
+    ],
+)
+def test_with_our_configuration_gunicorns_worker_classes_are_ours(
+    options: list[str], ours: str
+) -> None:
+    with ProxyProcess(SCRIPTED, options=options, way=GUNICORN) as process:
+        assert f"Using worker: {ours}" in process.log()
+        assert client_of(process).open().result("count")["calls"] == 1
+        (before,) = process.worker_pids()
+        os.kill(process.master_pid, signal.SIGHUP)
+        eventually(lambda: before not in process.worker_pids(), 20)
+        assert process.log().count(f": {ours} is used") == 2
+        assert client_of(process).open().result("count")["calls"] == 1
+        assert 'worker_class = "' not in process.log()
+
+
+@pytest.mark.parametrize(("kind", "ours"), [("gthread", THREADS), ("gevent", GREENLETS)])
+def test_a_worker_class_that_is_not_ours_is_told_at_the_first_request(kind: str, ours: str) -> None:
+    with ProxyProcess(SCRIPTED, options=["-k", kind], way=PLAIN) as process:
+        eventually(lambda: f'worker_class = "{ours}"' in process.log())
+        client_of(process).open()
+        assert process.log().count("worker_class = ") == 1
+    with ProxyProcess(SCRIPTED, options=["-k", ours], way=PLAIN) as process:
+        client_of(process).open()
+        assert "worker_class = " not in process.log()
+
+
+@pytest.mark.parametrize("ours", [THREADS, GREENLETS])
+def test_a_deadline_that_does_not_fit_is_refused_at_the_start(ours: str) -> None:
+    way = ("-m", "gunicorn", "-c", "python:tests.live.plain_gunicorn", "-k", ours)
+    for options, environment in (
+        ((), {"MCP_PROXY_CLIENT_TIMEOUT": "soon"}),
+        (("-e", "MCP_PROXY_CLIENT_TIMEOUT=soon"), {}),
+    ):
+        ended = run(*way, *options, "tests.live.held:app", **environment)
+        assert ended.returncode == 1
+        assert "mcp-wsgi-proxy: client_timeout: expected a number above 0" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
 # --- starting ------------------------------------------------------------------------------------
 
 

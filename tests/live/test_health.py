@@ -14,7 +14,7 @@ from werkzeug.test import Client
 from mcp_proxy import ProxyConfig, create_app
 from mcp_proxy.background import Worker
 from tests.support.ended_threads import end_worker, threads_end
-from tests.support.front import SCRIPTED, McpClient
+from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.proxies import WsgiProxy, running
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
@@ -128,7 +128,8 @@ def test_a_server_that_is_in_use_is_served_although_a_client_could_not_begin(
     with running("wsgi", server) as proxy:
         client = proxy.client().open()
         file.touch()
-        assert proxy.client().initialize().failure == "server-exited"
+        for _ in range(2):
+            assert proxy.client().initialize().failure == "server-exited"
 
         def said() -> tuple[int, str]:
             answer = client.front.request("GET", "/readyz", {}, None)
@@ -137,6 +138,37 @@ def test_a_server_that_is_in_use_is_served_although_a_client_could_not_begin(
         eventually(lambda: said() == (200, "degraded"))
         client.delete()
         eventually(lambda: said() == (503, "not ready"))
+
+
+def test_one_crash_at_the_start_makes_nobody_stay_away() -> None:
+    """What the client has sent may be its reason."""
+    with running("wsgi", [sys.executable, "-c", "raise SystemExit(1)"]) as proxy:
+        client = proxy.client()
+
+        def said() -> tuple[int, str, Any]:
+            answer = client.front.request("GET", "/readyz", {}, None)
+            document = json.loads(answer.body())
+            return answer.status, document["status"], document["checks"]["server default"]
+
+        assert client.initialize().failure == "server-exited"
+        reason = "The server exited (exit code 1) before it answered; no start has succeeded so far"
+        degraded = {"state": "degraded", "reason": reason}
+        eventually(lambda: said() == (200, "degraded", degraded))
+        assert client.initialize().failure == "server-exited"
+        failed = {"state": "failed", "reason": reason}
+        eventually(lambda: said() == (503, "not ready", failed))
+
+
+def test_a_server_that_is_in_use_is_enough_where_the_others_are_gone(tmp_path: Path) -> None:
+    entries = {
+        "good": {"command": SCRIPTED[0], "args": list(SCRIPTED[1:])},
+        "gone": {"command": "/no/such/server"},
+    }
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": entries}))
+    with create_app(ProxyConfig(config=str(file))) as app:
+        McpClient(WsgiFront(app), "/servers/good/mcp").open()
+        assert app.not_ready_reason() is None
 
 
 _DIES_IF = """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -142,3 +144,40 @@ def test_a_standing_stream_behind_a_cut_frees_its_place_and_keeps_its_session(
         scene.network.silence_client()
         eventually(has_a_place, _GIVEN_UP + _A_BIT)
         assert client.result("count")["calls"] == 1
+
+
+# Answers the first line it reads, and reads no other one.
+_DEAF = """
+import json, sys, time
+asked = json.loads(sys.stdin.readline())
+result = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "d"}}
+print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/messages"])
+def test_who_leaves_holds_no_thread_while_a_server_takes_nothing(path: str) -> None:
+    """Half of the first message is in the pipe, and the others wait for their turn."""
+    said = {"jsonrpc": "2.0", "method": "notifications/x", "params": {"pad": "x" * 200_000}}
+    options = ["--threads", "4", "--max-streams", "1"]
+    with ProxyProcess([sys.executable, "-c", _DEAF], options=options) as process:
+        front = HttpFront(process.base)
+        if path == "/mcp":
+            client = McpClient(front)
+            assert client.initialize().status == 200
+            own = f"Mcp-Session-Id: {client.session}\r\n"
+        else:
+            old = SseClient(front)
+            old.connect()
+            old.answer(old.call("initialize", {"protocolVersion": "2025-06-18"}))
+            own, path, said["id"] = "", old.uri, 7
+        body = json.dumps(said).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{own}Content-Type: application/json\r\n"
+        for _ in range(4):
+            connection = socket.create_connection(("127.0.0.1", process.port), _PATIENCE)
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            connection.close()
+        begun = time.monotonic()
+        assert McpClient(front).initialize().status == 200
+        assert time.monotonic() - begun < 12  # the server has half a minute to read

@@ -340,13 +340,17 @@ def test_a_claim_is_given_back_once_the_store_is_back(monkeypatch: pytest.Monkey
         assert app.owner._sweeper.interval == app.owner._interval
 
 
-def test_a_call_that_the_end_of_its_replica_cuts_off_says_so() -> None:
-    with serving() as (app, client), ThreadPoolExecutor(1) as pool:
+@pytest.mark.parametrize(("choice", "status"), [("json-rpc", 200), ("http", 502)])
+def test_a_call_that_the_end_of_its_replica_cuts_off_says_so(choice: str, status: int) -> None:
+    """It may have acted, so nobody is told to repeat it."""
+    with serving(failure_status=choice) as (app, client), ThreadPoolExecutor(1) as pool:
         client.open()
         call = pool.submit(client.call, "silence", Accept="application/json")
         eventually(lambda: app.is_busy)
         app.close()
-        assert call.result(10).failure == "draining"
+        answer = call.result(10)
+        assert (answer.status, answer.failure) == (status, "draining")
+        assert "Retry-After" not in answer.headers
 
 
 @pytest.mark.parametrize("width", [2, 0])
@@ -363,7 +367,8 @@ def test_an_initialize_that_the_end_of_its_replica_cuts_off_says_so(width: int) 
 
 
 def test_a_session_that_is_brought_back_as_its_replica_ends_says_so() -> None:
-    with serving() as (app, client), ThreadPoolExecutor(1) as pool:
+    """The call has not begun, so another replica may be asked."""
+    with serving(failure_status="http") as (app, client), ThreadPoolExecutor(1) as pool:
         client.open()
         kill_server(app, client)
         server = app.owner.server
@@ -372,7 +377,9 @@ def test_a_session_that_is_brought_back_as_its_replica_ends_says_so() -> None:
         call = pool.submit(client.call, "count", Accept="application/json")
         eventually(lambda: children(app) == 1)
         app.close()
-        assert call.result(10).failure == "draining"
+        answer = call.result(10)
+        assert (answer.status, answer.failure) == (503, "draining")
+        assert "Retry-After" in answer.headers
         assert app.owner.backoff.not_ready_reason() is None
 
 

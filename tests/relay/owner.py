@@ -7,6 +7,7 @@ the replica's id; then one line for each call. It ends with its standard input.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from mcp_proxy.backends.exchange import Exchange
 from mcp_proxy.redis.client import Connection
@@ -24,11 +25,13 @@ class PrintingBackend(ScriptedBackend):
         print(*[request.method for request in exchange.requests], flush=True)
         super().send(exchange)
 
-    def notify(self, notification: Notification) -> None:
+    def notify(
+        self, notification: Notification, has_left: Callable[[], bool] | None = None
+    ) -> None:
         print(notification.method, flush=True)
         super().notify(notification)
 
-    def respond(self, response: Response) -> None:
+    def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
         print("response", flush=True)
         super().respond(response)
 

@@ -83,7 +83,9 @@ class ScriptedBackend(Backend):
         for request in requests[:1]:
             self.scripts.get(request.method, _echo)(played, requests)
 
-    def submit(self, request: Request, timeout: float) -> None:
+    def submit(
+        self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
+    ) -> None:
         self._refuse()
         self.executed[request.method] += 1
         self.requests.append(request)
@@ -91,12 +93,14 @@ class ScriptedBackend(Backend):
             raise BackendLost("There is no stream for the answer")
         self.streams[-1].answer(request.method, request.id)
 
-    def notify(self, notification: Notification) -> None:
+    def notify(
+        self, notification: Notification, has_left: Callable[[], bool] | None = None
+    ) -> None:
         self._refuse()
         self.told.append(notification)
         self.on_tell()
 
-    def respond(self, response: Response) -> None:
+    def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
         self._refuse()
         self.told.append(response)
         self.on_tell()

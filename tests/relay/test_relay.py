@@ -217,10 +217,10 @@ def test_who_has_left_waits_for_no_standing_stream(
 def test_who_has_left_does_not_wait_until_something_is_told(client: Node, owner: Node) -> None:
     goes_on = threading.Event()
     owner.child.on_tell = lambda: goes_on.wait(PATIENCE)
-    backend = client.relay.backend(owner.replica.id, "child", has_left=lambda: True)
+    backend = client.relay.backend(owner.replica.id, "child")
     began = time.monotonic()
     with pytest.raises(ClientLeft):
-        backend.notify(Notification("x"))
+        backend.notify(Notification("x"), lambda: True)
     assert time.monotonic() - began < 5
     goes_on.set()
     eventually(lambda: [told.method for told in owner.child.told] == ["x"])  # type: ignore[union-attr]

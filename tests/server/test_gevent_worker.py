@@ -82,6 +82,15 @@ def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for_any_longer(tmp_pat
         assert connection.read().status == 408
 
 
+def test_its_deadlines_come_from_gunicorns_environment(tmp_path: Path) -> None:
+    options = ("-e", "MCP_PROXY_CLIENT_TIMEOUT=1.5")
+    with serving(tmp_path, *options) as held, closing(held.connect()) as connection:
+        before = time.monotonic()
+        connection.send_raw(HALF_HEAD)
+        assert connection.read_head().status == 408
+        assert time.monotonic() - before < 15
+
+
 def test_a_connection_that_says_nothing_is_closed_without_a_word(tmp_path: Path) -> None:
     with serving(tmp_path, way=IMPATIENT) as held, closing(held.connect()) as connection:
         assert connection.is_closed_by_server()
@@ -141,6 +150,25 @@ def test_tls_is_served_and_its_failures_are_a_line(
             connection.send_raw(HALF_HEAD)
             assert connection.read().status == 408
         assert "Traceback" not in held.process.log()
+
+
+def test_a_worker_that_stops_does_not_wait_for_handshakes(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    files = ("--certfile", certificates.path("server.pem"), "--keyfile")
+    options = (*files, certificates.path("server.key"))
+    with serving(tmp_path, *options) as held, ExitStack() as stack:
+        for data in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            stack.enter_context(closing(held.connect())).send_raw(data)
+        tls = ssl.create_default_context(cafile=certificates.path("ca.pem"))
+        held.tls = tls  # what comes last is served: all were accepted
+        with closing(held.connect()) as connection:
+            assert connection.ask("/").status == 200
+        before = time.monotonic()
+        os.kill(held.process.master_pid, signal.SIGTERM)
+        held.process.wait(30)
+        assert time.monotonic() - before < 8
+        assert "TLS with" not in held.process.log()
 
 
 # --- our own application -------------------------------------------------------------------------

@@ -17,7 +17,11 @@ import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
 from mcp_proxy import ProxyOptions, TransparentProxy
-from mcp_proxy.errors import BackendLost, Draining, SessionUnknown
+from mcp_proxy.errors import (
+    BackendDraining,
+    BackendLost,
+    SessionUnknown,
+)
 from mcp_proxy.wire import sse
 from tests.proofs.hell import drip, flood
 from tests.servers.http_backend import (
@@ -1183,8 +1187,6 @@ def test_a_client_that_leaves_while_the_last_piece_is_sent_harms_no_other(
 def test_sigterm_ends_streams_cleanly_and_lets_calls_finish(
     target: HttpBackend, redis_url: str, framing: str
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     target.reset()
 
     def slow(turn: Turn) -> None:
@@ -1225,10 +1227,12 @@ def test_a_proxy_that_closes_ends_streams_and_breaks_other_answers_off(
         assert proxy.is_busy
         proxy.close()
         if content_type == "application/x":
-            with pytest.raises(Draining):
+            with pytest.raises(BackendDraining):
                 list(found)
-        else:
+        elif framing == "length":  # nothing can be added
             assert list(found) == []
+        else:
+            assert b'"id":1,"error":' in b"".join(found)
         front.close()
         assert not proxy.is_busy
 
@@ -1349,6 +1353,22 @@ def test_a_stream_that_has_not_begun_does_not_delay_the_end(
             assert call.result(20).status == 503
         proxy.process.wait(10)
         assert time.monotonic() - begun < 4
+
+
+def test_a_call_that_a_proxy_that_closes_cuts_off_may_have_acted(target: HttpBackend) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    target.reset()
+    options = ProxyOptions(failure_status="http")
+    with TransparentProxy(target.url, options=options) as proxy, ThreadPoolExecutor(1) as pool:
+        client = McpClient(LocalFront(proxy)).open()
+        target.rpc["hang"] = silent
+        call = pool.submit(client.call, "hang")
+        eventually(lambda: target.calls("hang"))
+        proxy.close()
+        answer = call.result(20)
+        assert (answer.status, answer.failure) == (502, "draining")
+        assert "Retry-After" not in answer.headers
 
 
 def test_a_call_that_hangs_at_the_end_is_told(target: HttpBackend, redis_url: str) -> None:

@@ -111,6 +111,7 @@ def test_a_server_that_dies_at_once_is_an_error_that_says_so(way: str) -> None:
         assert error["code"] == -32000
         assert "exit code 3" in error["message"]
         assert "database" not in error["message"]  # stderr is for the log
+        assert client.initialize().failure == "server-exited"  # the second in a row
         assert "exit code 3" in not_ready(client)
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -1240,8 +1241,6 @@ def test_a_proxy_that_closes_ends_streams_and_breaks_other_answers_off(
 def test_a_proxy_that_closes_answers_for_a_json_answer_that_is_not_whole(
     target: HttpBackend,
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     target.reset()
     target.on("POST", "/mcp", stream(b'{"a"', Feed(), content_type=JSON))
     with TransparentProxy(target.url) as proxy, ThreadPoolExecutor(1) as pool:
@@ -1338,8 +1337,6 @@ def reject(environ: Any, start_response: Any) -> list[bytes]:
 def test_a_stream_that_has_not_begun_does_not_delay_the_end(
     target: HttpBackend, redis_url: str
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     target.reset()
     with transparent("gunicorn", target.url, redis_url, threads=8) as proxy:
         client = proxy.client().open()
@@ -1356,8 +1353,6 @@ def test_a_stream_that_has_not_begun_does_not_delay_the_end(
 
 
 def test_a_call_that_a_proxy_that_closes_cuts_off_may_have_acted(target: HttpBackend) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     target.reset()
     options = ProxyOptions(failure_status="http")
     with TransparentProxy(target.url, options=options) as proxy, ThreadPoolExecutor(1) as pool:
@@ -1373,8 +1368,6 @@ def test_a_call_that_a_proxy_that_closes_cuts_off_may_have_acted(target: HttpBac
 
 def test_a_call_that_hangs_at_the_end_is_told(target: HttpBackend, redis_url: str) -> None:
     """After the drain nobody waits for a backend any more."""
-    from concurrent.futures import ThreadPoolExecutor
-
     target.reset()
     with transparent("gunicorn", target.url, redis_url, threads=8) as proxy:
         client = proxy.client().open()

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
 
 _CALLERS = 6
+_MAX_CALLERS = 100
 _LOOK = 0.1
 
 #: Seconds within which nothing is left of a proxy whose arbiter was killed: gunicorn's own limit.
@@ -91,12 +93,16 @@ def under_load(
             **(environment or {}),
         }
         proxy = stack.enter_context(ProxyProcess(_STUBBORN, environment=settings, way=way))
-        callers = [Caller(proxy.port, "/mcp", {"name": "x"}, "echo") for _ in range(_CALLERS)]
-        for caller in callers:
+        scene = Scene(redis, proxy, [])
+        # The kernel shares connections out as it likes: more come until each worker has a server.
+        while len(scene.callers) < _CALLERS or len(scene.guardians()) < workers:
+            assert len(scene.callers) < _MAX_CALLERS, "a worker gets no sessions"
+            caller = Caller(proxy.port, "/mcp", {"name": "x"}, "echo")
+            scene.callers.append(caller)
             caller.start()
             stack.callback(caller.stop)
-        scene = Scene(redis, proxy, callers)
-        eventually(lambda: scene.calls() > 20 * _CALLERS, 30, "not everybody calls")
+            eventually(partial(len, caller.done), 30, "a caller does not call")
+        eventually(lambda: scene.calls() > 20 * len(scene.callers), 30, "not everybody calls")
         yield scene
 
 

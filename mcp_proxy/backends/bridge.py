@@ -162,7 +162,8 @@ class Bridge(Backend):
         except ClientLeft:
             with self._lock:
                 self._switchboard.pop_exchange(exchange)
-                self._note_unsaid(is_ours=bool(told))
+                if told:
+                    self._note_unsaid()
             raise
         except BackendUnreached as error:
             with self._lock:
@@ -195,7 +196,8 @@ class Bridge(Backend):
                 call = self._switchboard.newest(request.id)
                 if call is not None:
                     self._switchboard.pop(call.wire_id)
-                self._note_unsaid(is_ours=len(lines) > 1)
+                if len(lines) > 1:
+                    self._note_unsaid()
             if call is not None:
                 _fail(call, BackendError(_UNTAKEN))
             raise
@@ -211,10 +213,9 @@ class Bridge(Backend):
         log.info("[%s] a client's %s was lost; the server gets ours", self.name, INITIALIZED)
         return [jsonrpc.encode(Notification(INITIALIZED))]
 
-    def _note_unsaid(self, is_ours: bool) -> None:
-        """What the child was to hear before a request was not written. The lock is held."""
-        if is_ours:
-            self._is_initializing, self._was_told = True, False
+    def _note_unsaid(self) -> None:
+        """Our notifications/initialized was not written with its request. The lock is held."""
+        self._is_initializing, self._was_told = True, False
 
     def notify(
         self, notification: Notification, has_left: Callable[[], bool] | None = None

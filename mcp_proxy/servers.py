@@ -503,12 +503,10 @@ def _expected(takes: msgspec.inspect.Type, value: Any) -> str:
     match takes:
         case UnionType():
             return _expected(takes.types[0], value)
-        case FloatType() | BoolType():
-            bounds = "true or false"
-            if isinstance(takes, FloatType):
-                bounds = f"a number above {takes.gt} and at most {takes.le}"
-            shown = _kind(value) if isinstance(value, list | tuple | dict) else repr(value)
-            return f"expected {bounds}, got {shown}"
+        case FloatType():
+            return f"expected a number above {takes.gt} and at most {takes.le}, got {_shown(value)}"
+        case BoolType():
+            return f"expected true or false, got {_shown(value)}"
         case DictType():
             is_fit, wanted = isinstance(value, dict), "an object of texts"
             parts = [*value.values(), *value] if is_fit else []
@@ -519,6 +517,11 @@ def _expected(takes: msgspec.inspect.Type, value: Any) -> str:
             return f"expected a text, got {_kind(value)}"
     wrong = next((part for part in parts if not isinstance(part, str)), "")
     return f"expected {wanted}, got {f'one with {_kind(wrong)} in it' if is_fit else _kind(value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value where none is a secret, in short."""
+    return _kind(value) if isinstance(value, list | tuple | dict) else repr(value)
 
 
 def _kind(value: Any) -> str:

@@ -765,6 +765,8 @@ def _unreached(error: Exception, reason: Any) -> BackendUnreached:
         return BackendUnreached("The outbound proxy cannot be reached")
     if isinstance(error, requests.Timeout):
         return BackendUnreached("The server cannot be reached in time")
+    if isinstance(reason, urllib3.exceptions.NameResolutionError):
+        return BackendUnreached("The server cannot be reached: its name cannot be resolved")
     if isinstance(reason, urllib3.exceptions.ProtocolError):
         return BackendUnreached("The server cannot be reached: the connection broke off")
     return BackendUnreached("The server cannot be reached: the connection was refused")

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mcp_proxy.errors import (
     Draining,
     RedirectRefused,
 )
-from mcp_proxy.wire.urls import Address
+from mcp_proxy.wire.urls import Address, parse_target
 from tests.proofs.hell import drip, flood
 from tests.servers.http_backend import Feed, HttpBackend, Turn, raw, reply, reset, silent, stream
 from tests.support.waiting import eventually
@@ -162,6 +163,17 @@ def test_an_event_stream_may_stall(calls: Calls, backend: HttpBackend, framing: 
     pieces = call.pieces()
     assert next(pieces) == b"late"
     feed.put(None)
+
+
+def test_a_name_that_nobody_knows_is_no_refused_connection() -> None:
+    with closing(HttpClient(5, 1)) as client:
+        target = parse_target("http://no.such.host.invalid/mcp")
+        assert target is not None
+        call = HttpCall(client, target.address, "POST", "/mcp", {}, b"")
+        with closing(call), pytest.raises(BackendUnreached) as caught:
+            call.send(10)
+    assert caught.value.message == "The server cannot be reached: its name cannot be resolved"
+    assert "no.such.host.invalid" in caught.value.detail
 
 
 def test_a_body_over_the_limit_is_refused(calls: Calls, backend: HttpBackend) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import NamedTuple
 from urllib.parse import urljoin
 
@@ -41,9 +42,10 @@ from mcp_proxy.wire import jsonrpc, revisions, sse
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON, PROTOCOL_VERSION, SESSION_ID
 from mcp_proxy.wire.jsonrpc import Request, Response
-from mcp_proxy.wire.urls import Target, parse_target, request_target
+from mcp_proxy.wire.urls import Address, Target, parse_target, request_target
 
-#: Seconds for a server to answer initialize; `npx` and `uvx` may have to fetch it first.
+#: Seconds for a server to answer initialize, where calls may take as long; `npx` and `uvx` may have
+#: to fetch it first.
 ANSWER_TIME = 60.0
 
 # The exit code of a command that SIGINT has ended, as shells have it.
@@ -107,21 +109,22 @@ def _rows(config: ProxyConfig, mask: Mask) -> Iterator[Row]:
     client = HttpClient(config.connect_timeout, 1, config.ca_file or True, config.backend_proxy)
     try:
         for server in config.servers():
+            limit = min(ANSWER_TIME, server.timeout or config.request_timeout)
             if isinstance(server, HttpServer):
                 for url in server.urls:
-                    _announce(mask, f"server {server.name}: asking {url.partition('?')[0]}")
-                    yield _backend(config, client, server, url)
+                    _announce(mask, f"server {server.name}: asking {url.partition('?')[0]}", limit)
+                    yield _backend(config, client, server, url, limit)
             else:
-                _announce(mask, f"server {server.name}: starting {server}")
-                yield _server(config, server, supervisor)
+                _announce(mask, f"server {server.name}: starting {server}", limit)
+                yield _server(config, server, supervisor, limit)
     finally:
         client.close()
         supervisor.close()
 
 
-def _announce(mask: Mask, what: str) -> None:
+def _announce(mask: Mask, what: str, limit: float) -> None:
     """Says on stderr what is done now, and for how long at most."""
-    print(mask(f"{what}, up to {in_seconds(ANSWER_TIME)}"), file=sys.stderr, flush=True)
+    print(mask(f"{what}, up to {in_seconds(limit)}"), file=sys.stderr, flush=True)
 
 
 def _bind(address: str) -> Row:
@@ -159,7 +162,9 @@ def _store(config: ProxyConfig) -> Row:
     return Row("sessions", True, f"Redis {version}, which takes writes")
 
 
-def _backend(config: ProxyConfig, client: HttpClient, server: HttpServer, url: str) -> Row:
+def _backend(
+    config: ProxyConfig, client: HttpClient, server: HttpServer, url: str, limit: float
+) -> Row:
     """Initializes one replica of an HTTP server, as a client would through the proxy."""
     what = f"server {server.name}"
     target = parse_target(url)
@@ -167,7 +172,8 @@ def _backend(config: ProxyConfig, client: HttpClient, server: HttpServer, url: s
     policy = HeaderPolicy(changes=(*config.forward_headers, *server.headers))
     headers = policy.outbound({"wsgi.url_scheme": "http"})
     try:
-        return Row(what, True, f"{_greet(client, target, headers)} ({_shown(target)})")
+        found = _greet(_Asked(client, target, headers, limit))
+        return Row(what, True, f"{found} ({_shown(target)})")
     except ProxyError as error:
         return Row(what, False, f"{error} ({_shown(target)})")
 
@@ -176,15 +182,14 @@ def _shown(target: Target) -> str:
     return target.address.url + target.path
 
 
-def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) -> Row:
+def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor, limit: float) -> Row:
     what = f"server {server.name}"
     try:
-        limit = config.max_message_bytes
-        bridge = Bridge(supervisor, server, limit, on_lost=lambda lost: None)
+        bridge = Bridge(supervisor, server, config.max_message_bytes, on_lost=lambda lost: None)
     except ProxyError as error:
         return Row(what, False, f"{error} ({shown_command(server.argv)})")
     try:
-        return Row(what, True, _greet_child(bridge))
+        return Row(what, True, _greet_child(bridge, limit))
     except ProxyError as error:
         finding = f"{error} ({shown_command(server.argv)})"
         return Row(what, False, finding, stderr=bridge.stderr_tail[-5:])
@@ -195,28 +200,42 @@ def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) ->
 # --- what is said to a server --------------------------------------------------------------------
 
 
-def _greet_child(bridge: Bridge) -> str:
+def _greet_child(bridge: Bridge, limit: float) -> str:
     """The name, version and revision of a stdio server; raises ProxyError."""
-    return handshake.describe(handshake.ask(bridge, _initialize(), ANSWER_TIME))
+    return handshake.describe(handshake.ask(bridge, _initialize(), limit))
 
 
-def _greet(client: HttpClient, target: Target, headers: Mapping[str, str]) -> str:
+class _Asked(NamedTuple):
+    """An HTTP server, the headers that each request to it has, and seconds for each answer."""
+
+    client: HttpClient
+    target: Target
+    headers: Mapping[str, str]
+    limit: float
+
+    def call(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes, at: Address
+    ) -> HttpCall:
+        """A call that is not sent yet."""
+        return HttpCall(self.client, at, method, path, {**headers, **self.headers}, body)
+
+
+def _greet(server: _Asked) -> str:
     """The name, version and revision of an HTTP server; raises ProxyError.
 
-    `headers` are sent with each request. A server that wants credentials is in order where they
-    have none: its clients have them.
+    One that wants credentials is in order where our headers have none: its clients have them.
     """
-    endpoint = request_target(target, None, "/mcp", "")
+    endpoint = request_target(server.target, None, "/mcp", "")
     try:
-        return _greet_streamable(client, target, endpoint, headers)
+        return _greet_streamable(server, endpoint)
     except _Refused as refusal:
-        if refusal.status == 401 and "authorization" not in map(str.lower, headers):
+        if refusal.status == 401 and "authorization" not in map(str.lower, server.headers):
             return "wants credentials of each client (401), so it was not initialized"
         if refusal.status not in _NOT_THIS_WIRE:
             raise
-        older = request_target(target, None, "/sse", "")
+        older = request_target(server.target, None, "/sse", "")
         for path in dict.fromkeys((endpoint, older)):
-            found = _greet_older(client, target, path, headers)
+            found = _greet_older(server, path)
             if found is not None:
                 return found
         raise
@@ -239,18 +258,15 @@ def _initialize() -> Request:
     return Request("check", INITIALIZE, jsonrpc.as_payload(params))
 
 
-def _greet_streamable(
-    client: HttpClient, target: Target, endpoint: str, headers: Mapping[str, str]
-) -> str:
-    accepted = {"Accept": f"{JSON}, {EVENT_STREAM}", "Content-Type": JSON}
+def _greet_streamable(server: _Asked, endpoint: str) -> str:
+    typed = {"Accept": f"{JSON}, {EVENT_STREAM}", "Content-Type": JSON}
     body = jsonrpc.encode(_initialize())
-    call = HttpCall(client, target.address, "POST", endpoint, {**accepted, **headers}, body)
-    call = _sent(call)
+    call = _sent(server.call("POST", endpoint, typed, body, server.target.address), server.limit)
     try:
         if not 200 <= call.status < 300:
             raise _Refused(call.status)
         if call.media_type == EVENT_STREAM:
-            answer = _response_among(_events(call))
+            answer = _response_among(_events(call, server.limit))
         else:
             answer = _response_in(call.read(_MAX_ANSWER))
         found = handshake.describe(answer)
@@ -259,26 +275,23 @@ def _greet_streamable(
         call.close()
     if session is not None:
         version = jsonrpc.protocol_version_of(answer.result) or revisions.ASSUMED
-        named = {SESSION_ID: session, PROTOCOL_VERSION: version, **headers}
-        end = HttpCall(client, call.address, "DELETE", call.target, named, b"")
-        end.send(ANSWER_TIME)
-        end.close()
+        named = {SESSION_ID: session, PROTOCOL_VERSION: version}
+        with closing(server.call("DELETE", call.target, named, b"", call.address)) as end:
+            end.send(server.limit)
     return found
 
 
-def _greet_older(
-    client: HttpClient, target: Target, path: str, headers: Mapping[str, str]
-) -> str | None:
+def _greet_older(server: _Asked, path: str) -> str | None:
     """As `_greet` over HTTP+SSE (2024-11-05); None where there is no such stream."""
-    accepted = {"Accept": EVENT_STREAM, **headers}
+    target, accepted = server.target, {"Accept": EVENT_STREAM}
     try:
-        stream = _sent(HttpCall(client, target.address, "GET", path, accepted, b""))
+        stream = _sent(server.call("GET", path, accepted, b"", target.address), server.limit)
     except RedirectRefused:
         return None  # a page for browsers, say
     try:
         if stream.status != 200 or stream.media_type != EVENT_STREAM:
             return None
-        events = _events(stream)
+        events = _events(stream, server.limit)
         first = next(events, None)
         if first is None or first.event != b"endpoint":
             return None
@@ -287,11 +300,10 @@ def _greet_older(
         if there is None or there.origin != target.origin:
             raise BadAnswer("The server's endpoint event names another server, or none")
         endpoint = f"{there.path or '/'}?{there.query}" if there.query else there.path or "/"
-        typed = {"Content-Type": JSON, "Accept": JSON, **headers}
+        typed = {"Content-Type": JSON, "Accept": JSON}
         body = jsonrpc.encode(_initialize())
-        post = HttpCall(client, stream.address, "POST", endpoint, typed, body)
-        post.send(ANSWER_TIME)
-        post.close()
+        with closing(server.call("POST", endpoint, typed, body, stream.address)) as post:
+            post.send(server.limit)
         if not 200 <= post.status < 300:
             raise _Refused(post.status)
         return handshake.describe(_response_among(events))
@@ -299,13 +311,13 @@ def _greet_older(
         stream.close()
 
 
-def _sent(call: HttpCall) -> HttpCall:
+def _sent(call: HttpCall, limit: float) -> HttpCall:
     """The call, its answer begun, with redirects followed as the proxy follows them."""
     while True:
-        call.send(ANSWER_TIME)
         try:
+            call.send(limit)
             successor = call.redirected()
-        except RedirectRefused:
+        except ProxyError:
             call.close()
             raise
         if successor is None:
@@ -314,14 +326,14 @@ def _sent(call: HttpCall) -> HttpCall:
         call = successor
 
 
-def _events(call: HttpCall) -> Iterator[sse.Event]:
+def _events(call: HttpCall, limit: float) -> Iterator[sse.Event]:
     """The events of an answer, for as long as an answer may take."""
-    deadline = time.monotonic() + ANSWER_TIME
+    deadline = time.monotonic() + limit
     decoder = sse.Decoder(_MAX_ANSWER)
     for piece in call.pieces(pulse=_PULSE):
         yield from decoder.feed(piece)
         if time.monotonic() > deadline:
-            raise BackendTimeout(f"The server did not answer within {in_seconds(ANSWER_TIME)}")
+            raise BackendTimeout(f"The server did not answer within {in_seconds(limit)}")
 
 
 def _response_among(events: Iterator[sse.Event]) -> Response:

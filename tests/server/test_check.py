@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mcp_proxy import ProxyConfig
 from mcp_proxy.config import from_values
 from mcp_proxy.server.check import check
-from tests.servers.http_backend import HttpBackend, Turn, reply
+from tests.servers.http_backend import HttpBackend, Turn, reply, silent
 from tests.servers.old_server import OldServer
 from tests.support.front import SCRIPTED
 from tests.support.outbound import OutboundProxy
@@ -204,8 +205,8 @@ def test_what_is_waited_for_is_said_at_once_and_for_how_long(
     capfd: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mcp_proxy.server.check.ANSWER_TIME", 0.5)
-    silent = [sys.executable, "-c", "input(); input()", "--token=hunter22"]
-    assert check(from_values({"command": silent})) == 1
+    waiting = [sys.executable, "-c", "input(); input()", "--token=hunter22"]
+    assert check(from_values({"command": waiting})) == 1
     out, err = capfd.readouterr()
     assert re.search(r"^server default: starting .*\*\*\*.*, up to 0.5 seconds", err, re.MULTILINE)
     assert "did not answer within 0.5 seconds" in out
@@ -219,9 +220,32 @@ def test_the_question_to_an_http_server_is_said_at_once(
     assert wanted in capfd.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize("is_stdio", [True, False])
+def test_the_time_limit_of_calls_is_one_for_check_too(
+    is_stdio: bool, backend: HttpBackend, capfd: Printed
+) -> None:
+    backend.rpc["initialize"] = silent
+    server: Any = {"command": [sys.executable, "-c", "input(); input()"]}
+    asked = server if is_stdio else {"target_url": [backend.url]}
+    assert check(from_values({**asked, "request_timeout": 0.5})) == 1
+    out, err = capfd.readouterr()
+    assert "up to 0.5 seconds" in err
+    assert "did not answer within 0.5 seconds" in out
+
+
+def test_the_time_limit_of_a_server_in_the_file_is_one_for_check_too(
+    tmp_path: Path, capfd: Printed
+) -> None:
+    entry = {"command": sys.executable, "args": ["-c", "input(); input()"], "timeout": 0.5}
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": {"slow": entry}}))
+    assert check(from_values({"config": str(file)})) == 1
+    assert "did not answer within 0.5 seconds" in capfd.readouterr().out
+
+
 def test_who_has_waited_enough_gets_no_traceback() -> None:
-    silent = [sys.executable, "-c", "input(); input()"]
-    command = [sys.executable, "-m", "mcp_proxy", "check", "--", *silent]
+    waiting = [sys.executable, "-c", "input(); input()"]
+    command = [sys.executable, "-m", "mcp_proxy", "check", "--", *waiting]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith(b"server default: starting")

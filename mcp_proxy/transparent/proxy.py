@@ -424,7 +424,9 @@ class TransparentProxy(Transport):
         if inbound.request.method != "GET" and not isinstance(inbound.message, Request):
             raise error
         outbound = self._policy.outbound(inbound.request.environ)
-        found = self._unknown.find(session_id, outbound, self._watch_of(inbound.request))
+        request = inbound.request
+        watch = self._watch_of(request)
+        found = self._unknown.find(session_id, outbound, request.has_left, watch)
         if isinstance(found, Session):
             return self._in_session(inbound, found)
         return self._reply(inbound, self._call(inbound, Route(found, session_id)))

@@ -10,13 +10,14 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from mcp_proxy.edge.edge import RateLimit
 from mcp_proxy.errors import (
     BackendError,
     BackendUnreached,
+    ClientLeft,
     SessionEnded,
     SessionExists,
     SessionNotFound,
@@ -38,6 +39,7 @@ from mcp_proxy.wire.urls import Address
 _MISSED = 10.0  # seconds for which an id that no backend knows is not asked for again
 _MAX_MISSES = 10_000
 _TURN = 60.0  # seconds that a request waits for another one with the same id
+_LOOK = 1.0  # seconds between looks at whether its client has left
 _BELIEVED = 300.0  # seconds for which it is believed whether a backend looks at session ids
 
 
@@ -61,15 +63,20 @@ class UnknownSessions:
         self._takes_all: dict[Address, tuple[bool, float]] = {}
 
     def find(
-        self, session_id: str, request_headers: Mapping[str, str], watch: Watch | None = None
+        self,
+        session_id: str,
+        request_headers: Mapping[str, str],
+        has_left: Callable[[], bool] | None = None,
+        watch: Watch | None = None,
     ) -> Session | Address:
         """The session, now with a record, or the backend that the request may go to without one.
 
         The latter takes every id, or answers neither with a result nor that the session is lost.
         Raises SessionEnded where no backend knows the session, Overloaded at the limit,
-        BackendError where one could not be asked, ClientLeft where `watch` says so, StorageError.
+        BackendError where one could not be asked, StorageError, and ClientLeft where `has_left`, or
+        `watch` while one is asked, says so.
         """
-        with self._turn(session_id) as is_first:
+        with self._turn(session_id, has_left) as is_first:
             if not is_first:
                 try:
                     return self._manager.load(session_id)
@@ -83,18 +90,29 @@ class UnknownSessions:
             return self._found(session_id, request_headers, self._calls.waited_for(watch))
 
     @contextmanager
-    def _turn(self, session_id: str) -> Iterator[bool]:
+    def _turn(self, session_id: str, has_left: Callable[[], bool] | None) -> Iterator[bool]:
         """Waits until nobody else asks for this id; yields whether nobody did."""
-        with self._changed:
-            is_first = session_id not in self._asked
-            self._changed.wait_for(lambda: session_id not in self._asked, _TURN)
-            self._asked.add(session_id)
+        until = time.monotonic() + _TURN
+        is_first = self._has_turn(session_id, 0.0)
+        while not is_first and not self._has_turn(session_id, _LOOK):
+            if has_left is not None and has_left():
+                raise ClientLeft
+            if time.monotonic() >= until:
+                break  # whoever asks is too slow
         try:
             yield is_first
         finally:
             with self._changed:
                 self._asked.discard(session_id)
                 self._changed.notify_all()
+
+    def _has_turn(self, session_id: str, seconds: float) -> bool:
+        """Whether nobody else asks for this id, which is waited for; then this request does."""
+        with self._changed:
+            is_free = self._changed.wait_for(lambda: session_id not in self._asked, seconds)
+            if is_free:
+                self._asked.add(session_id)
+            return is_free
 
     def _found(
         self, session_id: str, request_headers: Mapping[str, str], calls: OwnCalls

@@ -16,6 +16,7 @@ from tests.servers.http_backend import LOST_400, HttpBackend, Turn, reply
 from tests.support.front import McpClient
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
 from tests.support.waiting import eventually
+from tests.transparent.test_forwarding import leaving
 
 ASK = ProxyOptions(unknown_session_status="ask")
 
@@ -178,6 +179,38 @@ def test_one_question_at_a_time_for_an_id(front: LocalFront, backend: HttpBacken
         assert [call.result(20)["backend"] for call in calls] == ["backend"] * 4
     assert backend.executed["ping"] == 1  # the one with an id of our own was refused
     assert [seen.rpc for seen in backend.seen].count("ping") == 2
+
+
+def test_who_waits_for_the_question_of_another_and_leaves_frees_its_thread(
+    backend: HttpBackend, redis_url: str
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(turn: Turn) -> None:
+        begun.set()
+        go_on.wait(30)
+        turn.result({})
+
+    backend.rpc["ping"] = slowly
+    ask = {"unknown_session_status": "ask"}
+    with (
+        transparent("gunicorn", backend.url, redis_url, **ask) as proxy,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert proxy.process is not None
+        client = left_over(backend, proxy.client())
+        asking = pool.submit(client.result, "tools/call")
+        try:
+            assert begun.wait(10)
+            leaving(
+                proxy.process.base, b'{"jsonrpc":"2.0","id":9,"method":"x"}', client.session or ""
+            )
+            log = proxy.process.log
+            eventually(lambda: " POST /mcp x -> 499 " in log(), 8)
+            assert not asking.done()
+        finally:
+            go_on.set()
+        assert asking.result(20)["backend"] == "backend"
 
 
 def test_a_session_without_its_handshake_cannot_be_brought_back(

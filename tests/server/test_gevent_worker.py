@@ -7,12 +7,14 @@ import os
 import signal
 import ssl
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.server import test_worker
 from tests.server.test_slow_clients import HALF_BODY, HALF_HEAD, HEAD, slowest_answer
 from tests.server.test_worker import Held
 from tests.support.front import HttpFront, McpClient
@@ -25,17 +27,7 @@ PLAIN = ("-m", "gunicorn", "-c", "python:tests.live.plain_gunicorn", "-k", WORKE
 IMPATIENT = ("-m", "gunicorn", "-c", "python:tests.live.impatient_gunicorn", "-k", WORKER)
 
 
-@contextmanager
-def serving(tmp_path: Path, *options: str, way: tuple[str, ...] = PLAIN) -> Iterator[Held]:
-    file = tmp_path / "released"
-    environment = {"HELD_UNTIL": str(file)}
-    with ProxyProcess(
-        way=(*way, "tests.live.held:app"), options=options, environment=environment
-    ) as process:
-        try:
-            yield Held(process, file)
-        finally:
-            file.touch()
+serving = partial(test_worker.serving, way=PLAIN)
 
 
 def test_requests_are_served_one_after_the_other_on_a_connection(tmp_path: Path) -> None:
@@ -82,9 +74,10 @@ def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for_any_longer(tmp_pat
         assert connection.read().status == 408
 
 
-def test_its_deadlines_come_from_gunicorns_environment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("serve", [serving, test_worker.serving], ids=["gevent", "threads"])
+def test_its_deadlines_come_from_gunicorns_environment(tmp_path: Path, serve: Any) -> None:
     options = ("-e", "MCP_PROXY_CLIENT_TIMEOUT=1.5")
-    with serving(tmp_path, *options) as held, closing(held.connect()) as connection:
+    with serve(tmp_path, *options) as held, closing(held.connect()) as connection:
         before = time.monotonic()
         connection.send_raw(HALF_HEAD)
         assert connection.read_head().status == 408

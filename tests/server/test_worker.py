@@ -47,9 +47,9 @@ class Held:
 
 
 @contextmanager
-def serving(tmp_path: Path, *options: str) -> Iterator[Held]:
+def serving(tmp_path: Path, *options: str, way: tuple[str, ...] = GUNICORN) -> Iterator[Held]:
     file = tmp_path / "released"
-    way = (*GUNICORN, "tests.live.held:app")
+    way = (*way, "tests.live.held:app")
     environment = {"HELD_UNTIL": str(file)}
     with ProxyProcess(way=way, options=options, environment=environment) as process:
         try:

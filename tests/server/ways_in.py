@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.server.test_worker import WORKER, Held, serving
-from tests.support.proxy_process import ProxyProcess
 from tests.support.tls import Certificates
 
 IMPATIENT = ("-m", "gunicorn", "-c", "python:tests.live.impatient_gunicorn", "-k", WORKER)
@@ -17,11 +16,8 @@ IMPATIENT = ("-m", "gunicorn", "-c", "python:tests.live.impatient_gunicorn", "-k
 @contextmanager
 def impatient(tmp_path: Path, *options: str) -> Iterator[Held]:
     """A gunicorn that waits two seconds for its clients."""
-    file = tmp_path / "released"
-    way = (*IMPATIENT, "tests.live.held:app")
-    environment = {"HELD_UNTIL": str(file)}
-    with ProxyProcess(way=way, options=options, environment=environment) as process:
-        yield Held(process, file)
+    with serving(tmp_path, *options, way=IMPATIENT) as held:
+        yield held
 
 
 class WayIn:

@@ -534,7 +534,7 @@ class InboundCall(Call):
 
     def on_loss(self, sentence: str, is_gone: bool = False) -> None:
         """The client's replica is gone: nobody listens any more."""
-        log.info("a client's replica is gone: %s", sentence)
+        log.info("nobody listens to a relayed call any more: %s", sentence)
         self._calls.submit(self._key, self.leave)
 
     def refuse_unless_begun(self) -> None:

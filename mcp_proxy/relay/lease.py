@@ -11,6 +11,7 @@ One thread renews the lease and looks after those whose leaving would matter to 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -49,6 +50,7 @@ class Lease(Periodic):
         on_look: Callable[[], None],
         on_lapse: Callable[[], None],
         workers: Workers | None = None,
+        can_serve: Callable[[], bool] = lambda: True,
     ) -> None:
         pause = min(_RETRY, mailboxes.lease / _LOOKS)
         super().__init__("mcp-relay-lease", pause, self._look_after, workers)
@@ -56,6 +58,7 @@ class Lease(Periodic):
         self._replica = replica
         self._on_look = on_look
         self._on_lapse = on_lapse
+        self._can_serve = can_serve
         # Written by the thread (and before it starts), read by anybody.
         self._in_contact_since: float | None = None
         self._was_away = False  # ever
@@ -113,11 +116,20 @@ class Lease(Periodic):
             log.debug("the lease is not renewed: %s", error)
 
     def look(self) -> None:
-        """One look: renews the lease if it is time to; raises StorageUnavailable."""
+        """One look: renews the lease if it is time to, or lets it go where this replica can serve
+        nobody, so that others need not wait for it; raises StorageUnavailable.
+        """
         age = _now() - self._renewed
-        if self._in_contact_since is None or age > self._mailboxes.lease / _RENEWALS:
+        if not self._can_serve():
+            self._let_go()
+        elif self._in_contact_since is None or age > self._mailboxes.lease / _RENEWALS:
             self._renew()
         self._on_look()
+
+    def _let_go(self) -> None:
+        if self.is_held:
+            self._mailboxes.remove(self._replica)
+            self._renewed = -math.inf
 
     def _renew(self) -> None:
         began = _now()

@@ -162,7 +162,7 @@ class _Running(Worker):
     ) -> None:
         super().__init__("mcp-relay", workers)
         self.pid = os.getpid()
-        self.lease = Lease(mailboxes, own, self._look, self._note_lapse, workers)
+        self.lease = Lease(mailboxes, own, self._look, self._note_lapse, workers, self._can_serve)
         self._sender = Sender(mailboxes, self.lease.is_gone, lambda: self.lease.is_held, workers)
         self.calls = Calls(own, self._sender, find)
         self._mailboxes = mailboxes
@@ -263,9 +263,17 @@ class _Running(Worker):
 
     # --- the lease's thread ----------------------------------------------------------------------
 
+    def _can_serve(self) -> bool:
+        """Whether the threads run that hear the others and answer them."""
+        return self.not_ready_reason() is None and self._sender.not_ready_reason() is None
+
     def _look(self) -> None:
         """Ends calls with replicas that are gone, and probes the others now and then."""
         calls = self.calls.all()
+        if not self._can_serve():  # /readyz says so, and no call waits for it
+            for call in calls:
+                call.on_loss("This replica has lost its way to the others")
+            return
         gone = {peer for peer in {call.channel.peer for call in calls} if self._is_gone(peer)}
         # One that leaves in order removes its mailbox first, then refuses what was left there.
         lost = {peer for peer in gone if peer in self._seen_gone or has_ended(peer)}

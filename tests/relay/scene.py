@@ -6,6 +6,7 @@ import threading
 from types import TracebackType
 
 from mcp_proxy.backends.exchange import Backend
+from mcp_proxy.background import Worker, Workers
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica
 from mcp_proxy.storage.mailboxes import Mailboxes
@@ -22,7 +23,8 @@ class Node:
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self.replica = Replica()
-        self.relay = Relay(mailboxes, self.replica)
+        self.workers = Workers()
+        self.relay = Relay(mailboxes, self.replica, self.workers)
         self.children: dict[str, ScriptedBackend] = {"child": ScriptedBackend()}
         self.lapsed = threading.Event()
         self.relay.serve(self.children.get, self.lapsed.set)
@@ -31,6 +33,11 @@ class Node:
     def child(self) -> ScriptedBackend:
         """The child that every node has."""
         return self.children["child"]
+
+    def worker(self, name: str) -> Worker:
+        """A thread of the relay by its name."""
+        (found,) = (worker for worker in self.workers.started if worker.name == name)
+        return found
 
     def reach(self, owner: Node, child: str = "child") -> Backend:
         """A child of another node, as this one sees it."""

@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 
 import pytest
 import redis
 
 from mcp_proxy.backends.exchange import Exchange
-from mcp_proxy.errors import BackendLost, BackendUnreached, StorageUnavailable
+from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached, StorageUnavailable
 from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay import protocol
@@ -21,6 +22,7 @@ from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.scene import PATIENCE, Node, Scene
 from tests.relay.scripted import ScriptedCall, call, result_of, silent
 from tests.storage.offices import FickleMailboxes
+from tests.support.ended_threads import end_worker, threads_end
 from tests.support.exchanges import listening, sent
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
@@ -344,6 +346,36 @@ def test_an_answer_that_a_client_that_leaves_has_not_read_arrives(
 
 
 # --- stores that are away ------------------------------------------------------------------------
+
+
+@threads_end
+@pytest.mark.parametrize("name", ["mcp-relay", "mcp-relay-sender"])
+@pytest.mark.parametrize("is_owner", [True, False])
+def test_no_call_waits_for_a_thread_that_has_ended(pair: Scene, is_owner: bool, name: str) -> None:
+    client, owner = pair.nodes
+    owner.child.scripts["wait"] = silent
+    with closing(sent(client.reach(owner), [call("wait")], False, 60)) as exchange:
+        eventually(lambda: owner.child.executed["wait"])
+        worker = (owner if is_owner else client).worker(name)
+        end_worker(worker)
+        answer = exchange.receive(PATIENCE)
+    assert answer is not None, "nothing came"
+    assert isinstance(answer.failure, BackendLost)
+    assert not is_answered(client, owner)  # nor does what is begun now wait
+    worker.start()
+    eventually(lambda: is_answered(client, owner), 3 * PATIENCE)
+
+
+def is_answered(client: Node, owner: Node) -> bool:
+    """Whether a call is answered, which none waits for longer than a look or two."""
+    before = time.monotonic()
+    try:
+        with closing(sent(client.reach(owner), [call("echo")], False, 60)) as exchange:
+            answer = exchange.receive(PATIENCE)
+    except BackendError:
+        answer = None
+    assert time.monotonic() - before < PATIENCE
+    return answer is not None and answer.failure is None
 
 
 def test_a_relay_cannot_begin_without_its_store_and_can_when_it_is_back() -> None:

@@ -9,9 +9,9 @@ run with exit status 1 and a sentence on stderr.
 
 from __future__ import annotations
 
+import os
 import random
 import re
-import resource
 import secrets
 import select
 import socket
@@ -20,17 +20,22 @@ import time
 from array import array
 from collections.abc import Iterator
 from itertools import count
+from typing import NamedTuple
 
 import msgspec
+from machine import cpu_seconds, processes_under
+from measuring import Wrong
 
 #: Seconds without any answer at all after which the run is void.
 PATIENCE = 20.0
 
-_VERSION = "2025-06-18"
+_VERSION = b"2025-06-18"
+_MODERN = b"2026-07-28"
 _FIRST_ID = 1_000_000_000  # ids, and so bodies, all have the same length
 _PIECE = 256 * 1024
 
-_INITIALIZE = (
+#: What a legacy client begins with.
+INITIALIZE = (
     b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18",'
     b'"capabilities":{},"clientInfo":{"name":"bench","version":"1"}}}'
 )
@@ -40,27 +45,56 @@ _CALL = (
     b'"params":{"name":"echo","arguments":{"text":"%s"}}}'
 )
 
+_META = (
+    b'"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28",'
+    b'"io.modelcontextprotocol/clientInfo":{"name":"bench","version":"1"},'
+    b'"io.modelcontextprotocol/clientCapabilities":{}}'
+)
+_MODERN_CALL = _CALL[:-2] + b"," + _META + b"}}"
+
+_CALLED = b"Mcp-Method: tools/call\r\nMcp-Name: echo\r\n"
+
+_LISTEN = (
+    b'{"jsonrpc":"2.0","id":1,"method":"subscriptions/listen",'
+    b'"params":{"notifications":{"toolsListChanged":true},%s}}' % _META
+)
+_ACKNOWLEDGED = b"notifications/subscriptions/acknowledged"
+
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _SESSION = re.compile(rb"\r\nmcp-session-id: *([\x21-\x7e]+)", re.IGNORECASE)
+_COMMANDS = re.compile(rb"total_commands_processed:(\d+)\r")
 _DATA = re.compile(rb"^data: ?(.+?)\r?$", re.MULTILINE)
 
 
 class Job(msgspec.Struct):
-    """What to do: times are in seconds."""
+    """What to do: times are in seconds.
+
+    With `modern` the calls are those of 2026-07-28. They have no sessions: who has none of its own
+    has no Authorization, and so the same server process behind it as all others.
+
+    `proxy` is the process whose CPU time, with that of what it has started but for `scripts`, is
+    told, and so is that of `redis`, which listens on `redis_port`.
+    """
 
     port: int
     connections: int = 16
     one_session: bool = False
     warm_up: float = 1.0
     seconds: float = 4.0
+    modern: bool = False
+    proxy: int | None = None
+    scripts: tuple[str, ...] = ()
+    redis: int | None = None
+    redis_port: int = 0
 
 
 class Measurement(msgspec.Struct):
     """How it went: latencies in milliseconds, `load` the share of a CPU that this program used.
 
     `reconnects` says how often a server announced that it closes a connection after its answer.
+    The rest is for each call: CPU time of proxy and Redis in microseconds, commands that Redis got.
     """
 
     calls: int
@@ -70,10 +104,9 @@ class Measurement(msgspec.Struct):
     worst: float
     load: float
     reconnects: int
-
-
-class Wrong(Exception):
-    """An answer that is not the right one. Voids the run."""
+    cpu: float
+    redis_cpu: float
+    commands: float
 
 
 class _Text(msgspec.Struct):
@@ -154,10 +187,15 @@ def message_in(reply: Reply) -> bytes:
 
 
 class Client:
-    """One connection with at most one call on its way."""
+    """One connection with at most one call on its way.
 
-    def __init__(self, port: int) -> None:
+    What a `session` is to a legacy client a token in its Authorization is to a modern one.
+    """
+
+    def __init__(self, port: int, is_modern: bool = False) -> None:
         self._port = port
+        self._is_modern = is_modern
+        self._call = _MODERN_CALL if is_modern else _CALL
         self.socket = self._connect()
         self.is_closing = False
         self.session: bytes | None = None
@@ -179,25 +217,59 @@ class Client:
         self.is_closing = False
 
     def open_session(self) -> None:
-        """Initializes a session of its own."""
-        reply = self._ask(_INITIALIZE)
-        found = _SESSION.search(reply.head)
-        if reply.status != 200 or b'"result"' not in reply.body:
-            raise Wrong(f"initialize was answered by {reply.status} {reply.body[:500]!r}")
-        self.session = found[1] if found else None
+        """Initializes a session of its own; a modern client only calls, under a name of its own."""
+        if self._is_modern:
+            self.session = secrets.token_hex(16).encode()
+            self.first_call()
+            return
+        self.initialize()
         accepted = self._ask(_INITIALIZED).status
         if accepted != 202:
             raise Wrong(f"notifications/initialized was answered by {accepted}")
 
+    def initialize(self) -> None:
+        """Only asks for a session."""
+        reply = self._ask(INITIALIZE)
+        found = _SESSION.search(reply.head)
+        if reply.status != 200 or b'"result"' not in reply.body:
+            raise Wrong(f"initialize was answered by {reply.status} {reply.body[:500]!r}")
+        self.session = found[1] if found else None
+
+    def first_call(self) -> None:
+        """A call that starts what is to be measured."""
+        text = b"first"
+        self.id, self.text = _FIRST_ID, text
+        self._check(self._ask(self._call % (_FIRST_ID, text)))
+
     def close_session(self) -> None:
         """Tells the server that the session is over, whatever it says to that."""
-        if self.session is not None:
+        if self.session is not None and not self._is_modern:
             self._ask(b"", b"DELETE")
+
+    def open_stream(self) -> None:
+        """Has the server send what it has to say; a modern client asks to listen.
+
+        The head of the answer is read, and of a modern one its first event.
+        """
+        if self._is_modern:
+            head = self._head(b"POST").replace(_CALLED, b"Mcp-Method: subscriptions/listen\r\n")
+            request = b"%sContent-Length: %d\r\n\r\n%s" % (head, len(_LISTEN), _LISTEN)
+        else:
+            request = self._head(b"GET") + b"\r\n"
+        self.socket.sendall(request)
+        end = _ACKNOWLEDGED if self._is_modern else b"\r\n\r\n"
+        data = b""
+        while end not in data:
+            piece = self.socket.recv(_PIECE)
+            data += piece
+            if not piece or not data.startswith(b"HTTP/1.1 200"):
+                raise Wrong(f"a stream was answered by {data[:500]!r}")
 
     def prepare(self, nonce: bytes) -> None:
         """Makes everything of a call that is always the same; `nonce` is as long as each text."""
-        body = _CALL % (_FIRST_ID, nonce)
-        self.template = b"%sContent-Length: %d\r\n\r\n" % (self._head(b"POST"), len(body)) + _CALL
+        body = self._call % (_FIRST_ID, nonce)
+        head = b"%sContent-Length: %d\r\n\r\n" % (self._head(b"POST"), len(body))
+        self.template = head + self._call
 
     def call(self, number: int, text: bytes) -> None:
         """Sends a call."""
@@ -247,15 +319,55 @@ class Client:
         return reply
 
     def _head(self, method: bytes) -> bytes:
-        session = b"Mcp-Session-Id: %s\r\n" % self.session if self.session else b""
+        if self._is_modern:
+            version, session = _MODERN, _CALLED
+            if self.session:
+                session += b"Authorization: Bearer %s\r\n" % self.session
+        else:
+            version = _VERSION
+            session = b"Mcp-Session-Id: %s\r\n" % self.session if self.session else b""
         return (
             b"%s /mcp HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
             b"Accept: application/json, text/event-stream\r\nMCP-Protocol-Version: %s\r\n%s"
-            % (method, self._port, _VERSION.encode(), session)
+            % (method, self._port, version, session)
         )
 
 
 # --- the run --------------------------------------------------------------------------------------
+
+
+class Spent(NamedTuple):
+    """What has been used so far: CPU time in seconds, and commands of Redis."""
+
+    own: float
+    proxy: float
+    redis: float
+    commands: float
+
+    @classmethod
+    def of(cls, job: Job) -> Spent:
+        """Up to now."""
+        proxy = processes_under(job.proxy, job.scripts) if job.proxy else []
+        return cls(
+            own=cpu_seconds([os.getpid()]),
+            proxy=cpu_seconds(proxy),
+            redis=cpu_seconds([job.redis] if job.redis else []),
+            commands=redis_commands(job.redis_port) if job.redis_port else 0,
+        )
+
+    def since(self, before: Spent) -> Spent:
+        """What came to it."""
+        return Spent(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def redis_commands(port: int) -> int:
+    """The commands that a Redis has had so far."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        connection.sendall(b"INFO stats\r\n")
+        data = b""
+        while (found := _COMMANDS.search(data)) is None:
+            data += connection.recv(_PIECE)
+    return int(found[1])
 
 
 class Run:
@@ -276,10 +388,10 @@ class Run:
         for client in list(self._clients.values()):
             self._call(client)
         self._go_on_until(time.perf_counter() + job.warm_up)
-        self._reconnects, busy, begin = 0, _cpu_time(), time.perf_counter()
+        self._reconnects, before, begin = 0, Spent.of(job), time.perf_counter()
         ordered = sorted(self._go_on_until(begin + job.seconds))
-        seconds, busy = time.perf_counter() - begin, _cpu_time() - busy
-        reconnects = self._reconnects
+        seconds, reconnects = time.perf_counter() - begin, self._reconnects
+        spent = Spent.of(job).since(before)
         self._finish()
         if not ordered:
             raise Wrong("no call was answered in time")
@@ -289,8 +401,11 @@ class Run:
             p50=1000 * ordered[len(ordered) // 2],
             p99=1000 * ordered[len(ordered) * 99 // 100],
             worst=1000 * ordered[-1],
-            load=busy / seconds,
+            load=spent.own / seconds,
             reconnects=reconnects,
+            cpu=1e6 * spent.proxy / len(ordered),
+            redis_cpu=1e6 * spent.redis / len(ordered),
+            commands=spent.commands / len(ordered),
         )
 
     def _watch(self, client: Client) -> None:
@@ -335,20 +450,17 @@ class Run:
                 yield client
 
 
-def _cpu_time() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def opened(job: Job) -> list[Client]:
     """The clients of a job, with their sessions.
 
     A session is not used over the connection that has opened it: where several processes serve the
     port, its calls arrive at any of them.
     """
-    clients = [Client(job.port) for _ in range(job.connections)]
+    clients = [Client(job.port, job.modern) for _ in range(job.connections)]
     for client in clients:
-        if job.one_session and client is not clients[0]:
+        if job.one_session and job.modern:
+            client.first_call()
+        elif job.one_session and client is not clients[0]:
             client.session = clients[0].session
         else:
             client.open_session()

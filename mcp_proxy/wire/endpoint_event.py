@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from urllib.parse import quote, unquote_plus, urljoin, urlsplit
 
+from mcp_proxy.wire import sse
+
 #: Query parameters in which servers name the session in the URI for messages.
 SESSION_PARAMETERS = ("session_id", "sessionId")
 
@@ -18,10 +20,6 @@ OUR_PARAMETER = "mcp_proxy_session"
 
 #: The largest event that is rewritten, in bytes; a larger one is forwarded unchanged.
 MAX_EVENT = 64 * 1024
-
-# WHATWG HTML section 9.2.5: CRLF, LF and CR end a line, so two of them end a block.
-_BLOCK_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_LINE = re.compile(rb"([^\r\n]*)(\r\n|\n|\r)")
 
 # Comments and empty lines, which begin no block; a CR at the end may be half a CRLF.
 _SKIPPED = re.compile(rb"(?:(?::[^\r\n]{0,%d}+)?(?:\r\n|\n|\r(?!\Z)))*" % (MAX_EVENT - 1))
@@ -40,6 +38,11 @@ class EndpointRewriter:
         self._held = b""
         self._is_done = False
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all bytes from now on are passed on as they come."""
+        return self._is_done
+
     def feed(self, piece: bytes) -> bytes:
         """The bytes that may be passed on now; all that are left for b"", the stream's end."""
         if self._is_done:
@@ -52,7 +55,7 @@ class EndpointRewriter:
         passed = b""
         while not self._is_done:
             passed += self._skip()
-            end = _BLOCK_END.search(self._held)
+            end = sse.BLOCK_END.search(self._held)
             block = self._held[: end.end()] if end is not None else self._held
             if len(block.strip(b"\r\n")) > MAX_EVENT:
                 self._is_done = True
@@ -73,7 +76,7 @@ class EndpointRewriter:
         return found[0]
 
     def _judged(self, block: bytes) -> bytes:
-        fields = [_field(line) for line, _ in _LINE.findall(block)]
+        fields = sse.fields_of(block)
         data = [value for name, value in fields if name == b"data"]
         if not data:
             return block  # a retry time or an id, not an event
@@ -84,31 +87,7 @@ class EndpointRewriter:
         rewritten = self._rewrite(uri)
         if rewritten == uri:
             return block
-        return _with_data(block, rewritten.encode("utf-8", "surrogateescape"))
-
-
-def _field(line: bytes) -> tuple[bytes, bytes]:
-    name, _, value = line.partition(b":")
-    return name, value.removeprefix(b" ")
-
-
-def _with_data(block: bytes, data: bytes) -> bytes:
-    """`block` with `data` on its first data line; its other data lines become comments.
-
-    No line is removed: a CR before it and an LF after it would become one line end.
-    """
-    lines: list[bytes] = []
-    is_written = False
-    for line, end in _LINE.findall(block):
-        if _field(line)[0] != b"data":
-            lines.append(line)
-        elif is_written:
-            lines.append(b":")
-        else:
-            lines.append((b"data: " if line.startswith(b"data: ") else b"data:") + data)
-            is_written = True
-        lines.append(end)
-    return b"".join(lines)
+        return sse.with_data(block, rewritten.encode("utf-8", "surrogateescape"))
 
 
 class Named(NamedTuple):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from functools import lru_cache
+
+from mcp_proxy.errors import HeaderMismatch
 
 SESSION_ID = "Mcp-Session-Id"
 PROTOCOL_VERSION = "MCP-Protocol-Version"
 LAST_EVENT_ID = "Last-Event-ID"
+
+#: What mirrors the body of a modern request (MCP 2026-07-28, transports, "Request Metadata").
+METHOD = "Mcp-Method"
+NAME = "Mcp-Name"
+PARAM_PREFIX = "Mcp-Param-"
 
 #: Ours: names the kind of a failure that is not the client's fault.
 FAILURE = "X-MCP-Proxy-Error"
@@ -37,6 +46,14 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
+
+# A value that no header can carry as it is (MCP 2026-07-28, transports, "Value Encoding").
+#: How an encoded value begins.
+ENCODED_PREFIX = "=?base64?"
+_ENCODED = re.compile(r"=\?base64\?(.*)\?=", re.DOTALL)
+_BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
+_PLAIN = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
+_READABLE = re.compile(r"[\t\x20-\x7e]*")
 
 Headers = list[tuple[str, str]]
 
@@ -80,3 +97,30 @@ def media_type(content_type: str) -> str:
 def is_json(content_type: str) -> bool:
     """Whether a Content-Type is JSON, whatever its parameters."""
     return media_type(content_type) == JSON
+
+
+def encode_value(text: str) -> str:
+    """The value of a header that mirrors `text`: itself where it can be sent, else in Base64."""
+    if _PLAIN.fullmatch(text) and not _ENCODED.fullmatch(text):
+        return text
+    return f"{ENCODED_PREFIX}{base64.b64encode(text.encode()).decode()}?="
+
+
+def decode_value(value: str) -> str:
+    """The text that a header mirrors; raises HeaderMismatch where it cannot be read."""
+    value = value.strip(" \t")
+    if not _READABLE.fullmatch(value):
+        raise HeaderMismatch(
+            "A header that mirrors the body has characters that no header may have"
+        )
+    match = _ENCODED.fullmatch(value)
+    if match is None:
+        return value
+    try:
+        if not _BASE64.fullmatch(match[1]):
+            raise binascii.Error("not in its one form")
+        return base64.b64decode(match[1]).decode()
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise HeaderMismatch(
+            "A header that mirrors the body is not the Base64 of a text"
+        ) from error

@@ -11,7 +11,7 @@ order mark is skipped, half a character in an escape passes as it came.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -84,6 +84,9 @@ class Meta(msgspec.Struct, frozen=True):
     protocol_version: str | UnsetType = msgspec.field(
         default=UNSET, name="io.modelcontextprotocol/protocolVersion"
     )
+    log_level: Raw | UnsetType = msgspec.field(
+        default=UNSET, name="io.modelcontextprotocol/logLevel"
+    )
 
 
 class _Envelope(msgspec.Struct):
@@ -124,6 +127,7 @@ class _NamedParams(msgspec.Struct):
 class _ErrorBody(msgspec.Struct):
     code: int
     message: str
+    data: object | UnsetType = UNSET
 
 
 _envelope = msgspec.json.Decoder(_Envelope)
@@ -134,6 +138,8 @@ _cancel = msgspec.json.Decoder(_CancelParams)
 _initialize = msgspec.json.Decoder(_InitializeParams)
 _named = msgspec.json.Decoder(_NamedParams)
 _fields = msgspec.json.Decoder(dict[str, Raw])
+_request_id: msgspec.json.Decoder[RequestId] = msgspec.json.Decoder(RequestId)
+_text = msgspec.json.Decoder(str)
 _encoder = msgspec.json.Encoder()
 
 _NO_META = Meta()
@@ -321,6 +327,49 @@ def names_in(params: Raw | UnsetType) -> tuple[str, str]:
     return found.name, f"{found.client.name} {found.client.version}".strip()
 
 
+def is_object(payload: Raw | UnsetType) -> bool:
+    """Whether a payload is a JSON object."""
+    return payload is not UNSET and bytes(memoryview(payload)[:1]) == b"{"
+
+
+def fields_of(payload: Raw | UnsetType) -> dict[str, Raw]:
+    """The fields of an object, each as it came; none of anything else.
+
+    Raises ParseError where the nesting is as deep as `parse` allows.
+    """
+    if payload is UNSET or not is_object(payload):
+        return {}
+    try:
+        return _decode(_fields, payload)
+    except ParseError:
+        masked = mending.masked(bytes(payload))
+        if masked is None:
+            raise
+        fields = _decode(_fields, masked.text)
+        return {name: masked.original(value) for name, value in fields.items()}
+
+
+def member(fields: Mapping[str, Raw], name: str) -> Raw | UnsetType:
+    """The field of this name; null is none."""
+    return _present(fields.get(name, UNSET))
+
+
+def id_of(payload: Raw | UnsetType) -> RequestId | None:
+    """The id or token that a payload is, None where it is anything else."""
+    try:
+        return _request_id.decode(payload) if payload else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def text_of(payload: Raw | UnsetType) -> str | None:
+    """The text that a payload is, None where it is anything else."""
+    try:
+        return _text.decode(payload) if payload else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
 def _field(decoder: msgspec.json.Decoder[T], payload: Raw | UnsetType, name: str) -> str | None:
     if payload is UNSET:
         return None
@@ -353,20 +402,29 @@ def encode(message: Message, request_id: RequestId | None = None) -> bytes:
     return line if b"\n" not in line and b"\r" not in line else one_line(line)
 
 
+def encoded(message: Message | Batch) -> bytes:
+    """A message, or a batch as an array."""
+    return (
+        encode_batch(list(map(encode, message))) if isinstance(message, list) else encode(message)
+    )
+
+
 def encode_batch(messages: Sequence[bytes]) -> bytes:
     """The JSON array of encoded messages."""
     return b"[" + b",".join(messages) + b"]"
 
 
-def encode_error(code: int, message: str, request_id: RequestId | None) -> bytes:
+def encode_error(
+    code: int, message: str, request_id: RequestId | None, data: object | None = None
+) -> bytes:
     """An error response; without a `request_id` the id is left out, never null."""
     key = UNSET if request_id is None else request_id
-    return _encoder.encode(_Envelope("2.0", key, error=error_payload(code, message)))
+    return _encoder.encode(_Envelope("2.0", key, error=error_payload(code, message, data)))
 
 
-def error_payload(code: int, message: str) -> Raw:
-    """A JSON-RPC error object."""
-    return as_payload(_ErrorBody(code, message))
+def error_payload(code: int, message: str, data: object | None = None) -> Raw:
+    """A JSON-RPC error object; `data` of None is left out."""
+    return as_payload(_ErrorBody(code, message, UNSET if data is None else data))
 
 
 def as_payload(value: object) -> Raw:
@@ -393,6 +451,28 @@ def _replaced(payload: Raw, path: Sequence[str], value: RequestId) -> Raw:
     fields = _decode(_fields, payload)
     head, *rest = path
     fields[head] = _replaced(fields[head], rest, value) if rest else as_payload(value)
+    return as_payload(fields)
+
+
+def edited(payload: Raw | UnsetType, change: Callable[[dict[str, Raw]], object]) -> Raw:
+    """`payload` with its fields as `change` leaves them; every value keeps its bytes.
+
+    Without a payload `change` gets no fields, and so it does where that is no object. Raises
+    ParseError where the nesting is as deep as `parse` allows.
+    """
+    given = payload if payload is not UNSET and is_object(payload) else Raw(b"{}")
+    try:
+        return _edited(given, change)
+    except ParseError:
+        masked = mending.masked(bytes(given))
+        if masked is None:
+            raise
+        return masked.original(_edited(Raw(masked.text), change))
+
+
+def _edited(payload: Raw, change: Callable[[dict[str, Raw]], object]) -> Raw:
+    fields = _decode(_fields, payload)
+    change(fields)
     return as_payload(fields)
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+from msgspec import Raw, UnsetType
+
 #: Oldest first.
 LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 FIRST_MODERN = "2026-07-28"
@@ -17,6 +20,16 @@ FIRST_MODERN = "2026-07-28"
 ASSUMED = "2025-03-26"
 
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+_texts = msgspec.json.Decoder(list[str])
+
+
+def named_in(payload: Raw | UnsetType) -> list[str]:
+    """The revisions that a list in JSON names, none where it is no list of texts."""
+    try:
+        return _texts.decode(payload) if payload else []
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []
 
 
 def is_legacy(version: str) -> bool:

@@ -13,9 +13,17 @@ import msgspec
 #: A comment, which every client ignores.
 KEEPALIVE = b": keepalive\n\n"
 
+#: What may stand before the first event (section 9.2.5).
+BOM = b"\xef\xbb\xbf"
+
 _RETRY_DIGITS = 18  # a bound for `int`; 10^18 milliseconds are 30 million years
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_LINE = re.compile(rb"([^\r\n]*)(\r\n|\n|\r|\Z)")
+
+#: CRLF, LF and CR end a line (section 9.2.5), so two of them end a block.
+BLOCK_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+LONGEST_BLOCK_END = 4
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -51,6 +59,40 @@ def message_head(event_id: str | None = None) -> bytes:
     if event_id is None:
         return b"event: message\ndata: "
     return b"event: message\nid: " + event_id.encode() + b"\ndata: "
+
+
+def fields_of(block: bytes) -> list[tuple[bytes, bytes]]:
+    """The name and the value of each line of a block."""
+    return [_field(line) for line, _ in _LINE.findall(block)]
+
+
+def data_of(block: bytes) -> bytes:
+    """The data of a block, empty where it has none."""
+    return b"\n".join(value for name, value in fields_of(block) if name == b"data")
+
+
+def _field(line: bytes) -> tuple[bytes, bytes]:
+    name, _, value = line.partition(b":")
+    return name, value.removeprefix(b" ")
+
+
+def with_data(block: bytes, data: bytes) -> bytes:
+    """`block` with `data`, one line, on its first data line; its other data lines become comments.
+
+    No line is removed: a CR before it and an LF after it would become one line end.
+    """
+    lines: list[bytes] = []
+    is_written = False
+    for line, end in _LINE.findall(block):
+        if _field(line)[0] != b"data":
+            lines.append(line)
+        elif is_written:
+            lines.append(b":")
+        else:
+            lines.append((b"data: " if line.startswith(b"data: ") else b"data:") + data)
+            is_written = True
+        lines.append(end)
+    return b"".join(lines)
 
 
 class Decoder:
@@ -100,7 +142,7 @@ class Decoder:
         self._pieces = [rest] if rest else []
         if self._at_start:
             self._at_start = False
-            complete[0] = complete[0].removeprefix(b"\xef\xbb\xbf")
+            complete[0] = complete[0].removeprefix(BOM)
         return complete
 
     def _hold(self, size: int) -> None:

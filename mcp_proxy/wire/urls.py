@@ -17,6 +17,9 @@ _AUTHORITY = re.compile(r"\A[A-Za-z]+://[^/?#]*")
 
 _HOST = re.compile(r"[A-Za-z0-9_.:%-]+")
 
+#: Before the path of a resource: where its metadata is (RFC 9728 section 3.1).
+RESOURCE_METADATA = "/.well-known/oauth-protected-resource"
+
 #: Scheme, host and port.
 Origin = tuple[str, str, int]
 
@@ -136,13 +139,9 @@ def local_reference(address: Address, host: str, reference: str, mount: str) -> 
     if reference.startswith("/") and not reference.startswith("//"):
         return mount + reference
     absolute = f"{address.scheme}:{reference}" if reference.startswith("//") else reference
-    named = parse_target(absolute)
-    if named is None:
+    path = own_path_in(absolute, address, host)
+    if path is None:
         return reference
-    is_named = named.host in (address.host, address.name) and named.port == address.port
-    if not (is_named or is_host(named, host)):
-        return reference
-    path = _AUTHORITY.sub("", absolute, count=1)
     if not path.startswith("/"):
         path = f"/{path}"
     if not mount and path.startswith("//"):
@@ -150,12 +149,26 @@ def local_reference(address: Address, host: str, reference: str, mount: str) -> 
     return mount + path
 
 
+def own_path_in(url: str, address: Address, host: str) -> str | None:
+    """What follows the host in an absolute URL that names the server at `address`, as it stands
+    there; None where the URL names another one. The server was told that it is called `host`.
+    """
+    named = parse_target(url)
+    if named is None:
+        return None
+    is_named = named.host in (address.host, address.name) and named.port == address.port
+    return _AUTHORITY.sub("", url, count=1) if is_named or is_host(named, host) else None
+
+
 def request_target(static: Target, address: Address | None, path: str, query: str) -> str:
     """The path and query that the server at `address` gets for a request for `path`.
 
     `static` is the configured target whose endpoint counts where the address has none of its own.
+    The metadata of the endpoint is where that of its own path is.
     """
-    own_query = ""
+    own_query, before = "", ""
+    if path == f"{RESOURCE_METADATA}/mcp":
+        before, path = RESOURCE_METADATA, "/mcp"
     if path.rstrip("/") in ("", "/mcp"):
         own_query = static.query
         if address is not None and (address.path or address.query):
@@ -163,6 +176,7 @@ def request_target(static: Target, address: Address | None, path: str, query: st
         own_path = static.path if static.path != "/" else ""
         path = (address is not None and address.path) or own_path or path or "/mcp"
     query = f"{own_query}&{query}" if own_query and query else own_query or query
+    path = before + path
     return f"{path}?{query}" if query else path
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcp_proxy.errors import HeaderMismatch
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON
 
@@ -155,3 +156,55 @@ def test_other_content_is_not_json(value: str) -> None:
 )
 def test_a_media_type_is_without_parameters_and_in_lower_case(value: str, expected: str) -> None:
     assert headers.media_type(value) == expected
+
+
+# --- values that mirror the body -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("us-west1", "us-west1"),
+        ("a  b", "a  b"),
+        ("", "=?base64??="),
+        (" a", "=?base64?IGE=?="),
+        ("a ", "=?base64?YSA=?="),
+        ("a\tb", "=?base64?YQli?="),
+        ("é", "=?base64?w6k=?="),
+        ("=?base64?YQ==?=", "=?base64?PT9iYXNlNjQ/WVE9PT89?="),
+        ("=?BASE64?YQ==?=", "=?BASE64?YQ==?="),
+        ("=?base64?", "=?base64?"),
+        ("=?base64?=", "=?base64?="),
+    ],
+)
+def test_a_text_that_no_header_can_carry_is_encoded(text: str, value: str) -> None:
+    assert headers.encode_value(text) == value
+    assert headers.decode_value(value) == text
+
+
+@pytest.mark.parametrize("value", [" a", "a\t", "\t a ", "a"])
+def test_white_space_around_a_value_is_none_of_it(value: str) -> None:
+    assert headers.decode_value(value) == "a"
+
+
+def test_a_tab_within_a_value_is_read() -> None:
+    assert headers.decode_value("a\tb") == "a\tb"
+
+
+@pytest.mark.parametrize("inner", ["YQ", "YQ=", "Y", "YQ==YQ==", "Y Q=", "YQ_-", "w6", "/w==", "="])
+def test_what_is_not_the_base64_of_a_text_is_refused(inner: str) -> None:
+    with pytest.raises(HeaderMismatch):
+        headers.decode_value(f"=?base64?{inner}?=")
+
+
+@pytest.mark.parametrize("value", ["é", "\x7f", "a\x00b", "a\nb", "\udcff", "\u4e16"])
+def test_characters_that_no_header_may_have_are_refused(value: str) -> None:
+    with pytest.raises(HeaderMismatch):
+        headers.decode_value(value)
+
+
+@given(st.text())
+def test_every_text_comes_through_a_header(text: str) -> None:
+    value = headers.encode_value(text)
+    assert headers.is_printable(value)
+    assert headers.decode_value(f" {value}\t") == text

@@ -547,6 +547,16 @@ def test_an_error_object_has_code_and_message() -> None:
     assert jsonrpc.error_payload(-32000, "é") == Raw('{"code":-32000,"message":"é"}'.encode())
 
 
+@pytest.mark.parametrize("data", [{"a": [1]}, [], "", 0, False, Raw(b'{"b": 1.0}')])
+def test_an_error_says_more_where_there_is_more(data: Any) -> None:
+    found = json.loads(jsonrpc.encode_error(-32021, "no", 1, data))["error"]
+    assert found["data"] == (json.loads(bytes(data)) if isinstance(data, Raw) else data)
+
+
+def test_an_error_without_data_has_no_such_field() -> None:
+    assert "data" not in json.loads(jsonrpc.encode_error(-32021, "no", 1, None))["error"]
+
+
 def test_a_value_becomes_a_payload() -> None:
     assert jsonrpc.as_payload({"a": [1, None]}) == Raw(b'{"a":[1,null]}')
 
@@ -685,3 +695,65 @@ def test_replacing_a_field_changes_that_field_only(
     payload = Raw(json.dumps(with_token(old)).encode())
     replaced = jsonrpc.replace_field(payload, ("_meta", "progressToken"), new)
     assert json.loads(bytes(replaced)) == with_token(new)
+
+
+# --- one level of a payload ----------------------------------------------------------------------
+
+
+def test_the_fields_of_an_object_keep_their_bytes() -> None:
+    fields = jsonrpc.fields_of(Raw(b'{"a": 1.0,"b":{"c" : [ ]},"d":"\\u00e9"}'))
+    assert {name: bytes(value) for name, value in fields.items()} == {
+        "a": b"1.0",
+        "b": b'{"c" : [ ]}',
+        "d": b'"\\u00e9"',
+    }
+
+
+def test_half_of_a_character_keeps_its_bytes_too() -> None:
+    fields = jsonrpc.fields_of(Raw(b'{"a":"\\uD83d","b":1}'))
+    assert [bytes(value) for value in fields.values()] == [b'"\\uD83d"', b"1"]
+
+
+@pytest.mark.parametrize("payload", [UNSET, Raw(b"[1]"), Raw(b'"{}"'), Raw(b"null"), Raw(b"1")])
+def test_nothing_but_an_object_has_fields(payload: Any) -> None:
+    assert not jsonrpc.is_object(payload)
+    assert jsonrpc.fields_of(payload) == {}
+    assert jsonrpc.edited(payload, lambda fields: fields.update(a=Raw(b"1.0"))) == Raw(b'{"a":1.0}')
+
+
+def test_a_change_of_fields_leaves_the_bytes_of_the_others() -> None:
+    payload = Raw(b'{ "x" : [1.0, 2e1 ] ,"y":"\\u00e9\\ud83d","z":1}')
+    edited = jsonrpc.edited(payload, lambda fields: fields.pop("z"))
+    assert bytes(edited) == b'{"x":[1.0, 2e1 ],"y":"\\u00e9\\ud83d"}'
+
+
+def test_a_payload_that_is_not_json_cannot_be_read() -> None:
+    with pytest.raises(ParseError):
+        jsonrpc.fields_of(Raw(b"{1}"))
+    with pytest.raises(ParseError):
+        jsonrpc.edited(Raw(b"{1}"), dict.clear)
+
+
+@pytest.mark.parametrize(
+    ("payload", "text", "number"),
+    [
+        (UNSET, None, None),
+        (Raw(b'"a"'), "a", "a"),
+        (Raw(b'""'), "", ""),
+        (Raw(b'"\\ud83d"'), None, None),
+        (Raw(b"5"), None, 5),
+        (Raw(b"5.5"), None, None),
+        (Raw(b"true"), None, None),
+        (Raw(b"null"), None, None),
+        (Raw(b'{"a":1}'), None, None),
+    ],
+)
+def test_a_payload_may_be_a_text_or_an_id(payload: Any, text: Any, number: Any) -> None:
+    assert jsonrpc.text_of(payload) == text
+    assert jsonrpc.id_of(payload) == number
+
+
+def test_a_member_that_is_null_is_none() -> None:
+    fields = jsonrpc.fields_of(Raw(b'{"a":null,"b":"null","c":1}'))
+    found = [jsonrpc.member(fields, name) for name in "abcd"]
+    assert found == [UNSET, Raw(b'"null"'), Raw(b"1"), UNSET]

@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_proxy.wire.urls import (
+    RESOURCE_METADATA,
     Address,
     Target,
     is_endpoint,
     local_reference,
+    own_path_in,
     parse_target,
     request_target,
 )
@@ -122,6 +124,11 @@ def at(backend: str | None) -> Address | None:
         ("http://h:1/v2?t=1", "http://k:2/z", "/mcp", "", "/z"),
         ("http://h:1/v2?t=1", "http://k:2?u=1", "/mcp", "", "/v2?u=1"),
         ("http://h:1/v2", "http://k:2/z", "/x", "c=1", "/x?c=1"),
+        ("http://h:1", None, f"{RESOURCE_METADATA}/mcp", "", f"{RESOURCE_METADATA}/mcp"),
+        ("http://h:1/v2?t=1", None, f"{RESOURCE_METADATA}/mcp", "", f"{RESOURCE_METADATA}/v2?t=1"),
+        ("http://h:1/v2", "http://k:2/z", f"{RESOURCE_METADATA}/mcp", "", f"{RESOURCE_METADATA}/z"),
+        ("http://h:1/v2", None, RESOURCE_METADATA, "", RESOURCE_METADATA),
+        ("http://h:1/v2", None, f"{RESOURCE_METADATA}/v2", "", f"{RESOURCE_METADATA}/v2"),
     ],
 )
 def test_where_a_request_goes(
@@ -157,6 +164,24 @@ def test_where_a_request_goes(
 def test_what_a_server_names_is_named_by_the_proxy(reference: str, expected: str) -> None:
     address = Address("http", "10.0.0.1", 81, "name")
     assert local_reference(address, "public:8", reference, "/m") == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://10.0.0.1:81/x?y", "/x?y"),
+        ("http://name:81", ""),
+        ("https://public:8/", "/"),
+        ("http://other:81/x", None),
+        ("http://name/x", None),
+        ("/x", None),
+        ("http://[", None),
+    ],
+)
+def test_what_a_url_of_the_server_itself_has_behind_its_host(
+    url: str, expected: str | None
+) -> None:
+    assert own_path_in(url, Address("http", "10.0.0.1", 81, "name"), "public:8") == expected
 
 
 def test_a_path_at_the_root_never_names_a_host() -> None:

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from msgspec import UNSET
 
 from mcp_proxy.backends.exchange import (
-    Backend,
     Exchange,
     ServerMessage,
-    StreamLog,
     no_answer,
 )
+from mcp_proxy.backends.owned import OwnedBackend, Peer, Starter, called_by
 from mcp_proxy.backends.switchboard import PendingCall, Switchboard
 from mcp_proxy.background import Reader
 from mcp_proxy.errors import (
@@ -37,14 +35,15 @@ from mcp_proxy.errors import (
     Cancelled,
     ClientError,
     ClientLeft,
+    RequestId,
 )
 from mcp_proxy.processes.child import shown
 from mcp_proxy.processes.noise import Brake, NoiseLog
-from mcp_proxy.processes.supervisor import Supervisor
-from mcp_proxy.servers import StdioServer
+from mcp_proxy.servers import Served
 from mcp_proxy.wire import jsonrpc, mending
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
+from mcp_proxy.wire.tools import LIST, ToolFilter
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +55,11 @@ CANCEL_GRACE = 2.0
 NOISE_SHOWN = 5
 
 # Seconds to wait for the exit of a child that has closed its input.
-_NOTICE = 2.0
+_NOTICE = 1.0
 
 _UNTAKEN = "The server took nothing of the request before its client left"
+
+_BY_NOBODY = contextlib.nullcontext()
 
 _NOBODY = "No client is listening that could answer"
 
@@ -66,32 +67,31 @@ _NOBODY = "No client is listening that could answer"
 _EARLY = frozenset({INITIALIZE, "ping"})
 
 
-class Bridge(Backend):
+class Bridge(OwnedBackend):
     """A child process as a backend. Raises BackendLost or Overloaded if it cannot be started.
 
-    `on_lost` is called once, from another thread, when the child has exited without being stopped.
+    `on_lost` is called once, from any thread, when the child has exited without being stopped by
+    `close`, or cannot be used any more. `tools` says which tools are hidden, just now.
     """
 
     def __init__(
         self,
-        supervisor: Supervisor,
-        server: StdioServer,
+        starter: Starter,
+        server: Served,
         max_message: int,
-        on_lost: Callable[[Bridge], None],
+        on_lost: Callable[[OwnedBackend], object],
+        switchboard: Switchboard | None = None,
+        tools: Callable[[], ToolFilter | None] | None = None,
     ) -> None:
-        self.child_id = secrets.token_hex(8)
-        self.started = time.monotonic()
-        self._supervisor = supervisor
+        super().__init__()
+        self._tools = tools or _all_tools
+        self._starter = starter
         self._on_lost = on_lost
         self._lock = threading.Lock()  # guards _switchboard and _lost
-        self._switchboard = Switchboard()
+        self._switchboard = Switchboard() if switchboard is None else switchboard
         self._lost: str | None = None  # why the backend is lost
-        #: Whether messages can still be sent.
-        self.is_alive = True
-        #: When a client last said or got something (monotonic), and whether it ever called.
-        self.last_used = self.started
-        self.was_called = False
         self._is_closed = False
+        self._was_reported = False  # whether on_lost was called
         # Whether the child has answered initialize: before that a client can answer nothing.
         self._has_answered = False
         #: Whether the child waits for notifications/initialized, and whether it got ours.
@@ -101,21 +101,17 @@ class Bridge(Backend):
         self._noise = NoiseLog(server.name, "lines on stdout were no messages", NOISE_SHOWN)
         self._undelivered = NoiseLog(server.name, "messages reached no client", NOISE_SHOWN, 0.1)
         self._brake = Brake()
-        #: The log of the session's streams, once there is a session; None: none can be resumed.
-        self.log: StreamLog | None = None
         self._on_initialized: Callable[[], object] | None = None
-        #: Called once, by `close`.
-        self.on_close: Callable[[], object] | None = None
-        self._child = supervisor.spawn(server, max_message, self._on_exit)
-        supervisor.read(self._child, self._on_line)
+        #: Whether an exchange was answered without the child; called before it is sent.
+        self.has_answered: Callable[[Exchange], bool] | None = None
+        self._child: Peer = starter.spawn(server, max_message, self._on_exit, self._on_mute)
+        starter.read(self._child, self._on_line)
 
     @property
     def name(self) -> str:
-        """What log lines call the child."""
         return self._child.label
 
     def note_session(self, session_id: str) -> None:
-        """Has log lines name the session that the child serves."""
         self._child.session = session_id
 
     def __repr__(self) -> str:
@@ -123,12 +119,10 @@ class Bridge(Backend):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a client waits for an answer."""
         return self._switchboard.has_posts
 
     @property
     def is_watched(self) -> bool:
-        """Whether a client waits for an answer or listens to the standing stream."""
         return self.is_busy or self.has_stream
 
     @property
@@ -137,15 +131,38 @@ class Bridge(Backend):
         return self._switchboard.stream is not None
 
     @property
+    def lost_reason(self) -> str:
+        """Why the backend is lost, in a sentence without its full stop; empty while it is not."""
+        return self._lost or ""
+
+    @property
     def stderr_tail(self) -> list[str]:
         """The last lines that the server wrote to stderr."""
         return self._child.stderr_tail
+
+    def speak(self, switchboard: Switchboard) -> None:
+        """From now on the child's messages are delivered as `switchboard` says.
+
+        For a child of which it has just been learnt what it speaks; no call is in flight.
+        """
+        with self._lock:
+            switchboard.continue_from(self._switchboard)  # no id is used twice
+            self._switchboard = switchboard
 
     # --- from the client -------------------------------------------------------------------------
 
     def send(self, exchange: Exchange) -> None:
         self.last_used = time.monotonic()
         self.was_called = exchange.requests[0].method != INITIALIZE
+        requests, tools = exchange.requests, self._tools()
+        if tools is not None:
+            requests = _admitted(exchange, tools)
+            if not requests:
+                return
+        if self.has_answered is not None and self.has_answered(exchange):
+            return
+        if exchange.headers:
+            self._child.headers = exchange.headers
         exchange.attach(self, self.log if exchange.accepts_stream else None)
         lines: list[bytes] = []
         with self._lock:
@@ -153,12 +170,16 @@ class Bridge(Backend):
                 raise BackendExited(self._lost)
             # Of several calls each can be cancelled, so each has the deadline for itself.
             deadline = exchange.deadline if len(exchange.requests) > 1 else None
-            told = self._initialized_before(exchange.requests) if self._is_initializing else []
+            told = self._initialized_before(requests) if self._is_initializing else []
             lines += told
-            for request in exchange.requests:
+            for request in requests:
                 lines.append(self._switchboard.enter(request, exchange, deadline))
+        line = _joined(lines)
+        if not line:
+            return  # the answer is there already, or comes without the child
         try:
-            self._write(b"\n".join(lines), exchange.has_left)
+            with called_by(exchange.headers) if exchange.headers else _BY_NOBODY:
+                self._write(line, exchange.has_left)
         except ClientLeft:
             with self._lock:
                 self._switchboard.pop_exchange(exchange)
@@ -170,25 +191,37 @@ class Bridge(Backend):
                 unanswered = self._switchboard.pop_exchange(exchange)
             if not unanswered:
                 return  # the exit was noticed meanwhile, and has answered them
-            # The exit status is a better reason than the closed input.
+            # The exit status is a better reason than the closed input. The owner looks elsewhere.
             self._has_exited.wait(_NOTICE)
             raise BackendExited(self._lost or str(error)) from error
 
     def submit(
         self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
     ) -> None:
+        tools = self._tools()
         with self._lock:
             self._require_alive()
             stream = self._switchboard.stream
             if stream is None:
                 raise BackendExited("There is no stream for the answer")
+            if tools is not None:
+                try:
+                    request = tools.admitted(request)
+                except ClientError as error:
+                    stream.offer(_refusal(request, error))
+                    return
             deadline = time.monotonic() + timeout
             lines = self._initialized_before([request]) if self._is_initializing else []
+            if stream.on_submit is not None:
+                stream.on_submit(request)
             lines.append(self._switchboard.enter(request, stream, deadline))
             if stream.deadline is None or deadline < stream.deadline:
                 stream.set_deadline(deadline, lambda: no_answer(timeout))
+        line = _joined(lines)
+        if not line:
+            return
         try:
-            self._write(b"\n".join(lines), has_left)
+            self._write(line, has_left)
         except BackendError:
             pass  # then it is stopped, which answers the call
         except ClientLeft:
@@ -211,7 +244,7 @@ class Bridge(Backend):
             return []
         self._is_initializing, self._was_told = False, True
         log.info("[%s] a client's %s was lost; the server gets ours", self.name, INITIALIZED)
-        return [jsonrpc.encode(Notification(INITIALIZED))]
+        return [self._switchboard.notice(Notification(INITIALIZED))]
 
     def _note_unsaid(self) -> None:
         """Our notifications/initialized was not written with its request. The lock is held."""
@@ -222,17 +255,26 @@ class Bridge(Backend):
     ) -> None:
         self.last_used = time.monotonic()
         self._require_alive()
+        tools = self._tools()
+        if tools is not None and not tools.admits(notification):
+            log.info("[%s] dropped a %s that asks for no answer", self.name, notification.method)
+            return
         if notification.method == jsonrpc.CANCELLED:
             self._cancel(notification, has_left)
-        elif notification.method != INITIALIZED:
-            self._write(jsonrpc.encode(notification), has_left)
-        elif self._has_to_know():
-            try:
-                self._write(jsonrpc.encode(notification), has_left)
-            except ClientLeft:
+            return
+        is_initialized = notification.method == INITIALIZED
+        if is_initialized and not self._has_to_know():
+            return
+        with self._lock:
+            line = self._switchboard.notice(notification)
+        try:
+            if line:
+                self._write(line, has_left)
+        except ClientLeft:
+            if is_initialized:
                 with self._lock:
                     self._is_initializing = True  # so that it gets ours
-                raise
+            raise
 
     def _has_to_know(self) -> bool:
         """Whether the client's notifications/initialized is to be passed on: not after ours."""
@@ -245,8 +287,14 @@ class Bridge(Backend):
         """Passes a cancellation on under the child's id for the newest call with that id."""
         with self._lock:
             call = self._switchboard.newest(jsonrpc.cancelled_id_of(notification))
+            if call is not None and not call.is_at_child:
+                self._switchboard.pop(call.wire_id)
         if call is None or call.method == INITIALIZE:
             return  # answered already, or never to be cancelled (MCP 2025-11-25, cancellation)
+        if not call.is_at_child:
+            if call.exchange.requests:
+                _fail(call, Cancelled())
+            return
         params = jsonrpc.replace_field(notification.params, ("requestId",), call.wire_id)
         self._write(jsonrpc.encode(Notification(jsonrpc.CANCELLED, params)), has_left)
         if not call.exchange.requests:
@@ -257,16 +305,18 @@ class Bridge(Backend):
         if call.deadline is not None:
             with self._lock:
                 self._switchboard.set_deadline(call, min(until, call.deadline))
-        call.exchange.set_deadline(until, Cancelled)
+        exchange = call.exchange  # of which a second cancellation does not lengthen the time
+        earlier = until if exchange.deadline is None else exchange.deadline
+        exchange.set_deadline(min(until, earlier), Cancelled)
 
     def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
         self.last_used = time.monotonic()
         with self._lock:
-            is_awaited = self._switchboard.take_answer(response)
-        if is_awaited:
-            self._write(jsonrpc.encode(response), has_left)
-        else:
+            line = self._switchboard.take_answer(response)
+        if line is None:
             log.info("[%s] dropped a client's response to no pending request", self.name)
+        elif line:
+            self._write(line, has_left)
 
     def listen(self, exchange: Exchange, after: str | None = None) -> None:
         self._require_alive()
@@ -281,6 +331,7 @@ class Bridge(Backend):
             older = self._switchboard.set_stream(exchange)
         if older is not None:
             older.end(replaced=True)
+        self._write_lines()
 
     def say(self, message: bytes) -> bool:
         """Puts a message of ours on the standing stream; False where there is none. Never waits."""
@@ -292,19 +343,20 @@ class Bridge(Backend):
         return True
 
     def end_stream(self) -> None:
-        """Ends the standing stream; the client may open another one elsewhere.
-
-        Does nothing while answers are still to be sent on it, as over HTTP+SSE.
-        """
+        """As promised; does nothing while answers are still to be sent on it, as over HTTP+SSE."""
         with self._lock:
+            listens = self._switchboard.end_listening()
             stream = self._switchboard.stream
-            if stream is None or self._switchboard.has_calls(stream):
-                return
-            self._switchboard.set_stream(None)
-        stream.end()
+            if stream is not None and not self._switchboard.has_calls(stream):
+                self._switchboard.set_stream(None)
+            else:
+                stream = None
+        for exchange, answer in listens:
+            exchange.offer(answer)
+        if stream is not None:
+            stream.end()
 
     def hand_over(self) -> bool:
-        """Closes the backend unless a client waits for an answer; returns whether it did."""
         with self._lock:
             if self._switchboard.has_posts:
                 return False
@@ -312,12 +364,15 @@ class Bridge(Backend):
         self.close()
         return True
 
-    def is_idle(self, seconds: float) -> bool:
-        """Whether nobody needs the backend, nor has for `seconds`.
+    def end_between_calls(self) -> bool:
+        with self._lock:
+            if self._switchboard.is_calling:
+                return False
+            self._set_lost("The server is started again with another command")
+        self.close()
+        return True
 
-        It is needed while a call is in flight, also one whose client has left, while a client
-        listens to the standing stream, and while the server waits for a client's answer.
-        """
+    def is_idle(self, seconds: float) -> bool:
         with self._lock:
             return self._is_idle(seconds)
 
@@ -326,7 +381,6 @@ class Bridge(Backend):
         return not is_needed and time.monotonic() - self.last_used >= seconds
 
     def stop_if_idle(self, seconds: float) -> bool:
-        """Closes the backend where it is idle (`is_idle`); returns whether it did."""
         with self._lock:
             if not self._is_idle(seconds):
                 return False
@@ -335,13 +389,12 @@ class Bridge(Backend):
         return True
 
     def close(self, failure: BackendLost | None = None) -> None:
-        """As promised; calls in flight fail with `failure`, by default as the session has ended."""
         on_close, self.on_close = self.on_close, None
         self._is_closed = True
         if on_close is not None:
             on_close()
         self._fail_all(failure or BackendLost("The session has ended and the server was stopped"))
-        self._supervisor.stop_child(self._child)
+        self._starter.stop_child(self._child)
 
     def set_on_initialized(self, on_initialized: Callable[[], object]) -> None:
         """Has `on_initialized`, which must be quick, called once: when initialize is answered, or
@@ -368,23 +421,37 @@ class Bridge(Backend):
             raise BackendExited(self._lost)
 
     def _write(self, line: bytes, has_left: Callable[[], bool] | None = None) -> None:
-        """Writes to the child, and stops it if that fails.
+        """Writes to the child, and stops it if that fails: it is lost then, though it may live on.
 
         Where it takes nothing, and `has_left` says that the client has left, the line is not
         written: ClientLeft. One that is half written is written to its end by another thread.
         """
         try:
             self._child.write(line, WRITE_TIMEOUT, has_left, self._hand_on)
-        except BackendTimeout:
-            log.error("[%s] the server does not read its input; stopping it", self.name)
-            self._supervisor.stop_child(self._child)
+        except (BackendTimeout, BackendUnreached) as error:
+            self._give_up_child(error)
             raise
-        except BackendUnreached:
-            self._supervisor.stop_child(self._child)
-            raise
-        except BackendLost:
+        except BackendLost as error:
             # Its exit is about to be noticed; then every call fails with the exit status.
-            self._supervisor.stop_child(self._child)
+            self._give_up_child(error)
+
+    def _give_up_child(self, error: BackendError) -> None:
+        """Stops a child that takes no message any more; its calls in flight may still end well."""
+        with self._lock:
+            is_first = self.is_alive
+            self._set_lost(error.message)
+        if is_first:
+            is_timeout = isinstance(error, BackendTimeout)
+            what = "does not read its input" if is_timeout else "has closed its input"
+            log.error("[%s] the server %s; stopping it", self.name, what)
+        self._starter.stop_child(self._child)
+        self._report_lost()
+
+    def _report_lost(self) -> None:
+        with self._lock:
+            was_reported, self._was_reported = self._was_reported, True
+        if not was_reported and not self._is_closed:
+            self._on_lost(self)
 
     def _hand_on(self, finish: Callable[[], None]) -> None:
         """Has a thread write the rest of a line, and the child stopped if that fails."""
@@ -393,12 +460,12 @@ class Bridge(Backend):
             try:
                 finish()
             except BackendError as error:
-                log.error("[%s] half a message was taken (%s); stopping it", self.name, error)
-                self._supervisor.stop_child(self._child)
+                log.error("[%s] half a message was taken (%s)", self.name, error)
+                self._give_up_child(error)
 
         name = f"mcp-writer-{self._child.pid}"
         try:
-            Reader(name, write, lambda: self._supervisor.stop_child(self._child)).start()
+            Reader(name, write, lambda: self._starter.stop_child(self._child)).start()
         except RuntimeError:
             write()  # there is no thread: the client's own has to
 
@@ -473,22 +540,31 @@ class Bridge(Backend):
                 exchange = self._switchboard.deliver(message)
                 dropped = self._switchboard.overflow()
         self._give_up(dropped)
+        if self._switchboard.lines:
+            self._write_lines()
         return exchange
 
     def _take_response(self, response: Response) -> Exchange | None:
         with self._lock:
-            call = self._switchboard.pop(response.id)
+            call = self._switchboard.pop_answered(response.id)
             if call is not None:
                 self.last_used = time.monotonic()
                 if call.method == INITIALIZE:
                     self._has_answered = True
                     self._is_initializing = response.result is not UNSET
                     self._note_initialized()
-                data = jsonrpc.encode(response, call.id)
-                call.exchange.offer(ServerMessage(data, is_response=True))
-                return call.exchange
-        log.debug("[%s] dropped an answer to no pending call", self.name)
-        return None
+                if call.method == LIST and (tools := self._tools()) is not None:
+                    response = _visible(response, tools)
+                data = self._switchboard.encoded(response, call)
+                if data is not None:
+                    call.exchange.offer(ServerMessage(data, is_response=True))
+                self._switchboard = self._switchboard.successor or self._switchboard
+        if call is None:
+            log.debug("[%s] dropped an answer to no pending call", self.name)
+            return None
+        if self._switchboard.lines:
+            self._write_lines()
+        return call.exchange
 
     def _give_up(self, undelivered: Sequence[Request | Notification]) -> None:
         """Logs the messages that no client could take, and answers the requests among them."""
@@ -506,25 +582,46 @@ class Bridge(Backend):
             with contextlib.suppress(BackendError):
                 self._write(jsonrpc.encode(answer))
 
+    def _on_mute(self) -> None:
+        """The child has closed its output and lives on; the supervisor stops it."""
+        if self._is_closed:
+            return
+        log.error("[%s] the server has closed its output; stopping it", self.name)
+        self._fail_all(BackendLost("The server closed its output"))
+        self._report_lost()
+
     def _on_exit(self, how: str) -> None:
         self._noise.flush()
         self._undelivered.flush()
-        self._fail_all(BackendLost(f"The server exited ({how})"))
+        if not self._is_closed:
+            self._lost = None  # the exit status is a better reason
+        failure = BackendLost(f"{self._child.end_sentence} ({how})")
+        untaken = self._fail_all(failure, self._child.untaken)
         self._has_exited.set()
         if not self._is_closed:
-            log.warning("[%s] the server exited by itself (%s)", self.name, how)
-            self._on_lost(self)
+            log.warning("[%s] %s (%s)", self.name, self._child.end_in_log, how)
+        self._report_lost()
+        for exchange in untaken:  # now that another backend can be found
+            exchange.refuse(BackendUnreached(failure.message))
 
-    def _fail_all(self, failure: BackendLost) -> None:
-        """Ends every exchange; from now on the backend is lost."""
+    def _fail_all(self, failure: BackendLost, spared: Collection[RequestId] = ()) -> list[Exchange]:
+        """Ends every exchange but those of the calls with these ids, which it returns.
+
+        From now on the backend is lost.
+        """
         with self._lock:
             self._set_lost(failure.message)
             self._note_initialized()
             calls, stream = self._switchboard.clear()
+        untaken: list[Exchange] = []
         for call in calls:
-            _fail(call, type(failure)(f"{failure.message} before it answered"))
+            if call.wire_id in spared and len(call.exchange.requests) == 1:
+                untaken.append(call.exchange)
+            else:
+                _fail(call, type(failure)(f"{failure.message} before it answered"))
         if stream is not None:
             stream.end()
+        return untaken
 
     # --- from exchanges --------------------------------------------------------------------------
 
@@ -538,19 +635,36 @@ class Bridge(Backend):
             exchange.set_deadline(due, lambda: no_answer(timeout) if was_cancelled else failure)
         for call in overdue:
             _fail(call, failure)
-            if call.method != INITIALIZE and not isinstance(failure, Cancelled) and self.is_alive:
-                reason = {"requestId": call.wire_id, "reason": "The proxy's time limit has passed"}
-                notice = Notification(jsonrpc.CANCELLED, jsonrpc.as_payload(reason))
-                # A server that takes nothing need not know, and one that stops does not.
-                with contextlib.suppress(BackendError, ClientLeft):
-                    self._write(jsonrpc.encode(notice), _nobody_waits)
+            if not isinstance(failure, Cancelled):
+                self._cancel_at_child(call, "The proxy's time limit has passed")
+        self._write_lines(_nobody_waits)
+
+    def _take_back(self, exchange: Exchange) -> None:
+        """Cancels the calls of an exchange whose client wants no answer any more."""
+        with self._lock:
+            self.last_used = time.monotonic()
+            calls = self._switchboard.pop_exchange(exchange)
+        for call in calls:
+            self._cancel_at_child(call, "The client has left")
+        self._write_lines(_nobody_waits)
+
+    def _cancel_at_child(self, call: PendingCall, reason: str) -> None:
+        if call.method == INITIALIZE or not call.is_at_child or not self.is_alive:
+            return
+        params = jsonrpc.as_payload({"requestId": call.wire_id, "reason": reason})
+        # A server that takes nothing need not know, and one that stops does not.
+        with contextlib.suppress(BackendError, ClientLeft):
+            self._write(jsonrpc.encode(Notification(jsonrpc.CANCELLED, params)), _nobody_waits)
 
     def leave(self, exchange: Exchange) -> None:
         """Detaches an exchange whose client has left; its calls go on, its other messages wait.
 
         A disconnect is no cancellation (MCP 2025-11-25, transports, "Sending Messages to the
-        Server").
+        Server"), unless the exchange `cancels`.
         """
+        if exchange.cancels:
+            self._take_back(exchange)
+            return
         with self._lock:
             self.last_used = time.monotonic()
             self._switchboard.leave(exchange)
@@ -561,16 +675,74 @@ class Bridge(Backend):
         """Does nothing: the child need not know."""
 
     def expire_left_calls(self) -> None:
-        """Applies the deadlines of calls whose client has left."""
         with self._lock:
             left = self._switchboard.left_exchanges()
+            self._switchboard.do_overdue()
         for exchange in left:
             exchange.expire_if_due()
+        self._write_lines()
+
+    def ask_open(self) -> None:
+        """Asks a client what the child has asked it; what that makes the child hear waits."""
+        with self._lock:
+            self._switchboard.ask_open()
+
+    def end_parked(self, state: str) -> None:
+        """Ends a call that waits for its client's answer."""
+        with self._lock:
+            self._switchboard.end_parked(state)
+        self._write_lines()
+
+    def _write_lines(self, has_left: Callable[[], bool] | None = None) -> None:
+        """Writes what the switchboard has for the child."""
+        with self._lock:
+            pause, lines = self._switchboard.pause, self._switchboard.take_lines()
+        if pause:
+            self._has_exited.wait(pause)
+        line = _joined(lines)
+        if line:
+            with contextlib.suppress(BackendError, ClientLeft):
+                self._write(line, has_left)
+
+
+def _all_tools() -> None:
+    """None is hidden."""
+
+
+def _admitted(exchange: Exchange, tools: ToolFilter) -> list[Request]:
+    """The requests of an exchange that the child may get; the others are answered."""
+    admitted: list[Request] = []
+    for request in exchange.requests:
+        try:
+            admitted.append(tools.admitted(request))
+        except ClientError as error:
+            exchange.offer(_refusal(request, error))
+    return admitted
+
+
+def _refusal(request: Request, error: ClientError) -> ServerMessage:
+    """The answer to a request that the child does not get."""
+    data = jsonrpc.encode_error(error.code, error.message, request.id, error.data)
+    return ServerMessage(data, is_response=True)
+
+
+def _visible(response: Response, tools: ToolFilter) -> Response:
+    """A list of tools as clients may see it; one that cannot be read is an error."""
+    try:
+        return tools.visible(response)
+    except ClientError:
+        reason = "The server's list of tools cannot be read"
+        return Response(response.id, error=jsonrpc.error_payload(PROXY_ERROR, reason))
 
 
 def _of_a_line(reason: ClientError) -> str:
     """The sentence about a client's body, said of a line."""
     return reason.message.replace("The body", "the line")
+
+
+def _joined(lines: Sequence[bytes]) -> bytes:
+    """Lines that are written together; empty ones are none."""
+    return lines[0] if len(lines) == 1 else b"\n".join(filter(None, lines))
 
 
 def _nobody_waits() -> bool:

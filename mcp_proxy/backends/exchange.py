@@ -18,10 +18,18 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from mcp_proxy.errors import BackendError, BackendTimeout, BackendUnreached, ClientLeft, in_seconds
+from mcp_proxy.errors import (
+    BackendError,
+    BackendTimeout,
+    BackendUnreached,
+    ClientLeft,
+    ProxyError,
+    in_seconds,
+)
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 #: Bytes that may wait for a slow client before its server's reader waits too.
@@ -30,6 +38,9 @@ MAX_BACKLOG = 4 * 1024 * 1024
 # Seconds between looks at whether the client of a crowded exchange has left, and one that waits.
 _ROOM_CHECK = 1.0
 _LOOK = 1.0
+
+# Messages of one stream that are logged in one round trip, at the most.
+_LOGGED_TOGETHER = 64
 
 
 class ServerMessage(NamedTuple):
@@ -47,6 +58,9 @@ class ServerMessage(NamedTuple):
 
 
 _END = ServerMessage(b"", is_response=False)
+_REFUSED = ServerMessage(b"", is_response=False)
+
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Source(Protocol):
@@ -59,7 +73,9 @@ class Source(Protocol):
         """The deadline has passed: whatever is unanswered is to be answered by `failure`."""
 
     def leave(self, exchange: Exchange) -> None:
-        """The client no longer listens; a call that is running goes on."""
+        """The client no longer listens; a call that is running goes on, or is cancelled where
+        `exchange.cancels` says so.
+        """
 
 
 class StreamLog(Protocol):
@@ -71,8 +87,12 @@ class StreamLog(Protocol):
         The id of that event, None where it could not be logged.
         """
 
-    def append(self, exchange: Exchange, message: ServerMessage, is_last: bool) -> str | None:
-        """Logs a message before it is sent; its event id, None where it could not be logged."""
+    def append(
+        self, exchange: Exchange, messages: Sequence[ServerMessage], is_last: bool
+    ) -> Sequence[str | None]:
+        """Logs messages before they are sent; their event ids, None where they could not be
+        logged. `is_last` is said of the last one.
+        """
 
     def missed(self, exchange: Exchange, after: str) -> list[ServerMessage]:
         """The messages that were logged of the exchange's stream after an event."""
@@ -93,7 +113,11 @@ class Exchange:
 
     Without requests it is the session's standing stream. `accepts_stream` says whether anything but
     responses may be delivered. A request that is unanswered after `timeout` seconds is answered
-    with a failure.
+    with a failure; without a time limit the exchange is a standing stream.
+
+    `cancels` says whether a client that leaves takes its requests back, as modern ones do (MCP
+    2026-07-28, streamable HTTP, "Cancellation"); `headers` are those of the client that the backend
+    has to know, by their names in lower case.
     """
 
     def __init__(
@@ -101,16 +125,24 @@ class Exchange:
         requests: Sequence[Request] = (),
         accepts_stream: bool = True,
         timeout: float | None = None,
+        cancels: bool = False,
+        headers: Mapping[str, str] = _NO_HEADERS,
     ) -> None:
         self.requests = requests
         self.accepts_stream = accepts_stream
         self.timeout = timeout
+        self.cancels = cancels
+        self.headers = headers
         #: Whether the client gets, or has to get, a stream.
         self.is_stream = not requests
         #: Whether everything that belongs here was received.
         self.is_over = False
         #: Whether the client has stopped listening, and nobody reads in its place.
         self.is_closed = False
+        #: Whether the backend is another replica's.
+        self.is_relayed = False
+        #: Called with each request whose answer is to come on this stream, before it is sent.
+        self.on_submit: Callable[[Request], object] | None = None
         #: Whether this was a standing stream whose place a newer one took.
         self.was_replaced = False
         #: The name of the stream in the log, empty before it has one.
@@ -125,6 +157,8 @@ class Exchange:
         self.on_close: Callable[[], object] | None = None
         #: Sends the requests to another backend, at most once, when this one got nothing of them.
         self.resend: Callable[[Exchange], object] | None = None
+        #: How many times in a row the call is sent anew since its client had to open a page first.
+        self.pages = 0
         self._source: Source | None = None
         self._log: StreamLog | None = None
         self._is_logged = False  # that the stream begins; true where there is no log
@@ -133,10 +167,12 @@ class Exchange:
         self._read_more: Callable[[float], object] | None = None
         self._on_read: Callable[[], object] | None = None
         self._on_deadline: Callable[[], BackendError] | None = None
+        self._refusal: ProxyError | None = None
         self._unanswered = len(requests)
         self._queue: queue.SimpleQueue[ServerMessage | None] = queue.SimpleQueue()
         self._ahead: deque[ServerMessage] = deque()  # what is received before what is in the queue
         self._is_ended = False  # nothing comes after what is ahead
+        self._is_talkative = False  # something was offered that is no response
         self._is_left = False
         self._offered = 0  # bytes; written by the source
         self._read = 0  # bytes; written by the receiver
@@ -150,9 +186,30 @@ class Exchange:
         )
 
     @property
+    def is_standing(self) -> bool:
+        """Whether this may stay open for ever, so that nobody is kept waiting by it."""
+        return self.timeout is None
+
+    @property
+    def is_being_logged(self) -> bool:
+        """Whether to receive what comes next takes the time to log it, as far as one can know."""
+        return self._log is not None and (self.is_stream or self._is_talkative)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to receive."""
+        must_begin = self.is_stream and not self._is_logged
+        return must_begin or bool(self._ahead) or self._is_ended or not self._queue.empty()
+
+    @property
     def backlog(self) -> int:
         """Bytes that were offered and not yet received."""
         return self._offered - self._read
+
+    @property
+    def waiting(self) -> int:
+        """Messages that were offered and not yet received."""
+        return self._queue.qsize()
 
     # --- the receiving side ----------------------------------------------------------------------
 
@@ -229,9 +286,39 @@ class Exchange:
         return message
 
     def _note(self, message: ServerMessage) -> None:
-        if message.failure is not None and not message.is_response:
-            self._send_again(message.failure)
+        if message is _REFUSED:
+            assert self._refusal is not None
+            self._send_again(self._refusal)
             return
+        self._count(message)
+        if self._log is None or not self.is_stream:
+            self._ahead.append(message)
+            return
+        together = [message]
+        try:
+            if self.requests:
+                self._count_what_waits(together)
+        finally:
+            self._ahead.extend(self._logged(self._log, together))
+
+    def _count_what_waits(self, together: list[ServerMessage]) -> None:
+        """Takes what else has come, to be logged in the same round trip.
+
+        Not of a standing stream: what nobody has received of that goes to the next one.
+        """
+        while len(together) < _LOGGED_TOGETHER and not self._is_ended:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if item is _END:
+                self._is_ended = True
+            elif item is not None:
+                self._count(item)
+                together.append(item)
+
+    def _count(self, message: ServerMessage) -> None:
+        """A message is received."""
         self._read += len(message.data)
         if self._room is not None:
             self._room.set()
@@ -244,11 +331,8 @@ class Exchange:
             self._is_ended = self._unanswered == 0
         if message.is_response and self.on_response is not None:
             self.on_response(message)
-        if self._log is not None and self.is_stream:
-            message = self._logged(self._log, message)
-        self._ahead.append(message)
 
-    def _send_again(self, failure: BackendError) -> None:
+    def _send_again(self, failure: ProxyError) -> None:
         resend, self.resend = self.resend, None
         if resend is None or not isinstance(failure, BackendUnreached):
             raise failure
@@ -272,14 +356,14 @@ class Exchange:
         has happened already.
         """
         self._on_ready = on_ready
-        has_to_begin = self.is_stream and not self._is_logged
-        if has_to_begin or self._ahead or self._is_ended or not self._queue.empty():
+        if self.has_news:
             on_ready()
 
     def close(self) -> None:
-        """The client no longer listens; a call that is running goes on. Harmless when repeated.
+        """The client no longer listens; a call that is running goes on, unless this `cancels` it.
 
-        A stream whose client may come back for the rest is read on, into the log.
+        Harmless when repeated. A stream whose client may come back for the rest is read on, into
+        the log.
         """
         if self._is_left:
             return
@@ -300,6 +384,13 @@ class Exchange:
         if self._room is not None:
             self._room.set()
         if self._source is not None:
+            self._source.leave(self)
+
+    def note_sent(self) -> None:
+        """The requests were sent by another thread than the client's, which may have left before
+        there was a source: that learns of it now.
+        """
+        if self.is_closed and self._source is not None:
             self._source.leave(self)
 
     # --- the log ---------------------------------------------------------------------------------
@@ -323,10 +414,14 @@ class Exchange:
         if event_id is not None:
             self._ahead.append(ServerMessage(b"", is_response=False, event_id=event_id))
 
-    def _logged(self, log: StreamLog, message: ServerMessage) -> ServerMessage:
+    def _logged(self, log: StreamLog, messages: Sequence[ServerMessage]) -> list[ServerMessage]:
         if not self._is_logged:
             self._log_begin()
-        return message._replace(event_id=log.append(self, message, self._is_ended))
+        ids = log.append(self, messages, self._is_ended)
+        return [
+            message._replace(event_id=event_id)
+            for message, event_id in zip(messages, ids, strict=True)
+        ]
 
     # --- the source's side -----------------------------------------------------------------------
 
@@ -354,16 +449,28 @@ class Exchange:
         if self.is_stream and self.requests:
             source.stream_begun(self)
 
-    def offer(self, message: ServerMessage) -> None:
-        """Adds a message; never blocks."""
+    def offer(self, message: ServerMessage) -> bool:
+        """Adds a message; never blocks. False where it is left out.
+
+        That is what comes before the answer to a modern request whose client does not read: its
+        server has other clients, which cannot wait for this one.
+        """
+        if self.cancels and not message.is_response and self.backlog > MAX_BACKLOG:
+            return False
         self._offered += len(message.data)
+        if not message.is_response:
+            self._is_talkative = True
         self._queue.put(message)
         if self._on_ready is not None:
             self._on_ready()
+        return True
 
     def wait_for_room(self) -> None:
-        """Returns when the client has caught up or left. Called by the reader, without any lock."""
-        while self._offered - self._read > MAX_BACKLOG and not self.is_closed:
+        """Returns when the client has caught up or left. Called by the reader, without any lock.
+
+        Nobody waits for the client of a modern request (`offer`).
+        """
+        while not self.cancels and self._offered - self._read > MAX_BACKLOG and not self.is_closed:
             room = self._room = threading.Event()
             if self.backlog > MAX_BACKLOG and not self.is_closed:
                 room.wait(_ROOM_CHECK)
@@ -373,12 +480,13 @@ class Exchange:
         self.was_replaced = replaced
         self._put(_END)
 
-    def refuse(self, failure: BackendError) -> None:
-        """The source has to give the requests up before anything was offered.
+    def refuse(self, failure: ProxyError) -> None:
+        """The requests are given up before anything was offered, by the source or by who sends.
 
         Where the failure is BackendUnreached they are sent again, to another backend.
         """
-        self._put(ServerMessage(b"", is_response=False, failure=failure))
+        self._refusal = failure
+        self._put(_REFUSED)
 
     def wake(self) -> None:
         """Has whoever waits here look again."""
@@ -397,7 +505,7 @@ class Exchange:
                 item = self._queue.get_nowait()
             except queue.Empty:
                 return messages
-            if item is not None and item is not _END:
+            if item is not None and item is not _END and item is not _REFUSED:
                 messages.append(item)
 
     def set_deadline(self, at: float, failure: Callable[[], BackendError] | None = None) -> None:

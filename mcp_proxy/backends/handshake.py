@@ -10,7 +10,7 @@ import msgspec
 
 from mcp_proxy.backends.exchange import Backend, Exchange
 from mcp_proxy.errors import BackendNotStarted, BadAnswer, ClientError, SessionEnded
-from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire import jsonrpc, refusals
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED, decode_resume
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
@@ -26,7 +26,7 @@ class _InitializeResult(msgspec.Struct):
 
 
 def ask(backend: Backend, request: Request, timeout: float) -> Response:
-    """The server's answer; raises what kept it from answering."""
+    """The server's answer; raises what kept it from answering, ServerRefused too."""
     with closing(Exchange([request], accepts_stream=False, timeout=timeout)) as exchange:
         backend.send(exchange)
         answer = exchange.receive(timeout + 1)
@@ -34,6 +34,7 @@ def ask(backend: Backend, request: Request, timeout: float) -> Response:
         raise BackendNotStarted("The server did not answer when it was started again")
     if answer.failure is not None:
         raise answer.failure
+    refusals.require_none(answer.data)
     response = jsonrpc.parse_message(answer.data)
     assert isinstance(response, Response)
     return response

@@ -8,6 +8,7 @@ thread at any time, also while the backend is silent: that shuts its socket down
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import ipaddress
 import logging
@@ -54,6 +55,9 @@ log = logging.getLogger(__name__)
 #: Seconds after which a pooled connection is not used again: servers close theirs after five.
 MAX_IDLE = 2.0
 
+#: The longest piece of a body, in bytes. The kernel may have many megabytes of it.
+MAX_PIECE = 256 * 1024
+
 _QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 
 # TCP probes a peer that is silent for 15 seconds three times, every 5 seconds.
@@ -75,9 +79,22 @@ _MAX_HEAD = 256 * 1024  # bytes of a head, those of the answers before it includ
 _MAX_TRAILERS = 64 * 1024  # bytes
 _POOLS = 64  # backends to which connections are kept
 
+# Why a connection was not made, for clients; any other reason has the system's words.
+_REASONS = {
+    errno.ECONNREFUSED: ": the connection was refused",
+    errno.EHOSTUNREACH: ": there is no route to its host",
+    errno.ENETUNREACH: ": its network is unreachable",
+    errno.ECONNRESET: ": the connection broke off",
+    errno.ETIMEDOUT: " in time",
+}
+
+# Where in its own source Python's ssl module has noticed something.
+_LINE_OF_SOURCE = re.compile(r"\A_ssl\.c:\d+: ")
+
 # How http.client begins when the answer to CONNECT is not 200.
 _TUNNEL_REFUSED = "Tunnel connection failed:"
 
+_NO_PROXY = "The outbound proxy cannot be reached"
 _NOT_SPOKEN_TO = "The outbound proxy in the environment has no http:// URL; set backend_proxy"
 
 # The call of this thread; its connection registers with it, so that `abort` works before there is a
@@ -136,20 +153,37 @@ class HttpClient:
         finally:
             _calling.call = None
 
-    def probe(self, address: Address) -> str | None:
+    def probe(self, address: Address) -> BackendUnreached | None:
         """Why a backend cannot be connected to, None if it can; no request is sent.
 
-        Of one behind an outbound proxy only the proxy is known.
+        One with TLS has to shake hands as for a call. Of one behind an outbound proxy only the
+        proxy is known.
         """
         proxy = self.proxy_of(address)
         if proxy is not None and not _is_spoken_to(proxy):
-            return f"{address.shown}: {_NOT_SPOKEN_TO}"
+            found = BackendUnreached(_NOT_SPOKEN_TO)
+            found.detail = f"{address.shown}: {_NOT_SPOKEN_TO}"
+            return found
         try:
-            origin = (address.host, address.port) if proxy is None else _origin_of(proxy)
-            socket.create_connection(origin, self.connect_timeout).close()
-        except (OSError, ValueError) as error:
-            return f"{self.way_to(address)}: {getattr(error, 'strerror', None) or error}"
+            if proxy is None and address.scheme == "https":
+                self._shake_hands(address)
+            else:
+                origin = (address.host, address.port) if proxy is None else _origin_of(proxy)
+                socket.create_connection(origin, self.connect_timeout).close()
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+            found = _unreached(error, error) if proxy is None else BackendUnreached(_NO_PROXY)
+            words = _words_of_the_system(error) or _LINE_OF_SOURCE.sub("", str(error))
+            found.detail = f"{self.way_to(address)}: {words}"
+            return found
         return None
+
+    def _shake_hands(self, address: Address) -> None:
+        """Connects with TLS and hangs up, within `connect_timeout`."""
+        request = _prepared(HttpCall(self, address, "GET", "/", {}, b""), is_proxied=False)
+        adapter: Any = self._adapter
+        pool = adapter.get_connection_with_tls_context(request, self.verify)
+        adapter.cert_verify(pool, address.url, self.verify, None)
+        pool.shake_hands(self.connect_timeout)
 
     def way_to(self, address: Address) -> str:
         """What is connected to for a backend, in words for the log."""
@@ -326,7 +360,7 @@ class HttpCall:
                 self._acknowledge()
                 if pulse is not None:
                     yield from self._silence(raw, pulse)
-                piece = raw.read1()
+                piece = raw.read1(MAX_PIECE)
                 if not piece:
                     break
                 yield piece
@@ -335,12 +369,11 @@ class HttpCall:
                 raise self._abort_reason from error
             if isinstance(error, urllib3.exceptions.ReadTimeoutError):
                 raise self._stopped() from error
+            if missing := raw.length_remaining:
+                raise BadAnswer(f"The server closed {missing} bytes too early") from error
             raise BadAnswer("The server broke off in the middle of its answer") from error
-        # read1 raises nothing at an early end; without length and chunks not even after an abort.
-        missing = raw.length_remaining
-        if missing:
-            raise self._abort_reason or BadAnswer(f"The server closed {missing} bytes too early")
-        if missing is None and not raw.chunked and self._abort_reason is not None:
+        # What has neither length nor chunks ends without an error, even after an abort.
+        if self.ends_with_connection and self._abort_reason is not None:
             raise self._abort_reason
 
     def _stopped(self) -> BackendTimeout:
@@ -605,8 +638,7 @@ class _Adapter(HTTPAdapter):
         host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
         if request.server_name is None or host["scheme"] != "https":
             return host, pool
-        named = {"server_hostname": request.server_name, "assert_hostname": request.server_name}
-        return host, {**pool, **named}
+        return host, {**pool, "server_hostname": request.server_name}
 
 
 class _BadHead(http.client.HTTPException):
@@ -668,11 +700,14 @@ class _KnownToTheCall:
 
     idle_since = 0.0
     call: HttpCall | None = None
+    connect_until: float | None = None  # where one time limit counts for the handshake, too
     sock: Any
     timeout: Any
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]
+        if self.connect_until is not None:
+            sock.settimeout(max(self.connect_until - time.monotonic(), 0.001))
         if self.call is not None:
             self.call.connected(sock, is_through=False)
         return sock
@@ -725,6 +760,16 @@ class _HttpPool(_FreshConnections, HTTPConnectionPool):
 class _HttpsPool(_FreshConnections, HTTPSConnectionPool):
     ConnectionCls = _HttpsConnection
 
+    def shake_hands(self, timeout: float) -> None:
+        """Makes a connection that serves no call, and closes it; `timeout` is for all of that."""
+        connection: Any = self._new_conn()
+        connection.timeout = timeout
+        connection.connect_until = time.monotonic() + timeout
+        try:
+            connection.connect()
+        finally:
+            connection.close()
+
 
 def _translated(
     error: requests.RequestException | urllib3.exceptions.HTTPError,
@@ -744,32 +789,47 @@ def _translated(
     return ConnectionBroken("The server closed the connection before it answered")
 
 
-def _words_of_the_system(error: BaseException | None) -> str:
-    """What the system said, such as `Connection refused`; empty where it said nothing."""
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The error of the system behind another one, None where it said nothing."""
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
-            return str(error.strerror)
+            return error
         error = error.__cause__ or error.__context__
-    return ""
+    return None
+
+
+def _words_of_the_system(error: BaseException) -> str:
+    """What the system said, such as `Connection refused`; empty where it said nothing."""
+    found = _system_error(error)
+    return "" if found is None else str(found.strerror)
 
 
 def _unreached(error: Exception, reason: Any) -> BackendUnreached:
-    """The error where nothing of the request was sent."""
+    """The error where nothing of the request was sent; `reason` is what requests found, if any."""
     cause = str(getattr(reason, "original_error", ""))
     if cause.startswith(_TUNNEL_REFUSED):
         status = cause.removeprefix(_TUNNEL_REFUSED).strip()
         return BackendUnreached(f"The outbound proxy does not connect: {status}")
-    if isinstance(error, requests.exceptions.SSLError):
+    if isinstance(error, requests.exceptions.SSLError | ssl.SSLError):
         return BackendUnreached(f"The server's certificate or TLS is not acceptable: {reason}")
     if isinstance(error, requests.exceptions.ProxyError):
-        return BackendUnreached("The outbound proxy cannot be reached")
-    if isinstance(error, requests.Timeout):
+        return BackendUnreached(_NO_PROXY)
+    if isinstance(error, requests.Timeout | TimeoutError | urllib3.exceptions.ConnectTimeoutError):
         return BackendUnreached("The server cannot be reached in time")
-    if isinstance(reason, urllib3.exceptions.NameResolutionError):
+    if isinstance(reason, urllib3.exceptions.NameResolutionError | socket.gaierror):
         return BackendUnreached("The server cannot be reached: its name cannot be resolved")
     if isinstance(reason, urllib3.exceptions.ProtocolError):
         return BackendUnreached("The server cannot be reached: the connection broke off")
-    return BackendUnreached("The server cannot be reached: the connection was refused")
+    return BackendUnreached(f"The server cannot be reached{_in_plain_words(error)}")
+
+
+def _in_plain_words(error: Exception) -> str:
+    """The end of the sentence that a server cannot be reached, as the system gives the reason."""
+    found = _system_error(error)
+    if found is None:
+        return ""
+    words = str(found.strerror)
+    return _REASONS.get(found.errno or 0, f": {words[0].lower()}{words[1:]}")
 
 
 def _is_nonsense(cause: object) -> bool:

@@ -24,6 +24,7 @@ from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.errors import RequestId
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+from mcp_proxy.wire.modern import LISTEN
 
 #: The most messages, and the most bytes of them, that wait for a standing stream.
 MAX_WAITING = 256
@@ -34,11 +35,16 @@ MAX_ASKED = 1000
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
-_PROGRESS = "notifications/progress"
+#: The notification that names its call by a token.
+PROGRESS = "notifications/progress"
 
 
 class PendingCall(NamedTuple):
-    """A request in flight: its ids at the child and at the client, and its exchange."""
+    """A request in flight: its ids at the child and at the client, and its exchange.
+
+    One that is not `is_at_child` waits for something else, under an id that the child does not know
+    yet. `kept` is what the switchboard alone knows of it.
+    """
 
     wire_id: int
     id: RequestId
@@ -47,6 +53,8 @@ class PendingCall(NamedTuple):
     token: RequestId | None
     wire_token: RequestId | None
     deadline: float | None = None  # monotonic; None: its exchange has one for all its calls
+    is_at_child: bool = True
+    kept: object = None
 
 
 class _Asked(NamedTuple):
@@ -59,6 +67,12 @@ class _Asked(NamedTuple):
 class Switchboard:
     """The tables of one child."""
 
+    #: The switchboard in whose place another one comes: its tables are there from now on.
+    successor: Switchboard | None = None
+
+    #: Seconds to wait before the `lines` are written.
+    pause = 0.0
+
     def __init__(self) -> None:
         self._wire_ids = itertools.count(1)
         self._calls: dict[int, PendingCall] = {}  # by wire id, oldest first
@@ -68,6 +82,8 @@ class Switchboard:
         self._waiting: deque[ServerMessage] = deque()
         self._waiting_bytes = 0
         self._stream: Exchange | None = None
+        #: Lines for the child that delivering has brought about.
+        self.lines: list[bytes] = []
 
     def __repr__(self) -> str:
         return (
@@ -76,10 +92,27 @@ class Switchboard:
             f" stream={self._stream is not None}>"
         )
 
+    def continue_from(self, other: Switchboard) -> None:
+        """Takes over the tables of another switchboard, which is used no more."""
+        self._wire_ids = other._wire_ids
+        self._calls, self._tokens, self._posts = other._calls, other._tokens, other._posts
+        self._asked, self._stream = other._asked, other._stream
+        self._waiting, self._waiting_bytes = other._waiting, other._waiting_bytes
+        self.lines = other.lines
+
     @property
     def has_posts(self) -> bool:
         """Whether a client waits for an answer."""
-        return bool(self._posts)
+        return any(self._is_waiting(exchange) for exchange in list(self._posts))
+
+    def _is_waiting(self, exchange: Exchange) -> bool:
+        """Whether the client of an exchange with calls waits for answers, and not for changes."""
+        return not (exchange.requests and exchange.is_standing)
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether a call is in flight, also one that no client waits for just now."""
+        return any(call.method != LISTEN for call in self._calls.values())
 
     @property
     def is_awaited(self) -> bool:
@@ -135,6 +168,10 @@ class Switchboard:
             self._posts.pop(call.exchange, None)
         return call
 
+    def pop_answered(self, wire_id: RequestId) -> PendingCall | None:
+        """As `pop`, of a call that the child has just answered."""
+        return self.pop(wire_id)
+
     def pop_only(self) -> PendingCall | None:
         """Removes the only call in flight and returns it, None where there are none or several."""
         return self.pop(next(iter(self._calls))) if len(self._calls) == 1 else None
@@ -171,15 +208,27 @@ class Switchboard:
         """The exchanges with calls whose client has left."""
         return {call.exchange for call in self._calls.values() if call.exchange.is_closed}
 
-    def take_answer(self, response: Response) -> bool:
-        """Whether the child waits for this answer of the client; from now on it does not."""
-        return self._asked.pop(response.id, self) is not self
+    def encoded(self, response: Response, call: PendingCall) -> bytes | None:
+        """A response of the child as the client gets it; None where the client gets none, or not
+        yet.
+        """
+        return jsonrpc.encode(response, call.id)
+
+    def notice(self, notification: Notification) -> bytes:
+        """A client's notification encoded for the child; empty where that gets none."""
+        return jsonrpc.encode(notification)
+
+    def take_answer(self, response: Response) -> bytes | None:
+        """What the child gets of a client's answer, which may be nothing; None where nobody waits
+        for it. From now on nobody does.
+        """
+        return None if self._asked.pop(response.id, None) is None else jsonrpc.encode(response)
 
     # --- messages of the child -------------------------------------------------------------------
 
     def deliver(self, message: Request | Notification) -> Exchange | None:
         """Offers a message to its exchange and returns that; None: it waits, or is progress."""
-        if isinstance(message, Notification) and message.method == _PROGRESS:
+        if isinstance(message, Notification) and message.method == PROGRESS:
             exchange, message = self._route_progress(message)
         else:
             exchange = self._route(message)
@@ -189,7 +238,7 @@ class Switchboard:
         line = ServerMessage(jsonrpc.encode(message), is_response=False)
         if exchange is not None:
             exchange.offer(line)
-        elif message.method != _PROGRESS:  # late progress is useless
+        elif message.method != PROGRESS:  # late progress is useless
             self._park(line)
         return exchange
 
@@ -214,6 +263,24 @@ class Switchboard:
             oldest = next(iter(self._asked))
             dropped.append(Request(oldest, self._asked.pop(oldest).method))
         return dropped
+
+    def end_listening(self) -> list[tuple[Exchange, ServerMessage]]:
+        """Removes the standing streams that are calls; returns each with its answer."""
+        return []
+
+    def take_lines(self) -> list[bytes]:
+        """The `lines`, each once."""
+        lines, self.lines = self.lines, []
+        return lines
+
+    def end_parked(self, state: str) -> None:
+        """Ends the call that waits for its client under a state."""
+
+    def ask_open(self) -> None:
+        """Asks a client the questions of the child that have come for it by now."""
+
+    def do_overdue(self) -> None:
+        """Does what is due by now, as ending calls that have waited too long for their client."""
 
     def _park(self, message: ServerMessage) -> None:
         self._waiting.append(message)

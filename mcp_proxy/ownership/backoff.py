@@ -13,7 +13,9 @@ from mcp_proxy.errors import BackendDraining, BackendError, BackendNotStarted
 #: A server that ran this long (seconds) before it exited does not count as one that keeps ending.
 SETTLED = 10.0
 
-_MAX_DELAY = 30.0
+#: The longest pause (seconds) before a process is started again.
+LONGEST = 30.0
+
 _REMEMBERED = 300.0  # seconds after which an exit is forgotten
 _FAILURE_COUNTS = 30.0  # seconds for which failed starts count where one has succeeded
 _FAILURES = 2  # failed starts in a row that are no accident, nor one client's doing
@@ -25,10 +27,16 @@ class _Exits(NamedTuple):
 
 
 class Backoff:
-    """The pauses before a session's server is started again. Thread-safe; `clock` is for tests."""
+    """The pauses before a session's server is started again, `longest` at most. Thread-safe.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    `clock` is for tests.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, longest: float = LONGEST
+    ) -> None:
         self._clock = clock
+        self._longest = longest
         self._lock = threading.Lock()  # guards what follows
         self._exits: dict[str, _Exits] = {}  # by session
         self._failure: tuple[float, str] | None = None  # the last one, unless a success followed
@@ -40,7 +48,7 @@ class Backoff:
         with self._lock:
             before = self._exits.get(session_id)
             times = 1 if before is None or lifetime >= SETTLED else before.times + 1
-            delay = 0.0 if times == 1 else min(_MAX_DELAY, 2.0 ** (times - 2))
+            delay = 0.0 if times == 1 else min(self._longest, 2.0 ** (times - 2))
             self._exits[session_id] = _Exits(times, self._clock() + delay)
             long_past = self._clock() - _REMEMBERED
             self._exits = {
@@ -64,6 +72,12 @@ class Backoff:
         """The session is over."""
         with self._lock:
             self._exits.pop(session_id, None)
+
+    def forget_all(self) -> None:
+        """It is another server from now on: nothing is known of it."""
+        with self._lock:
+            self._exits.clear()
+            self._failure, self._failures, self._has_succeeded = None, 0, False
 
     def note_failure(self, failure: BackendError) -> None:
         """A server could not be started, or exited before it had answered initialize."""

@@ -13,25 +13,34 @@ used for the longest time is stopped; its record stays, so that a request brings
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextvars import copy_context
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+from mcp_proxy import metrics
+from mcp_proxy.auth import caller_env
+from mcp_proxy.auth.caller_env import CallerEnv, EnvFor, Values
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, wait_for
-from mcp_proxy.background import KeyedExecutor, Periodic, Workers
+from mcp_proxy.backends.owned import OwnedBackend, Starter
+from mcp_proxy.backends.switchboard import Switchboard
+from mcp_proxy.background import KeyedExecutor, Periodic, TimerWorker, Workers
 from mcp_proxy.config import ProxyOptions
+from mcp_proxy.eras.initial import InitialSwitchboard
 from mcp_proxy.errors import (
     BackendDraining,
     BackendError,
     BackendExited,
     BackendLost,
+    BackendNotStarted,
     BackendUnreached,
     Draining,
     Overloaded,
@@ -41,18 +50,22 @@ from mcp_proxy.errors import (
     StorageUnavailable,
 )
 from mcp_proxy.ownership.backoff import Backoff
+from mcp_proxy.ownership.spares import Spares
 from mcp_proxy.ownership.turns import Turns
 from mcp_proxy.processes.supervisor import Supervisor
+from mcp_proxy.relay.lease import boottime
 from mcp_proxy.relay.relay import Relay
 from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.resumption.writing import ReadOnWorker, SessionLog
-from mcp_proxy.servers import StdioServer
+from mcp_proxy.server_table import is_other_process
+from mcp_proxy.servers import Served, StdioServer
 from mcp_proxy.sessions import claims
-from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.sessions.manager import SessionManager, whose
 from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.storage.session import (
     BACKEND_URL,
     CLAIM,
+    ENV_DIGEST,
     INIT_BODY,
     PROTOCOL_VERSION,
     RESUME,
@@ -63,6 +76,9 @@ from mcp_proxy.wire.urls import WorkerUrl, parse_worker_url
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Seconds for which the record of a session held here is known.
+_AUTHORITY = 1.0
 
 # Rounds of looking for a session's child while others change the record: each of them ends with a
 # child that was found, or with somebody else's success that was gone again at once.
@@ -78,6 +94,10 @@ _REPLAY_TIME = claims.CLAIM_TIME / 3
 _SWEEPS_PER_TTL = 4
 _MAX_SWEEP = 30.0
 _MIN_SWEEP = 0.25
+
+# What the log says where a session has another backend.
+_STARTED_AGAIN = "the server of this session was started again"
+_BEGUN_AGAIN = "a new conversation with the server was begun"
 
 
 class ReplicaParts:
@@ -95,6 +115,7 @@ class ReplicaParts:
         self.replica = Replica()
         self.supervisor = Supervisor(self.replica, self.workers)
         self.turns = Turns(self._starts_at_once)
+        self.timer = TimerWorker("mcp-timer", self.workers)
         self.relay = None
         if mailboxes is not None:
             self.relay = Relay(mailboxes, self.replica, self.workers)
@@ -109,63 +130,147 @@ class ReplicaParts:
     def close(self) -> None:
         """Ends the starts, the relay, then every child, and waits for that."""
         self.turns.close()
+        self.timer.stop()
         if self.relay is not None:
             self.relay.close()
         self.supervisor.close()
 
 
+class _Seen(NamedTuple):
+    """A record as the store had it, and when (seconds)."""
+
+    session: Session
+    at: float
+
+
 class _Held(NamedTuple):
     session_id: str
     session_type: str
-    bridge: Bridge
+    whose: str | None
+    backend: OwnedBackend
     log: SessionLog
+
+
+class _Left(NamedTuple):
+    """What a child that is lost had of the caller of its session."""
+
+    session_id: str
+    values: Values
 
 
 class Owner:
     """The children of one server in this replica, by the `backend_url` that names them.
 
-    Thread-safe. Nothing runs before the first session begins.
+    Thread-safe. Nothing runs before the first session begins. `starters` start what is no child of
+    a session of its own, by the type of the record; `starter` begins conversations, without one the
+    supervisor does, with processes. `env_for` says which variables a child gets of its caller,
+    beside those that the server names.
     """
 
     def __init__(
         self,
-        server: StdioServer,
+        server: Served,
         manager: SessionManager,
         parts: ReplicaParts,
         options: ProxyOptions,
+        starter: Starter | None = None,
+        env_for: EnvFor | None = None,
     ) -> None:
-        self.server = server
+        self.server, self._options, self._env_for = server, options, env_for
+        #: What children get of their caller; None: nothing.
+        self.caller_env = CallerEnv.of(server, env_for)
         self.manager = manager
         self.relay = parts.relay
         self.events = manager.storage.event_log()
-        self.backoff = Backoff()
+        # To ask an HTTP server anew costs next to nothing.
+        self._renewed = _STARTED_AGAIN if starter is None else _BEGUN_AGAIN
+        self.backoff = Backoff() if starter is None else Backoff(longest=0.0)
         self.replica = parts.replica
         self.supervisor = parts.supervisor
         self.turns = parts.turns
+        #: Processes that are started ahead.
+        self.spares = Spares(
+            server,
+            options,
+            parts.supervisor,
+            parts.turns,
+            self.backoff,
+            parts.lock,
+            self._has_room,
+            parts.workers,
+            env_for,
+        )
+        self.starter = starter or self.spares
+        self.timer = parts.timer
+        self.starters: dict[str, Callable[[Session], OwnedBackend]] = {}
         self.supervisor.keep_detached = options.keep_detached
-        self._options = options
         self._workers = parts.workers
         self._read_on = ReadOnWorker(parts.workers)
         self._restorer = KeyedExecutor("mcp-restorer", _RESTORED_AT_ONCE)
-        shortest = min(options.session_ttl, options.idle_timeout or options.session_ttl)
-        self._interval = min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))
+        self._interval = _sweep_interval(options)
         self._sweeper = Periodic("mcp-sweeper", self._interval, self._sweep_once, parts.workers)
         self._sweeper.is_essential = False
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
         self._lock = parts.lock  # guards _held, _starting and _pending
         self._held: dict[str, _Held] = {}
-        self._starting: set[Bridge] = set()  # children that are not held yet
+        self._starting: set[OwnedBackend] = set()  # children that are not held yet
+        # By the `backend_url` that the record names still. Each operation is atomic.
+        self._left: dict[str, _Left] = {}
+        # What the store has said last of sessions held here. Each operation is atomic.
+        self._seen: dict[str, _Seen] = {}
         # Sessions held here that ended while the store was away: their records are still there.
         # Each operation is atomic.
         self._ended: set[str] = set()
         self._pending = 0  # children that are about to be held
+        self._form = 0  # how often what starts a process has changed
         self._is_closing = False
         self._owners = parts.owners
-        self._owners.append(self)
+        self._owners.append(self)  # until it is closed
 
     def __repr__(self) -> str:
-        return f"<Owner {self.server.name} held={len(self._held)} ended={len(self._ended)}>"
+        held, ended = len(self._held), len(self._ended)
+        return f"<Owner {self.server.name} held={held} ended={ended} {self.spares!r}>"
+
+    # --- another form of the server --------------------------------------------------------------
+
+    def change(self, server: Served, options: ProxyOptions) -> None:
+        """Serves another form of the server from now on; its name and its kind are the same.
+
+        Where that starts another process, the children that there are end, each as soon as nobody
+        waits for an answer of it, and are brought back as after a crash.
+        """
+        is_other = is_other_process(self.server, server)
+        self.server, self._options = server, options
+        self.caller_env = CallerEnv.of(server, self._env_for)
+        self.spares.change(server, options)
+        if not is_other:
+            return
+        self.backoff.forget_all()
+        with self._lock:
+            self._form += 1
+            others = [*self._starting, *(held.backend for held in self._held.values())]
+            for backend in others:
+                backend.is_outdated = True
+        if others:
+            self._hasten_sweep()
+
+    def _hasten_sweep(self) -> None:
+        self._sweeper.interval = _MIN_SWEEP
+        with contextlib.suppress(RuntimeError):  # no thread: their next requests replace them
+            self._sweeper.start()
+        self._sweeper.wake()
+
+    def end_all(self) -> None:
+        """Ends every session that has its child here, for good: the server was removed."""
+        for url, held in self._held_copy().items():
+            try:
+                self.manager.end(held.session_id)
+            except StorageError as error:  # it expires
+                log.warning("[%s] the record of a session is left: %s", self.server.name, error)
+            self._release(url)
+            self.events.forget(held.session_id)
+        self.close()
 
     # --- a new session ---------------------------------------------------------------------------
 
@@ -176,39 +281,76 @@ class Owner:
         Overloaded when this replica has all the sessions it may have, BackendLost when the server
         cannot be started, ClientLeft.
         """
-        self._reserve()
+        self.reserve()
         try:
             return self._spawn_in_turn(has_left)
         except BaseException as error:
-            self._count_pending(-1)
+            self.unreserve()
             if isinstance(error, BackendLost):
                 self.backoff.note_failure(error)
+                counters = metrics.current()
+                if counters is not None:
+                    counters.recent.note_failure(self.server.name, str(error), [])
             raise
 
     def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
         """A new child, whose turn lasts until it has answered initialize."""
         turn = self.turns.take(self._options.request_timeout, has_left)
         try:
-            bridge = self._spawn()
+            bridge = self.spawn()
         except BaseException:
             turn.give_back()
             raise
         bridge.set_on_initialized(turn.give_back)
         return bridge
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
         """Counts one more child that is about to begin; raises Overloaded."""
         limit = self._options.max_sessions
         while not self._has_reserved(limit):
-            if not self._has_stopped_idle_one():
+            if not (self._has_ended_spare() or self._has_stopped_idle_one()):
                 raise Overloaded(f"All {limit} sessions of this worker are taken")
 
     def _has_reserved(self, limit: int) -> bool:
         with self._lock:
-            if sum(len(owner._held) + owner._pending for owner in self._owners) >= limit:
-                return False
-            self._pending += 1
-            return True
+            self._pending += 1  # which may take the place of a spare
+            if sum(owner._taken() for owner in self._owners) <= limit:
+                return True
+            self._pending -= 1
+            return False
+
+    def _has_room(self) -> bool:
+        """Whether this replica may have one more spare. The lock is held."""
+        return sum(owner._taken() for owner in self._owners) < self._options.max_sessions
+
+    def _taken(self) -> int:
+        """How many of the processes that a worker may have are taken here. The lock is held."""
+        further = max(0, self.spares.count - self._to_start())
+        return self._size() + self._pending + further
+
+    def _to_start(self) -> int:
+        """How many of the children that are about to be held have no process yet.
+
+        Each of them takes a spare. The lock is held.
+        """
+        return max(0, self._pending - len(self._starting))
+
+    def _has_ended_spare(self) -> bool:
+        """Ends a spare that no start is about to take; it may be of another server."""
+        return any(owner.spares.end_one(owner._to_start) for owner in self._owners)
+
+    def end_parked_beyond(self, limit: int) -> None:
+        """Ends the calls that have waited longest for their client where more than `limit` do, in
+        this replica.
+        """
+        with self._lock:
+            held = [one.backend for owner in self._owners for one in owner._held.values()]
+        parked = [backend for backend in held if backend.parked]
+        while sum(backend.parked for backend in parked) > limit:
+            min(parked, key=lambda backend: backend.parked_since).end_oldest()
+
+    def _size(self) -> int:
+        return sum(held.backend.size for held in self._held.values())
 
     def _has_stopped_idle_one(self) -> bool:
         """Stops the idle child that is missed the least: never called, or not for the longest time.
@@ -216,16 +358,24 @@ class Owner:
         It may be of another server. False where there is none.
         """
         held = [(owner, *item) for owner in self._owners for item in owner._held_copy().items()]
-        held.sort(key=lambda item: (item[2].bridge.was_called, item[2].bridge.last_used))
+        held.sort(key=lambda item: (item[2].backend.was_called, item[2].backend.last_used))
         seconds = self._options.evict_after
         return any(owner._stop_if_idle(url, one, seconds) for owner, url, one in held)
 
     def _stop_if_idle(self, url: str, held: _Held, seconds: float) -> bool:
-        if not held.bridge.stop_if_idle(seconds):
+        if not held.backend.stop_if_idle(seconds):
             return False
         log.info("[%s] a session is idle; its server stops, its record stays", self.server.name)
         self._give_up(held.session_id, url)
         return True
+
+    def supersede(self, backend: OwnedBackend) -> None:
+        """Another backend has taken the place of this one: it ends now, or once nobody needs it."""
+        backend.is_superseded = True
+        url = self._url(backend)
+        held = self._held.get(url)
+        if held is not None:
+            self._stop_if_idle(url, held, 0.0)
 
     def establish(self, session: Session, bridge: Bridge) -> Session:
         """Records a session whose child is ready for it, and returns the record.
@@ -247,13 +397,13 @@ class Owner:
             self.discard(bridge)
             self.manager.end(session.id)
             raise
-        self._count_pending(-1)
+        self.unreserve()
         return session
 
     def discard(self, bridge: Bridge, failure: BackendError | None = None) -> None:
         """Ends a child that began no session, because of `failure` if there was one."""
         self._end_start(bridge)
-        self._count_pending(-1)
+        self.unreserve()
         if failure is not None:
             self.backoff.note_failure(failure)
 
@@ -262,19 +412,24 @@ class Owner:
         if self.relay is not None:
             self.relay.start()
 
-    def _count_pending(self, change: int) -> None:
+    def unreserve(self) -> None:
+        """What was reserved is held, or did not begin."""
         with self._lock:
-            self._pending += change
+            self._pending -= 1
 
     # --- a known session -------------------------------------------------------------------------
 
-    def send(self, session: Session, exchange: Exchange) -> None:
+    def send(self, session: Session, exchange: Exchange, backend: Backend | None = None) -> None:
         """Sends an exchange to the session's backend; again, to a new one, where it is certain
         that the first got nothing of it.
+
+        `backend` is that one where it is known (`backend_at_hand`).
         """
         exchange.resend = partial(self._send_to_new_backend, session)
+        if self.caller_env is not None:  # its answer may have become a stream until then
+            exchange.resend = partial(copy_context().run, exchange.resend)
         try:
-            self.backend_of(session, has_left=exchange.has_left).send(exchange)
+            (backend or self.backend_of(session, has_left=exchange.has_left)).send(exchange)
         except BackendUnreached:
             self._send_to_new_backend(session, exchange)
 
@@ -318,6 +473,45 @@ class Owner:
             session, lost = self.manager.load(session.id), None
         raise BackendLost("The session's server was not found: others keep changing its record")
 
+    def backend_at_hand(self, session: Session) -> Backend | None:
+        """The session's child, here or at another replica; None where it would have to be brought
+        back first, which takes a while. Raises StorageUnavailable.
+        """
+        return None if session.id in self._ended else self._known(session, None)
+
+    def load(self, session_id: str) -> Session:
+        """The record of a session, its time to live restarted; raises what the manager's does.
+
+        While the lease is held nobody else may change where a session of this replica is, and who
+        ends one waits for this replica to know: so the store is asked once a second for such a one.
+        """
+        seen = self._seen.get(session_id)
+        if (
+            seen is not None
+            and boottime() - seen.at < _AUTHORITY
+            and self._is_authority(seen.session)
+        ):
+            return seen.session
+        began = boottime()
+        session = self.manager.load(session_id)
+        if self._is_authority(session):
+            self._seen[session_id] = _Seen(session, began)
+        return session
+
+    def _is_authority(self, session: Session) -> bool:
+        """Whether a session has its child here, and nobody can have taken it over."""
+        held = self._held.get(session.metadata.get(BACKEND_URL, ""))
+        is_here = held is not None and held.backend.is_alive and CLAIM not in session.metadata
+        return is_here and self.relay is not None and self.relay.is_held
+
+    def replica_of(self, session: Session) -> str | None:
+        """The replica that has the session's child, as the record says; None where none has it."""
+        url = session.backend_url
+        if url in self._held:
+            return self.replica.id
+        found = parse_worker_url(url)
+        return None if found is None else found.replica
+
     def on_living_backend(self, session: Session, act: Callable[[Backend], object]) -> None:
         """Does `act` to the session's backend; one that is lost is not brought back for it.
 
@@ -332,13 +526,19 @@ class Owner:
         """The session's child where the record says that it is; None where it is certainly lost."""
         url = session.metadata.get(BACKEND_URL, "")
         held = self._held.get(url)
-        if held is not None and held.bridge.is_alive:
+        if held is not None and held.backend.is_outdated and held.backend.end_between_calls():
+            return None
+        if held is not None and held.backend.is_alive:
+            if self.caller_env is not None:  # the next start is with what the caller has now
+                held.backend.caller_values = (
+                    caller_env.current_values() or held.backend.caller_values
+                )
             if self.relay is None or self.relay.is_held:
-                return held.bridge
+                return held.backend
             # After a freeze somebody may have taken over since the record was loaded.
             current = self.manager.peek(session.id)
             if current is not None and current.backend_url == url:
-                return held.bridge
+                return held.backend
         found = parse_worker_url(url)
         if self.relay is None or found is None or url == lost or self._has_ended(found):
             return None
@@ -365,7 +565,9 @@ class Owner:
     def find(self, child: str) -> Backend | None:
         """The child of this replica that has this id."""
         held = self._held.get(str(WorkerUrl(self.replica.id, child)))
-        return held.bridge if held is not None and held.bridge.is_alive else None
+        if held is not None and held.backend.is_outdated and held.backend.end_between_calls():
+            return None
+        return held.backend if held is not None and held.backend.is_alive else None
 
     def end(self, session: Session) -> None:
         """Ends a session and its child, wherever that is; a child here also without the store.
@@ -375,8 +577,9 @@ class Owner:
         try:
             self.manager.end(session.id)
         except StorageUnavailable:
-            self.end_without_store(session.id, session.type)
+            self.end_without_store(session.id, session.type, session.metadata)
             raise
+        self._count_ended(session)
         self.backoff.forget(session.id)
         url = session.backend_url or ""
         found = parse_worker_url(url)
@@ -386,12 +589,15 @@ class Owner:
             self.relay.backend(*found).close()
         self.events.forget(session.id)
 
-    def end_without_store(self, session_id: str, session_type: str) -> None:
-        """Ends the child of a session, if it is here. The record follows when the store is back;
-        until then the session is not brought back here.
+    def end_without_store(
+        self, session_id: str, session_type: str, binding: Mapping[str, str]
+    ) -> None:
+        """Ends the child of a session that is bound so, if it is here. The record follows when the
+        store is back; until then the session is not brought back here.
         """
+        wanted = (session_id, session_type, whose(binding))
         for url, held in self._held_copy().items():
-            if (held.session_id, held.session_type) == (session_id, session_type):
+            if (held.session_id, held.session_type, held.whose) == wanted:
                 self._ended.add(session_id)
                 self._release(url)
 
@@ -402,11 +608,19 @@ class Owner:
 
     def end_left(self, session: Session) -> None:
         """Ends a session whose client has left; its record expires if the store is away."""
+        self._count_ended(session)
         self._release(session.backend_url or "")
         try:
             self.manager.end(session.id)
         except StorageError as error:
             log.warning("[%s] the record of a session is left: %s", self.server.name, error)
+
+    def _count_ended(self, session: Session) -> None:
+        counters = metrics.current()
+        if counters is not None:
+            seconds = time.time() - session.created_at
+            counters.observe(metrics.SESSIONS_ENDED, seconds, self.server.name)
+            counters.recent.end_session(session.id, self.server.name)
 
     # --- recovery --------------------------------------------------------------------------------
 
@@ -419,6 +633,7 @@ class Owner:
         """
         if self._is_closing:
             raise Draining
+        values = self._values_for(session)
         self.backoff.require_over(session.id)
         limit = self._options.request_timeout
         turn = self.turns.take(limit, has_left)
@@ -430,16 +645,37 @@ class Owner:
             if claimed is None:
                 restored.cancel()
                 return None
-            with claims.released_on_failure(self.manager, claimed):
+            released = claims.released_on_failure(self.manager, claimed)
+            with released, caller_env.on_behalf_of(values):
                 self._submit(claimed.id, partial(self._restore, claimed, restored))
         except BaseException:
             restored.cancel()
             raise
         return self._awaited(restored, claimed, has_left)
 
+    def _values_for(self, session: Session) -> Values | None:
+        """What a new child of a session gets of its caller: what came with the request, else what
+        the lost child had here. None where children get nothing.
+
+        Raises SessionEnded where that is not known; the session goes on for who brings it.
+        """
+        if self.caller_env is None:
+            return None
+        values = caller_env.current_values()
+        left = self._left.get(session.backend_url or "")
+        if not values and left is not None and left.session_id == session.id:
+            values = left.values
+        if values is None or not (values or self._has_values(session, values)):
+            raise SessionEnded
+        return values
+
+    def _has_values(self, session: Session, values: Values) -> bool:
+        binding = self.manager.binding(None, caller_env.as_text(values))
+        return session.metadata.get(ENV_DIGEST) == binding[ENV_DIGEST]
+
     def _submit(self, session_id: str, act: Callable[[], object]) -> None:
         try:
-            self._restorer.submit(session_id, act)
+            self._restorer.submit(session_id, partial(copy_context().run, act))
         except RuntimeError as error:
             raise Overloaded(f"The server cannot be started: {error}") from error
 
@@ -471,10 +707,10 @@ class Owner:
         except BaseException as error:
             restored.set_exception(error)
 
-    def _restored(self, claimed: Session) -> Bridge | None:
+    def _restored(self, claimed: Session) -> OwnedBackend | None:
         try:
             with claims.released_on_failure(self.manager, claimed):
-                bridge = self._settled(claimed)
+                backend = self._settled(claimed)
         except BackendDraining as error:
             raise Draining from error  # the call itself has not begun
         except BackendError as error:
@@ -486,41 +722,56 @@ class Owner:
             raise
         finally:
             if self.manager.claims_left():
-                self._sweeper.interval = _MIN_SWEEP
-                self._sweeper.start()
-                self._sweeper.wake()
-        if bridge is not None:
+                self._hasten_sweep()
+        if backend is not None:
             self.backoff.note_success()
-            log.info("[%s] the server of this session was started again", bridge.name)
-        return bridge
+            counters = metrics.current()
+            if counters is not None:
+                counters.count(metrics.RESTARTED, self.server.name)
+            log.info("[%s] %s", backend.name, self._renewed)
+        return backend
 
-    def _settled(self, claimed: Session) -> Bridge | None:
+    def _settled(self, claimed: Session) -> OwnedBackend | None:
         """A new child in the place of the claim; None, and no child, where that has gone."""
-        self._reserve()
+        self.reserve()
         try:
-            bridge = self._bring_back(claimed)
-            url = self._url(bridge)
+            form = self._form
+            backend = self._bring_back(claimed)
+            url = self._url(backend)
             is_settled = False
             try:
-                self._hold(url, claimed, bridge)
-                is_settled = claims.settle(self.manager, claimed, **{BACKEND_URL: url})
+                self._hold(url, claimed, backend)
+                with self._lock:
+                    backend.is_outdated = backend.is_outdated or form != self._form
+                result = {BACKEND_URL: url, **self._binding_of(backend)}
+                is_settled = claims.settle(self.manager, claimed, **result)
             finally:
                 if not is_settled:
                     self._release(url)
-                    bridge.close()
-            return bridge if is_settled else None
+                    backend.close()
+            return backend if is_settled else None
         finally:
-            self._count_pending(-1)
+            self.unreserve()
 
-    def _bring_back(self, session: Session) -> Bridge:
+    def _binding_of(self, backend: OwnedBackend) -> Mapping[str, str]:
+        """What the record of a session has of what its child has of its caller."""
+        if backend.caller_values is None:
+            return {}
+        return self.manager.binding(None, caller_env.as_text(backend.caller_values))
+
+    def _bring_back(self, session: Session) -> OwnedBackend:
         """A new child in the state of the lost one, as far as the record tells."""
+        starter = self.starters.get(session.type)
+        if starter is not None:
+            self._open_mailbox()
+            return starter(session)
         body = session.metadata.get(INIT_BODY)
         version = session.metadata.get(PROTOCOL_VERSION)
         if body is None or version is None:
             raise SessionEnded
         requests = handshake.recorded(body, version, session.metadata.get(RESUME))
         self._open_mailbox()
-        bridge = self._spawn()
+        bridge = self.spawn()
         try:
             handshake.replay(bridge, requests, version, _REPLAY_TIME)
         except BaseException:
@@ -530,52 +781,93 @@ class Owner:
 
     # --- the table -------------------------------------------------------------------------------
 
-    def _spawn(self) -> Bridge:
+    def spawn(
+        self,
+        switchboard: Switchboard | None = None,
+        on_lost: Callable[[OwnedBackend], object] | None = None,
+    ) -> Bridge:
+        """A child that is ended with this owner until it is closed, or somebody else answers for it
+        (`spawned`).
+        """
         limit = self._options.max_message_bytes
-        bridge = Bridge(self.supervisor, self.server, limit, self._on_lost)
+        board = InitialSwitchboard() if switchboard is None else switchboard
+        form = self._form
+        server, values = self.server, None
+        if self.caller_env is not None and isinstance(server, StdioServer):
+            values = caller_env.current_values()
+            if values is None:
+                raise BackendNotStarted("The server needs what its caller has not sent")
+            server = caller_env.with_values(server, values)
+        bridge = Bridge(
+            self.starter,
+            server,
+            limit,
+            on_lost or self.note_lost,
+            board,
+            lambda: self.server.tools,
+        )
+        bridge.caller_values = values
+        bridge.on_close = partial(self.spawned, bridge)
         with self._lock:
             self._starting.add(bridge)
+            bridge.is_outdated = form != self._form
         if self._is_closing:  # `close` may not have seen this one
             self._end_start(bridge)
             raise Draining
         return bridge
 
+    def spawned(self, bridge: Bridge) -> None:
+        """What is held, or about to be, answers for a child from now on."""
+        with self._lock:
+            self._starting.discard(bridge)
+
     def _end_start(self, bridge: Bridge, failure: BackendLost | None = None) -> None:
         """Ends a child that is not held."""
-        with self._lock:
-            self._starting.discard(bridge)
+        self.spawned(bridge)
         bridge.close(failure)
 
-    def _on_lost(self, bridge: Bridge) -> None:
-        held = self._forget(self._url(bridge))
+    def note_lost(self, backend: OwnedBackend) -> None:
+        """A backend is lost without having been closed."""
+        counters = metrics.current()
+        if counters is not None and isinstance(backend, Bridge):
+            counters.recent.note_failure(self.server.name, backend.lost_reason, backend.stderr_tail)
+        url = self._url(backend)
+        held = self._forget(url)
         if held is not None:
-            self.backoff.note_exit(held.session_id, time.monotonic() - bridge.started)
+            if backend.caller_values is not None:
+                self._left[url] = _Left(held.session_id, backend.caller_values)
+            self.backoff.note_exit(held.session_id, time.monotonic() - backend.started)
 
-    def _url(self, bridge: Bridge) -> str:
-        return str(WorkerUrl(self.replica.id, bridge.child_id))
+    def _url(self, backend: OwnedBackend) -> str:
+        return str(WorkerUrl(self.replica.id, backend.child_id))
 
-    def _hold(self, url: str, session: Session, bridge: Bridge) -> None:
-        session_log = SessionLog(self.events, session.id, bridge.child_id, self._read_on)
-        bridge.log = session_log
-        bridge.note_session(session.id)
-        bridge.on_close = partial(self._release, url)
+    def _hold(self, url: str, session: Session, backend: OwnedBackend) -> None:
+        session_log = SessionLog(self.events, session.id, backend.child_id, self._read_on)
+        if session.type not in self.starters:  # modern streams are never resumed
+            backend.log = session_log
+        backend.note_session(session.id)
+        backend.on_close = partial(self._release, url)
         with self._lock:
-            self._held[url] = _Held(session.id, session.type, bridge, session_log)
-            self._starting.discard(bridge)
+            owned = _Held(session.id, session.type, whose(session.metadata), backend, session_log)
+            self._held[url] = owned
+            self._starting.discard(backend)
         self._sweeper.start()
-        if not bridge.is_alive:  # it exited before anybody could be told
-            self._on_lost(bridge)
+        if not backend.is_alive:  # it exited before anybody could be told
+            self.note_lost(backend)
 
     def _release(self, url: str) -> None:
         """Ends a child whose session is over, or elsewhere."""
         held = self._forget(url)
         if held is not None:
             held.log.close()
-            held.bridge.close()
+            held.backend.close()
 
     def _forget(self, url: str) -> _Held | None:
         with self._lock:
-            return self._held.pop(url, None)
+            held = self._held.pop(url, None)
+        if held is not None:
+            self._seen.pop(held.session_id, None)
+        return held
 
     def _held_copy(self) -> dict[str, _Held]:
         with self._lock:
@@ -592,6 +884,8 @@ class Owner:
             log.debug("[%s] sessions not swept: the store is away", self.server.name)
         except StorageError as error:
             log.warning("[%s] sessions not swept: %s", self.server.name, error)
+        if self._has_outdated():
+            self._sweeper.interval = _MIN_SWEEP
 
     def sweep(self) -> None:
         """Prolongs the sessions that a client listens to, ends the children of those that are over,
@@ -601,19 +895,38 @@ class Owner:
         """
         for session_id in list(self._ended):
             self._delete_ended(session_id)
+        for url, left in list(self._left.items()):
+            session = self.manager.peek(left.session_id)
+            if session is None or session.backend_url != url:
+                self._left.pop(url, None)
         idle_timeout = self._options.idle_timeout
         for url, held in self._held_copy().items():
-            held.bridge.expire_left_calls()
-            if idle_timeout is not None and self._stop_if_idle(url, held, idle_timeout):
+            held.backend.expire_left_calls()
+            limit = idle_timeout or held.backend.idle_limit
+            if held.backend.is_superseded:
+                limit = 0.0
+            if limit is not None and self._stop_if_idle(url, held, limit):
                 continue
             if not self._is_current(url, held):
                 log.info("[%s] a session is over or elsewhere; its server stops", self.server.name)
                 self._release(url)
                 self.backoff.forget(held.session_id)
 
+    def _has_outdated(self) -> bool:
+        """Ends children of an older form that no call needs; whether there are more of them."""
+        for url, held in self._held_copy().items():
+            if held.backend.is_outdated and held.backend.end_between_calls():
+                log.info(
+                    "[%s] is another server now; a process of the old one ends", held.backend.name
+                )
+                self._give_up(held.session_id, url)
+        with self._lock:
+            left = [*self._starting, *(held.backend for held in self._held.values())]
+        return any(backend.is_outdated for backend in left)
+
     def _is_current(self, url: str, held: _Held) -> bool:
         try:
-            is_watched = held.bridge.is_watched
+            is_watched = held.backend.is_watched
             find = self.manager.load if is_watched else self.manager.peek
             session = find(held.session_id)
         except SessionNotFound:
@@ -625,9 +938,9 @@ class Owner:
     # --- the end ---------------------------------------------------------------------------------
 
     @property
-    def bridges(self) -> list[Bridge]:
-        """The children of the sessions that this replica holds, the oldest first."""
-        return [held.bridge for held in self._held_copy().values()]
+    def backends(self) -> list[OwnedBackend]:
+        """What this replica holds for its sessions, the oldest first."""
+        return [held.backend for held in self._held_copy().values()]
 
     @property
     def has_sessions(self) -> bool:
@@ -637,8 +950,9 @@ class Owner:
     def full_reason(self) -> str | None:
         """Why no session can begin here: all are taken and none can give way; None if one can."""
         limit, seconds = self._options.max_sessions, self._options.evict_after
-        held = [one.bridge for owner in self._owners for one in owner._held_copy().values()]
-        if len(held) < limit or any(bridge.is_idle(seconds) for bridge in held):
+        held = [one.backend for owner in self._owners for one in owner._held_copy().values()]
+        taken = sum(backend.size for backend in held)
+        if taken < limit or any(backend.is_idle(seconds) for backend in held):
             return None
         return f"all {limit} sessions of this worker are taken"
 
@@ -649,18 +963,35 @@ class Owner:
     @property
     def is_busy(self) -> bool:
         """Whether a client waits for an answer, that to its initialize included."""
-        return self._pending > 0 or any(bridge.is_busy for bridge in self.bridges)
+        return self._pending > 0 or any(backend.is_busy for backend in self.backends)
 
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
-        for bridge in self.bridges:
-            bridge.end_stream()
+        for backend in self.backends:
+            backend.end_stream()
 
     def hand_over(self) -> None:
-        """Ends the children for which no client waits, so that other replicas bring them back."""
+        """Ends the children for which no client waits, so that other replicas bring them back, and
+        all spares.
+        """
+        self.spares.close()
         for url, held in self._held_copy().items():
-            if held.bridge.hand_over():
+            if held.backend.hand_over():
                 self._give_up(held.session_id, url)
+
+    def may_move(self, session: Session) -> bool:
+        """Whether a session needs nothing of this replica, but for its record. Quick."""
+        metadata = session.metadata
+        if CLAIM in metadata:
+            return False
+        # A record is there a moment before its child is held.
+        is_new = time.time() - session.updated_at < _MIN_SWEEP
+        return not (is_new and BACKEND_URL in metadata) and session.backend_url not in self._held
+
+    def homes(self) -> list[str]:
+        """The sessions held here that are no client's own."""
+        held = self._held_copy().values()
+        return [one.session_id for one in held if one.session_type in self.starters]
 
     def _give_up(self, session_id: str, url: str) -> None:
         """Takes our child out of the session's record."""
@@ -677,13 +1008,28 @@ class Owner:
         """Ends every child of this replica; the records stay, so another one can take over."""
         self._is_closing = True
         self._sweeper.stop()
+        self.spares.close()
         stopped = "The proxy has stopped the server"
         with self._lock:
             starting = list(self._starting)
         self._restorer.close()
-        for bridge in starting:
-            self._end_start(bridge, BackendDraining(stopped))
+        for backend in starting:
+            backend.close(BackendDraining(stopped))
+        with self._lock:
+            self._starting.clear()
         for url, held in self._held_copy().items():
             self._forget(url)
-            held.bridge.close(BackendDraining(stopped))
+            held.backend.close(BackendDraining(stopped))
         self._read_on.stop()
+        if self.relay is not None:
+            self.relay.serve_no_more(self.find)
+        with self._lock:
+            if self in self._owners:
+                self._owners.remove(self)
+
+
+def _sweep_interval(options: ProxyOptions) -> float:
+    """Seconds between two sweeps."""
+    times = (options.session_ttl, options.idle_timeout, options.input_timeout)
+    shortest = min(seconds for seconds in times if seconds is not None)
+    return min(_MAX_SWEEP, max(_MIN_SWEEP, shortest / _SWEEPS_PER_TTL))

@@ -6,6 +6,7 @@ before nearly all did, and clients would have given up by then.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -53,6 +54,7 @@ class Turns:
         self._changed = threading.Condition()  # guards and announces what follows
         self._under_way: dict[Turn, float] = {}  # since when
         self._waiting: deque[Turn] = deque()
+        self._ahead_since = -math.inf  # when one was last started that nobody waits for
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -81,6 +83,19 @@ class Turns:
                     self._waiting.remove(turn)
                 self._changed.notify_all()
         return turn
+
+    def take_ahead(self) -> bool:
+        """Whether a start for which nobody waits may begin: no other is under way, or waits.
+
+        One may in `LONGEST` seconds, and it keeps no other waiting.
+        """
+        with self._changed:
+            long_ago = time.monotonic() - LONGEST
+            latest = max(self._ahead_since, *self._under_way.values(), -math.inf)
+            if self._is_closed or self._waiting or latest > long_ago:
+                return False
+            self._ahead_since = time.monotonic()
+            return True
 
     def give_back(self, turn: Turn) -> None:
         """A start is over; harmless when repeated."""

@@ -175,14 +175,21 @@ class Balancer:
             turned = addresses[first:] + addresses[:first]
             return sorted(turned, key=lambda a: (self._is_left_out(a), self._load[a]))
 
+    def has_several(self) -> bool:
+        """Whether there is more than one backend to choose from."""
+        if len(self._targets) > 1:
+            return True
+        return len(self._addresses(self._targets[0], NAME_WAIT)) > 1
+
     def first_reached(self, act: Callable[[Address], T]) -> T:
         """The result of `act` for the first backend that can be reached.
 
         Meanwhile the attempt counts as a session there, so that simultaneous ones are spread.
         Raises the errors of `act`, but BackendUnreached only where no backend can be reached.
         """
-        failure = BackendUnreached("The server cannot be reached")
-        for address in self.one_by_one():
+        addresses = self.candidates()
+        failure: BackendUnreached | None = None
+        for address in self._in_turn(addresses):
             with self._lock:
                 self._count(address, 1)
             try:
@@ -197,7 +204,13 @@ class Balancer:
             finally:
                 with self._lock:
                     self._count(address, -1)
-        raise failure
+        raise failure or self.failure(addresses)
+
+    def failure(self, addresses: Sequence[Address]) -> BackendUnreached:
+        """What a client is told when none of these was tried, since all are left out."""
+        if self._reachability is None:
+            return BackendUnreached()
+        return self._reachability.failure(addresses)
 
     def one_by_one(self) -> Iterator[Address]:
         """Every backend that can be tried, in order; those left out only if they are back."""
@@ -237,7 +250,8 @@ class Balancer:
                 if (origin[1], known[0]) != (address.name or address.host, address.port)
             }
         if self._reachability is not None:
-            self._reachability.failed(address, error.detail or f"{address.shown}: {error}")
+            error.detail = error.detail or f"{address.shown}: {error}"
+            self._reachability.failed(address, error)
 
     def _is_left_out(self, address: Address) -> bool:
         return self._reachability is not None and self._reachability.is_left_out(address)
@@ -252,13 +266,17 @@ class Balancer:
     def touch(self, session_id: str, address: Address) -> bool:
         """Restarts the time to live of a session, if it is counted here.
 
-        False where `address`, its backend, is left out, or its name has it no more.
+        False where `address`, its backend, is not usable.
         """
         with self._lock:
             entry = self._sessions.get(session_id)
             if entry is not None:
                 self._sessions[session_id] = (entry[0], self._clock() + self._ttl)
                 self._sessions.move_to_end(session_id)
+        return self.is_usable(address)
+
+    def is_usable(self, address: Address) -> bool:
+        """Whether a backend is not left out, and its name still has it."""
         if address.name and not self._names.has(address.name, address.port, address.host):
             return False
         return not self._is_left_out(address)

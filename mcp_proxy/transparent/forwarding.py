@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -23,6 +24,7 @@ from mcp_proxy.errors import (
     Draining,
     ProxyError,
     RequestId,
+    StorageError,
 )
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.headers import Headers
@@ -85,7 +87,9 @@ class ForwardedBody:
     error events. A silent event stream gets a comment every `keepalive` seconds.
 
     Hooks: `on_failure` is called with what went wrong, unless all responses have passed;
-    `transform` gets each piece, b"" at the end, and returns the bytes for the client.
+    `on_response` with each event that has a response, before it leaves (`reports_answers`);
+    `transform` gets each piece, b"" at the end, and returns the bytes for the client. `first` are
+    bytes for the client that it has returned already.
     """
 
     def __init__(
@@ -96,6 +100,8 @@ class ForwardedBody:
         transform: Callable[[bytes], bytes] | None = None,
         keepalive: float | None = None,
         is_reachable: Callable[[], bool] = bool,
+        first: bytes = b"",
+        on_response: Callable[[bytes, ProxyError | None], object] | None = None,
     ) -> None:
         is_open = is_open_stream(call)
         self._call = call
@@ -103,7 +109,11 @@ class ForwardedBody:
         self._transform = transform
         self._keepalive = keepalive if is_open else None
         self._is_reachable = is_reachable
-        self._passed = PassedEvents(request_ids) if is_open and request_ids else None
+        self._first = first
+        self._on_response = on_response
+        self._passed = PassedEvents(request_ids, on_response) if is_open and request_ids else None
+        #: Whether whoever counts is told of each answer, and so need not know the body.
+        self.reports_answers = self._passed is not None
 
     def __iter__(self) -> Iterator[bytes]:
         yield b""  # sends the headers at once, however long the first piece takes
@@ -123,6 +133,9 @@ class ForwardedBody:
             if self._call.media_type != headers.EVENT_STREAM:
                 self._report(error)
                 raise
+        except StorageError as error:  # of `transform`
+            self._report(error)
+            raise
         if transform is not None and (rest := transform(b"")):
             yield rest
 
@@ -130,7 +143,9 @@ class ForwardedBody:
         self._call.close()
 
     def _pieces(self) -> Iterator[bytes]:
-        tail = b""
+        if self._first:
+            yield self._first
+        tail = self._first[-_TAIL:]
         for piece in self._call.pieces(self._keepalive):
             if not piece:
                 if _BETWEEN_EVENTS.search(tail):
@@ -170,14 +185,24 @@ class ForwardedBody:
         ending = b"\n\n"
         for request_id in self._passed.missing:
             error.request_id = request_id
-            ending += sse.encode_message(as_message(error))
+            data = as_message(error)
+            if self._on_response is not None:
+                self._on_response(data, error)
+            ending += sse.encode_message(data)
         return ending
 
 
 class PassedEvents:
-    """What has passed of an event stream that answers requests. `feed` gets each piece."""
+    """What has passed of an event stream that answers requests. `feed` gets each piece.
 
-    def __init__(self, request_ids: Sequence[RequestId]) -> None:
+    `on_response` is called with the data of each event that has a response.
+    """
+
+    def __init__(
+        self,
+        request_ids: Sequence[RequestId],
+        on_response: Callable[[bytes, ProxyError | None], object] | None = None,
+    ) -> None:
         #: Whether an event had an id, so that the stream can be resumed.
         self.has_ids = False
         #: The requests whose response was not among the events.
@@ -187,6 +212,7 @@ class PassedEvents:
         self._decoder = sse.Decoder()
         self._pending = 0
         self._is_batch = len(request_ids) > 1
+        self._on_response = on_response
 
     @property
     def is_answered(self) -> bool:
@@ -207,7 +233,10 @@ class PassedEvents:
         self.is_unknown = self._pending > MAX_INITIALIZE
         for event in events:
             self.has_ids = self.has_ids or bool(event.id)
-            for response in _responses_in(event.data or b""):
+            responses = _responses_in(event.data or b"")
+            if responses and self._on_response is not None:
+                self._on_response(event.data or b"", None)
+            for response in responses:
                 self._answered(response)
 
     def _answered(self, response: _Outcome) -> None:
@@ -278,6 +307,16 @@ class InitializeReader:
             self._on_answer(response)
 
 
+@contextlib.contextmanager
+def closed_on_error(call: HttpCall) -> Iterator[None]:
+    """Closes a call whose answer will not reach the client."""
+    try:
+        yield
+    except BaseException:
+        call.close()
+        raise
+
+
 def hold_back(call: HttpCall) -> None:
     """Reads a JSON answer to its end, unless it is long: half of one is of no use to a client.
 
@@ -309,25 +348,34 @@ def is_lost_session(call: HttpCall) -> bool:
     if call.status not in (400, 404) or call.media_type not in _EXPLAINED[call.status]:
         return False
     explanation = call.read_ahead(MAX_EXPLANATION)
-    if explanation is not None and (coding := call.header("Content-Encoding")):
-        explanation = _decompressed(explanation, coding)
+    if explanation is not None:
+        explanation = decoded(explanation, call.header("Content-Encoding"))
     if explanation is None:
         return False
     if call.media_type == headers.JSON:
-        try:
-            explanation = bytes(_refusal.decode(explanation).error)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        error = error_in(explanation)
+        if error is None:
             return False
+        explanation = bytes(error)
     words = explanation.lower()
     if call.status == 400:
         return any(each in words for each in _LOST)
     return (b"session" if call.media_type == headers.JSON else b"session not found") in words
 
 
-def _decompressed(data: bytes, coding: str) -> bytes | None:
-    """The content of a body, None where the coding is not known, or it is too long."""
-    if coding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
-        return data if coding.strip().lower() == "identity" else None
+def error_in(body: bytes) -> Raw | None:
+    """The error of a JSON-RPC answer, whatever its id; None where there is none."""
+    try:
+        return _refusal.decode(body).error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def decoded(data: bytes, coding: str | None) -> bytes | None:
+    """The content of a body, None where its coding is not known, or it is too long."""
+    coding = (coding or "identity").strip().lower()
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        return data if coding == "identity" else None
     reader = zlib.decompressobj(_EITHER)
     try:
         found = reader.decompress(data, MAX_EXPLANATION)

@@ -12,14 +12,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Self
 
+from mcp_proxy import metrics
+from mcp_proxy.auth.authenticator import Authenticator
+from mcp_proxy.auth.principal import Authenticate
 from mcp_proxy.backends.exchange import no_answer
 from mcp_proxy.backends.http import HttpCall, HttpClient
-from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions, require_certificates
+from mcp_proxy.edge.caller_limit import CallerLimit
 from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import HeaderPolicy, mount_of, raw_path
@@ -36,18 +39,23 @@ from mcp_proxy.errors import (
     BackendUnreached,
     BadAnswer,
     ClientError,
+    ClientLeft,
     ConfigError,
     Draining,
+    EncodedBody,
+    MethodNotAllowed,
     NoThread,
     ProxyError,
+    RateLimited,
     RedirectRefused,
     RequestId,
     SessionEnded,
     SessionUnknown,
     StorageError,
+    StorageUnavailable,
     in_seconds,
 )
-from mcp_proxy.replica import Replica
+from mcp_proxy.ownership.owner import ReplicaParts
 from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
@@ -55,24 +63,31 @@ from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import COOKIES, UNSENT, Session
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
+from mcp_proxy.transparent.bridging import EraBridge
 from mcp_proxy.transparent.forwarding import (
+    MAX_HELD,
     ForwardedBody,
     InitializeReader,
+    closed_on_error,
     hold_back,
     is_lost_session,
     relocated,
     unbuffered,
 )
+from mcp_proxy.transparent.hidden_tools import Found, HiddenTools, uncompressed
 from mcp_proxy.transparent.own_calls import OwnCalls, Watch
+from mcp_proxy.transparent.protected_resource import PublicName, with_body
 from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
+from mcp_proxy.transparent.tasks import Tasks
 from mcp_proxy.transparent.unknown_sessions import UnknownSessions
 from mcp_proxy.transports.base import Transport, scoped, storage_for
 from mcp_proxy.wire import cookies, headers, jsonrpc, revisions
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
-from mcp_proxy.wire.urls import Target, is_endpoint, parse_target, request_target
+from mcp_proxy.wire.tools import ToolFilter
+from mcp_proxy.wire.urls import Address, Target, is_endpoint, parse_target, request_target
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +103,7 @@ _DISCOVER = "server/discover"
 # Requests of 2026-07-28 that are answered by a standing stream.
 _LISTENING = ("subscriptions/listen", "events/stream")
 
-# Seconds between two attempts to reach the backend of a stream.
+# Seconds between two attempts to reach the store, or the backend of a stream.
 _PAUSE = 0.2
 
 # Seconds for a backend that was too slow to take the cancellation.
@@ -100,7 +115,7 @@ _STOPPING = "The proxy has stopped before the server answered"
 class Inbound(NamedTuple):
     """A client's request. `message` is None where the body has no JSON-RPC message.
 
-    `until` is when it is given up, by the monotonic clock: None for what is answered.
+    `until` is when it is given up, by the monotonic clock: None for what is answered, but a DELETE.
     `listens` says that a POST asks for a standing stream.
     """
 
@@ -145,6 +160,7 @@ class TransparentProxy(Transport):
         verify: bool | str = True,
         resolver: Resolver | None = None,
         options: ProxyOptions = ProxyOptions(),
+        authenticate: Authenticate | None = None,
     ) -> None:
         storage = storage_for(session_storage, options)
         targets = as_targets(target_url)
@@ -159,17 +175,19 @@ class TransparentProxy(Transport):
             scoped(storage, name, sorted(target.url for target in targets)),
             unknown_status=options.unknown_status,
         )
+        self._own_parts: ReplicaParts | None = ReplicaParts(storage.mailboxes())
+        workers = self._own_parts.workers
         self._set_up(
             targets,
             manager,
-            Edge(options),
+            Edge(options, workers, Authenticator.of(options, authenticate, workers)),
             options,
             allowed_backends,
             verify,
             resolver,
-            Workers(),
-            Replica(),
+            self._own_parts,
         )
+        self.server_name = name or self.server_name
 
     @classmethod
     def _shared(
@@ -180,14 +198,15 @@ class TransparentProxy(Transport):
         options: ProxyOptions,
         allowed_backends: Sequence[str],
         verify: bool | str,
-        workers: Workers,
-        replica: Replica,
+        parts: ReplicaParts,
+        tools: ToolFilter | None = None,
     ) -> Self:
         """A transport of an application, with the edge, threads and replica of the application."""
         transport = cls.__new__(cls)
         targets = as_targets(target_url)
+        transport._own_parts = None
         transport._set_up(
-            targets, manager, edge, options, allowed_backends, verify, None, workers, replica
+            targets, manager, edge, options, allowed_backends, verify, None, parts, tools
         )
         return transport
 
@@ -200,13 +219,13 @@ class TransparentProxy(Transport):
         allowed_backends: Sequence[str],
         verify: bool | str,
         resolver: Resolver | None,
-        workers: Workers,
-        replica: Replica,
+        parts: ReplicaParts,
+        tools: ToolFilter | None = None,
     ) -> None:
+        workers = self._workers = parts.workers
         self.options = options
         self.manager = manager
         self.edge = edge
-        self._workers = workers
         self._client = HttpClient(
             options.connect_timeout, options.threads, verify, options.backend_proxy
         )
@@ -223,27 +242,47 @@ class TransparentProxy(Transport):
         self._targets = targets
         self._target = targets[0]
         calls = OwnCalls(self._client, targets[0], options.request_timeout)
+        self.rate_limit = CallerLimit.of(options, " ".join(target.url for target in targets))
         self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
         self._warning = OnceAMinute()
         self._redirect_warning = OnceAMinute()
+        self._path_warning = OnceAMinute()
         self._affinity = SessionAffinity(
             targets[0],
             self.balancer,
             calls,
             manager,
             allowed_backends,
-            replica,
+            parts.replica,
             options.sticky_cookies,
             options.request_timeout,
         )
+        self._tasks = Tasks(self.balancer, self._affinity, manager.storage)
         self._sse = sse_sessions.SseSessions(
             manager, self._affinity, self.refresher, options.trusted_proxies
         )
         self._policy = HeaderPolicy(
-            options.trusted_proxies, options.forward_headers, options.preserve_host
+            options.trusted_proxies, options.forward_headers, options.preserve_host, edge.withheld
         )
+        self._public = _public_name(options, edge, targets)
+        self._bridge = self._new_bridge(parts, tools) if options.bridge else None
+        self._hidden = None if tools is None else HiddenTools(tools)
         self._lock = threading.Lock()  # guards _calls
         self._calls: dict[HttpCall, bool] = {}  # running; whether each is a standing stream
+
+    def _new_bridge(self, parts: ReplicaParts, tools: ToolFilter | None) -> EraBridge:
+        return EraBridge(
+            tuple(target.url for target in self._targets),
+            self._target,
+            self._client,
+            self.balancer,
+            self._policy,
+            self.manager,
+            parts,
+            self.edge,
+            self.options,
+            tools,
+        )
 
     def __repr__(self) -> str:
         return f"<TransparentProxy calls={len(self._calls)} {self.balancer!r} {self.manager!r}>"
@@ -253,13 +292,41 @@ class TransparentProxy(Transport):
     @property
     def is_busy(self) -> bool:
         with self._lock:
-            return not all(self._calls.values())
+            is_busy = not all(self._calls.values())
+        return is_busy or (self._bridge is not None and self._bridge.front.is_busy)
 
     def end_streams(self) -> None:
         with self._lock:
             streams = [call for call, is_standing in self._calls.items() if is_standing]
         for call in streams:
             call.abort(Draining())
+        if self._bridge is not None:
+            self._bridge.front.end_streams()
+
+    def end_session(self, session_id: str) -> bool:
+        session = self.manager.peek(session_id)
+        if session is None:
+            return False
+        if self._bridge is not None and self._bridge.has(session):
+            return self._bridge.front.end_session(session_id)
+        route = self._affinity.route(session)
+        self._affinity.forget(session_id)
+        self._count_ended(session)
+        self._affinity.discard(route.address, route.session_id, {}, session.metadata.get(COOKIES))
+        return True
+
+    def hand_over(self) -> None:
+        if self._bridge is not None:
+            self._bridge.front.hand_over()
+
+    def end_unless_busy(self) -> bool:
+        with self._lock:
+            is_busy = not all(self._calls.values())
+        if is_busy or (self._bridge is not None and self._bridge.front.owner.is_busy):
+            return False
+        self.end_streams()
+        self.shut_down()
+        return True
 
     def shut_down(self) -> None:
         """Aborts the running calls, stops the threads and closes idle connections."""
@@ -268,10 +335,15 @@ class TransparentProxy(Transport):
             calls = dict(self._calls)
         for call, is_standing in calls.items():
             call.abort(Draining() if is_standing else BackendDraining(_STOPPING))
+        if self._bridge is not None:
+            self._bridge.close()
         self.disconnects.stop()
         self.reachability.stop()
         self.balancer.stop()
         self._client.close()
+        if self._own_parts is not None:
+            self.edge.close()
+            self._own_parts.close()
 
     def threads_reason(self) -> str | None:
         return self._workers.not_ready_reason()
@@ -286,15 +358,14 @@ class TransparentProxy(Transport):
     # --- where a request goes --------------------------------------------------------------------
 
     def handle(self, request: ClientRequest) -> Reply:
-        if "HTTP_SEC_FETCH_SITE" in request.environ:
-            path = request.path
-            is_ours = any(is_endpoint(target, None, path) for target in self._targets)
-            if is_ours or path.rstrip("/") in _SSE_PATHS:
-                require_own_site(request.environ)
-        body = request.read_body(self.options.max_body_bytes)
-        message = _message_in(request, body)
+        if "HTTP_SEC_FETCH_SITE" in request.environ and self._is_for_clients(request.path):
+            require_own_site(request.environ)
+        checked = self._checked(request, request.read_body(self.options.max_body_bytes))
+        if isinstance(checked, Reply):
+            return checked
+        body, message = checked
         inbound = Inbound(request, body, message)
-        if not (message is None or isinstance(message, Request) or _has_request(message)):
+        if message is not None and not _has_request(message):
             until = time.monotonic() + self.options.connect_timeout
             inbound = inbound._replace(until=until)
         if isinstance(inbound.message, (Request, Notification)):
@@ -302,20 +373,85 @@ class TransparentProxy(Transport):
         is_discover = inbound.message is not None and request.rpc == _DISCOVER
         request.message = None if is_discover else inbound.message
         try:
+            if self.rate_limit is not None:
+                self._count(self.rate_limit, inbound)
+            if request.principal is not None and self._is_for_stream(request):
+                return self._in_own_stream(inbound)
             return self._dispatch(inbound)
         except ProxyError as error:
             error.request_id = inbound.id
             if error.kind and request.session_id is not None and request.rpc == INITIALIZED:
-                self._affinity.unsent.keep(request.session_id, request.has_left)
+                self._affinity.unsent.keep(
+                    request.session_id, request.has_left, request.principal_name
+                )
             if is_discover:
                 error.code = INTERNAL_ERROR
+            error.headers = self._challenges(list(error.headers), request, None)
             raise
+        finally:
+            request.stay()  # else a stream would keep the body
+
+    def _is_guarded(self, request: ClientRequest) -> bool:
+        """Whether not everybody may send everything, or as much as they like."""
+        is_known = request.principal is not None
+        return is_known or self._hidden is not None or self.rate_limit is not None
+
+    def _checked(
+        self, request: ClientRequest, body: bytes
+    ) -> tuple[bytes, Message | Batch | None] | Reply:
+        """What goes on of a body, and the message in it; or the answer, where nothing does.
+
+        Where callers are known what goes to the endpoint is written anew, and what cannot be read
+        is refused: the server may read the same bytes in another way, or by another method.
+        """
+        if request.method != "POST":
+            if body and self._is_guarded(request):
+                raise MethodNotAllowed("GET, POST, DELETE")
+            return body, None
+        if self._hidden is not None:
+            checked = self._hidden.checked(request, body, self._is_endpoint(request.path))
+            if isinstance(checked, Reply) and self.rate_limit is not None:
+                self.rate_limit.take(self.server_name, request, 1)
+            return checked
+        if request.principal is None or not self._is_endpoint(request.path):
+            return body, _message_in(request, body)
+        if request.is_encoded:
+            raise EncodedBody
+        message = jsonrpc.parse(body)
+        return jsonrpc.encoded(message), message
+
+    def _count(self, limit: CallerLimit, inbound: Inbound) -> None:
+        """Counts the requests of a POST; what is no message of ours may be one to the server.
+
+        Raises RateLimited, whose status counts where the answer to the POST is not read.
+        """
+        request, message = inbound.request, inbound.message
+        try:
+            if message is None and request.method == "POST":
+                limit.take(self.server_name, request, 1)
+            elif message is not None:
+                limit.count(self.server_name, request, message)
+        except RateLimited:
+            if sse_sessions.may_name_session(request):
+                request.message = None
+            raise
+
+    def _is_for_clients(self, path: str) -> bool:
+        """Whether a request for this path is an MCP client's, as far as that can be known."""
+        return self._is_endpoint(path) or path.rstrip("/") in _SSE_PATHS
+
+    def _is_endpoint(self, path: str) -> bool:
+        """Whether a request for this path is for the MCP endpoint of a target."""
+        return any(is_endpoint(target, None, path) for target in self._targets)
 
     def refuse(self, request: ClientRequest) -> Reply:
         """By a status where the answer to a POST is not read; nothing can be looked up here."""
         if request.method == "POST":
             message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
-            if _has_request(message) and sse_sessions.may_name_session(request):
+            is_older = sse_sessions.may_name_session(request)
+            if is_older:
+                sse_sessions.name_session(request)
+            if is_older and _has_request(message):
                 failure = NoThread()
                 failure.request_id = message.id if isinstance(message, Request) else None
                 raise failure
@@ -330,14 +466,14 @@ class TransparentProxy(Transport):
             if request.rpc in _LISTENING and inbound.id is not None:
                 self.edge.require_open()
                 inbound = inbound._replace(listens=True)
-            return self._without_session(inbound)
+            return self._modern(inbound)
         if request.method == "POST" and request.environ.get("QUERY_STRING"):
             carried = request.message
             if message is not None and _has_request(message):
                 request.message = None  # the answer would leave on the session's stream instead
-            session = self._sse.session_of(request)
-            if session is not None:
-                return self._in_sse_session(inbound, session)
+            reply = self._in_sse_session(inbound)
+            if reply is not None:
+                return reply
             request.message = carried
         if isinstance(message, Request) and message.method == INITIALIZE:
             self.edge.require_open()
@@ -346,53 +482,127 @@ class TransparentProxy(Transport):
             return self._without_session(inbound)
         try:
             session = self.manager.load(request.session_id)
+            self.manager.require_own(session, request.principal_name)
         except SessionUnknown as error:
             return self._in_unknown_session(inbound, request.session_id, error)
+        if self._bridge is not None and self._bridge.has(session):
+            if message is None:
+                return self._bridge.serve(request)
+            return self._bridge.answer(request, message)
         return self._in_session(inbound, session)
+
+    def _is_for_stream(self, request: ClientRequest) -> bool:
+        """Whether a server may take a POST for a message to somebody's stream of 2024-11-05.
+
+        The URI alone says to whose, by its query or its path, and the body may say anything.
+        """
+        if request.method != "POST":
+            return False
+        return not self._is_endpoint(request.path) or sse_sessions.names_session(request)
+
+    def _in_own_stream(self, inbound: Inbound) -> Reply:
+        """Sends a message to the stream that its URI names; raises what is said of an unknown one
+        where that is not the caller's.
+        """
+        message = inbound.message
+        if message is not None and _has_request(message):
+            inbound.request.message = None
+        reply = self._in_sse_session(inbound)
+        if reply is not None:
+            return reply
+        if self._path_warning.is_due():
+            log.warning(
+                "a POST that is for no stream of its caller was refused: with authentication "
+                "messages go to the MCP endpoint, whose path target_url has to have"
+            )
+        raise self.manager.unknown()
+
+    def _modern(self, inbound: Inbound) -> Reply:
+        """Sends a modern message to a target, or over the bridge where none knows such messages."""
+        bridge, message = self._bridge, inbound.message
+        if bridge is None or not isinstance(message, (Request, Notification)):
+            return self._without_session(inbound)
+        if bridge.refuses_modern():
+            return bridge.answer(inbound.request, message)
+        call = self._first_reached(inbound)
+        with closed_on_error(call):
+            if bridge.is_refusal_of_modern(call):
+                reply = bridge.answer_modern(inbound.request, message)
+                if reply is not None:
+                    call.close()
+                    return reply
+        return self._reply(inbound, call)
 
     def _without_session(self, inbound: Inbound) -> Reply:
         """Sends a request to a target; nothing is looked up, stored or minted."""
-        return self._reply(inbound, self._first_reached(inbound))
+        call = self._first_reached(inbound)
+        if self._public is not None:
+            with closed_on_error(call):
+                metadata = self._public.metadata(inbound.request, call)
+                if metadata is not None:
+                    found = self._headers_for(inbound.request, call, None)
+                    call.close()
+                    return Reply(call.status, with_body(found, metadata), metadata)
+        return self._reply(inbound, call)
 
     def _first_reached(self, inbound: Inbound) -> HttpCall:
-        """The call at the first backend that can be reached."""
-        return self.balancer.first_reached(
-            lambda address: self._call(inbound, Route(address, None))
-        )
+        """The call at the first backend that can be reached, or that has the task in question."""
 
-    def _in_sse_session(self, inbound: Inbound, session: Session) -> Reply:
-        """Sends a message of 2024-11-05 to the backend that holds its session's stream.
+        binding = self.manager.binding(inbound.request.principal_name)
+        self._tasks.require_own(inbound.message, binding)
 
-        A request is tried for `connect_timeout` while that cannot be reached. The session ends with
-        its stream alone: whoever holds that notices.
+        def act(address: Address) -> HttpCall:
+            return self._call(inbound, Route(address, None))
+
+        return self._tasks.asked(inbound.message, act) or self.balancer.first_reached(act)
+
+    def _in_sse_session(self, inbound: Inbound) -> Reply | None:
+        """Sends a message of 2024-11-05 to the backend that holds its session's stream; None where
+        the URI names no such session.
+
+        A request is tried for `connect_timeout` while the store or that backend cannot be reached:
+        its client sends nothing after a failure. The session ends with its stream alone: whoever
+        holds that notices.
         """
-        request = inbound.request
-        target = self._sse.target_of(request, session)
-        route = self._affinity.route(session)._replace(session_id=None)
-        is_request = isinstance(inbound.message, Request)
+        request, is_known = inbound.request, False
+        is_request = inbound.message is not None and _has_request(inbound.message)
         until = time.monotonic() + (self.options.connect_timeout if is_request else 0)
         while True:
             try:
+                session = self._sse.session_of(request)
+                if session is None:
+                    if is_known:
+                        raise SessionEnded
+                    return None
+                is_known = True
+                target = self._sse.target_of(request, session)
+                route = self._affinity.route(session)._replace(session_id=None)
                 return self._reply(inbound, self._call(inbound, route, target))
-            except BackendUnreached as error:
+            except (StorageUnavailable, BackendUnreached) as error:
                 if time.monotonic() >= until or request.has_left():
-                    self.balancer.note_failure(route.address, error)
-                    error.status = 503
-                    error.headers = [("Retry-After", "1")]
+                    if isinstance(error, BackendUnreached):
+                        self.balancer.note_failure(route.address, error)
+                        error.status = 503
+                        error.headers = [("Retry-After", "1")]
                     raise
             time.sleep(_PAUSE)
-            if self._sse.session_of(request) is None:
-                raise SessionEnded
 
     def _initialize(self, inbound: Inbound, message: Request) -> Reply:
+        binding = self.manager.binding(inbound.request.principal_name)
         call = self._first_reached(inbound)
         backend_sid = call.header(headers.SESSION_ID)
         if backend_sid is not None and not headers.FIELD_VALUE.fullmatch(backend_sid):
             backend_sid = None  # the client does not get it either
         if call.status >= 300 or backend_sid is None:
+            with closed_on_error(call):
+                if self._bridge is not None and self._bridge.is_refusal_of_initialize(call):
+                    reply = self._bridge.answer_initialize(inbound.request, message)
+                    if reply is not None:
+                        call.close()
+                        return reply
             return self._reply(inbound, call)
-        with _closed_on_error(call):
-            opened = handshake.opened(backend_sid, KIND, message, None)
+        with closed_on_error(call):
+            opened = handshake.opened(backend_sid, KIND, message, None, binding)
             if call.sets_cookie:
                 found = cookies.kept("", call.headers, self.options.sticky_cookies, time.time())
                 opened = opened.with_metadata(**{COOKIES: found or None})
@@ -434,6 +644,8 @@ class TransparentProxy(Transport):
     # --- in a session ----------------------------------------------------------------------------
 
     def _in_session(self, inbound: Inbound, session: Session) -> Reply:
+        if inbound.message is not None and _has_request(inbound.message):
+            inbound.request.admit(session.id)
         if inbound.request.method == "DELETE":
             return self._delete(inbound, session)
         for _ in range(_ATTEMPTS - 1):
@@ -479,7 +691,7 @@ class TransparentProxy(Transport):
 
     def _elsewhere(self, inbound: Inbound, session: Session, route: Route) -> HttpCall:
         """As `_answer_in`, where the session's backend cannot be reached."""
-        failure: ProxyError = BackendUnreached("The server cannot be reached")
+        failure: ProxyError = self.balancer.failure([route.address])
         for address in self.balancer.instead_of(route.address):
             try:
                 there = route._replace(address=address)
@@ -507,27 +719,45 @@ class TransparentProxy(Transport):
         if call.sets_cookie:
             self._affinity.follow_cookies(session, call.headers)
         if call.status in (400, 404):
-            with _closed_on_error(call):
+            with closed_on_error(call):
                 if is_lost_session(call):
                     raise SessionEnded
         return call
 
     def _delete(self, inbound: Inbound, session: Session) -> Reply:
-        """Ends the session at its backend; one that cannot be reached has ended it already."""
+        """Ends the session at its backend, and here whatever becomes of that.
+
+        A backend has `connect_timeout` for all of its answer: one that cannot be reached has ended
+        the session already, one that is silent will not miss it. A client that leaves meanwhile
+        does not want it either.
+        """
+        inbound = inbound._replace(until=time.monotonic() + self.options.connect_timeout)
         try:
             call = self._answer_in(inbound, session)
-        except SessionEnded:
+            with closed_on_error(call):
+                if call.status < 300:
+                    call.read_ahead(MAX_HELD)
+        except (SessionEnded, ClientLeft):
             self._affinity.forget(session.id)
             raise
         except RedirectRefused:
             raise  # the server is there, and has the session
-        except BackendError:
+        except BackendError as error:
             self._affinity.forget(session.id)
+            inbound.request.note(error)
             return empty_reply(204)
-        with _closed_on_error(call):
+        with closed_on_error(call):
             if call.status < 300 or call.status == 404:
                 self._affinity.forget(session.id)
+                self._count_ended(session)
         return self._reply(inbound, call, session)
+
+    def _count_ended(self, session: Session) -> None:
+        counters = metrics.current()
+        if counters is not None:
+            seconds = time.time() - session.created_at
+            counters.observe(metrics.SESSIONS_ENDED, seconds, self.server_name)
+            counters.recent.end_session(session.id, self.server_name)
 
     # --- one call --------------------------------------------------------------------------------
 
@@ -554,6 +784,8 @@ class TransparentProxy(Transport):
             outbound["Cookie"] = cookies.sent_with(outbound.get("Cookie"), route.cookies)
         if request.method == "GET":
             sse_sessions.withhold(request, outbound)
+        if self._hidden is not None:
+            outbound = uncompressed(outbound)
         is_followed = False
         if target is None:
             path, query = raw_path(request.environ), request.environ.get("QUERY_STRING", "")
@@ -569,7 +801,7 @@ class TransparentProxy(Transport):
         while True:
             self._track(call, is_standing)
             call.on_close(partial(self._untrack, call))
-            with _closed_on_error(call):
+            with closed_on_error(call):
                 if inbound.listens:  # no backend is asked in vain
                     self._count_stream(call)
                 connection = ClientConnection(request.environ)
@@ -646,31 +878,37 @@ class TransparentProxy(Transport):
         reader: InitializeReader | None = None,
     ) -> Reply:
         """The reply for the client, made of the backend's response."""
-        transform = reader.feed if reader is not None else None
+        first = b""
         is_stream = call.media_type == headers.EVENT_STREAM
-        with _closed_on_error(call):
+        with closed_on_error(call):
+            if reader is None:
+                binding = self.manager.binding(inbound.request.principal_name)
+                transform = self._tasks.reader(inbound.message, call, binding)
+            else:
+                transform = reader.feed
             reply_headers = self._headers_for(inbound.request, call, session)
-            if is_stream or (inbound.message is None and call.media_type != headers.JSON):
+            is_waited_for = inbound.message is None and inbound.until is None
+            if is_stream or (is_waited_for and call.media_type != headers.JSON):
                 call.limit_silence()  # a download, too, may take any time
             if is_stream and session is not None:
                 call.on_close(self.refresher.hold(session.id))
-            is_get = inbound.request.method == "GET"
-            if is_get or inbound.listens:
-                self._track(call, is_stream)
-                inbound.request.is_standing = is_stream
-            if is_stream and is_get:
-                self._count_stream(call)
-                rewriter = self._sse.rewriter(inbound.request, call)
-                if rewriter is not None:
-                    transform = rewriter.feed
-            if is_stream and (is_get or inbound.listens):
-                self._let_stand(inbound.request, call)
+            if inbound.listens or inbound.request.method == "GET":
+                self._note_standing(inbound, call, is_stream)
+            rewriter = self._sse.rewriter(inbound.request, call)
+            if rewriter is not None:
+                transform = rewriter.feed
+                first = self._sse.begin(call, rewriter)
+            if self._hidden is not None:
+                found = Found(reply_headers, transform, first)
+                reply_headers, transform, first = self._hidden.shown(
+                    inbound.request, inbound.message, call, found
+                )
         if call.status >= 400:
             inbound.request.reason = "the server's own answer"
         if (whole := call.whole) is not None:
             call.close()
             if transform is not None:
-                whole = transform(whole) + transform(b"")
+                whole = first + transform(whole) + transform(b"")
             return Reply(call.status, reply_headers, whole)
 
         def on_failure(failure: ProxyError) -> None:
@@ -686,6 +924,8 @@ class TransparentProxy(Transport):
             transform,
             self.options.keepalive_interval,
             lambda: self._client.probe(call.address) is None,
+            first,
+            inbound.request.answered,
         )
         return Reply(call.status, reply_headers, body)
 
@@ -696,10 +936,26 @@ class TransparentProxy(Transport):
         found = self._policy.inbound(call.headers, None if session is None else session.id)
         if "HTTP_ORIGIN" in request.environ:
             found = without_cors(found)  # the edge speaks for us
+        found = self._challenges(found, request, call)
         if call.header("Location") is not None:
             mount = mount_of(request.environ, self.options.trusted_proxies)
             found = relocated(found, call, mount)
         return unbuffered(found) if call.media_type == headers.EVENT_STREAM else found
+
+    def _challenges(self, found: Headers, request: ClientRequest, call: HttpCall | None) -> Headers:
+        """Headers whose challenges are such that clients can meet them, as far as we know."""
+        if self.edge.authenticator is not None:
+            return [(n, value) for n, value in found if n.lower() != "www-authenticate"]
+        return found if self._public is None else self._public.challenges(found, request, call)
+
+    def _note_standing(self, inbound: Inbound, call: HttpCall, is_stream: bool) -> None:
+        """Has an answer be a standing stream if it is one; raises Overloaded."""
+        self._track(call, is_stream)
+        inbound.request.is_standing = is_stream
+        if is_stream:
+            if not inbound.listens:  # else it was counted before it was asked for
+                self._count_stream(call)
+            self._let_stand(inbound.request, call)
 
     def _count_stream(self, call: HttpCall) -> None:
         """Counts a standing stream until its call is closed; raises Overloaded."""
@@ -709,17 +965,20 @@ class TransparentProxy(Transport):
     def _let_stand(self, request: ClientRequest, call: HttpCall) -> None:
         """Lifts the read timeout of a standing stream; a client that is cut off is given up."""
         call.wait_for_ever()
-        ClientConnection(request.environ).give_up_after(2 * self.options.keepalive_interval)
+        connection = request.standing_connection()
+        connection.give_up_after(2 * self.options.keepalive_interval)
+        if request.principal is not None:  # how long it is known who that is
+            call.on_close(self.disconnects.watch(connection, call.abort))
 
 
-@contextlib.contextmanager
-def _closed_on_error(call: HttpCall) -> Iterator[None]:
-    """Closes a call whose answer will not reach the client."""
-    try:
-        yield
-    except BaseException:
-        call.close()
-        raise
+def _public_name(options: ProxyOptions, edge: Edge, targets: Sequence[Target]) -> PublicName | None:
+    """What stands for the servers in what they say of themselves for OAuth; None for nothing.
+
+    While we authenticate, what a server wants of its callers is no business of theirs.
+    """
+    if options.public_url is None or edge.authenticator is not None:
+        return None
+    return PublicName(options.public_url, targets)
 
 
 def as_targets(target_url: str | Sequence[str]) -> list[Target]:
@@ -750,7 +1009,7 @@ def require_urls(allowed_backends: Sequence[str]) -> None:
 
 def _message_in(request: ClientRequest, body: bytes) -> Message | Batch | None:
     """The message or batch in a POST, None where its body is not valid JSON-RPC."""
-    if request.method != "POST" or not headers.is_json(request.content_type or ""):
+    if not headers.is_json(request.content_type or ""):
         return None
     try:
         return jsonrpc.parse(body)
@@ -767,7 +1026,10 @@ def _is_of_mcp(inbound: Inbound) -> bool:
 
 
 def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:
-    """Whether a request is of the stateless era: by its body if it has one, else by its header."""
+    """Whether a request is of the stateless era: by its body if it has one, else by its header.
+
+    A notification need not say it in its body: without a session its header counts, too.
+    """
     if request.method != "POST":
         return revisions.is_modern(request.protocol_version or "")
     if not isinstance(message, (Request, Notification)):
@@ -776,13 +1038,17 @@ def _is_modern(request: ClientRequest, message: Message | Batch | None) -> bool:
         version = message.meta.protocol_version
     except ClientError:
         return False
-    return isinstance(version, str) and revisions.is_modern(version)
+    if isinstance(version, str):
+        return revisions.is_modern(version)
+    has_header = isinstance(message, Notification) and request.session_id is None
+    return has_header and revisions.is_modern(request.protocol_version or "")
 
 
 def _has_request(message: Message | Batch) -> bool:
     """Whether this is a request, or a batch with one."""
-    parts = message if isinstance(message, list) else [message]
-    return any(isinstance(part, Request) for part in parts)
+    if isinstance(message, list):
+        return any(isinstance(part, Request) for part in message)
+    return isinstance(message, Request)
 
 
 def _is_about_the_past(message: Message | Batch | None) -> bool:

@@ -1,9 +1,9 @@
 """Which HTTP backends are left out for now, and the thread that tries them again.
 
 A backend that cannot be reached is asked last for ten seconds, then twice as long each time, up to
-a minute. Whether it is back is found out by a bare connect of ours, so that no client waits for a
-host that swallows packets. Readiness is answered from what is known here, and the log hears of each
-outage: at once, once a minute, and when it is over.
+a minute. Whether it is back is found out by a connect of ours, with a handshake where calls have
+TLS, so that no client waits for a host that swallows packets. Readiness is answered from what is
+known here, and the log hears of each outage: at once, once a minute, and when it is over.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mcp_proxy.background import KeyedExecutor, Periodic, Workers
+from mcp_proxy.errors import BackendUnreached
 from mcp_proxy.wire.urls import Address
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ READY_WAIT = 0.4
 
 _LOOK = 1.0  # seconds between looks at whose pause is over
 _FRESH = 5.0  # seconds for which readiness believes that a backend can be reached
-_FORGOTTEN = 3600.0  # seconds after which nobody asks for an address any more: names change theirs
+_FORGOTTEN = 3600.0  # seconds without a question, after which an address is: names change theirs
 _MANY = 256
 _WARNED = 60.0  # seconds between two lines about one backend
 _PROBES = 8  # at a time; each waits for one silent host
@@ -36,15 +37,17 @@ _PROBES = 8  # at a time; each waits for one silent host
 class _Outage:
     """Why a backend is left out, since when, until when, and for how long this time.
 
-    `next_line` is when the log hears of it again.
+    `reason` is for the operator, `told` for clients. `next_line` is when the log hears of it again,
+    `asked` when somebody wanted to know of it last.
     """
 
-    def __init__(self, reason: str, now: float) -> None:
-        self.reason = reason
+    def __init__(self, now: float) -> None:
+        self.reason = self.told = ""
         self.since = now
         self.pause = FIRST_PAUSE
         self.until = now + FIRST_PAUSE
         self.next_line = now
+        self.asked = now
 
 
 class Reachability:
@@ -55,7 +58,7 @@ class Reachability:
 
     def __init__(
         self,
-        probe: Callable[[Address], str | None],
+        probe: Callable[[Address], BackendUnreached | None],
         workers: Workers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,20 +77,35 @@ class Reachability:
 
     def is_left_out(self, address: Address) -> bool:
         """Whether others are asked first."""
-        return address in self._outages
+        outage = self._outages.get(address)
+        if outage is None:
+            return False
+        outage.asked = self._clock()
+        return True
 
-    def failed(self, address: Address, reason: str) -> None:
+    @property
+    def count(self) -> int:
+        """How many backends are left out."""
+        return len(self._outages)
+
+    def failure(self, addresses: Sequence[Address]) -> BackendUnreached:
+        """What a client is told when all of these are left out: why the first one is."""
+        found = [outage for address in addresses if (outage := self._outages.get(address))]
+        return BackendUnreached(found[0].told if found else None)
+
+    def failed(self, address: Address, reason: BackendUnreached) -> None:
         """The backend could not be reached: it is left out from now on, if it was not already."""
         with self._changed:
             now = self._clock()
             self._reached.pop(address, None)
-            outage = self._outages.setdefault(address, _Outage(reason, now))
+            outage = self._outages.setdefault(address, _Outage(now))
+            outage.reason, outage.told = reason.detail, reason.message
             is_due = outage.next_line <= now
             if is_due:
                 outage.next_line = now + _WARNED
             self._changed.notify_all()
         if is_due:
-            log.warning("a server cannot be reached: %s", reason)
+            log.warning("a server cannot be reached: %s", reason.detail)
         self._thread.start()
 
     def reached(self, address: Address) -> None:
@@ -141,7 +159,7 @@ class Reachability:
         """Has every backend tried whose pause is over."""
         now = self._clock()
         with self._changed:
-            kept = {a: o for a, o in self._outages.items() if o.since > now - _FORGOTTEN}
+            kept = {a: o for a, o in self._outages.items() if o.asked > now - _FORGOTTEN}
             self._outages = kept
             due = [address for address, outage in kept.items() if outage.until <= now]
             for outage in map(kept.__getitem__, due):
@@ -170,13 +188,14 @@ class Reachability:
     def _try(self, address: Address) -> None:
         try:
             reason = self._probe(address)
+            if reason is None:
+                self.reached(address)
+            else:
+                self.failed(address, reason)
         finally:
             with self._changed:
                 self._trying.discard(address)
-        if reason is None:
-            self.reached(address)
-        else:
-            self.failed(address, reason)
+                self._changed.notify_all()
 
     def _any_reached(self, addresses: Sequence[Address]) -> bool:
         oldest = self._clock() - _FRESH

@@ -191,13 +191,17 @@ class SessionAffinity:
         url = session.metadata.get(BACKEND_URL)
         if url is None:
             return None
-        backend, name = parse_target(url), session.metadata.get(BACKEND_HOST)
+        return self.allowed(url, session.metadata.get(BACKEND_HOST))
+
+    def allowed(self, url: str, name: str | None) -> Address | None:
+        """The address that a record names, None where it cannot be read or may not be asked."""
+        backend = parse_target(url)
         if backend is None or (name is not None and ascii_host(name) != name):
-            log.warning("a session's backend cannot be read; using the static target")
+            log.warning("a recorded backend cannot be read, and is not used")
             return None
         if self._allows_any or backend.origin in self._allowed or self._balancer.knows(backend):
             return self._balancer.address_of(backend, name)
-        log.warning("a session's backend_url is not an allowed backend; using the static target")
+        log.warning("a recorded backend is not an allowed one, and is not used")
         return None
 
     def move(self, session: Session, address: Address) -> None:

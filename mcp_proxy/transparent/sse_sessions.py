@@ -10,6 +10,7 @@ told by the status of its POST: whether an event of ours may stand there, only i
 from __future__ import annotations
 
 import logging
+import time
 
 from mcp_proxy.backends.http import HttpCall
 from mcp_proxy.edge.forwarded import is_trusted_peer, mount_of, raw_path
@@ -22,6 +23,7 @@ from mcp_proxy.transparent.forwarding import is_open_stream
 from mcp_proxy.transparent.session_affinity import SessionAffinity
 from mcp_proxy.wire import revisions
 from mcp_proxy.wire.endpoint_event import (
+    MAX_EVENT,
     OUR_PARAMETER,
     EndpointRewriter,
     Named,
@@ -38,6 +40,11 @@ KIND = "sse"
 
 #: Where clients usually POST their messages.
 MESSAGES_PATH = "/messages"
+
+# Seconds that the head of a stream waits for its first event, which such a server sends at once,
+# and between two looks at the clock.
+_FIRST_EVENT = 1.0
+_PULSE = 0.1
 
 # A compressed event could not be read, and a server that believes the prefix would put our mount
 # into the URI itself.
@@ -57,6 +64,23 @@ def may_name_session(request: ClientRequest) -> bool:
         return False
     is_usual = request.path.rstrip("/") == MESSAGES_PATH
     return is_usual or named_session(_query(request)) is not None
+
+
+def names_session(request: ClientRequest) -> bool:
+    """Whether the URI of a request names a session."""
+    return named_session(_query(request)) is not None
+
+
+def name_session(request: ClientRequest) -> str | None:
+    """The session that the URI of a message names, for the log as well; None where it names none.
+
+    Whether there is such a session is not known.
+    """
+    named = named_session(_query(request))
+    if named is None or not is_session_id(named.id):
+        return None
+    request.session = named.id
+    return named.id
 
 
 def _may_begin(request: ClientRequest) -> bool:
@@ -85,17 +109,18 @@ class SseSessions:
 
         Raises SessionEnded for one whose stream has ended, StorageUnavailable.
         """
-        named = named_session(_query(request))
-        if named is None or not is_session_id(named.id):
+        session_id = name_session(request)
+        if session_id is None:
             return None
         try:
-            session = self._manager.load(named.id)
+            session = self._manager.load(session_id)
+            self._manager.require_own(session, request.principal_name)
         except SessionUnknown:
-            return None  # the server may use a parameter of this name for something else
-        if session.type != KIND or parse_target(session.backend_url or "") is None:
-            return None  # a session of another transport with the same manager
-        request.session = session.id
-        return session
+            session = None  # the server may use a parameter of this name for something else
+        if session is not None and session.type == KIND and parse_target(session.backend_url or ""):
+            return session
+        request.session = request.session_id  # else one of another transport, with the same manager
+        return None
 
     def target_of(self, request: ClientRequest, session: Session) -> str:
         """Path and query of a message's URI as the backend named it."""
@@ -115,6 +140,26 @@ class SseSessions:
             return None
         return EndpointRewriter(lambda uri: self._opened(request, call, uri))
 
+    def begin(self, call: HttpCall, rewriter: EndpointRewriter) -> bytes:
+        """The rewritten bytes of a stream up to its first event, for which the head waits a second:
+        by then it is known whether there is a session.
+
+        Raises StorageError, with the one status that clients of this wire understand, and as
+        `HttpCall.pieces` does.
+        """
+        first = b""
+        until = time.monotonic() + _FIRST_EVENT
+        try:
+            for piece in call.pieces(_PULSE):
+                first += rewriter.feed(piece) if piece else b""
+                if rewriter.is_done or len(first) > MAX_EVENT or time.monotonic() >= until:
+                    break
+        except StorageError as error:
+            error.status = 503
+            error.headers = error.headers or [("Retry-After", "1")]
+            raise
+        return first
+
     def end(self, session: Session) -> None:
         """Ends a session whose stream has ended; if the store is down, its record expires."""
         try:
@@ -133,7 +178,9 @@ class SseSessions:
             return uri
         path, query = found
         named = named_session(query) or Named(OUR_PARAMETER, "")
-        session = self._affinity.record(new_session(named.id, KIND), address, named.value)
+        binding = self._manager.binding(request.principal_name)
+        session = new_session(named.id, KIND, **binding)
+        session = self._affinity.record(session, address, named.value)
         call.on_close(lambda: self.end(session))
         call.on_close(self._refresher.hold(session.id))
         request.session = session.id

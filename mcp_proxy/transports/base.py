@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -9,14 +10,24 @@ from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from mcp_proxy.auth.access_tokens import AT_ONCE
 from mcp_proxy.config import ProxyOptions, require_seconds
+from mcp_proxy.edge.caller_limit import CallerLimit
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest, with_path
-from mcp_proxy.errors import ConfigError, NoThread, StorageUnavailable
+from mcp_proxy.errors import (
+    ConfigError,
+    NoThread,
+    Overloaded,
+    ServerRemoved,
+    SessionNotFound,
+    StorageUnavailable,
+)
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage, require_name
 from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire.jsonrpc import Notification, Response
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -33,20 +44,36 @@ class Transport(ABC):
     As a context manager it is closed at the end of the block.
     """
 
+    #: The path of its endpoint below its mount.
+    endpoint = "/mcp"
+
     edge: Edge
     manager: SessionManager
     options: ProxyOptions
 
+    #: The name of the server, as callers' permissions and metrics have it.
+    server_name: str = "default"
+
+    #: How many requests a caller may have; None: as many as it sends.
+    rate_limit: CallerLimit | None = None
+
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not environ.get("PATH_INFO", "").startswith("/"):
             environ = with_path(environ)
-        return self.edge.serve(environ, start_response, self.handle)
+        return self.edge.serve(environ, start_response, self.handle, server=self.server_name)
 
     def overloaded(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Answers a request that has arrived and for which no thread is free; waits for nothing."""
-        return self.edge.serve(environ, start_response, self.refuse)
+        environ[AT_ONCE] = True
+        return self.edge.serve(environ, start_response, self.refuse, server=self.server_name)
+
+    def removed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answers a request for a server that has been removed."""
+        return self.edge.serve(
+            environ, start_response, self.handle_removed, server=self.server_name
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +94,7 @@ class Transport(ABC):
         """
         require_seconds("timeout", timeout, or_zero=True)
         if timeout > 0:
-            drain([self], timeout)
+            drain(lambda: [self], timeout)
         self.edge.is_draining = True
         self.shut_down()
 
@@ -86,6 +113,18 @@ class Transport(ABC):
             request.message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
         raise NoThread
 
+    def handle_removed(self, request: ClientRequest) -> Reply:
+        """As `handle`, where nothing begins any more: what calls in flight may need is passed on.
+
+        That is what wants no answer. Raises ServerRemoved for anything else.
+        """
+        if request.method == "POST":
+            message = jsonrpc.parse(request.keep_body(self.options.max_body_bytes))
+            if isinstance(message, Notification | Response):
+                with contextlib.suppress(SessionNotFound, Overloaded):
+                    return self.handle(request)
+        raise ServerRemoved
+
     @property
     @abstractmethod
     def is_busy(self) -> bool:
@@ -95,12 +134,26 @@ class Transport(ABC):
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""
 
+    def end_session(self, session_id: str) -> bool:
+        """Ends a session as its client would; False where there is none of this id.
+
+        Raises StorageError, BackendError.
+        """
+        return False
+
     def hand_over(self) -> None:  # noqa: B027  (only children of this replica have to be)
         """Lets go of sessions that another replica can serve, if nobody waits for an answer."""
 
     @abstractmethod
     def shut_down(self) -> None:
         """Ends what is this transport's; what an application shares the application ends."""
+
+    @abstractmethod
+    def end_unless_busy(self) -> bool:
+        """Ends what is this transport's, unless a client waits for an answer; whether it did.
+
+        No new requests reach it any more. Harmless when repeated.
+        """
 
     @property
     def has_sessions(self) -> bool:
@@ -127,29 +180,35 @@ class Transport(ABC):
 
 
 def drain(
-    transports: Collection[Transport],
+    transports: Callable[[], Collection[Transport]],
     timeout: float,
     has_clients: Callable[[], bool] = lambda: False,
+    hand_on: Callable[[], bool] | None = None,
 ) -> None:
     """Ends standing streams, takes no new work, and gives running calls `timeout` seconds.
 
     In that time requests are served for as long as `has_clients`: for a worker that accepts no
     connections any more but has some. Then sessions for which nobody waits are handed over, the
-    others when their calls are done.
+    others when their calls are done. `hand_on` is called after that, where another process gets the
+    sessions out of this one's memory, and returns whether there are more: then requests are served
+    until they are gone. `transports` is called again and again: a reload may bring others.
     """
     deadline = time.monotonic() + timeout
-    while has_clients() and time.monotonic() < deadline:
-        for transport in transports:
+    has_more = hand_on is not None
+    while (has_more or has_clients()) and time.monotonic() < deadline:
+        for transport in transports():
             transport.end_streams()
+        if hand_on is not None:
+            has_more = hand_on()
         time.sleep(_POLL)
-    for transport in transports:
+    for transport in transports():
         transport.edge.is_draining = True
     was_busy = True  # a request that was let in just before may not have reached its server yet
     while True:
-        for transport in transports:
+        for transport in transports():
             transport.end_streams()
             transport.hand_over()
-        is_busy = any(transport.is_busy for transport in transports)
+        is_busy = any(transport.is_busy for transport in transports())
         if not (is_busy or was_busy) or time.monotonic() >= deadline:
             return
         was_busy = is_busy

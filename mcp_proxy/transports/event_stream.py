@@ -9,7 +9,7 @@ from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.edge.disconnects import ClientConnection, DisconnectWatcher
 from mcp_proxy.edge.edge import as_message
 from mcp_proxy.errors import ClientLeft, ProxyError, RequestId
-from mcp_proxy.wire import sse
+from mcp_proxy.wire import refusals, sse
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,12 @@ class EventStream:
     stream that can be resumed begins (MCP 2025-11-25, "Sending Messages to the Server"). The
     client's leaving is noticed within a second while an answer is waited for, else by `watcher`, at
     the next keepalive without one; then the thread is free.
-    `close` closes the exchange. `on_failure` is told of each failure that the stream carries.
+    `close` closes the exchange. `on_failure` is told of each failure that the stream carries,
+    `on_response` of each response before it leaves, with the failure that it tells of, if any.
     """
+
+    #: Whoever counts is told of each answer, so it need not know the body.
+    reports_answers = True
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class EventStream:
         primes: bool = False,
         first: bytes = sse.KEEPALIVE,
         on_failure: Callable[[ProxyError], object] | None = None,
+        on_response: Callable[[bytes, ProxyError | None], object] | None = None,
         watcher: DisconnectWatcher | None = None,
     ) -> None:
         exchange.has_left = connection.has_left
@@ -56,6 +61,7 @@ class EventStream:
         self._primes = primes
         self._first = first
         self._on_failure = on_failure
+        self._on_response = on_response
         self._watcher = watcher
         self._end_watch: Callable[[], object] | None = None
 
@@ -74,7 +80,9 @@ class EventStream:
         except ProxyError as error:
             self._note(error)
             error.request_id = self._request_id
-            yield sse.encode_message(as_message(error))
+            data = as_message(error)
+            self._report(data, error)
+            yield sse.encode_message(data)
 
     def _rest(self) -> Iterator[bytes]:
         exchange = self._exchange
@@ -96,9 +104,16 @@ class EventStream:
         if self._on_failure is not None:
             self._on_failure(failure)
 
+    def _report(self, data: bytes, failure: ProxyError | None) -> None:
+        if self._on_response is not None:
+            self._on_response(data, failure)
+
     def _event(self, message: ServerMessage) -> Iterator[bytes]:
         if message.failure is not None:
             self._note(message.failure)
+        if message.is_response:
+            message = message._replace(data=refusals.as_plain_error(message.data))
+            self._report(message.data, message.failure)
         if not message.data:
             yield _priming_event(message) if self._primes else sse.KEEPALIVE
         elif len(message.data) <= _LARGE:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 from urllib.parse import parse_qs
 
+from mcp_proxy import metrics
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
 from mcp_proxy.config import ProxyOptions
-from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import Edge, as_message
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.guard import require_own_site
+from mcp_proxy.edge.operations import CLIENT_LEFT, Operations
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -33,18 +35,18 @@ from mcp_proxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotAcceptable,
-    NotFound,
     NoThread,
     ProxyError,
+    RateLimited,
     SessionEnded,
     StorageUnavailable,
     UnsupportedMediaType,
 )
 from mcp_proxy.ownership.backoff import Backoff
 from mcp_proxy.ownership.owner import Owner
-from mcp_proxy.storage.session import BACKEND_URL, Session, new_session
+from mcp_proxy.storage.session import BACKEND_URL, ENV_DIGEST, Session, new_session
 from mcp_proxy.transports.event_stream import EventStream
-from mcp_proxy.transports.stdio import StdioTransport
+from mcp_proxy.transports.stdio import StdioTransport, pass_by_id, pass_new, pass_to_owner
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request
 from mcp_proxy.wire.urls import WORKER_SCHEME
@@ -62,16 +64,26 @@ _PAUSE = 0.1
 _ID_PARAMETERS = ("session_id", "sessionId")
 
 
+class _Stream(NamedTuple):
+    """What a session's stream leads to, and whose it is."""
+
+    bridge: Bridge
+    principal: str | None
+    env_digest: str | None
+
+
 class SSEProxy(StdioTransport):
     """A WSGI application that serves a stdio server over HTTP+SSE."""
 
+    endpoint = STREAM_PATH
+
     def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
         super()._set_up(owner, edge, options)
-        # By their id, the servers of the sessions whose stream is here. Each operation is atomic.
-        self._bridges: dict[str, Bridge] = {}
+        # By their id, the sessions whose stream is here. Each operation is atomic.
+        self._streams: dict[str, _Stream] = {}
 
     def __repr__(self) -> str:
-        return f"<SSEProxy streams={len(self._bridges)} {self.owner!r} {self.manager!r}>"
+        return f"<SSEProxy streams={len(self._streams)} {self.owner!r} {self.manager!r}>"
 
     def handle(self, request: ClientRequest) -> Reply:
         path = request.path.rstrip("/")
@@ -80,14 +92,14 @@ class SSEProxy(StdioTransport):
         if path == MESSAGES_PATH:
             if request.method != "POST":
                 raise MethodNotAllowed("POST")
-            return self._post(request)
+            return self.for_caller(request, self._post)
         if path == STREAM_PATH:
             # A client of a later revision that tries a POST first is told at once: it comes back
             # with a GET (MCP 2025-11-25, transports, "Backwards Compatibility").
             if request.method != "GET":
                 raise MethodNotAllowed("GET")
-            return self._get(request)
-        raise NotFound
+            return self.for_caller(request, self._get)
+        raise self.not_found(request)
 
     def refuse(self, request: ClientRequest) -> Reply:
         """On the session's stream, if that is here: nobody reads the answer to a POST."""
@@ -99,26 +111,37 @@ class SSEProxy(StdioTransport):
             request.message = message
             raise failure
         failure.request_id = message.id
-        bridge = self._bridges.get(_session_id(request))
-        if bridge is None or not bridge.say(as_message(failure)):
+        reply = self._say(request, failure)
+        if reply is None:
             raise failure
+        return reply
+
+    def _say(self, request: ClientRequest, failure: ProxyError) -> Reply | None:
+        """What acknowledges a request whose failure leaves on the session's stream; None where that
+        is not here.
+        """
+        bridge = self._bridge_of(request, _session_id(request))
+        if bridge is None or not bridge.say(as_message(failure)):
+            return None
         request.note(failure)
-        return empty_reply(202, [(headers.FAILURE, failure.kind)])
+        return empty_reply(202, [*failure.headers, (headers.FAILURE, failure.kind)])
 
     # --- GET -------------------------------------------------------------------------------------
 
     def _get(self, request: ClientRequest) -> Reply:
         _require_acceptable(request)
         self.edge.require_open()
+        self.require_values(request)
+        pass_new(request, is_stream=True)
         self.edge.streams.acquire()
         exchange = Exchange()
         exchange.on_close = self.edge.streams.release
         try:
-            session = self._begin(exchange, request.has_left)
+            session = self._begin(exchange, request)
             request.session, request.is_standing = session.id, True
             body = EventStream(
                 exchange,
-                ClientConnection(request.environ),
+                request.standing_connection(),
                 self.options.keepalive_interval,
                 first=self._endpoint(request, session),
                 on_failure=request.note,
@@ -131,18 +154,24 @@ class SSEProxy(StdioTransport):
                 _as_unavailable(error)
             raise
 
-    def _begin(self, exchange: Exchange, has_left: Callable[[], bool]) -> Session:
+    def _begin(self, exchange: Exchange, request: ClientRequest) -> Session:
         """A new session, whose child speaks on `exchange`; it ends when that is closed."""
-        bridge = self.owner.start(has_left)
+        binding = self.binding(request)
+        bridge = self.owner.start(request.has_left)
         try:
-            exchange.on_response = _FirstAnswer(self.owner.backoff)
+            answers = _Answers(self.owner.backoff, self.server_name)
+            exchange.on_response = answers
+            if answers.operations is not None:
+                exchange.on_submit = answers.operations.begin
             bridge.listen(exchange)
         except BaseException:
             self.owner.discard(bridge)
             raise
-        session = self.owner.establish(new_session(self.manager.mint_id(), KIND), bridge)
-        exchange.on_close = lambda: self._end(session)
-        self._bridges[session.id] = bridge
+        session = new_session(self.manager.mint_id(), KIND, **binding)
+        session = self.owner.establish(session, bridge)
+        exchange.on_close = lambda: self._end(session, answers)
+        stream = _Stream(bridge, request.principal_name, session.metadata.get(ENV_DIGEST))
+        self._streams[session.id] = stream
         return session
 
     def _endpoint(self, request: ClientRequest, session: Session) -> bytes:
@@ -151,8 +180,10 @@ class SSEProxy(StdioTransport):
         uri = f"{mount}{MESSAGES_PATH}?{_ID_PARAMETERS[0]}={session.id}"
         return sse.encode(sse.Event(event=b"endpoint", data=uri.encode()))
 
-    def _end(self, session: Session) -> None:
-        self._bridges.pop(session.id, None)
+    def _end(self, session: Session, answers: _Answers) -> None:
+        self._streams.pop(session.id, None)
+        if answers.operations is not None:
+            answers.operations.close(CLIENT_LEFT)
         try:
             self.owner.end_left(session)
         finally:
@@ -173,6 +204,9 @@ class SSEProxy(StdioTransport):
         except ProxyError as error:
             if isinstance(message, Request):
                 error.request_id = message.id
+                reply = self._say(request, error) if isinstance(error, RateLimited) else None
+                if reply is not None:
+                    return reply
                 _as_unavailable(error)
             raise
         return empty_reply(202)
@@ -191,14 +225,30 @@ class SSEProxy(StdioTransport):
 
         if isinstance(message, Request):
             request.params = message.params
-        bridge = self._bridges.get(session_id)
+        request.is_answered_elsewhere = isinstance(message, Request)
+        bridge = self._bridge_of(request, session_id)
         if bridge is None:
             self._deliver_elsewhere(request, session_id, act, isinstance(message, Request))
             return
+        if self.rate_limit is not None:
+            self.rate_limit.count(self.server_name, request, message)
+        request.pass_to(self.owner.replica.id, session_id)
         try:
             act(bridge)
         except BackendUnreached as error:
             raise SessionEnded from error  # the stream ends with the server
+
+    def _bridge_of(self, request: ClientRequest, session_id: str) -> Bridge | None:
+        """The server of a session whose stream is here; None where it is not, or is not the
+        caller's.
+        """
+        stream = self._streams.get(session_id)
+        if stream is None or stream.principal != request.principal_name:
+            return None
+        is_bound = self.owner.caller_env is not None and stream.principal is None
+        if is_bound and self.binding(request).get(ENV_DIGEST) != stream.env_digest:
+            return None
+        return stream.bridge
 
     def _deliver_elsewhere(
         self,
@@ -212,18 +262,29 @@ class SSEProxy(StdioTransport):
         A request is tried for `connect_timeout` while the store or that replica is out of reach.
         """
         until = time.monotonic() + (self.options.connect_timeout if is_request else 0)
+        limit = self.rate_limit if is_request else None
         while True:
             try:
-                self.owner.on_backend(self._session(session_id), act, request.has_left)
+                session = self._session(request, session_id)
+                pass_to_owner(self.owner, request, session)
+                request.is_relayed = self.owner.relay is not None
+                if limit is not None:  # a worker that is given the request counts it itself
+                    limit.take(self.server_name, request, 1)
+                    limit = None
+                self.owner.on_backend(session, act, request.has_left)
                 return
+            except SessionEnded:
+                pass_by_id(self.owner, request, session_id)
+                raise
             except (StorageUnavailable, BackendUnavailable):
                 if time.monotonic() >= until or request.has_left():
                     raise
             time.sleep(_PAUSE)
 
-    def _session(self, session_id: str) -> Session:
+    def _session(self, request: ClientRequest, session_id: str) -> Session:
         """The session of this id; raises what the client is to be told otherwise."""
         session = self.manager.load(session_id)
+        self.require_own(request, session)
         url = session.metadata.get(BACKEND_URL)
         if url is None:
             raise SessionEnded  # handed over by a worker that stops, and its stream with it
@@ -244,19 +305,26 @@ def _session_id(request: ClientRequest) -> str:
 
 def _as_unavailable(error: ProxyError) -> None:
     """Gives what is not the client's fault the one status that clients of this wire understand."""
-    if error.kind:
+    if error.kind and not isinstance(error, RateLimited):
         error.status = 503
         error.headers = error.headers or [("Retry-After", "1")]
 
 
-class _FirstAnswer:
-    """Has readiness know whether a server answers, or exits before it has answered anything."""
+class _Answers:
+    """Has readiness know whether a server answers, or exits before it has answered anything.
 
-    def __init__(self, backoff: Backoff) -> None:
+    `operations` counts the answers, where that is wanted.
+    """
+
+    def __init__(self, backoff: Backoff, server: str) -> None:
+        counters = metrics.current()
+        self.operations = None if counters is None else Operations(counters, server, is_shared=True)
         self._backoff = backoff
         self._is_over = False
 
     def __call__(self, message: ServerMessage) -> None:
+        if self.operations is not None:
+            self.operations.answered(message.data, message.failure)
         if self._is_over:
             return
         self._is_over = True

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from msgspec.structs import replace
 
+from mcp_proxy.auth import caller_env
+from mcp_proxy.auth.authenticator import Authenticator
+from mcp_proxy.auth.caller_env import EnvFor
+from mcp_proxy.auth.principal import Authenticate
 from mcp_proxy.config import ProxyOptions
+from mcp_proxy.edge.caller_limit import CallerLimit
 from mcp_proxy.edge.edge import Edge
-from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import ConfigError
+from mcp_proxy.edge.forwarded import mount_of
+from mcp_proxy.edge.reply import Reply
+from mcp_proxy.edge.request import PASS_TO, ClientRequest
+from mcp_proxy.errors import ClientError, ConfigError, NotFound
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.servers import StdioServer, as_command
 from mcp_proxy.sessions.manager import SessionManager
@@ -29,7 +36,9 @@ class StdioTransport(Transport):
     `command` is a list of arguments, a string, or a StdioServer. Without `session_storage` sessions
     live in memory; with a Redis one they are served by every replica that shares it. `name` tells
     the sessions of several transports over one store apart; without one a digest of the command
-    does. Nothing starts before the first request; `close` ends everything that did. The constructor
+    does. `authenticate` says who calls; without it, and without `api_keys`, everybody is served.
+    `env_for` says which variables the server gets of its caller; without it those of `env_from`.
+    Nothing starts before the first request; `close` ends everything that did. The constructor
     raises ConfigError.
     """
 
@@ -42,6 +51,8 @@ class StdioTransport(Transport):
         *,
         name: str | None = None,
         options: ProxyOptions = ProxyOptions(),
+        authenticate: Authenticate | None = None,
+        env_for: EnvFor | None = None,
     ) -> None:
         storage = storage_for(session_storage, options)
         if options.asks:
@@ -49,6 +60,8 @@ class StdioTransport(Transport):
         server = as_server(command, name)
         if server.timeout is not None:
             options = replace(options, request_timeout=server.timeout)
+        if server.rate_limit is not None:
+            options = replace(options, rate_limit=server.rate_limit)
         env = [f"{variable}={value}" for variable, value in sorted(server.env.items())]
         manager = SessionManager(
             scoped(storage, name, [*server.argv, server.cwd or "", *env]),
@@ -56,8 +69,9 @@ class StdioTransport(Transport):
         )
         parts = ReplicaParts(storage.mailboxes())
         self._own_parts: ReplicaParts | None = parts
-        edge = Edge(options, parts.workers)
-        self._set_up(Owner(server, manager, parts, options), edge, options)
+        edge = Edge(options, parts.workers, Authenticator.of(options, authenticate, parts.workers))
+        owner = Owner(server, manager, parts, options, env_for=env_for)
+        self._set_up(owner, edge, options)
 
     @classmethod
     def _shared(cls, owner: Owner, edge: Edge, options: ProxyOptions) -> Self:
@@ -69,9 +83,26 @@ class StdioTransport(Transport):
 
     def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
         self.owner = owner
+        self.server_name = owner.server.name
         self.manager = owner.manager
         self.edge = edge
         self.options = options
+        self.rate_limit = CallerLimit.of(options, str(owner.server))
+        self._load = owner.manager.load if owner.relay is None else owner.load
+
+    def change(self, options: ProxyOptions, is_other: bool) -> None:
+        """Has other settings from the next request on; `is_other`: its processes are others, too.
+
+        The owner has been changed before.
+        """
+        self.options = options
+        self.rate_limit = CallerLimit.of(options, str(self.owner.server))
+
+    def end_unless_busy(self) -> bool:
+        if self.owner.is_busy:
+            return False
+        self.owner.end_all()
+        return True
 
     @property
     def is_shared(self) -> bool:
@@ -84,14 +115,23 @@ class StdioTransport(Transport):
     def end_streams(self) -> None:
         self.owner.end_streams()
 
+    def end_session(self, session_id: str) -> bool:
+        session = self.manager.peek(session_id)
+        if session is not None:
+            self.owner.end(session)
+        return session is not None
+
     def hand_over(self) -> None:
         if self.is_shared:
             self.owner.hand_over()
+        else:
+            self.owner.spares.close()
 
     def shut_down(self) -> None:
         self.edge.disconnects.stop()
         self.owner.close()
         if self._own_parts is not None:
+            self.edge.close()
             self._own_parts.close()
 
     @property
@@ -103,6 +143,8 @@ class StdioTransport(Transport):
 
     def server_reason(self) -> str | None:
         server = self.owner.server
+        if not isinstance(server, StdioServer):
+            return self.owner.full_reason()
         if server.cwd is not None and not os.path.isdir(server.cwd):
             return f"its working directory {server.cwd} does not exist"
         program = server.argv[0]
@@ -114,6 +156,54 @@ class StdioTransport(Transport):
 
     def server_doubt(self) -> str | None:
         return self.owner.backoff.doubt()
+
+    # --- what the server gets of its caller ------------------------------------------------------
+
+    def for_caller(self, request: ClientRequest, serve: Callable[[ClientRequest], Reply]) -> Reply:
+        """What `serve` answers, while children that are started have the variables of the caller.
+
+        A request that lacks some of them begins nothing (`require_values`).
+        """
+        source = self.owner.caller_env
+        if source is None:
+            return serve(request)
+        values = None
+        try:
+            values = source.values_of(request.environ, request.principal)
+        except ClientError as error:
+            request.lacks = error
+        with caller_env.on_behalf_of(values):
+            return serve(request)
+
+    def require_values(self, request: ClientRequest) -> None:
+        """Raises what the request lacks that the server has to get of its caller."""
+        if request.lacks is not None:
+            raise request.lacks
+
+    def binding(self, request: ClientRequest) -> dict[str, str]:
+        """The metadata that bind a session to the caller; raises StorageError."""
+        return self.manager.binding(request.principal_name, self._values_as_text())
+
+    def require_own(self, request: ClientRequest, session: Session) -> None:
+        """Raises what an unknown id does unless the session is the caller's."""
+        values = None if self.owner.caller_env is None else self._values_as_text()
+        self.manager.require_own(session, request.principal_name, values)
+
+    @staticmethod
+    def _values_as_text() -> bytes | None:
+        values = caller_env.current_values()
+        return None if values is None else caller_env.as_text(values)
+
+    def not_found(self, request: ClientRequest) -> NotFound:
+        """What is raised for a path at which nothing is served; it names all endpoints."""
+        mount = mount_of(request.environ, self.options.trusted_proxies)
+        own = f"{mount}{self.endpoint}"
+        paths = self.edge.endpoints()
+        of_application = [path for path in paths if own.endswith(path)]
+        if not of_application:
+            return NotFound([own or "/"])
+        mount = own.removesuffix(max(of_application, key=len))
+        return NotFound([f"{mount}{path}" for path in paths])
 
     def pass_on(
         self, request: ClientRequest, session: Session, message: Notification | Response
@@ -129,6 +219,37 @@ class StdioTransport(Transport):
             self.owner.on_living_backend(session, lambda to: to.notify(message, has_left))
         else:
             self.owner.on_backend(session, lambda to: to.notify(message, has_left), has_left)
+
+
+def pass_to_owner(
+    owner: Owner, request: ClientRequest, session: Session, is_stream: bool = False
+) -> None:
+    """Raises Passed where the request was given to the worker that has the session's child."""
+    if PASS_TO in request.environ and owner.manager.storage.is_shared:
+        replica_id = owner.replica_of(session)
+        if replica_id is not None:
+            request.pass_to(replica_id, session.id, is_stream)
+
+
+def pass_new(request: ClientRequest, is_stream: bool = False) -> None:
+    """Raises Passed where a request that begins a session was given to a worker with fewer."""
+    if PASS_TO in request.environ:
+        request.pass_to(None, "", is_stream)
+
+
+def pass_by_id(
+    owner: Owner, request: ClientRequest, session_id: str | None, is_stream: bool = False
+) -> None:
+    """Raises Passed where the request was given to the worker that has the session in its memory.
+
+    Raises Unpassable where that can only be another one, and the request cannot go there.
+    """
+    if not session_id or owner.manager.storage.is_shared:
+        return
+    if PASS_TO in request.environ:
+        request.pass_to(None, session_id, is_stream)
+    else:
+        owner.manager.warn_of_other_process(session_id)
 
 
 def as_server(command: Sequence[str] | str | StdioServer, name: str | None) -> StdioServer:

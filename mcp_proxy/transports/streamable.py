@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from msgspec import UNSET
 
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
+from mcp_proxy.backends.owned import caller_headers
+from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
+from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.guard import require_own_site
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
@@ -27,9 +30,8 @@ from mcp_proxy.errors import (
     MethodNotAllowed,
     MissingSession,
     NotAcceptable,
-    NotFound,
-    ProxyError,
     RequestId,
+    SessionEnded,
     StorageUnavailable,
     StreamWithoutSession,
     UnsupportedMediaType,
@@ -38,12 +40,13 @@ from mcp_proxy.ownership.owner import Owner
 from mcp_proxy.resumption.replay import Replay
 from mcp_proxy.resumption.writing import child_of, is_standing
 from mcp_proxy.sessions import handshake
-from mcp_proxy.storage.session import PROTOCOL_VERSION, Session
+from mcp_proxy.storage.session import MOVED, PROTOCOL_VERSION, Session
 from mcp_proxy.transports.event_stream import EventStream
-from mcp_proxy.transports.stdio import StdioTransport
-from mcp_proxy.wire import headers, jsonrpc, revisions
+from mcp_proxy.transports.stateless import StatelessFront, is_modern
+from mcp_proxy.transports.stdio import StdioTransport, pass_by_id, pass_new, pass_to_owner
+from mcp_proxy.wire import headers, jsonrpc, refusals, revisions
 from mcp_proxy.wire.handshake import CHANGES, INITIALIZE, Change, change_of
-from mcp_proxy.wire.jsonrpc import Batch, Notification, Request, Response
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
 
 KIND = "streamable"
 
@@ -54,16 +57,49 @@ _METHODS = "GET, POST, DELETE"
 class StreamableProxy(StdioTransport):
     """A WSGI application that serves a stdio server over streamable HTTP."""
 
+    endpoint = ""
+    stateless: StatelessFront
+
     def __repr__(self) -> str:
         return f"<StreamableProxy {self.owner!r} {self.manager!r}>"
 
+    def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
+        super()._set_up(owner, edge, options)
+        self.stateless = StatelessFront(owner, edge, options)
+
+    def change(self, options: ProxyOptions, is_other: bool) -> None:
+        super().change(options, is_other)
+        self.stateless.change(options, is_other)
+
+    def end_unless_busy(self) -> bool:
+        has_ended = super().end_unless_busy()
+        if has_ended:
+            self.stateless.close()
+        return has_ended
+
+    def shut_down(self) -> None:
+        self.stateless.close()
+        super().shut_down()
+
     def handle(self, request: ClientRequest) -> Reply:
         if request.path not in _PATHS:
-            raise NotFound
+            raise self.not_found(request)
         if "HTTP_SEC_FETCH_SITE" in request.environ:
             require_own_site(request.environ)
+        try:
+            if self.owner.caller_env is None:
+                return self.serve(request)
+            return self.for_caller(request, self.serve)
+        except SessionEnded:
+            pass_by_id(self.owner, request, request.session_id, request.method == "GET")
+            raise
+
+    def serve(self, request: ClientRequest) -> Reply:
+        """The answer to a request for the endpoint; raises ProxyError."""
         if request.method == "POST":
             return self._post(request)
+        if request.session_id is None and revisions.is_modern(request.protocol_version or ""):
+            raise MethodNotAllowed("POST")
         if request.method == "GET":
             return self._get(request)
         if request.method == "DELETE":
@@ -81,9 +117,18 @@ class StreamableProxy(StdioTransport):
             raise NotAcceptable
         message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
         request.message = message
+        if self.rate_limit is not None:
+            self.rate_limit.count(self.server_name, request, message)
+        return self.answer(request, message)
+
+    def answer(self, request: ClientRequest, message: Message | Batch) -> Reply:
+        """The answer to what a POST carries; raises ProxyError."""
         if isinstance(message, Request):
             return self._request(request, message)
+        if isinstance(message, Notification) and is_modern(request, message):
+            return empty_reply(202)  # a modern client takes back by leaving
         session = self._session(request)
+        pass_to_owner(self.owner, request, session)
         if isinstance(message, list):
             return self._batch(request, session, message)
         request.rpc = message.method if isinstance(message, Notification) else "response"
@@ -93,14 +138,15 @@ class StreamableProxy(StdioTransport):
     def _request(self, request: ClientRequest, message: Request) -> Reply:
         request.rpc, request.params = message.method, message.params
         self.edge.require_open()
-        version = message.meta.protocol_version
-        if version is not UNSET:
-            raise _not_spoken(version)
+        if is_modern(request, message):
+            self.require_values(request)
+            return self.stateless.answer(request, message)
         if message.method == INITIALIZE:
             return self._initialize(request, message)
         session = self._session(request)
-        exchange = Exchange([message], request.accepts_stream, self.options.request_timeout)
-        exchange.has_left = request.has_left
+        pass_to_owner(self.owner, request, session)
+        request.admit(session.id)
+        exchange = self._exchange(request, [message])
         if message.method in CHANGES:
             self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
@@ -124,12 +170,15 @@ class StreamableProxy(StdioTransport):
 
     def _initialize(self, request: ClientRequest, message: Request) -> Reply:
         """Begins a session: one child, asked by the client; recorded once it has accepted."""
+        self.require_values(request)
+        pass_new(request)
+        request.stay()
+        binding = self.binding(request)
         bridge = self.owner.start(request.has_left)
         pending = PendingSession(
-            self.owner, bridge, self.manager.mint_id(), message, request.has_left
+            self.owner, bridge, self.manager.mint_id(), message, request.has_left, binding
         )
-        exchange = Exchange([message], request.accepts_stream, self.options.request_timeout)
-        exchange.has_left = request.has_left
+        exchange = self._exchange(request, [message])
         exchange.on_response = pending.on_response
         exchange.on_close = pending.on_close
         try:
@@ -155,16 +204,26 @@ class StreamableProxy(StdioTransport):
         request.rpc = f"batch of {len(batch)}"
         if calls:
             self.edge.require_open()
+            request.admit(session.id)
         for message in batch:
             if not isinstance(message, Request):
                 self.pass_on(request, session, message)
         if not calls:
             return empty_reply(202)
-        exchange = Exchange(calls, request.accepts_stream, self.options.request_timeout)
-        exchange.has_left = request.has_left
+        exchange = self._exchange(request, calls)
         self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
         return self._answer(request, exchange, None, session)
+
+    def _exchange(self, request: ClientRequest, requests: Sequence[Request]) -> Exchange:
+        exchange = Exchange(
+            requests,
+            request.accepts_stream,
+            self.options.request_timeout,
+            headers=caller_headers.get(),
+        )
+        exchange.has_left = request.has_left
+        return exchange
 
     # --- the answer ------------------------------------------------------------------------------
 
@@ -181,6 +240,7 @@ class StreamableProxy(StdioTransport):
         is one. The head of the answer to an initialize says whether there is one now: it waits for
         that for `sse_after` seconds, whatever the client takes and the server says before.
         """
+        request.is_relayed = exchange.is_relayed
         try:
             is_first = session is None
             waits = request.accepts_json or is_first
@@ -199,6 +259,7 @@ class StreamableProxy(StdioTransport):
                 request_id=request_id,
                 primes=_primes(session),
                 on_failure=request.note,
+                on_response=request.answered,
             )
             return stream_reply(body)
         except BaseException:
@@ -238,6 +299,7 @@ class StreamableProxy(StdioTransport):
             raise NotAcceptable("Accept must name text/event-stream")
         self.edge.require_open()
         session = self._session(request)
+        pass_to_owner(self.owner, request, session, is_stream=True)
         after = request.header("Last-Event-ID")
         self.edge.streams.acquire()
         try:
@@ -253,7 +315,7 @@ class StreamableProxy(StdioTransport):
         request.is_standing = True
         body = EventStream(
             exchange,
-            ClientConnection(request.environ),
+            request.standing_connection(),
             self.options.keepalive_interval,
             primes=_primes(session),
             on_failure=request.note,
@@ -273,6 +335,9 @@ class StreamableProxy(StdioTransport):
     def _resumed(self, request: ClientRequest, session: Session, after: str) -> Exchange:
         """The stream that an event belongs to, from there on; only events of this session count."""
         event = self.owner.events.find(session.id, after)
+        if event is None and MOVED in session.metadata:
+            # Its events stayed behind, and clients give their standing stream up at a refusal.
+            return self._standing(request, session, None)
         if event is None:
             raise InvalidRequest("Last-Event-ID names no event that is kept for this session")
         if is_standing(event.stream):
@@ -290,8 +355,10 @@ class StreamableProxy(StdioTransport):
         try:
             session = self._session(request)
         except StorageUnavailable:
-            self.owner.end_without_store(request.session_id or "", KIND)
+            binding = self.binding(request)
+            self.owner.end_without_store(request.session_id or "", KIND, binding)
             raise
+        pass_to_owner(self.owner, request, session)
         self.owner.end(session)
         return empty_reply(204)
 
@@ -299,7 +366,8 @@ class StreamableProxy(StdioTransport):
         """The session that a request names; raises what the client is to be told otherwise."""
         if request.session_id is None:
             raise MissingSession
-        session = self.manager.load(request.session_id)
+        session = self._load(request.session_id)
+        self.require_own(request, session)
         if session.type != KIND:
             raise InvalidRequest(f"The session belongs to another transport ({session.type})")
         version = request.protocol_version
@@ -320,6 +388,7 @@ class PendingSession:
         session_id: str,
         message: Request,
         has_left: Callable[[], bool],
+        binding: Mapping[str, str],
     ) -> None:
         self.session_id = session_id
         #: Whether the server, or we, said no: then there is no session and no id to tell.
@@ -328,6 +397,7 @@ class PendingSession:
         self._bridge = bridge
         self._message = message
         self._has_left = has_left
+        self._binding = binding
         self._is_decided = False
 
     def on_response(self, message: ServerMessage) -> None:
@@ -341,7 +411,7 @@ class PendingSession:
             raise ClientLeft
         answer = jsonrpc.parse_message(message.data)
         if isinstance(answer, Response) and answer.result is not UNSET:
-            session = handshake.opened(self.session_id, KIND, self._message, answer)
+            session = handshake.opened(self.session_id, KIND, self._message, answer, self._binding)
             self._owner.establish(session, self._bridge)
             self._owner.backoff.note_success()
         else:
@@ -361,16 +431,6 @@ def _primes(session: Session | None) -> bool:
     return version is not None and revisions.primes_streams(version)
 
 
-def _not_spoken(version: str) -> ProxyError:
-    """The error for a request of 2026-07-28.
-
-    Its code must not be -32020 to -32022, so that a client that probes falls back to initialize
-    (MCP 2026-07-28, versioning, "Backward Compatibility").
-    """
-    spoken = ", ".join(revisions.LEGACY)
-    return InvalidRequest(f"Revision {version} is not served here; initialize at one of {spoken}")
-
-
 def _as_json(request: ClientRequest, answers: Sequence[ServerMessage], is_batch: bool) -> Reply:
     """One answer as an object, several as an array; raises the failure if there is nothing else."""
     if is_batch:
@@ -384,4 +444,6 @@ def _as_json(request: ClientRequest, answers: Sequence[ServerMessage], is_batch:
     (answer,) = answers
     if answer.failure is not None:
         raise answer.failure
+    if refusals.TOLD_BY in answer.data:
+        refusals.require_none(answer.data)
     return json_reply(answer.data)

@@ -570,6 +570,18 @@ def test_cancelling_one_call_of_a_batch_cancels_that_one(
     assert told == [1, 3]
 
 
+def test_a_second_cancellation_does_not_lengthen_the_time_of_a_call(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridging, "CANCEL_GRACE", 0.3)
+    call = sent(bridge, [request("silence", "a")], False, 60)
+    until = time.monotonic() + 10
+    while (answer := call.receive(0.05)) is None:
+        assert time.monotonic() < until
+        bridge.notify(Notification("notifications/cancelled", Raw(b'{"requestId":"a"}')))
+    assert isinstance(answer.failure, Cancelled)
+
+
 # --- a client's notifications/initialized that was lost ------------------------------------------
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 
-from mcp_proxy.backends.exchange import Exchange, ServerMessage
-from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached
+from mcp_proxy.backends.exchange import MAX_BACKLOG, Exchange, ServerMessage
+from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached, InvalidRequest
 from mcp_proxy.wire.jsonrpc import Request
 
 PING = [Request(1, "ping")]
@@ -39,13 +40,21 @@ class Log:
 
     def __init__(self) -> None:
         self.logged: list[tuple[str, bool]] = []
+        self.appends = 0
         self.read: list[Exchange] = []
 
     def begin(self, exchange: Exchange) -> str | None:
         return self._note("begin", False)
 
-    def append(self, exchange: Exchange, message: ServerMessage, is_last: bool) -> str | None:
-        return self._note(message.data.decode(), is_last)
+    def append(
+        self, exchange: Exchange, messages: Sequence[ServerMessage], is_last: bool
+    ) -> Sequence[str | None]:
+        self.appends += 1
+        last = len(messages) - 1
+        return [
+            self._note(message.data.decode(), is_last and number == last)
+            for number, message in enumerate(messages)
+        ]
 
     def _note(self, what: str, is_last: bool) -> str:
         self.logged.append((what, is_last))
@@ -251,3 +260,89 @@ def test_repr_is_a_state_dump() -> None:
     exchange.offer(ANSWER)
     assert "['ping'] unanswered=1 backlog=2" in repr(exchange)
     assert "standing" in repr(Exchange())
+
+
+def test_what_a_modern_client_does_not_read_is_left_out_and_nobody_waits_for_it() -> None:
+    """Its server has other clients."""
+    exchange = Exchange([Request(1, "x")], timeout=60.0, cancels=True)
+    line = ServerMessage(b"x" * MAX_BACKLOG, is_response=False)
+    assert exchange.offer(line)
+    assert exchange.offer(line)
+    exchange.wait_for_room()
+    assert not exchange.offer(line)
+    assert exchange.offer(ServerMessage(b"{}", is_response=True))
+    received = [exchange.receive(1.0) for _ in range(3)]
+    assert [None if one is None else one.is_response for one in received] == [False, False, True]
+
+
+# --- requests that are sent late -----------------------------------------------------------------
+
+
+def test_a_source_learns_that_its_client_left_before_it_was_there() -> None:
+    exchange, source = Exchange(PING), Source()
+    exchange.begin_stream()
+    exchange.close()
+    exchange.attach(source)
+    assert (source.begun, source.left) == (1, 0)
+    exchange.note_sent()
+    assert source.left == 1
+
+
+def test_a_source_whose_client_is_there_is_told_nothing() -> None:
+    exchange, source = attached(*PING)
+    exchange.note_sent()
+    assert source.left == 0
+
+
+def test_whoever_cannot_send_refuses_by_any_error() -> None:
+    exchange = Exchange(PING)
+    exchange.refuse(InvalidRequest("not so"))
+    with pytest.raises(InvalidRequest, match="not so"):
+        exchange.receive(1)
+    assert exchange.drain() == []
+
+
+def test_what_has_come_of_a_stream_is_logged_in_one_go() -> None:
+    log = Log()
+    exchange, _ = attached(*PING, log=log)
+    for number in range(5):
+        exchange.offer(ServerMessage(b"%d" % number, is_response=False))
+    exchange.offer(ServerMessage(b"answer", is_response=True))
+    messages = []
+    while (message := exchange.poll()) is not None:
+        messages.append(message)
+    assert [message.data for message in messages] == [b"", *b"0 1 2 3 4 answer".split()]
+    assert [message.event_id for message in messages] == [f"e{n}" for n in range(1, 8)]
+    assert log.logged[-2:] == [("4", False), ("answer", True)]
+    assert log.appends == 1
+    assert exchange.is_over
+
+
+def test_of_a_standing_stream_no_more_is_logged_than_is_received() -> None:
+    """What nobody has received goes to the stream that follows."""
+    log = Log()
+    exchange, _ = attached(log=log)
+    for number in range(3):
+        exchange.offer(ServerMessage(b"%d" % number, is_response=False))
+    begin, first = exchange.poll(), exchange.poll()
+    assert (begin, first) == (
+        ServerMessage(b"", False, event_id="e1"),
+        ServerMessage(b"0", False, event_id="e2"),
+    )
+    assert [message.data for message in exchange.drain()] == [b"1", b"2"]
+
+
+def test_what_was_taken_before_a_response_was_refused_is_logged_and_received() -> None:
+    def refuse(message: ServerMessage) -> None:
+        raise BackendError("refused")
+
+    log = Log()
+    exchange, _ = attached(*PING, log=log)
+    exchange.on_response = refuse
+    exchange.offer(ServerMessage(b"1", is_response=False))
+    exchange.offer(ServerMessage(b"answer", is_response=True))
+    with pytest.raises(BackendError, match="refused"):
+        exchange.poll()
+    assert exchange.poll() == ServerMessage(b"", False, event_id="e1")
+    assert exchange.poll() == ServerMessage(b"1", False, event_id="e2")
+    assert exchange.is_over

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import gc
+import os
 import socket
 import ssl
 import threading
@@ -21,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mcp_proxy.backends import http as backends_http
-from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.backends.http import MAX_PIECE, HttpCall, HttpClient
 from mcp_proxy.errors import (
     BackendLost,
     BackendTimeout,
@@ -134,6 +136,20 @@ def test_each_piece_as_soon_as_it_is_there(
     assert list(pieces) == []
 
 
+@pytest.mark.parametrize("framing", ["length", "close"])
+def test_no_piece_is_large_however_much_has_come(
+    calls: Calls, backend: HttpBackend, framing: str
+) -> None:
+    feed = Feed()
+    backend.on("GET", "/x", stream(feed, framing=framing, length=64 * MAX_PIECE))
+    for _ in range(64):
+        feed.put(bytes(MAX_PIECE))
+    feed.put(None)
+    sizes = [len(piece) for piece in calls.sent().pieces()]
+    assert sum(sizes) == 64 * MAX_PIECE
+    assert max(sizes) <= MAX_PIECE
+
+
 @pytest.mark.parametrize("framing", ["chunked", "length"])
 def test_an_early_end_is_a_loss(calls: Calls, backend: HttpBackend, framing: str) -> None:
     feed = Feed()
@@ -196,6 +212,37 @@ def test_a_refused_connection_got_nothing(calls: Calls, backend: HttpBackend) ->
     backend.stop()
     with pytest.raises(BackendUnreached, match="refused"):
         calls.sent()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ECONNREFUSED, "The server cannot be reached: the connection was refused"),
+        (errno.EHOSTUNREACH, "The server cannot be reached: there is no route to its host"),
+        (errno.ENETUNREACH, "The server cannot be reached: its network is unreachable"),
+        (errno.ECONNRESET, "The server cannot be reached: the connection broke off"),
+        (errno.ETIMEDOUT, "The server cannot be reached in time"),
+        (errno.EADDRNOTAVAIL, "The server cannot be reached: cannot assign requested address"),
+        (errno.EMFILE, "The server cannot be reached: too many open files"),
+        (None, "The server cannot be reached"),
+    ],
+)
+def test_what_the_system_says_of_a_connection_is_told_in_plain_words(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, number: int | None, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> socket.socket:
+        raise OSError("odd") if number is None else OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", fail)
+    with pytest.raises(BackendUnreached) as caught:
+        calls.sent()
+    assert caught.value.message == said
+    if number is not None:
+        assert caught.value.detail == f"{calls().address.shown}: {os.strerror(number)}"
+    monkeypatch.setattr("socket.create_connection", fail)
+    found = calls.client.probe(calls().address)
+    assert found is not None
+    assert found.message == said
 
 
 def test_a_name_that_is_not_known_got_nothing(client: HttpClient) -> None:
@@ -582,7 +629,8 @@ def test_probing_sends_nothing(client: HttpClient, backend: HttpBackend) -> None
     backend.stop()
     failure = client.probe(address)
     assert failure is not None
-    assert "refused" in failure
+    assert failure.message == "The server cannot be reached: the connection was refused"
+    assert failure.detail == f"{address.url}: Connection refused"
     assert backend.seen == []
 
 
@@ -767,6 +815,41 @@ def test_a_certificate_for_another_name_is_refused(
 def test_a_certificate_of_nobody_known_is_refused(secure: Secure) -> None:
     with pytest.raises(BackendUnreached, match="certificate"):
         get(HttpClient(1, 2), secure.address())
+
+
+def test_probing_shakes_hands_as_a_call_does(
+    authority: Authority, secure: Secure, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(HttpClient(1, 2, verify=str(authority.file))) as client:
+        assert client.probe(secure.address()) is None
+        failures = [client.probe(secure.address("other.example"))]
+    with closing(HttpClient(1, 2)) as client:
+        failures.append(client.probe(secure.address()))
+    with closing(HttpClient(1, 2, verify=False)) as client:
+        assert client.probe(secure.address("other.example")) is None
+    for failure, name in zip(failures, ("other.example", NAME), strict=True):
+        assert failure is not None
+        address = f"https://127.0.0.1:{secure.backend.port} ({name}): "
+        assert failure.message.startswith("The server's certificate or TLS is not acceptable: ")
+        assert failure.detail.startswith(
+            f"{address}[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify"
+        )
+    assert secure.backend.seen == []
+    assert caplog.records == []  # whoever asked has the reason
+
+
+def test_probing_a_server_that_is_silent_under_tls_has_a_time_limit() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        closing(HttpClient(0.5, 2)) as client,
+    ):
+        port = listener.getsockname()[1]
+        begun = time.monotonic()
+        failure = client.probe(Address("https", "127.0.0.1", port))
+        assert time.monotonic() - begun < 2.5
+    assert failure is not None
+    assert failure.message == "The server cannot be reached in time"
+    assert failure.detail == f"https://127.0.0.1:{port}: The handshake operation timed out"
 
 
 def test_without_verification_everything_is_taken(secure: Secure) -> None:

@@ -66,16 +66,16 @@ def go() -> str:
 
 
 @cache
-def go_program(name: str) -> str:
-    """The program in tests/servers/<name>, built."""
-    built = Path(tempfile.mkdtemp(prefix="mcp-go-"), name)
+def go_program(source: str) -> str:
+    """The program in the directory tests/<source>, built."""
+    built = Path(tempfile.mkdtemp(prefix="mcp-go-"), "program")
     atexit.register(shutil.rmtree, built.parent, ignore_errors=True)
     command = [go(), "build", "-o", str(built), "."]
-    source = ROOT / "tests" / "servers" / name
+    there = ROOT / "tests" / source
     fetch = [go(), "mod", "download"]
-    if subprocess.run(fetch, cwd=source, capture_output=True, timeout=_BUILD_TIME).returncode:
-        pytest.fail(f"the modules of the Go SDK cannot be had: run `go mod download` in {source}")
-    ran = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=_BUILD_TIME)
+    if subprocess.run(fetch, cwd=there, capture_output=True, timeout=_BUILD_TIME).returncode:
+        pytest.fail(f"the modules of the Go SDK cannot be had: run `go mod download` in {there}")
+    ran = subprocess.run(command, cwd=there, capture_output=True, text=True, timeout=_BUILD_TIME)
     assert ran.returncode == 0, f"{command} ended with {ran.returncode}:\n{ran.stderr}"
     return str(built)
 

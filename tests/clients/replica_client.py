@@ -23,6 +23,7 @@ from typing import Any
 import anyio
 from sdk_session import (
     LABEL,
+    WAY,
     Json,
     TallyClient,
     call_at_once,
@@ -46,7 +47,7 @@ class Noted(httpx.AsyncHTTPTransport):  # type: ignore[misc]
     """Notes for each call which connections its requests took, and who answered.
 
     A note is a list: the HTTP method, the port on our side, the worker's process id, the status or
-    the error.
+    the error, and whether another worker had got the request and passed it.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ class Noted(httpx.AsyncHTTPTransport):  # type: ignore[misc]
 
     async def noted(self, request: Any, message: Json) -> Any:
         """One request, noted."""
-        note: list[Any] = [request.method, None, None, None]
+        note: list[Any] = [request.method, None, None, None, False]
         self.notes.setdefault(_number_of(message), []).append(note)
 
         async def trace(event: str, info: Json) -> None:
@@ -84,7 +85,8 @@ class Noted(httpx.AsyncHTTPTransport):  # type: ignore[misc]
             self.sessions.add(session)
         try:
             response = await super().handle_async_request(request)
-            note[2:] = [int(response.headers.get(LABEL, 0)), response.status_code]
+            is_passed = response.headers.get(WAY) == "passed"
+            note[2:] = [int(response.headers.get(LABEL, 0)), response.status_code, is_passed]
             if not response.headers.get("content-type", "").startswith("text/event-stream"):
                 await response.aread()
         except httpx.TransportError as error:

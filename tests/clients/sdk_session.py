@@ -35,6 +35,9 @@ httpx: Any = import_module("httpx" if IS_SDK_1 else "httpx2")
 #: The header in which each response of a labelled proxy names its worker.
 LABEL = "x-worker"
 
+#: The header that is "passed" where another worker has passed the request to that one.
+WAY = "x-way"
+
 Json = dict[str, Any]
 Life = Callable[[int, argparse.Namespace, anyio.Event], Coroutine[Any, Any, None]]
 

@@ -26,8 +26,9 @@ CLIENTS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def proxy() -> Iterator[ProxyProcess]:
+    """One of its own for each test: clients of the modern era share a server, and its count."""
     with ProxyProcess(_SERVER) as process:
         yield process
 

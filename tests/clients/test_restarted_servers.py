@@ -59,7 +59,7 @@ def _typescript(version: str, port: int) -> list[str]:
 
 def go(port: int) -> list[str]:
     """The Go SDK."""
-    return [go_program("go"), str(port)]
+    return [go_program("servers/go"), str(port)]
 
 
 def everything(port: int) -> list[str]:

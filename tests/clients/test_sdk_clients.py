@@ -54,13 +54,14 @@ def typescript_2_auto(url: str) -> Json:
     return run_client(node(), _TYPESCRIPT, url, "2", "auto")
 
 
+#: The version of each client's SDK, and the revision that it settles on.
 CLIENTS = {
-    python_1: "1.",
-    python_2_auto: "2.",
-    python_2_legacy: "2.",
-    typescript_1: "1.",
-    typescript_2_default: "2.",
-    typescript_2_auto: "2.",
+    python_1: ("1.", "2025-11-25"),
+    python_2_auto: ("2.", "2026-07-28"),
+    python_2_legacy: ("2.", "2025-11-25"),
+    typescript_1: ("1.", "2025-11-25"),
+    typescript_2_default: ("2.", "2025-11-25"),
+    typescript_2_auto: ("2.", "2026-07-28"),
 }
 
 
@@ -75,14 +76,15 @@ def test_gunicorn_itself_serves_a_client_like_the_command(
 
 @pytest.fixture(scope="module", params=CLIENTS, ids=lambda client: client.__name__)
 def seen(request: pytest.FixtureRequest, demo: ProxyProcess) -> Json:
-    """What one client saw."""
+    """What one client saw, and the revision that it should have settled on."""
+    version, revision = CLIENTS[request.param]
     document: Json = request.param(demo.url)
-    assert document["sdk"].startswith(CLIENTS[request.param])
-    return document
+    assert document["sdk"].startswith(version)
+    return document | {"expected_revision": revision}
 
 
-def test_client_settles_on_the_last_legacy_revision(seen: Json) -> None:
-    assert seen["revision"] == "2025-11-25"
+def test_client_settles_on_the_last_revision_of_its_era(seen: Json) -> None:
+    assert seen["revision"] == seen["expected_revision"]
 
 
 def test_client_lists_the_tools(seen: Json) -> None:

@@ -79,3 +79,13 @@ def test_that_a_replica_stops_is_no_failure_of_the_server(backoff: Backoff) -> N
     backoff.note_failure(BackendDraining())
     assert backoff.doubt() is None
     assert backoff.not_ready_reason() is None
+
+
+def test_of_another_server_nothing_is_known(backoff: Backoff) -> None:
+    backoff.note_failure(EXITED)
+    backoff.note_failure(EXITED)
+    for _ in range(3):
+        backoff.note_exit("a", lifetime=0)
+    backoff.forget_all()
+    backoff.require_over("a")
+    assert backoff.not_ready_reason() is backoff.doubt() is None

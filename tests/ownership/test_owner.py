@@ -28,7 +28,7 @@ from mcp_proxy.errors import BackendExited, ClientLeft, StorageUnavailable
 from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
-from tests.support.front import SCRIPTED, McpClient, WsgiFront
+from tests.support.front import MORTAL, SCRIPTED, McpClient, WsgiFront
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
 
@@ -94,6 +94,58 @@ def test_a_server_that_cannot_come_back_gives_its_claim_up() -> None:
         assert client.call("count").failure == "server-start-failed"
         assert client.session is not None
         assert CLAIM not in app.manager.load(client.session).metadata
+
+
+@contextlib.contextmanager
+def serving_mortal(**settings: Any) -> Iterator[tuple[StreamableProxy, McpClient]]:
+    """A server that closes its input or its output, and a session of it."""
+    app = StreamableProxy(MORTAL, options=ProxyOptions(**settings))
+    try:
+        yield app, McpClient(WsgiFront(app)).open()
+    finally:
+        app.close()
+
+
+def use(client: McpClient, tool: str, **arguments: Any) -> Any:
+    return client.call("tools/call", {"name": tool, "arguments": arguments}).message()
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_what_a_server_that_has_closed_its_input_does_not_get_another_one_gets(
+    stubborn: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where there is place for no more than one server, and the old one takes its time."""
+    with serving_mortal(max_sessions=1) as (app, client):
+        assert "result" in use(client, "deaf", stubborn=stubborn)
+        before = time.monotonic()
+        assert use(client, "ok")["result"]["content"][0]["text"] == "call 1"
+        assert time.monotonic() - before < 3.5
+        assert use(client, "ok")["result"]["content"][0]["text"] == "call 2"
+        eventually(lambda: children(app) == 1)
+    assert "exited by itself" not in caplog.text
+    assert "has closed its input; stopping it" in caplog.text
+
+
+def test_a_notification_that_a_deaf_server_does_not_get_another_one_gets() -> None:
+    with serving_mortal() as (_, client):
+        use(client, "deaf", stubborn=True)
+        client.notify("tools/call", {"name": "ok"})  # which it counts
+        assert use(client, "ok")["result"]["content"][0]["text"] == "call 2"
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_server_that_closes_its_output_fails_its_calls_at_once_and_is_replaced(
+    stubborn: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving_mortal(max_sessions=1) as (_, client):
+        before = time.monotonic()
+        error = use(client, "mute", stubborn=stubborn)["error"]
+        assert error["message"] == "The server closed its output before it answered"
+        assert use(client, "ok")["result"]["content"][0]["text"] == "call 1"
+        assert time.monotonic() - before < 2
+        eventually(lambda: "the server was ended by the proxy (signal SIG" in caplog.text)
+    assert "has closed its output; stopping it" in caplog.text
+    assert "exited by itself" not in caplog.text
 
 
 def test_a_claim_of_somebody_else_is_waited_for_within_the_time_limit() -> None:
@@ -428,7 +480,7 @@ def test_what_was_for_the_server_that_is_lost_starts_none(message: dict[str, Any
 
 def wait_until_idle(app: StreamableProxy) -> None:
     """Waits until every server of the proxy has been idle for long enough to be stopped."""
-    bridges = app.owner.bridges
+    bridges = app.owner.backends
     eventually(lambda: all(time.monotonic() - one.last_used > 0.02 for one in bridges))
 
 
@@ -491,7 +543,7 @@ def test_a_server_that_somebody_needs_makes_no_room(need: str) -> None:
         elif need == "question":
             message = {"id": "q", "method": "roots/list"}
             client.call("later", {"message": message, "seconds": 0}).body()
-            (bridge,) = app.owner.bridges
+            (bridge,) = app.owner.backends
             eventually(lambda: "asked=1" in repr(bridge))
         for _ in range(2):
             assert McpClient(client.front).initialize().failure == "overloaded"

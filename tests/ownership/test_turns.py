@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mcp_proxy import ProxyOptions, StreamableProxy
-from mcp_proxy.errors import ClientLeft, Overloaded
+from mcp_proxy.errors import ClientLeft, Draining, Overloaded
 from mcp_proxy.ownership import turns as turning
 from mcp_proxy.ownership.turns import Turns
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
@@ -102,7 +102,7 @@ def test_no_more_servers_than_that_are_starting_at_once(
     seen = []
 
     def look() -> bool:
-        begun, held = slow.owner.supervisor.children, len(slow.owner.bridges)
+        begun, held = slow.owner.supervisor.children, len(slow.owner.backends)
         seen.append(begun - held)
         return all(start.done() for start in starts)
 
@@ -142,3 +142,33 @@ def test_a_turn_is_given_back_where_there_is_no_server() -> None:
         for _ in range(3):
             assert McpClient(WsgiFront(proxy)).initialize().failure == "server-start-failed"
         assert "under_way=0" in repr(proxy.owner.turns)
+
+
+def test_a_start_that_nobody_waits_for_begins_when_no_other_does() -> None:
+    turns = Turns(lambda: 2)
+    with turns.take(10):
+        assert not turns.take_ahead()
+    assert turns.take_ahead()
+    assert not turns.take_ahead(), "one at a time"
+    with turns.take(0), turns.take(0):
+        pass  # it keeps no other waiting
+
+
+def test_no_start_is_made_ahead_where_another_waits_or_after_the_end(
+    pool: ThreadPoolExecutor,
+) -> None:
+    turns = Turns(lambda: 0)
+    waits = pool.submit(turns.take, 60)
+    eventually(lambda: waiting(turns) == 1)
+    assert not turns.take_ahead()
+    turns.close()
+    with pytest.raises(Draining):
+        waits.result(10)
+    assert not turns.take_ahead()
+
+
+def test_starts_ahead_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turning, "LONGEST", 0.05)
+    turns = Turns(lambda: 1)
+    assert turns.take_ahead()
+    eventually(turns.take_ahead)

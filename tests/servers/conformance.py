@@ -2,6 +2,7 @@
 
     python tests/servers/conformance.py               stdio
     python tests/servers/conformance.py --http PORT   streamable HTTP on 127.0.0.1, PORT 0: any
+    ... --modern-only                                 the same without sessions, over HTTP
 
 Both ways serve the same handlers in both protocol eras, so that a run of the suite through a
 proxy (stdio behind it) can be compared, check by check, with a run against this server itself.
@@ -40,6 +41,7 @@ from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
 from mcp.server.subscriptions import ListenHandler
 from mcp.shared.exceptions import MCPDeprecationWarning, MCPError
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+from starlette.responses import JSONResponse
 
 NAME = "conformance-server"
 Handler = Callable[[Context, Any], Awaitable[Json]]
@@ -268,9 +270,27 @@ async def serve_stdio() -> None:
         await server.run(reading, writing, server.create_initialization_options())
 
 
-def serve_http(port: int) -> None:
+def without_sessions(app: Any) -> Any:
+    """The same application for clients of 2026-07-28 alone: the SDK has no switch for that."""
+
+    async def filtered(scope: Any, receive: Any, send: Any) -> None:
+        version = dict(scope.get("headers", ())).get(b"mcp-protocol-version", b"").decode()
+        if scope["type"] != "http" or version in MODERN_PROTOCOL_VERSIONS:
+            await app(scope, receive, send)
+            return
+        body = json.loads((await receive())["body"] or b"{}")
+        data = {"supported": [*MODERN_PROTOCOL_VERSIONS], "requested": version}
+        error = {"code": -32022, "message": "Unsupported protocol version", "data": data}
+        answer = JSONResponse({"jsonrpc": "2.0", "id": body.get("id"), "error": error}, 400)
+        await answer(scope, receive, send)
+
+    return filtered
+
+
+def serve_http(port: int, is_modern_only: bool = False) -> None:
     """Serve HTTP clients until a signal; says where once connections are accepted."""
-    app = build().streamable_http_app(event_store=Replay(), retry_interval=100)
+    app: Any = build().streamable_http_app(event_store=Replay(), retry_interval=100)
+    app = without_sessions(app) if is_modern_only else app
     with socket.create_server(("127.0.0.1", port)) as listener:
         address, port = listener.getsockname()
         print(f"listening on http://{address}:{port}/mcp", file=sys.stderr, flush=True)
@@ -282,12 +302,14 @@ def main() -> None:
     """Serve as the command line says. What newer revisions deprecate is wanted here."""
     parser = argparse.ArgumentParser(description="MCP server for the conformance suite")
     parser.add_argument("--http", metavar="PORT", type=int, help="HTTP instead of stdio (0: any)")
-    port: int | None = parser.parse_args().http
+    parser.add_argument("--modern-only", action="store_true", help="no sessions over HTTP")
+    options = parser.parse_args()
+    port: int | None = options.http
     warnings.simplefilter("ignore", MCPDeprecationWarning)
     if port is None:
         anyio.run(serve_stdio)
     else:
-        serve_http(port)
+        serve_http(port, options.modern_only)
 
 
 if __name__ == "__main__":

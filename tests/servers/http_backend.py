@@ -192,16 +192,20 @@ class HttpBackend:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def stop(self) -> None:
-        """Refuses connections from now on; harmless when repeated."""
+        """Ends every connection and refuses others from now on; harmless when repeated."""
         self.is_stopping = True
+        if self._listener is not None:
+            self.refuse_connections()
+            self.drop_connections()
+            self.sessions = set()
+
+    def refuse_connections(self) -> None:
+        """Refuses connections until `start`; those that there are stay."""
         listener, self._listener = self._listener, None
-        if listener is None:
-            return
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        self.drop_connections()
-        self.sessions = set()
+        if listener is not None:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
 
     def drop_connections(self) -> None:
         """Ends every connection."""

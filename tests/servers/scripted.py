@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ STUBBORN = (
     "for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)\n"
     "time.sleep(600)"
 )
+
+#: Seconds without a message after which a server is as `--unasked` says.
+UNASKED = 0.2
 
 output = threading.Lock()
 answers: dict[Any, queue.SimpleQueue[Json]] = {}
@@ -274,6 +278,11 @@ class Server:
 
     def run(self) -> None:
         """Reads until the input ends."""
+        if self.options.greet:
+            send({"method": "notifications/message", "params": {"level": "info", "data": "hello"}})
+            print("greeted", file=sys.stderr, flush=True)
+        if self.options.unasked and not select.select([0], [], [], UNASKED)[0]:
+            self.tire()
         reading.set()
         for line in sys.stdin.buffer:
             self.receive(json.loads(line))
@@ -282,6 +291,20 @@ class Server:
         if self.options.ignore_eof:
             while True:
                 time.sleep(60)
+
+    def tire(self) -> None:
+        """What a server does that nobody has asked for long, as the options want it."""
+        if self.options.unasked == "exits":
+            os._exit(4)
+        elif self.options.unasked == "is deaf":
+            os.close(0)
+        elif self.options.unasked == "is mute":
+            os.close(1)
+        else:
+            self.options.die_on_initialize = True
+        print("nobody asks me", file=sys.stderr, flush=True)
+        if self.options.unasked == "is deaf":
+            time.sleep(60)
 
     def receive(self, message: Json) -> None:
         """One message of the client."""
@@ -337,6 +360,8 @@ def main() -> None:
     parser.add_argument("--ignore-term", action="store_true")
     parser.add_argument("--log-first", type=int, default=0)
     parser.add_argument("--slow-start", type=float, default=0)
+    parser.add_argument("--greet", action="store_true")
+    parser.add_argument("--unasked", choices=["exits", "is deaf", "is mute", "dies when asked"])
     parser.add_argument("--version")
     options = parser.parse_args()
     if options.ignore_term:

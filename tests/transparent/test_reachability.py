@@ -7,16 +7,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from mcp_proxy import TransparentProxy
 from mcp_proxy.config import ProxyOptions
+from mcp_proxy.errors import BackendUnreached
 from mcp_proxy.transparent.balancing import Balancer, Names
 from mcp_proxy.transparent.reachability import READY_WAIT, Reachability
 from mcp_proxy.wire.urls import Address, parse_target
 from tests.servers.http_backend import HttpBackend
 from tests.support.front import McpClient
+from tests.support.tls import Certificates
 from tests.support.transparent import LocalFront
 from tests.support.waiting import eventually
 
@@ -39,11 +42,18 @@ class Hosts:
         self.hang = threading.Event()
         self.silent: set[Address] = set()
 
-    def __call__(self, address: Address) -> str | None:
+    def __call__(self, address: Address) -> BackendUnreached | None:
         self.tried.append(address)
         if address in self.silent:
             self.hang.wait(10)
-        return self.down.get(address)
+        return unreached(self.down[address]) if address in self.down else None
+
+
+def unreached(detail: str, message: str | None = None) -> BackendUnreached:
+    """What a connect has found."""
+    error = BackendUnreached(message)
+    error.detail = detail
+    return error
 
 
 @pytest.fixture
@@ -69,7 +79,7 @@ def test_the_pause_doubles_up_to_a_minute_and_ends_with_a_connect(
     reachability: Reachability, hosts: Hosts, clock: Clock
 ) -> None:
     hosts.down[A] = "gone"
-    reachability.failed(A, "refused")
+    reachability.failed(A, unreached("refused"))
     for pause in (10, 20, 40, 60, 60):
         tries = len(hosts.tried)
         clock.now += pause - 0.5
@@ -87,12 +97,54 @@ def test_the_pause_doubles_up_to_a_minute_and_ends_with_a_connect(
     eventually(lambda: not reachability.is_left_out(A))
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts are tried by the test's own thread."""
+    submit = "mcp_proxy.background.KeyedExecutor.submit"
+    monkeypatch.setattr(submit, lambda self, key, act: act())
+
+
+@pytest.mark.usefixtures("at_once")
+def test_an_outage_goes_on_while_somebody_asks(
+    reachability: Reachability, hosts: Hosts, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long: else a client's request is the next to wait for the host."""
+    hosts.down[A] = "gone"
+    reachability.failed(A, unreached("refused"))
+    for clock.now in range(600, 9001, 600):
+        assert reachability.is_left_out(A)
+        reachability.look()
+    assert len(hosts.tried) == 15
+    hosts.down.clear()
+    clock.now = 9100
+    reachability.look()
+    assert not reachability.is_left_out(A)
+    assert lines_of(caplog)[-1] == "http://10.0.0.1:1 is reachable again after 9100 s"
+
+
+@pytest.mark.usefixtures("at_once")
+def test_an_address_is_forgotten_when_nobody_has_asked_for_it_for_an_hour(
+    reachability: Reachability, hosts: Hosts, clock: Clock
+) -> None:
+    hosts.down[A] = "gone"
+    reachability.failed(A, unreached("refused"))
+    clock.now = 1000
+    assert reachability.is_left_out(A)
+    for clock.now in range(1600, 4400, 600):
+        reachability.look()
+        assert A.url in repr(reachability)
+    assert len(hosts.tried) == 5
+    clock.now = 4600
+    reachability.look()
+    assert "left_out=[]" in repr(reachability)
+
+
 def test_what_is_left_out_comes_last(reachability: Reachability) -> None:
     targets = [found for url in ("http://a:1", "http://b:1") if (found := parse_target(url))]
     balancer = Balancer(targets, 100, lambda host, port: [host], reachability=reachability)
     a, b = (target.address for target in targets)
     balancer.add("s", b)
-    reachability.failed(a, "silent")
+    reachability.failed(a, unreached("silent"))
     assert [balancer.candidates() for _ in range(3)] == [[b, a]] * 3
     reachability.reached(a)
     assert balancer.candidates() == [a, b]
@@ -204,6 +256,27 @@ def test_what_found_no_thread_is_tried_again(hosts: Hosts, monkeypatch: pytest.M
     names.stop()
 
 
+def test_what_a_connect_has_found_is_known_before_it_counts_as_over(
+    reachability: Reachability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a request that asks in between takes a server that is back for one that is not."""
+    is_found, reached = threading.Event(), reachability.reached
+
+    class AskedWhileFound(list[Address]):
+        def __iter__(self) -> Iterator[Address]:
+            yield from super().__iter__()
+            is_found.wait(10)
+
+    def slowly(address: Address) -> None:
+        is_found.set()
+        time.sleep(0.2)
+        reached(address)
+
+    monkeypatch.setattr(reachability, "reached", slowly)
+    reachability.failed(A, unreached("refused"))
+    assert reachability.back(AskedWhileFound([A])) == [A]
+
+
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     found = [each for each in caplog.records if each.levelname == "WARNING"]
     return [each.getMessage() for each in found if each.name.endswith("reachability")]
@@ -213,8 +286,8 @@ def test_an_outage_is_a_line_at_once_and_one_a_minute_and_one_at_its_end(
     reachability: Reachability, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for clock.now in (0, 1, 30, 59, 60, 61, 119):
-        reachability.failed(A, "http://10.0.0.1:1: Connection refused")
-    reachability.failed(B, "http://10.0.0.2:1: No route to host")
+        reachability.failed(A, unreached("http://10.0.0.1:1: Connection refused"))
+    reachability.failed(B, unreached("http://10.0.0.2:1: No route to host"))
     clock.now = 130
     for _ in range(2):
         reachability.reached(A)
@@ -224,7 +297,7 @@ def test_an_outage_is_a_line_at_once_and_one_a_minute_and_one_at_its_end(
         "a server cannot be reached: http://10.0.0.2:1: No route to host",
         "http://10.0.0.1:1 is reachable again after 130 s",
     ]
-    reachability.failed(A, "http://10.0.0.1:1: Connection refused")
+    reachability.failed(A, unreached("http://10.0.0.1:1: Connection refused"))
     assert len(lines_of(caplog)) == 5
 
 
@@ -244,13 +317,53 @@ def test_a_server_that_is_down_is_named_in_the_log_and_not_to_clients(
             failed = [client.call("tools/call"), McpClient(front).initialize()]
             for answer in failed:
                 assert answer.failure == "server-unreachable"
-                assert str(backend.port) not in answer.error()["message"]
+                sentence = "The server cannot be reached: the connection was refused"
+                assert answer.error()["message"] == sentence
             assert lines_of(caplog) == [f"a server cannot be reached: {shown}: Connection refused"]
             backend.start()
             McpClient(front).open()
             client.result("tools/call")
             assert len(lines_of(caplog)) == 2
             assert lines_of(caplog)[1].startswith(f"{shown} is reachable again after ")
+
+
+def test_a_server_whose_certificate_is_refused_is_not_ready_and_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That it takes connections says nothing of a server with TLS."""
+    tls = Certificates(tmp_path).for_anybody()
+    with (
+        HttpBackend(tls=tls) as backend,
+        TransparentProxy(f"https://127.0.0.1:{backend.port}") as proxy,
+        contextlib.closing(LocalFront(proxy)) as front,
+    ):
+        for _ in range(3):
+            eventually(lambda: "CERTIFICATE_VERIFY_FAILED" in (proxy.not_ready_reason() or ""))
+            told = McpClient(front).initialize()
+            assert told.failure == "server-unreachable"
+            assert "certificate or TLS is not acceptable: " in told.error()["message"]
+        address = proxy.balancer.candidates()[0]
+        assert proxy.reachability.back([address]) == []
+        reason = proxy.not_ready_reason()
+        assert backend.seen == []
+    (line,) = lines_of(caplog)
+    start = f"https://127.0.0.1:{backend.port}: [SSL: CERTIFICATE_VERIFY_FAILED] "
+    assert line.startswith(f"a server cannot be reached: {start}")
+    assert reason is not None
+    assert start in reason
+
+
+def test_a_client_is_told_what_our_own_connect_has_found() -> None:
+    with HttpBackend() as backend:
+        backend.stop()
+        with (
+            TransparentProxy(backend.url) as proxy,
+            contextlib.closing(LocalFront(proxy)) as front,
+        ):
+            eventually(proxy.not_ready_reason)
+            told = McpClient(front).initialize().error()["message"]
+            assert told == "The server cannot be reached: the connection was refused"
+            assert backend.seen == []
 
 
 def test_an_outbound_proxy_that_is_down_is_named_in_the_log(

@@ -21,7 +21,7 @@ from werkzeug.test import EnvironBuilder
 
 from mcp_proxy import LocalStorage, ProxyOptions, RedisStorage, TransparentProxy, create_app
 from mcp_proxy.config import from_values
-from mcp_proxy.errors import BackendLost, StorageUnavailable
+from mcp_proxy.errors import BackendLost, StorageError, StorageUnavailable
 from mcp_proxy.storage.session import Session, new_session
 from mcp_proxy.transports.base import drain
 from mcp_proxy.wire.endpoint_event import OUR_PARAMETER, named_session
@@ -390,12 +390,9 @@ def test_a_server_that_breaks_off_breaks_the_stream_off(
 REQUEST = {"jsonrpc": "2.0", "id": 1, "method": "echo"}
 
 
-def refuse_connections(server: OldServer) -> None:
-    """New connections are refused from now on; those that there are stay."""
-    drop, server.drop_connections = server.drop_connections, lambda: None  # type: ignore[method-assign]
-    server.stop()
-    server.drop_connections = drop  # type: ignore[method-assign]
-    server.is_stopping = False
+def away(*_: Any) -> Any:
+    """A store that cannot be reached."""
+    raise StorageUnavailable
 
 
 @pytest.mark.parametrize("holder", [0, 1])
@@ -408,7 +405,7 @@ def test_a_server_that_refuses_a_connection_has_not_lost_the_session(
         client = first.client([first, second][holder])
         client.connect()
         assert echo(client)["server"] == "A"
-        refuse_connections(server)
+        server.refuse_connections()
         first.app._client.close()  # connections that are kept
         second.app._client.close()
         answer = client.post(REQUEST)
@@ -428,12 +425,107 @@ def test_a_request_waits_for_a_server_that_comes_back(server: OldServer) -> None
     with replica(server.url, settings={"connect_timeout": 30}) as proxy:
         client = proxy.client()
         client.connect()
-        refuse_connections(server)
+        server.refuse_connections()
         proxy.app._client.close()
         timer = threading.Timer(0.5, server.start)
         timer.start()
         assert echo(client)["server"] == "A"
         timer.join()
+
+
+@pytest.mark.parametrize("message", [REQUEST, [REQUEST]], ids=["request", "batch"])
+def test_a_request_waits_for_a_store_that_comes_back(
+    server: OldServer, monkeypatch: pytest.MonkeyPatch, message: Any
+) -> None:
+    with replica(server.url, settings={"connect_timeout": 30}) as proxy:
+        client = proxy.client()
+        client.connect()
+        loads, load = itertools.count(1), proxy.app.manager.storage.load
+
+        def back_at_the_third(session_id: str) -> Session:
+            if next(loads) < 3:
+                raise StorageUnavailable
+            return load(session_id)
+
+        monkeypatch.setattr(proxy.app.manager.storage, "load", back_at_the_third)
+        assert client.post(message).status == 202
+        assert server.only.posted == [message]
+
+
+def test_a_request_is_tried_while_store_and_server_are_away_in_turn(
+    server: OldServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One time limit for both, and the session is looked up anew each time."""
+    with replica(server.url, settings={"connect_timeout": 1}) as proxy:
+        client = proxy.client()
+        client.connect()
+        server.refuse_connections()
+        proxy.app._client.close()
+        loads, load = itertools.count(1), proxy.app.manager.storage.load
+
+        def now_and_then(session_id: str) -> Session:
+            if next(loads) % 2 == 0:
+                raise StorageUnavailable
+            return load(session_id)
+
+        monkeypatch.setattr(proxy.app.manager.storage, "load", now_and_then)
+        begun = time.monotonic()
+        answer = client.post(REQUEST)
+        assert answer.status == 503
+        assert answer.headers["Retry-After"]
+        assert 1 <= time.monotonic() - begun < 4
+        assert next(loads) > 3
+
+
+def test_a_request_whose_client_has_left_is_not_tried_any_longer(
+    server: OldServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replica(server.url, settings={"connect_timeout": 60}) as proxy:
+        client = proxy.client()
+        client.connect()
+        monkeypatch.setattr(proxy.app.manager.storage, "load", away)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            there = socket.create_connection(listener.getsockname())
+            here, _ = listener.accept()
+        there.close()
+        path, _, query = client.uri.partition("?")
+        builder = EnvironBuilder(path, query_string=query, method="POST", json=REQUEST)
+        environ = builder.get_environ() | {"gunicorn.socket": here}
+        seen: list[str] = []
+        begun = time.monotonic()
+        body: Any = proxy.app(environ, lambda status, *_: seen.append(status) or len)
+        assert time.monotonic() - begun < 20
+        assert [status[:4] for status in seen] == ["503 "]
+        list(body)
+        here.close()
+
+
+def test_the_access_line_of_a_message_that_fails_names_its_session(
+    server: OldServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def sessions() -> list[str]:
+        found = [line.fields for line in caplog.records if hasattr(line, "fields")]
+        return [fields["session"] for fields in found if fields["method"] == "POST"]
+
+    with replica(server.url, settings={"connect_timeout": 0.1}) as proxy:
+        client = proxy.client()
+        client.connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy.app.manager.storage, "load", away)
+            assert client.post(REQUEST).status == 503
+            assert client.post({"jsonrpc": "2.0", "method": "n"}).status == 202
+        client.posts = WsgiFront(proxy.app.overloaded)
+        assert client.post(REQUEST).status == 503
+        assert client.post({"jsonrpc": "2.0", "method": "n"}).status == 202
+        client.posts = proxy.front
+        client.close()
+        assert is_404(client)
+        assert sessions() == [client.session] * 5
+        client.uri = "/messages?session_id=something-else"
+        assert client.post(REQUEST).status == 404
+        assert sessions()[5:] == [""]
 
 
 def test_a_request_that_waits_learns_that_the_stream_is_gone(server: OldServer) -> None:
@@ -515,27 +607,79 @@ def test_an_open_stream_keeps_its_session_alive(server: OldServer) -> None:
         assert proxy.session(client) is None
 
 
-def test_a_store_that_is_away_ends_the_stream(
-    one: Replicated, server: OldServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failure", [StorageUnavailable, StorageError])
+def test_a_stream_whose_session_cannot_be_recorded_does_not_begin(
+    one: Replicated,
+    server: OldServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failure: type[StorageError],
 ) -> None:
-    def away(*_: Any) -> Any:
-        raise StorageUnavailable
+    def fail(*_: Any) -> Any:
+        raise failure("no store")
 
-    monkeypatch.setattr(one.app.manager.storage, "create", away)
+    caplog.set_level("INFO")
+    server.head = b": hi\n\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(one.app.manager.storage, "create", fail)
+        answer = one.get()
+        assert (answer.status, answer.failure) == (503, "store-unavailable")
+        assert answer.headers["Retry-After"]
+        assert answer.error()["message"] == "no store"
+        assert "-> 503 in" in caplog.records[-1].getMessage()
+        assert 'reason="store-unavailable: no store"' in caplog.records[-1].getMessage()
+    eventually(lambda: not server.live)
+    assert repr(one.app).startswith("<TransparentProxy calls=0 ")
+    assert echo(one.client().open())["server"] == "A"
+
+
+def test_a_stream_that_breaks_off_before_its_first_event_is_a_failure(
+    one: Replicated, server: OldServer
+) -> None:
+    feed = Feed()
+    feed.put(Feed.BREAK)
+    server.on("GET", "/sse", stream(b": hi\n\n", feed))
     answer = one.get()
+    assert (answer.status, answer.failure) == (502, "bad-answer")
+
+
+def test_a_record_that_fails_late_ends_the_stream_and_is_in_the_access_line(
+    one: Replicated,
+    server: OldServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A server has a second for its first event; then the answer begins without it."""
+    caplog.set_level("INFO")
+    feed = Feed()
+    server.on("GET", "/sse", stream(b": hi\n\n", feed))
+    begun = time.monotonic()
+    answer = one.get()
+    assert answer.status == 200
+    assert 1 <= time.monotonic() - begun < 5
+    monkeypatch.setattr(one.app.manager.storage, "create", away)
+    feed.put(b"event: endpoint\ndata: /messages?session_id=1\n\n")
     with pytest.raises(StorageUnavailable):
         answer.body()
-    eventually(lambda: not server.live)
-    monkeypatch.undo()
-    client = one.client()
-    client.connect()
-    monkeypatch.setattr(one.app.manager.storage, "load", away)
-    told = client.post({"jsonrpc": "2.0", "method": "n"})
-    assert (told.status, told.failure) == (202, "store-unavailable")
-    asked = client.post({"jsonrpc": "2.0", "id": 1, "method": "n"})  # nobody reads this answer
-    assert (asked.status, asked.failure) == (503, "store-unavailable")
-    monkeypatch.undo()
-    assert echo(client)["server"] == "A"
+    one.front.close()
+    line = caplog.records[-1].getMessage()
+    assert " -> 200 in " in line
+    assert 'reason="store-unavailable: The session store cannot be reached' in line
+
+
+def test_a_store_that_is_away_loses_no_session(
+    server: OldServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replica(server.url, settings={"connect_timeout": 0.5}) as proxy:
+        client = proxy.client()
+        client.connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy.app.manager.storage, "load", away)
+            told = client.post({"jsonrpc": "2.0", "method": "n"})
+            assert (told.status, told.failure) == (202, "store-unavailable")
+            asked = client.post(REQUEST)  # nobody reads this answer
+            assert (asked.status, asked.failure) == (503, "store-unavailable")
+        assert echo(client)["server"] == "A"
 
 
 def test_a_store_that_is_away_keeps_no_stream_open(
@@ -544,9 +688,6 @@ def test_a_store_that_is_away_keeps_no_stream_open(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def away(*_: Any) -> Any:
-        raise StorageUnavailable
-
     client = one.client()
     client.connect()
     monkeypatch.setattr(one.app.manager.storage, "delete", away)
@@ -580,7 +721,7 @@ def test_a_replica_that_stops_ends_its_streams_in_order(
     client, other = two[0].client(two[1]), two[1].client(two[0])
     client.connect()
     other.connect()
-    drain([two[0].app], timeout=0)
+    drain(lambda: [two[0].app], timeout=0)
     assert list(client.events()) == []  # an end, not a break
     client.close()
     assert two[1].session(client) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +11,20 @@ from typing import Any
 import pytest
 
 from mcp_proxy import ProxyOptions, TransparentProxy
-from tests.servers.http_backend import LOST_400, HttpBackend, Turn, reset, silent
+from tests.proofs.hell import drip
+from tests.servers.http_backend import (
+    LOST_400,
+    HttpBackend,
+    Turn,
+    reset,
+    silent,
+    stream,
+    turn_wait,
+)
 from tests.support.front import Json, McpClient
 from tests.support.redis_server import RedisServer
 from tests.support.transparent import BOTH, LocalFront, Transparent, transparent
+from tests.support.waiting import eventually
 
 INITIALIZED = "notifications/initialized"
 
@@ -164,3 +175,45 @@ def test_nobody_waits_long_for_what_is_not_answered(backend: StrictBackend, mess
         told = client.post(message)
         assert (told.status, told.failure) == (202, "server-timeout")
         assert time.monotonic() - started < 4
+
+
+# --- DELETE --------------------------------------------------------------------------------------
+
+
+SILENCES: dict[str, Callable[[Turn], None]] = {
+    "no head": silent,
+    "half a head": drip(b"HTTP/1.1 200 OK\r\nX-Drops: ", b"x"),
+    "no body": stream(turn_wait, framing="length", length=9, content_type="text/plain"),
+    "half a body": stream(b'{"a":', turn_wait, content_type="application/json"),
+}
+
+
+@pytest.mark.parametrize("act", SILENCES.values(), ids=SILENCES)
+def test_a_delete_that_a_server_does_not_answer_ends_the_session_in_time(
+    way: str, backend: HttpBackend, redis_url: str, act: Callable[[Turn], None]
+) -> None:
+    with transparent(way, backend.url, redis_url, connect_timeout=1, request_timeout=15) as proxy:
+        client = proxy.client().open()
+        backend.on("DELETE", "/mcp", act)
+        begun = time.monotonic()
+        assert client.delete().status == 204
+        assert time.monotonic() - begun < 10
+        assert client.session is not None
+        assert not proxy.manager.exists(client.session)
+
+
+def test_a_delete_that_its_client_gives_up_ends_the_session(
+    backend: HttpBackend, redis_url: str
+) -> None:
+    with transparent("gunicorn", backend.url, redis_url, connect_timeout=60) as proxy:
+        client = proxy.client().open()
+        assert client.session is not None
+        backend.on("DELETE", "/mcp", silent)
+        assert proxy.process is not None
+        host, _, port = proxy.process.base.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as leaving:
+            head = f"DELETE /mcp HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            leaving.sendall(f"{head}Mcp-Session-Id: {client.session}\r\n\r\n".encode())
+            eventually(lambda: backend.last.method == "DELETE")
+        session = client.session
+        eventually(lambda: not proxy.manager.exists(session))

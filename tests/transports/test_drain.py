@@ -43,12 +43,12 @@ class Scripted:
 )
 def test_nobody_must_be_busy_at_two_looks_running(looks: list[bool], seen: list[bool]) -> None:
     transport: Any = Scripted(looks)
-    drain([transport], 60)
+    drain(lambda: [transport], 60)
     assert transport.seen == seen
     assert transport.handed_over == len(seen)
 
 
 def test_what_takes_too_long_is_not_waited_for() -> None:
     transport: Any = Scripted([True] * 1000)
-    drain([transport], 0.3)
+    drain(lambda: [transport], 0.3)
     assert len(transport.seen) < 20

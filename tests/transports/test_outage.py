@@ -27,11 +27,17 @@ def two(request: pytest.FixtureRequest, redis: RedisServer) -> Iterator[Replicas
         yield several
 
 
+def wait_until_noticed(client: McpClient) -> None:
+    """The owner of a session does without the store for a second."""
+    eventually(lambda: client.call("echo").failure == "store-unavailable")
+
+
 def outage(redis: RedisServer, several: Replicas, clients: list[McpClient]) -> None:
     """Redis is away until every lease of a second is long over, and comes back with its data."""
     relays = [replica.app.owner.relay for replica in several.each]
     redis.stop()
     for client in clients:
+        wait_until_noticed(client)
         began = time.monotonic()
         answers = (client.call("count", key=7), client.listen())
         assert [answer.status for answer in answers] == [200, 503]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from mcp_proxy.relay.lease import boottime
+from mcp_proxy.relay.relay import Relay
+from mcp_proxy.storage.session import Session
 from tests.support.front import McpClient
-from tests.support.proxies import Replicas, replicas
+from tests.support.proxies import Replicas, Replicated, replicas
 from tests.support.threads import run_together
 from tests.support.waiting import eventually
 from tests.transports.calls import NOTE, hold, methods, pid_of, release, say, seen
@@ -171,7 +176,7 @@ def test_a_stream_that_was_left_elsewhere_gets_nothing_any_more(three: Replicas)
     say(owner, 1)
     next(messages)
     left.close()
-    eventually(lambda: not three[0].app.owner.bridges[-1].is_watched)
+    eventually(lambda: not three[0].app.owner.backends[-1].is_watched)
     say(owner, 2)
     stream = third.listen()
     assert next(stream.stream())["params"]["n"] == 2
@@ -217,6 +222,78 @@ def test_the_time_limit_holds_anywhere(store: dict[str, Any], sse_after: float) 
         assert message["id"] == "late"
         assert message["error"]["message"] == "The server did not answer within 0.6 seconds"
         assert methods(owner).count("notifications/cancelled") == 1
+
+
+# --- the owner's authority -----------------------------------------------------------------------
+
+
+class LookUps:
+    """Counts what a replica asks the store for, and has its clock in the test's hands."""
+
+    def __init__(self, replica: Replicated, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.now = boottime() + 1.0
+        load = replica.app.manager.storage.load
+
+        def counted(session_id: str) -> Session:
+            self.count += 1
+            return load(session_id)
+
+        patch.setattr(replica.app.manager.storage, "load", counted)
+        patch.setattr("mcp_proxy.ownership.owner.boottime", lambda: self.now)
+
+
+def test_an_owner_asks_the_store_once_a_second(
+    store: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(2, **store) as several:
+        owner, other = several.opened()
+        counted = LookUps(several[0], monkeypatch)
+        for expected in (1, 2, 3):
+            for _ in range(5):
+                owner.result("count")
+            assert counted.count == expected
+            counted.now += 1.0
+        owner.call("logging/setLevel", {"level": "debug"})
+        assert other.result("count")["calls"] == 16
+        assert owner.delete().status == 204
+        assert owner.call("count").status == 404
+        assert other.call("count").status == 404
+
+
+def test_a_replica_whose_lease_is_over_asks_the_store(
+    store: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(2, **store) as several:
+        owner, _ = several.opened()
+        owner.result("count")
+        counted = LookUps(several[0], monkeypatch)
+        monkeypatch.setattr(Relay, "is_held", property(lambda relay: False))
+        for _ in range(3):
+            owner.result("count")
+        assert counted.count == 3
+
+
+def test_a_server_that_was_lost_is_asked_for_in_the_store(
+    store: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(2, **store) as several:
+        owner, other = several.opened()
+        before = pid_of(owner)
+        counted = LookUps(several[0], monkeypatch)
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: several[0].children == 0)
+        assert pid_of(other) != before
+        assert pid_of(owner) == pid_of(other)
+        assert counted.count >= 1
+
+
+def test_a_delete_waits_for_an_owner_to_know(three: Replicas) -> None:
+    for _ in range(20):
+        owner, other, _ = three.opened()
+        owner.result("count")
+        assert other.delete().status == 204
+        assert owner.call("count").status == 404
 
 
 # --- the end of a session ------------------------------------------------------------------------

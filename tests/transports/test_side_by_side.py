@@ -26,6 +26,7 @@ from mcp_proxy.transports.base import Transport
 from tests.servers.http_backend import HttpBackend
 from tests.servers.old_server import OldServer
 from tests.support.front import SCRIPTED, McpClient
+from tests.support.modern_client import ModernClient, server_of
 from tests.support.sse_client import SseClient
 from tests.support.transparent import LocalFront
 
@@ -75,8 +76,8 @@ def cells(name: str) -> list[tuple[str, str, str]]:
 def test_the_table_is_whole() -> None:
     assert [row.name for row in rows()] == ["StreamableProxy", "SSEProxy", "TransparentProxy"]
     assert all(row.storages == ["in memory", "in Redis"] for row in rows())
-    assert len(cells("StreamableProxy")) == 3 * 4 * 2
-    assert len(cells("SSEProxy")) == 4 * 2
+    assert len(cells("StreamableProxy")) == 4 * 5 * 2
+    assert len(cells("SSEProxy")) == 5 * 2
     assert len(cells("TransparentProxy")) == 5 * 2
 
 
@@ -85,7 +86,8 @@ class Together:
 
     def __init__(self, storage: Storage, version: str, backends: list[str]) -> None:
         self.manager = SessionManager(storage.scoped("together"))
-        command = [*SCRIPTED, "--version", version]
+        is_modern = version == MODERN
+        command = server_of("modern") if is_modern else [*SCRIPTED, "--version", version]
         self.streamable = StreamableProxy(command, storage, name="together")
         self.sse = SSEProxy(command, storage, name="together")
         self.old, self.new = (TransparentProxy(url, storage, name="together") for url in backends)
@@ -169,13 +171,32 @@ def test_log_lines_name_the_session(caplog: pytest.LogCaptureFixture) -> None:
         assert (path, session[-8:]) in seen
 
 
+def echo_of(server: str) -> tuple[str, dict[str, object]]:
+    """A request that a server of a revision answers."""
+    if server == MODERN:
+        return "tools/call", {"name": "echo", "arguments": {"text": "you"}}
+    return "echo", {"to": "you"}
+
+
+def spoken_in(cell: tuple[str, str, str]) -> str:
+    """The revision of a session: the server's, or the client's where the server has no sessions."""
+    return cell[0] if cell[1] == MODERN else cell[1]
+
+
 @over("StreamableProxy")
 def test_streamable_http_in_front_of_stdio(together: Together, cell: tuple[str, str, str]) -> None:
     client = McpClient(together.front, "/stdio/mcp")
+    if cell[0] == MODERN:
+        modern = ModernClient(together.front, path="/stdio/mcp")
+        discovered = modern.call("server/discover").message()["result"]
+        assert discovered["supportedVersions"] == [MODERN]
+        method, params = echo_of(cell[1])
+        assert "result" in modern.call(method, params).message()
+        return
     answer = client.initialize(cell[0]).message()
-    assert answer["result"]["protocolVersion"] == cell[1]
+    assert answer["result"]["protocolVersion"] == spoken_in(cell)
     assert client.notify("notifications/initialized").status == 202
-    assert client.result("echo", {"to": "you"}) == {"to": "you"}
+    assert client.result(*echo_of(cell[1]))
     assert client.delete().status == 204
 
 
@@ -188,9 +209,9 @@ def test_http_with_sse_in_front_of_stdio(together: Together, cell: tuple[str, st
         "capabilities": {},
         "clientInfo": {"name": "t", "version": "1"},
     }
-    assert client.result("initialize", wanted)["protocolVersion"] == cell[1]
+    assert client.result("initialize", wanted)["protocolVersion"] == spoken_in(cell)
     assert client.notify("notifications/initialized").status == 202
-    assert client.result("echo", {"to": "you"}) == {"to": "you"}
+    assert client.result(*echo_of(cell[1]))
     client.close()
 
 

@@ -565,16 +565,6 @@ def test_rubbish_is_a_400_that_says_what_is_wrong(
     assert client.result("count")["calls"] >= 1
 
 
-def test_a_modern_request_is_answered_as_by_a_legacy_server(client: McpClient) -> None:
-    meta = {"io.modelcontextprotocol/protocolVersion": "2026-07-28"}
-    answer = client.call("server/discover", {"_meta": meta}, key="probe")
-    assert answer.status == 400
-    message = answer.message()
-    assert (message["id"], message["error"]["code"]) == ("probe", -32600)
-    assert "2025-11-25" in message["error"]["message"]
-    assert all(m.get("method") != "server/discover" for m in seen(client))
-
-
 @pytest.mark.parametrize("version", ["1999-01-01", "2026-07-28", "rubbish"])
 def test_a_version_header_that_is_not_served_is_a_400(client: McpClient, version: str) -> None:
     for answer in (

@@ -1,4 +1,4 @@
-module driven_client
+module example.com/clients
 
 go 1.25.0
 

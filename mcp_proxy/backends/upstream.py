@@ -1,0 +1,599 @@
+"""An HTTP server as a child: it takes and gives lines of JSON, as a process on stdio does.
+
+What bridges the eras stands in front of lines. So one that speaks HTTP is bridged by the same code:
+each request is a POST of its own, whatever its answer brings is a line, and the lines of a legacy
+server's GET stream come with them. References are to "Streamable HTTP" in the transports page.
+
+Each request that is unanswered holds a thread, as does the GET stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from msgspec import UNSET, Raw
+
+from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.backends.owned import caller_headers
+from mcp_proxy.background import KeyedExecutor
+from mcp_proxy.errors import (
+    PROXY_ERROR,
+    BackendError,
+    BackendLost,
+    BackendUnreached,
+    BadAnswer,
+    ClientError,
+    ProxyError,
+    RequestId,
+)
+from mcp_proxy.servers import Served
+from mcp_proxy.wire import cookies, headers, jsonrpc, modern, param_headers, refusals, sse
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
+from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
+from mcp_proxy.wire.param_headers import Path
+from mcp_proxy.wire.urls import Address
+
+log = logging.getLogger(__name__)
+
+#: Requests of all conversations that may be unanswered at the same time, and GET streams.
+WIDTH = 256
+
+#: Seconds that a server has to take what wants no answer.
+TAKE_TIME = 10.0
+
+# The longest answer in JSON that is read, and what is shown of a refusal, in bytes.
+_MAX_ANSWER = 64 * 1024 * 1024
+_SHOWN = 200
+
+#: Seconds between two attempts to open a GET stream, the first and the longest.
+FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
+
+# Seconds for which the tools of a modern server are known.
+_TOOLS_TIME = 10.0
+
+# What a request of our own repeats of a client's metadata.
+_LISTED = frozenset({modern.PROTOCOL_VERSION, modern.CLIENT_CAPABILITIES, modern.CLIENT_INFO})
+
+_LEFT = "it was left"
+_FORGOTTEN = "it does not know the session any more"
+_CANCELLED = "The call was cancelled"
+
+# Conversations that end at the same time, and the seconds that the last ones have for it.
+_ENDS_AT_ONCE = 16
+_ONE_WAY_AT_ONCE = 16
+_CLOSE_TIME = 2.0
+
+_OURS = {"Accept": f"{headers.JSON}, {headers.EVENT_STREAM}", "Content-Type": headers.JSON}
+_SET_LEVEL = "logging/setLevel"
+
+
+class Link(Protocol):
+    """The way to one HTTP server: how it is reached, and where its endpoint is."""
+
+    client: HttpClient
+    timeout: float
+    #: The names of cookies by which a balancer knows its backend again.
+    sticky_cookies: tuple[str, ...]
+
+    def address(self) -> Address:
+        """A backend for a new conversation; raises BackendUnreached."""
+
+    def target(self, address: Address) -> str:
+        """Path and query of the endpoint at a backend."""
+
+    def note_failure(self, address: Address, error: BackendUnreached) -> None:
+        """A backend could not be reached."""
+
+
+class Upstream:
+    """A conversation with one backend. Thread-safe.
+
+    `headers` are those of the last client, which go along where it is not known for whom a message
+    is. `on_exit` is called once when the server is lost, or was left.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        threads: Threads,
+        label: str,
+        on_exit: Callable[[str], object],
+    ) -> None:
+        self.label = label
+        self.stderr_tail: list[str] = []
+        self.session = ""
+        self.end_sentence = "The server was lost"
+        self.end_in_log = "the server was lost"
+        self.pid = 0
+        self.headers = caller_headers.get()
+        #: Requests of which the server certainly got nothing.
+        self.untaken: set[RequestId] = set()
+        self.on_line: Callable[[bytes], object] = lambda line: None
+        self.address = link.address()
+        self._link = link
+        self._threads = threads
+        self._on_exit = on_exit
+        self._numbers = itertools.count(1)
+        self._session_id: str | None = None  # of a legacy server
+        self._version: str | None = None
+        self._cookies = ""
+        self._known_tools: tuple[float, Mapping[str, Mapping[str, Path]]] | None = None
+        self._is_over = threading.Event()
+        self._is_told = threading.Event()  # what a legacy server has to hear first
+        self._is_told.set()
+        self._lock = threading.Lock()  # guards _calls and untaken
+        self._calls: dict[HttpCall, RequestId | None] = {}  # with the id of the request, if any
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.address.url} calls={len(self._calls)}>"
+
+    # --- from the bridge -------------------------------------------------------------------------
+
+    def write(
+        self,
+        line: bytes,
+        timeout: float,
+        has_left: Callable[[], bool] | None = None,
+        hand_on: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
+        """Sends messages, a line each, in order as far as nothing waits for an answer.
+
+        Raises BackendUnreached where the conversation is over.
+        """
+        if self._is_over.is_set():
+            raise BackendUnreached("The server was lost")
+        own = caller_headers.get() or self.headers
+        first: list[Message] = []
+        for one in line.split(b"\n"):
+            message = jsonrpc.parse_message(one)
+            first.append(message)
+            if isinstance(message, Notification):
+                self._note(message)
+            elif isinstance(message, Request):
+                with self._lock:
+                    self.untaken.add(message.id)
+                if message.method != _SET_LEVEL:
+                    self._submit(first, own)
+                    first = []
+        if first:
+            self._submit(first, own)
+
+    def _note(self, message: Notification) -> None:
+        if message.method == INITIALIZED:
+            self._is_told.clear()
+        elif message.method == jsonrpc.CANCELLED:
+            self._cancel(jsonrpc.cancelled_id_of(message))
+
+    def _submit(self, messages: list[Message], own: Mapping[str, str]) -> None:
+        has_request = any(isinstance(message, Request) for message in messages)
+        executor = self._threads.calls if has_request else self._threads.one_way
+        key = f"{id(self)}-{next(self._numbers)}"
+        executor.submit(key, partial(self._send_all, messages, own))
+
+    def close(self) -> None:
+        """Ends the conversation, and a legacy server's session; harmless when repeated."""
+        self._end(_LEFT)
+
+    def _end(self, how: str) -> None:
+        with self._lock:
+            if self._is_over.is_set():
+                return
+            self._is_over.set()
+            calls = list(self._calls)
+        self._is_told.set()
+        for call in calls:
+            call.abort(BackendLost("The server was left"))
+        self._threads.ends.submit(f"{id(self)}", partial(self._say_end, how))
+
+    def _say_end(self, how: str) -> None:
+        """Tells a legacy server that its session is over, and the bridge."""
+        if self._session_id is not None and how == _LEFT:
+            try:
+                own, given = self.headers, self._session_headers()
+                self._done(self._sent("DELETE", b"", own, given, TAKE_TIME))
+            except ProxyError as error:
+                log.debug("[%s] a session was not ended at its server: %s", self.label, error)
+        self._on_exit(how)
+
+    # --- messages --------------------------------------------------------------------------------
+
+    def _send_all(self, messages: list[Message], own: Mapping[str, str]) -> None:
+        for message in messages:
+            if self._is_over.is_set():
+                return
+            if isinstance(message, Request):
+                self._ask(message, own)
+            elif self._version is not None or not _is_cancellation(message):
+                self._pass_on(message, own)
+
+    def _pass_on(self, message: Message, own: Mapping[str, str]) -> None:
+        """Sends what wants no answer. After the handshake the GET stream begins."""
+        is_initialized = isinstance(message, Notification) and message.method == INITIALIZED
+        try:
+            body = jsonrpc.encode(message)
+            call = self._sent("POST", body, own, self._session_headers(), TAKE_TIME)
+            self._done(call)
+            if self._has_forgotten(call):
+                self._end(_FORGOTTEN)
+            elif call.status >= 400:
+                log.info("[%s] a message was refused with %d", self.label, call.status)
+        except BackendUnreached as error:
+            self._lose(error)
+        except ProxyError as error:
+            level = logging.DEBUG if self._is_over.is_set() else logging.WARNING
+            log.log(level, "[%s] a message was not delivered: %s", self.label, error)
+        if is_initialized:
+            self._is_told.set()
+            self._threads.streams.submit(f"{id(self)}", partial(self._listen, own))
+
+    def _ask(self, request: Request, own: Mapping[str, str]) -> None:
+        """Sends a request; everything that its answer brings becomes a line."""
+        try:
+            if request.meta.protocol_version is UNSET:
+                self._is_told.wait(TAKE_TIME)
+                self._await(request, own, self._session_headers())
+            else:
+                self._await(request, own, self._modern_headers(request, own))
+        except BackendUnreached as error:
+            with self._lock:
+                self.untaken.add(request.id)
+            self._lose(error)
+        except ProxyError as error:
+            self._fail(request, error.message, has_answered=error.message == _CANCELLED)
+
+    def _lose(self, error: BackendUnreached) -> None:
+        self._link.note_failure(self.address, error)
+        self._end(error.message.replace("The server", "it"))
+
+    def _await(self, request: Request, own: Mapping[str, str], given: Mapping[str, str]) -> None:
+        body = jsonrpc.encode(request)
+        call = self._sent("POST", body, own, given, self._link.timeout, request.id)
+        try:
+            if request.method == INITIALIZE and call.status < 300:
+                self._session_id = call.header(headers.SESSION_ID)
+                names = self._link.sticky_cookies
+                self._cookies = cookies.kept("", call.headers, names, time.time())
+            if self._has_forgotten(call):
+                with self._lock:
+                    self.untaken.add(request.id)
+                self._end(_FORGOTTEN)
+            elif call.status in refusals.STATUSES:
+                self.on_line(refusals.encode(call.status, call.headers, request.id))
+            elif call.media_type == headers.EVENT_STREAM and call.status < 300:
+                self._take_stream(request, call, own)
+            else:
+                body = jsonrpc.one_line(call.read(_MAX_ANSWER)).strip()
+                if not body or not self._take_line(request, body, call.status):
+                    sentence = f"The server answered {call.status} without an answer"
+                    self._fail(request, sentence, 400 <= call.status < 500)
+        finally:
+            self._done(call)
+
+    def _has_forgotten(self, call: HttpCall) -> bool:
+        """Whether an answer says that the session is over: nothing was done then."""
+        return call.status == 404 and self._session_id is not None
+
+    def _take_stream(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> None:
+        """Takes a stream up to the answer; one that can be resumed goes on where it was."""
+        last: bytes | None = None
+        pause = FIRST_PAUSE
+        try:
+            while True:
+                heard = last
+                try:
+                    for event in _events(call):
+                        last = event.id or last
+                        pause = pause if event.retry is None else event.retry / 1000
+                        if event.data and self._take_line(request, jsonrpc.one_line(event.data)):
+                            return
+                except BackendError:
+                    if last == heard or self._is_over.is_set():
+                        raise
+                if last == heard or self._session_id is None:
+                    self._fail(request, "The server's stream ended without the answer")
+                    return
+                self._is_over.wait(min(pause, _LAST_PAUSE))
+                self._done(call)
+                call = self._resumed(last, own, request.id)
+        finally:
+            self._done(call)
+
+    def _resumed(
+        self, last: bytes | None, own: Mapping[str, str], key: RequestId | None
+    ) -> HttpCall:
+        """The rest of a stream (MCP 2025-11-25, "Resumability and Redelivery")."""
+        given = {
+            **self._session_headers(),
+            "Last-Event-ID": (last or b"").decode("utf-8", "replace"),
+        }
+        try:
+            call = self._sent("GET", b"", own, given, self._link.timeout, key, is_new=False)
+        except BackendUnreached as error:
+            raise BackendLost(error.message) from error  # it has begun with the request
+        if call.status >= 300 or call.media_type != headers.EVENT_STREAM:
+            self._done(call)
+            raise BadAnswer(f"The server did not resume its stream, but answered {call.status}")
+        return call
+
+    def _take_line(self, request: Request, line: bytes, status: int = 200) -> bool:
+        """Passes a line on; whether it was the answer to the request.
+
+        With an error status it is, under whatever id.
+        """
+        try:
+            message = jsonrpc.parse_message(line)
+        except ClientError:
+            if status < 400:
+                self.on_line(line)
+                return False
+            shown = line[:_SHOWN].decode("utf-8", "replace")
+            self._fail(request, f"The server answered {status}: {shown}", status < 500)
+            return True
+        if not isinstance(message, Response) or (status < 400 and message.id != request.id):
+            self.on_line(line)
+            return False
+        if message.result is not UNSET and request.method == INITIALIZE:
+            self._version = jsonrpc.protocol_version_of(message.result)
+        self.on_line(jsonrpc.encode(message, request.id))
+        return True
+
+    def _listen(self, own: Mapping[str, str]) -> None:
+        """Takes what a legacy server says outside any request, for as long as the session is."""
+        pause, last = FIRST_PAUSE, ""
+        while not self._is_over.is_set():
+            began = time.monotonic()
+            try:
+                resumed = {"Last-Event-ID": last} if last else {}
+                given = {**self._session_headers(), **resumed}
+                call = self._sent("GET", b"", self.headers or own, given, self._link.timeout)
+                try:
+                    if self._has_forgotten(call):
+                        self._end(_FORGOTTEN)
+                    is_stream = call.status < 300 and call.media_type == headers.EVENT_STREAM
+                    if not is_stream and call.status < 500:
+                        return  # it has no such stream
+                    for event in _events(call) if is_stream else ():
+                        last = (event.id or last.encode()).decode("utf-8", "replace")
+                        if event.data:
+                            self.on_line(jsonrpc.one_line(event.data))
+                finally:
+                    self._done(call)
+            except ProxyError as error:
+                log.debug("[%s] the stream of a session has ended: %s", self.label, error)
+            is_short = time.monotonic() - began < pause
+            self._is_over.wait(pause)
+            pause = min(_LAST_PAUSE, 2 * pause) if is_short else FIRST_PAUSE
+
+    def _fail(self, request: Request, sentence: str, has_answered: bool = False) -> None:
+        """Answers a request that has no answer in JSON; whether the server gave any at all."""
+        with self._lock:
+            self.untaken.discard(request.id)
+        if not self._is_over.is_set():
+            plain = jsonrpc.encode_error(PROXY_ERROR, sentence, request.id)
+            self.on_line(plain if has_answered else refusals.failed(sentence, request.id))
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    def _sent(
+        self,
+        method: str,
+        body: bytes,
+        own: Mapping[str, str],
+        given: Mapping[str, str],
+        timeout: float,
+        key: RequestId | None = None,
+        is_new: bool = True,
+    ) -> HttpCall:
+        """A call whose head has come, redirects followed; raises BackendError.
+
+        It is aborted when the conversation is over, or the request of the id `key` is cancelled;
+        one that is not reached is sent once more where no session holds it at its backend.
+        """
+        kept = {n: v for n, v in own.items() if not n.lower().startswith("mcp-")}
+        if self._cookies:
+            kept["Cookie"] = cookies.sent_with(kept.get("Cookie"), self._cookies)
+        all_headers = {**kept, **_OURS, **given}
+        try:
+            return self._followed(method, body, all_headers, timeout, key, is_new)
+        except BackendUnreached as error:
+            if self._session_id is not None or self._is_over.is_set() or not is_new:
+                raise
+            self._link.note_failure(self.address, error)
+            self.address = self._link.address()
+            if key is not None:
+                with self._lock:
+                    self.untaken.add(key)
+            return self._followed(method, body, all_headers, timeout, key, is_new)
+
+    def _followed(
+        self,
+        method: str,
+        body: bytes,
+        all_headers: Mapping[str, str],
+        timeout: float,
+        key: RequestId | None,
+        is_new: bool,
+    ) -> HttpCall:
+        target = self._link.target(self.address)
+        call = HttpCall(self._link.client, self.address, method, target, all_headers, body)
+        while True:
+            try:
+                self._register(call, key, is_new)
+                call.send(timeout)
+                successor = call.redirected()
+            except BaseException:
+                self._done(call)
+                raise
+            if successor is None:
+                return call
+            self._done(call)
+            call, is_new = successor, False
+
+    def _register(self, call: HttpCall, key: RequestId | None, is_new: bool) -> None:
+        """Raises BackendLost where nothing is to be sent any more."""
+        with self._lock:
+            if self._is_over.is_set() and call.method != "DELETE":
+                raise BackendLost("The server was left")
+            if is_new and key is not None:
+                if key not in self.untaken:
+                    raise BackendLost(_CANCELLED)
+                self.untaken.discard(key)
+            self._calls[call] = key
+
+    def _done(self, call: HttpCall) -> None:
+        with self._lock:
+            self._calls.pop(call, None)
+        call.close()
+
+    def _cancel(self, key: RequestId | None) -> None:
+        """Closes the response to a request, which takes it back (2026-07-28, "Cancellation")."""
+        if key is None:
+            return
+        with self._lock:
+            self.untaken.discard(key)
+            calls = [call for call, its in self._calls.items() if its == key]
+        for call in calls:
+            call.abort(BackendLost(_CANCELLED))
+
+    def _session_headers(self) -> dict[str, str]:
+        """What a legacy server is told with each message."""
+        given = {}
+        if self._session_id is not None:
+            given[headers.SESSION_ID] = self._session_id
+        if self._version is not None:
+            given[headers.PROTOCOL_VERSION] = self._version
+        return given
+
+    def _modern_headers(self, request: Request, own: Mapping[str, str]) -> dict[str, str]:
+        """What repeats the body for a modern server."""
+        given = dict(modern.headers_of(request))
+        if request.method == "tools/call":
+            fields = jsonrpc.fields_of(request.params)
+            name = jsonrpc.text_of(fields.get("name", UNSET)) or ""
+            annotations = self._tools(request, own).get(name, {})
+            arguments = fields.get("arguments", UNSET)
+            given |= dict(param_headers.headers_for(annotations, arguments))
+        return given
+
+    def _tools(self, request: Request, own: Mapping[str, str]) -> Mapping[str, Mapping[str, Path]]:
+        """The arguments that are repeated in headers, by tool; asked for now and then."""
+        known = self._known_tools
+        if known is not None and known[0] > time.monotonic() - _TOOLS_TIME:
+            return known[1]
+        meta = modern.meta_of(request.params)
+        params = jsonrpc.as_payload({"_meta": {n: v for n, v in meta.items() if n in _LISTED}})
+        listing = Request("mcp-proxy-tools", "tools/list", params)
+        found: Mapping[str, Mapping[str, Path]] = {}
+        try:
+            given = dict(modern.headers_of(listing))
+            call = self._sent("POST", jsonrpc.encode(listing), own, given, TAKE_TIME)
+            try:
+                found = param_headers.annotated(_results(call))
+            finally:
+                self._done(call)
+        except BackendUnreached:
+            raise
+        except ProxyError as error:
+            log.warning("[%s] the tools could not be listed: %s", self.label, error)
+        self._known_tools = (time.monotonic(), found)
+        return found
+
+
+def _is_cancellation(message: Message) -> bool:
+    return isinstance(message, Notification) and message.method == jsonrpc.CANCELLED
+
+
+def _events(call: HttpCall) -> Iterator[sse.Event]:
+    """The events of a stream; raises BackendError where it breaks."""
+    call.wait_for_ever()
+    decoder = sse.Decoder(_MAX_ANSWER)
+    for piece in call.pieces():
+        yield from decoder.feed(piece)
+
+
+def _results(call: HttpCall) -> Iterator[Raw]:
+    """The result in an answer."""
+    if call.media_type == headers.EVENT_STREAM:
+        lines: Iterator[bytes] = (e.data for e in _events(call) if e.data)
+    else:
+        lines = iter([call.read(_MAX_ANSWER)])
+    for line in lines:
+        message = jsonrpc.parse_message(jsonrpc.one_line(line))
+        if isinstance(message, Response):
+            if message.result is not UNSET:
+                yield message.result
+            return
+
+
+class Threads(NamedTuple):
+    """Who does the work of all conversations. Calls may wait for the answers of their clients, so
+    what wants no answer does not wait for a thread of theirs, nor do standing streams and ends.
+    """
+
+    calls: KeyedExecutor
+    one_way: KeyedExecutor
+    streams: KeyedExecutor
+    ends: KeyedExecutor
+
+
+class Upstreams:
+    """Begins conversations, in place of a supervisor that starts processes. Thread-safe."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._threads = Threads(
+            KeyedExecutor("mcp-upstream", WIDTH),
+            KeyedExecutor("mcp-upstream-one-way", _ONE_WAY_AT_ONCE),
+            KeyedExecutor("mcp-upstream-stream", WIDTH),
+            KeyedExecutor("mcp-upstream-end", _ENDS_AT_ONCE),
+        )
+        self._changed = threading.Condition()  # guards and announces _open
+        self._open = 0
+
+    def __repr__(self) -> str:
+        return f"<Upstreams open={self._open} {self._threads!r}>"
+
+    def spawn(
+        self,
+        server: Served,
+        max_message: int,
+        on_exit: Callable[[str], None],
+        on_mute: Callable[[], None] | None = None,
+    ) -> Upstream:
+        """A conversation with a backend that can be reached; raises BackendUnreached."""
+
+        def ended(how: str) -> None:
+            try:
+                on_exit(how)
+            finally:
+                self._count(-1)
+
+        upstream = Upstream(self._link, self._threads, server.name, ended)
+        self._count(1)
+        return upstream
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._open += change
+            self._changed.notify_all()
+
+    def read(self, child: Upstream, on_line: Callable[[bytes], None]) -> None:
+        """Has every line of a conversation go to `on_line`."""
+        child.on_line = on_line
+
+    def stop_child(self, child: Upstream) -> None:
+        """Ends a conversation; returns before its server knows."""
+        child.close()
+
+    def close(self) -> None:
+        """Nothing begins any more; gives the servers a moment to hear of what was left."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open, _CLOSE_TIME)
+        for executor in self._threads:
+            executor.close()

@@ -1,0 +1,1 @@
+"""What an era needs and the other has not: which one a server speaks, and the bridges."""

@@ -1,0 +1,229 @@
+"""Where client and HTTP server are of different eras: what the server refuses goes over a bridge.
+
+Bytes pass as long as the eras agree. A request of one era that a server of the other has refused,
+and so has not executed, is answered by what serves stdio servers, with a conversation over HTTP in
+the place of a process (`backends/upstream.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from msgspec import Raw
+
+from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.backends.owned import called_by
+from mcp_proxy.backends.upstream import Upstreams
+from mcp_proxy.config import ProxyOptions
+from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.forwarded import HeaderPolicy
+from mcp_proxy.edge.reply import Reply
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.errors import (
+    HEADER_MISMATCH,
+    INVALID_PARAMS,
+    METHOD_NOT_FOUND,
+    MISSING_CAPABILITY,
+    UNSUPPORTED_REVISION,
+    BackendError,
+    BackendUnreached,
+    BadAnswer,
+)
+from mcp_proxy.ownership.homes import SHARED
+from mcp_proxy.ownership.owner import Owner, ReplicaParts
+from mcp_proxy.servers import HttpServer
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.storage.session import Session
+from mcp_proxy.transparent.balancing import Balancer
+from mcp_proxy.transparent.forwarding import error_in
+from mcp_proxy.transparent.own_calls import taken_along
+from mcp_proxy.transports.streamable import KIND, StreamableProxy
+from mcp_proxy.wire import headers, results, revisions
+from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
+from mcp_proxy.wire.tools import ToolFilter
+from mcp_proxy.wire.urls import Address, Target, request_target
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which it is remembered that a server refuses modern requests.
+REMEMBERED = 600.0
+
+# Seconds for which a modern server is not asked again why it refuses what it does.
+_REMEMBERED_MODERN = 60.0
+
+# The largest refusal that is read, in bytes.
+_MAX_REFUSAL = 64 * 1024
+
+# Statuses by which a server says that it does not know a request of the other era. It has not asked
+# for authorization, or for another pace, which would be the client's to give.
+_REFUSALS = frozenset({400, 404, 405, 406, 415, 422})
+
+# What only a modern server answers.
+_MODERN = frozenset({HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_REVISION})
+
+# How a modern server refuses initialize.
+_NO_HANDSHAKE = frozenset({UNSUPPORTED_REVISION, METHOD_NOT_FOUND, HEADER_MISMATCH, INVALID_PARAMS})
+
+
+class _Link:
+    """The way from a conversation to the backends of one transport."""
+
+    def __init__(
+        self, client: HttpClient, target: Target, balancer: Balancer, options: ProxyOptions
+    ) -> None:
+        self.client = client
+        self.timeout = options.request_timeout
+        self.sticky_cookies = options.sticky_cookies
+        self._target = target
+        self._balancer = balancer
+
+    def address(self) -> Address:
+        """The backend that is to be tried first."""
+        return self._balancer.candidates()[0]
+
+    def target(self, address: Address) -> str:
+        """Path and query of the MCP endpoint."""
+        return request_target(self._target, address, "/mcp", "")
+
+    def note_failure(self, address: Address, error: BackendUnreached) -> None:
+        """A backend could not be reached."""
+        self._balancer.note_failure(address, error)
+
+
+class EraBridge:
+    """The bridge of one transport, for clients of either era. Thread-safe.
+
+    Its sessions have records of their own type, in the store of the transport.
+    """
+
+    def __init__(
+        self,
+        urls: tuple[str, ...],
+        target: Target,
+        client: HttpClient,
+        balancer: Balancer,
+        policy: HeaderPolicy,
+        manager: SessionManager,
+        parts: ReplicaParts,
+        edge: Edge,
+        options: ProxyOptions,
+        tools: ToolFilter | None = None,
+    ) -> None:
+        link = _Link(client, target, balancer, options)
+        self._upstreams = Upstreams(link)
+        self._policy = policy
+        self._name = target.address.url  # a path or query may have a secret in it
+        server = HttpServer(self._name, urls, tools=tools)
+        owner = Owner(server, manager, parts, options, self._upstreams)
+        self.front = StreamableProxy._shared(owner, edge, options)
+        self.front.rate_limit = None  # what comes here has been counted
+        self._has_told = False
+        self._refused_until = 0.0  # modern requests, by the monotonic clock
+        self._unbridged_until = 0.0  # since the server did not take the bridge either
+
+    def __repr__(self) -> str:
+        return f"<EraBridge {self.front!r}>"
+
+    def close(self) -> None:
+        """Ends every conversation."""
+        self.front.stateless.close()
+        self.front.owner.close()
+        self._upstreams.close()
+
+    # --- what goes over it -----------------------------------------------------------------------
+
+    def has(self, session: Session) -> bool:
+        """Whether a session, or what is none for a client, is served over the bridge."""
+        return session.type in (KIND, SHARED)
+
+    def refuses_modern(self) -> bool:
+        """Whether the server is known to refuse modern requests."""
+        return time.monotonic() < self._refused_until
+
+    def is_refusal_of_modern(self, call: HttpCall) -> bool:
+        """Whether an answer says that its server does not know the modern era.
+
+        The body has been read then, and can be read once more.
+        """
+        if call.status not in _REFUSALS or time.monotonic() < self._unbridged_until:
+            return False
+        error = _error_of(call)
+        code = None if error is None else results.code_of(error)
+        if error is not None and code == UNSUPPORTED_REVISION:
+            named = results.supported_in(error)
+            return bool(named) and not any(map(revisions.is_modern, named))
+        return code not in _MODERN and not (call.status == 404 and code == METHOD_NOT_FOUND)
+
+    def is_refusal_of_initialize(self, call: HttpCall) -> bool:
+        """Whether an answer to initialize says that its server knows no sessions."""
+        is_error_in_200 = call.status == 200 and call.whole is not None
+        if call.status not in _REFUSALS and not is_error_in_200:
+            return False
+        error = _error_of(call)
+        if error is None or results.code_of(error) not in _NO_HANDSHAKE:
+            return False
+        named = results.supported_in(error)
+        return not named or any(map(revisions.is_modern, named))
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def answer(self, request: ClientRequest, message: Message | Batch) -> Reply:
+        """The answer to a POST; raises ProxyError."""
+        with called_by(self._headers_of(request)):
+            return self.front.answer(request, message)
+
+    def serve(self, request: ClientRequest) -> Reply:
+        """The answer to a GET or DELETE; raises ProxyError."""
+        with called_by(self._headers_of(request)):
+            return self.front.serve(request)
+
+    def answer_modern(
+        self, request: ClientRequest, message: Request | Notification
+    ) -> Reply | None:
+        """The answer to a modern message that the server has refused, None where it is not bridged.
+
+        A notification needs no server on the other side. Raises ProxyError.
+        """
+        if isinstance(message, Notification):
+            return self.answer(request, message)
+        try:
+            with called_by(self._headers_of(request)):
+                is_modern = self.front.stateless.is_for_modern(request, message)
+        except BackendError as error:
+            log.info("[%s] refuses requests of 2026-07-28, and no bridge: %s", self._name, error)
+            if isinstance(error, BadAnswer):  # else it may be away, and come back
+                self._unbridged_until = time.monotonic() + REMEMBERED
+            return None
+        if is_modern:  # it had another reason
+            self._unbridged_until = time.monotonic() + _REMEMBERED_MODERN
+            return None
+        log.info("[%s] requests of 2026-07-28 go over a bridge", self._name)
+        self._refused_until = time.monotonic() + REMEMBERED
+        return self.answer(request, message)
+
+    def answer_initialize(self, request: ClientRequest, message: Request) -> Reply | None:
+        """The answer to an initialize that the server has refused, None where it does so again."""
+        try:
+            reply = self.answer(request, message)
+        except BackendError as error:
+            log.info("[%s] refuses initialize and is not bridged: %s", self._name, error)
+            return None
+        if headers.SESSION_ID in {name for name, _ in reply.headers}:
+            if not self._has_told:
+                self._has_told = True
+                log.info("[%s] speaks 2026-07-28 alone: sessions go over a bridge", self._name)
+            return reply
+        if not isinstance(reply.body, bytes):
+            reply.body.close()
+        return None
+
+    def _headers_of(self, request: ClientRequest) -> Mapping[str, str]:
+        return taken_along(self._policy.outbound(request.environ))
+
+
+def _error_of(call: HttpCall) -> Raw | None:
+    """The JSON-RPC error in an answer, None where there is none."""
+    body = call.read_ahead(_MAX_REFUSAL) if call.media_type == headers.JSON else None
+    return None if body is None else error_in(body)

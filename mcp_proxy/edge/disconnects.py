@@ -34,17 +34,25 @@ _GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
 class ClientConnection:
-    """The connection behind one request."""
+    """The connection behind one request.
 
-    def __init__(self, environ: WSGIEnvironment) -> None:
+    One whose caller `is_known` no longer, since what it has shown counts no more, has been left.
+    """
+
+    def __init__(
+        self, environ: WSGIEnvironment, is_known: Callable[[], bool] | None = None
+    ) -> None:
         # gunicorn and waitress each have a key of their own for it; other servers have none.
         self._socket: socket.socket | None = environ.get("gunicorn.socket")
         self._disconnected = environ.get("waitress.client_disconnected")
-        #: Whether the server gives access to the connection.
-        self.is_visible = self._socket is not None or self._disconnected is not None
+        self._is_known = is_known
+        #: Whether it can be found out that the client has left.
+        self.is_visible = (self._socket, self._disconnected, is_known) != (None,) * 3
 
     def has_left(self) -> bool:
-        """Whether the client is known to have closed its side. Never blocks."""
+        """Whether the client is known to have closed its side, or has to go. Never blocks."""
+        if self._is_known is not None and not self._is_known():
+            return True
         if self._disconnected is not None:
             return bool(self._disconnected())
         if self._socket is None:

@@ -43,6 +43,9 @@ _NOT_SENT_FOR_STRANGERS = _NOT_SENT | {
 # In lower case. gunicorn, like most servers, writes the last two itself.
 _NOT_RETURNED = HOP_BY_HOP | {"date", "server"}
 
+# The value of a change that has a header passed on as the caller sent it.
+_AS_IT_IS = "*"
+
 # RFC 9110 section 5.1: the name is a token.
 _FIELD = re.compile(rf"[!#$%&'*+.^_`|~0-9A-Za-z-]+:{FIELD_VALUE.pattern}")
 
@@ -57,7 +60,9 @@ _PREFIX = re.compile(r"(/[A-Za-z0-9:@!$&'()*+,;=~._%-]+)+")
 class HeaderPolicy:
     """The policy of one transport. `changes` are `Name: value` to set and `Name:` to remove.
 
-    `keeps_host` says whether the backend gets the client's Host header.
+    `keeps_host` says whether the backend gets the client's Host header. `withheld` are headers, in
+    title case, by which callers have said who they are: a backend gets one of them only where a
+    change says `Name: *`.
     """
 
     def __init__(
@@ -65,12 +70,14 @@ class HeaderPolicy:
         trusted: tuple[str, ...] = (),
         changes: tuple[str, ...] = (),
         keeps_host: bool = False,
+        withheld: frozenset[str] = frozenset(),
     ) -> None:
         self._trusted = trusted
         self._keeps_host = keeps_host
         pairs = [(n.strip(), v.strip()) for n, _, v in (c.partition(":") for c in changes)]
-        self._changed = {name.title() for name, _ in pairs}
-        self._set = {_named(name): value for name, value in pairs if value}
+        passed_on = {name.title() for name, value in pairs if value == _AS_IT_IS}
+        self._removed = {name.title() for name, _ in pairs} - passed_on | (withheld - passed_on)
+        self._set = {_named(name): value for name, value in pairs if value not in ("", _AS_IT_IS)}
 
     def outbound(self, environ: WSGIEnvironment) -> dict[str, str]:
         """The request's headers for the backend, without Content-Length.
@@ -98,7 +105,7 @@ class HeaderPolicy:
             if self._keeps_host:
                 headers["Host"] = host
         headers.setdefault("X-Forwarded-Proto", environ["wsgi.url_scheme"])
-        for name in self._changed:
+        for name in self._removed:
             headers.pop(name, None)
         headers.update(self._set)
         return headers
@@ -156,6 +163,38 @@ def _is_among(peer: str, trusted: tuple[str, ...]) -> bool:
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     networks = [ipaddress.ip_network(each, strict=False) for each in trusted]
     return any((mapped or address) in network or address in network for network in networks)
+
+
+def client_address(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> str:
+    """The address of the client, as far as peers that are trusted tell it; "" where unknown.
+
+    Each proxy adds to X-Forwarded-For whom it has its request from. So the last address in it that
+    is no trusted proxy's is the client's: what stands before that, anybody may have written. Where
+    all are trusted (`*`) it is the last one.
+    """
+    address: str = environ.get("REMOTE_ADDR", "")
+    if not is_trusted_peer(environ, trusted):
+        return address
+    for told in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
+        found = _address_in(told)
+        if found is None:
+            break
+        address = found
+        if "*" in trusted or not _is_among(address, trusted):
+            break
+    return address
+
+
+def _address_in(told: str) -> str | None:
+    """The address in an entry of X-Forwarded-For, which may have a port."""
+    bare = told.strip()
+    candidates = (bare, bare.partition("]")[0].removeprefix("["), bare.rpartition(":")[0])
+    for candidate in candidates:
+        try:
+            return str(ipaddress.ip_address(candidate))
+        except ValueError:
+            continue
+    return None
 
 
 def mount_of(environ: WSGIEnvironment, trusted: tuple[str, ...]) -> str:

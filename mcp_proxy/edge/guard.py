@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 _ANY = "*"
 _CORS_METHODS = ("GET", "POST", "DELETE", "OPTIONS")
 _CORS_HEADERS = (
-    "Content-Type, Accept, Authorization, Mcp-Session-Id, MCP-Protocol-Version, Last-Event-ID, "
-    "Mcp-Method, Mcp-Name, X-Request-ID"
+    "Content-Type, Accept, Authorization, X-API-Key, Mcp-Session-Id, MCP-Protocol-Version, "
+    "Last-Event-ID, Mcp-Method, Mcp-Name, X-Request-ID"
+)
+_FORWARDED = (
+    *("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP", "HTTP_X_FORWARDED_FOR"),
+    *("HTTP_X_FORWARDED_HOST", "HTTP_X_FORWARDED_PROTO", "HTTP_X_FORWARDED_PORT"),
 )
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CORS_EXPOSED = f"{SESSION_ID}, X-Request-ID, WWW-Authenticate, {FAILURE}"
+_CORS_EXPOSED = f"{SESSION_ID}, X-Request-ID, WWW-Authenticate, Retry-After, {FAILURE}"
 
 
 class Guard:
@@ -97,6 +101,18 @@ def require_own_site(environ: WSGIEnvironment) -> None:
     site = environ.get("HTTP_SEC_FETCH_SITE")
     if site in ("cross-site", "same-site") and "HTTP_ORIGIN" not in environ:
         raise Forbidden("A page of another site may not ask for this without an Origin header")
+
+
+def is_local(environ: WSGIEnvironment) -> bool:
+    """Whether a request comes from this machine, to a loopback address with nothing in front.
+
+    One that came over no network, as from a test client, does.
+    """
+    if any(name in environ for name in _FORWARDED):
+        return False
+    name: str = environ["SERVER_NAME"]
+    peer = environ.get("REMOTE_ADDR")
+    return (peer is None or is_loopback(peer)) and (name.endswith(".invalid") or is_loopback(name))
 
 
 def _granted(environ: WSGIEnvironment) -> Headers:

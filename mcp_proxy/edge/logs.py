@@ -37,17 +37,31 @@ def configure(log_format: str, log_level: str) -> LogWriter:
     Returns what writes them. For a process of our own. What gunicorn writes to stderr or stdout
     goes the same way, in its own form unless the format is `json`. A worker calls `start_writing`.
     """
-    handler = _handler(_STDERR, JsonFormatter() if log_format == "json" else TextFormatter())
+    formatter = JsonFormatter() if log_format == "json" else TextFormatter()
+    handler = LogHandler(_writer(_STDERR, formatter), formatter)
     logger = logging.getLogger("mcp_proxy")
     logger.handlers = [handler]
     logger.setLevel(log_level.upper())
     logger.propagate = False
-    last_resort = LogHandler(handler.writer, handler.formatter or TextFormatter())
+    last_resort = LogHandler(handler.writer, formatter)
     last_resort.setLevel(logging.WARNING)
     logging.lastResort = last_resort
-    for logger in map(logging.getLogger, _GUNICORN):
-        logger.handlers = [_taken_over(each, handler, log_format) for each in logger.handlers]
+    take_over(log_format)
     return handler.writer
+
+
+def take_over(log_format: str) -> None:
+    """Has gunicorn's lines go the way of ours, once more after it has made its handlers anew."""
+    (ours,) = logging.getLogger("mcp_proxy").handlers
+    assert isinstance(ours, LogHandler)
+    for logger in map(logging.getLogger, _GUNICORN):
+        logger.handlers = [_taken_over(each, ours, log_format) for each in logger.handlers]
+
+
+class _HandlerOfGunicorn(LogHandler):
+    """Stands in place of one of gunicorn's handlers, which it makes anew when it is reloaded."""
+
+    _gunicorn = True  # it takes away what is marked so
 
 
 def start_writing() -> None:
@@ -64,18 +78,18 @@ def _taken_over(theirs: logging.Handler, ours: LogHandler, log_format: str) -> l
     assert formatter is not None
     descriptor = theirs.stream.fileno()
     if descriptor == _STDERR:
-        return LogHandler(ours.writer, formatter)
-    return _handler(descriptor, formatter)
+        return _HandlerOfGunicorn(ours.writer, formatter)
+    return _HandlerOfGunicorn(_writer(descriptor, formatter), formatter)
 
 
-def _handler(descriptor: int, formatter: logging.Formatter) -> LogHandler:
+def _writer(descriptor: int, formatter: logging.Formatter) -> LogWriter:
     def describe(count: int) -> str:
         what = "log lines were left out: whoever reads the log was too slow"
         return formatter.format(
             logging.LogRecord(__name__, logging.WARNING, "", 0, f"%d {what}", (count,), None)
         )
 
-    return LogHandler(LogWriter(descriptor, describe), formatter)
+    return LogWriter(descriptor, describe)
 
 
 def _handlers() -> Iterator[LogHandler]:
@@ -115,6 +129,7 @@ def log_access(request: ClientRequest, status: int) -> None:
         "status": status,
         "ms": round((time.monotonic() - request.started) * 1000, 1),
         "client": request.environ.get("REMOTE_ADDR", ""),
+        "principal": escaped(request.principal_name or ""),
         "session": escaped((request.session or "")[-8:]),
         "rpc": escaped(request.rpc or ""),
         "tool": tool,
@@ -122,7 +137,12 @@ def log_access(request: ClientRequest, status: int) -> None:
         "reason": escaped(request.reason),
     }
     # What quotes the client stays on one line as a JSON string.
-    quoted = {"tool": tool, "client_name": client_name, "reason": request.reason[:_MAX_REASON]}
+    quoted = {
+        "principal": fields["principal"],
+        "tool": tool,
+        "client_name": client_name,
+        "reason": request.reason[:_MAX_REASON],
+    }
     more = "".join(f" {n}={json.dumps(v, ensure_ascii=False)}" for n, v in quoted.items() if v)
     access.info(_ACCESS_LINE, {**fields, "more": more}, extra={"fields": fields})
 

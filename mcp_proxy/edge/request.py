@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import os
 import re
 import secrets
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Raw, UnsetType
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.wsgi import get_input_stream
 
+from mcp_proxy import metrics
+from mcp_proxy.auth.principal import Caller, Principal
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, ProxyError
+from mcp_proxy.edge.operations import Operations, count_failure
+from mcp_proxy.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    ClientError,
+    InvalidRequest,
+    Passed,
+    ProxyError,
+)
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.jsonrpc import Batch, Message
 
@@ -35,6 +47,18 @@ _HALF_CLOSED = 1.0
 # RFC 9112 section 3.2: origin-form begins with `/`, absolute-form with the scheme. What follows the
 # scheme's host is the path, or the query where there is no path.
 _ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+(?=[/?]|\Z)", re.IGNORECASE)
+
+#: Where our worker class has what gives a request to another worker of this machine.
+PASS_TO = "mcp_proxy.pass_to"
+
+# Requests that others may be waiting for, and that take no time themselves.
+_NEVER_HELD = frozenset({"ping", "tasks/get", "tasks/cancel"})
+
+#: Where it has what counts the calls of a session that have a thread.
+ADMIT = "mcp_proxy.admit"
+
+#: What our worker class says of a request that another worker has given to it.
+WAS_PASSED = "mcp_proxy.was_passed"
 
 # Where servers tell the whole target: gunicorn and werkzeug, and uWSGI and mod_wsgi.
 _WHOLE_TARGETS = ("RAW_URI", "REQUEST_URI")
@@ -72,31 +96,48 @@ class ClientRequest:
     Five are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
     is the JSON-RPC method and `params` are its parameters, `session` is the session that was named
     or opened, and `reason` says why the request was refused or failed, each once it is known.
-    `is_standing` is for the server: the answer is a standing stream.
+    `is_standing` is for the server: the answer is a standing stream. `principal` is who calls, and
+    `principal_name` what the caller's sessions are bound to; None where callers are unknown.
+    `lacks` is why no child can be started with what the request says of its caller, if that is so.
+
+    Others are for metrics: `server` is the name of the MCP server, `is_relayed` says that another
+    replica has it, `is_answered_elsewhere` that the answer leaves on the stream of a session, and
+    `failure` is the last error that the client was told.
     """
 
     __slots__ = (
         "_connection",
+        "_is_known",
         "accepts_json",
         "accepts_stream",
+        "body",
         "content_type",
         "environ",
+        "failure",
         "id",
+        "is_answered_elsewhere",
         "is_encoded",
+        "is_relayed",
         "is_standing",
+        "lacks",
         "message",
         "method",
+        "operations",
         "params",
         "path",
+        "principal",
+        "principal_name",
         "protocol_version",
         "reason",
         "rpc",
+        "server",
         "session",
         "session_id",
         "started",
+        "take_back",
     )
 
-    def __init__(self, environ: WSGIEnvironment, ids: RequestIds) -> None:
+    def __init__(self, environ: WSGIEnvironment, ids: RequestIds, server: str = "") -> None:
         self.environ = environ
         self.method: str = environ["REQUEST_METHOD"]
         self.path: str = environ.get("PATH_INFO", "")
@@ -112,17 +153,59 @@ class ClientRequest:
         self.id = given if given and _is_request_id(given) else ids.new()
         self.started = time.monotonic()
         self._connection: ClientConnection | None = None
+        #: The whole body, where the request may be put off, until it is known that it is not.
+        self.body = b""
         self.message: Message | Batch | None = None
         self.reason = ""
         self.rpc: str | None = None
         self.params: Raw | UnsetType = UNSET
         self.session = self.session_id
         self.is_standing = False
+        self.server = server
+        self.is_relayed = self.is_answered_elsewhere = False
+        self.failure: ProxyError | None = None
+        #: What the request asks for, where that is counted, once there is an answer.
+        self.operations: Operations | None = None
+        #: Has it count for nothing, where it was counted: it comes again, here or elsewhere.
+        self.take_back: Callable[[], None] | None = None
+        self.lacks: ClientError | None = None
+        self.principal: Principal | None = None
+        self.principal_name: str | None = None
+        self._is_known: Callable[[], bool] | None = None
+
+    def identify(self, caller: Caller) -> None:
+        """From now on it is known who calls."""
+        self.principal = caller.principal
+        self.principal_name = caller.principal.name
+        self._is_known = caller.is_known
+
+    def standing_connection(self) -> ClientConnection:
+        """The connection behind a standing stream: it ends when the caller is no longer known."""
+        return ClientConnection(self.environ, self._is_known)
 
     def note(self, error: ProxyError) -> None:
-        """Has the access line say what went wrong."""
+        """Has the access line say what went wrong, and counts it."""
+        self.failure = error
+        counters = metrics.current()
+        if counters is not None:
+            count_failure(counters, self.server, error)
         if error.kind or error.status >= 400:
             self.reason = f"{error.kind}: {error}" if error.kind else str(error)
+
+    def answered(self, data: bytes, failure: ProxyError | None = None) -> None:
+        """A response is about to leave on the stream that answers this request.
+
+        `failure` is why the proxy has written it itself.
+        """
+        if self.operations is not None:
+            self.operations.answered(data, failure)
+
+    @property
+    def way(self) -> str:
+        """How the request has come to its server: local, passed or relayed."""
+        if self.is_relayed:
+            return "relayed"
+        return "passed" if WAS_PASSED in self.environ else "local"
 
     def header(self, name: str) -> str | None:
         """The value of a request header, None where it is absent."""
@@ -140,6 +223,39 @@ class ClientRequest:
             self._connection = ClientConnection(self.environ)
         return self._connection.has_left()
 
+    def pass_to(self, replica_id: str | None, session_id: str, is_stream: bool = False) -> None:
+        """Raises Passed where the request was given to the worker that is this replica.
+
+        Without a replica it is for the worker that has the session in its memory, as the id says;
+        Unpassable is raised where a request of this form cannot go there. To be called once what it
+        carries was read and checked, before anything is done. Without a session it is for a worker
+        that has clearly fewer sessions than this one. Where the replica is this one, or out
+        of reach, or better relayed to, nothing happens, then and later.
+        """
+        give = self.environ.pop(PASS_TO, None)
+        if give is not None and give(replica_id, session_id, self.body, self.id, is_stream):
+            raise Passed
+        if ADMIT not in self.environ:
+            self.body = b""
+
+    def admit(self, session_id: str) -> None:
+        """Raises Passed where calls of this session have as many threads as those of one may have.
+
+        The request then comes again, when one of them has ended; Overloaded is raised for one that
+        cannot. To be called for a request that waits for an answer, before anything is done.
+        """
+        admit = None if self.rpc in _NEVER_HELD else self.environ.pop(ADMIT, None)
+        if admit is not None and not admit(session_id, self.body, self.id):
+            raise Passed
+        if PASS_TO not in self.environ:
+            self.body = b""
+
+    def stay(self) -> None:
+        """From now on the request is neither another worker's nor put off."""
+        self.environ.pop(PASS_TO, None)
+        self.environ.pop(ADMIT, None)
+        self.body = b""
+
     def accepts(self, media_type: str) -> bool:
         """Whether the client named `media_type` in Accept; without that header, only JSON."""
         return headers.accepts(self.environ.get("HTTP_ACCEPT", headers.JSON), media_type)
@@ -155,11 +271,13 @@ class ClientRequest:
         is_plain = "HTTP_TRANSFER_ENCODING" not in self.environ and _LENGTH.fullmatch(size)
         try:
             if not is_plain:
-                return self._read_to_the_end(limit)
-            if int(size) > limit:
+                data = self._read_to_the_end(limit)
+            elif int(size) > limit:
                 raise BodyTooLarge(limit)
-            data: bytes = self.environ["wsgi.input"].read(int(size))
-            return data if len(data) == int(size) else self._read_rest(data, int(size))
+            else:
+                data = self.environ["wsgi.input"].read(int(size))
+                if len(data) < int(size):
+                    data = self._read_rest(data, int(size))
         except (ClientDisconnected, OSError) as error:
             if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):
                 raise BodyTooSlow from error
@@ -169,6 +287,20 @@ class ClientRequest:
         except Exception as error:
             log.info("a request body cannot be read: %s: %s", type(error).__name__, error)
             raise InvalidRequest("The request body cannot be read: its framing is wrong") from error
+        if PASS_TO in self.environ or ADMIT in self.environ:
+            self.body = data
+        return data
+
+    def keep_body(self, limit: int) -> bytes:
+        """As `read_body`, for whoever looks at it first: it can be read once more."""
+        data = self.read_body(limit)
+        self.environ = {
+            **self.environ,
+            "wsgi.input": io.BytesIO(data),
+            "CONTENT_LENGTH": str(len(data)),
+        }
+        self.environ.pop("HTTP_TRANSFER_ENCODING", None)
+        return data
 
     def _read_rest(self, data: bytes, size: int) -> bytes:
         """The whole body: a stream may give fewer bytes than it is asked for."""

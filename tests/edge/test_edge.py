@@ -18,7 +18,7 @@ from mcp_proxy.edge import logs
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import Edge, StreamLimit, render
 from mcp_proxy.edge.reply import STATUS_LINES, Reply, empty_reply, json_reply, stream_reply
-from mcp_proxy.edge.request import ClientRequest, RequestIds
+from mcp_proxy.edge.request import PASS_TO, ClientRequest, RequestIds
 from mcp_proxy.errors import (
     BodyTooLarge,
     InvalidRequest,
@@ -40,6 +40,17 @@ def test_a_body_of_the_limit_is_read_and_one_more_byte_is_not() -> None:
     assert request_with(b"x" * 10).read_body(10) == b"x" * 10
     with pytest.raises(BodyTooLarge, match="larger than 10 bytes"):
         request_with(b"x" * 11).read_body(10)
+
+
+@pytest.mark.parametrize("can_be_passed", [False, True])
+def test_a_body_is_kept_only_where_another_worker_may_get_it(can_be_passed: bool) -> None:
+    request = request_with(b"x" * 10)
+    if can_be_passed:
+        request.environ[PASS_TO] = lambda *_: False
+    request.read_body(10)
+    assert request.body == (b"x" * 10 if can_be_passed else b"")
+    request.pass_to("another", "session")
+    assert request.body == b""
 
 
 def test_a_chunked_body_is_limited_too() -> None:

@@ -164,6 +164,41 @@ def test_a_page_may_read_the_kind() -> None:
     assert {"X-MCP-Proxy-Error", "Mcp-Session-Id", "X-Request-ID"} <= set(exposed)
 
 
+MODERN = [
+    (errors.HeaderMismatch("x"), 400, -32020, None),
+    (errors.MissingCapability({"roots": {}}), 400, -32021, {"requiredCapabilities": {"roots": {}}}),
+    (
+        errors.UnsupportedRevision("v9", ("2026-07-28",)),
+        400,
+        -32022,
+        {"supported": ["2026-07-28"], "requested": "v9"},
+    ),
+    (errors.InvalidParams("x"), 400, -32602, None),
+    (errors.MethodNotFound("ping"), 404, -32601, None),
+]
+
+
+@pytest.mark.parametrize("failure_status", ["json-rpc", "http"])
+@pytest.mark.parametrize(("error", "status", "code", "data"), MODERN)
+def test_what_is_wrong_with_a_modern_request_is_told_with_data(
+    error: errors.ProxyError, status: int, code: int, data: Json | None, failure_status: str
+) -> None:
+    answer = ask(error, _REQUEST, failure_status=failure_status)
+    message = answer.message()
+    assert (answer.status, answer.failure, message["id"]) == (status, None, "k")
+    expected: Json = {"code": code, "message": error.message}
+    assert error_of(message) == (expected if data is None else {**expected, "data": data})
+
+
+@pytest.mark.parametrize("body", [_REQUEST, _BATCH, None])
+def test_a_failure_may_have_data_too(body: bytes | None) -> None:
+    error = errors.BackendLost("x")
+    error.data = {"reason": "y"}
+    found = json.loads(ask(error, body).body())
+    messages = found if isinstance(found, list) else [found]
+    assert all(error_of(message)["data"] == {"reason": "y"} for message in messages)
+
+
 # --- the access line -----------------------------------------------------------------------------
 
 

@@ -35,6 +35,11 @@ def commands() -> list[str]:
     return re.findall(rf"^(?:{'|'.join(SERVERS)}) .+$", text, re.MULTILINE)
 
 
+def uwsgi_commands() -> list[str]:
+    """The README's commands for uWSGI."""
+    return re.findall(r"^uwsgi .+$", README.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def command_for(program: str, application: str) -> str:
     """The README's command for an application, or for another one in its place."""
     found = [line for line in commands() if line.startswith(f"{program} ")]

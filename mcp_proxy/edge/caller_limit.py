@@ -1,0 +1,102 @@
+"""How many requests a caller may have: `rate_limit`, by principal and server.
+
+Callers that nobody knows are told apart by their addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import time
+from functools import lru_cache, partial
+from typing import Self
+
+from mcp_proxy import rate_buckets
+from mcp_proxy.config import ProxyOptions
+from mcp_proxy.edge.forwarded import client_address
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.errors import RateLimited, in_seconds
+from mcp_proxy.rate_buckets import Rate, key_of, rate_of
+from mcp_proxy.wire.jsonrpc import Batch, Message, Request
+
+# The bits of an IPv6 address that one customer has for itself (RFC 6177 section 2).
+_IPV6_PREFIX = 64
+
+
+class CallerLimit:
+    """The limit of each caller of one server, `text` as the setting has it. Thread-safe.
+
+    `server` is where that is: it tells servers of one name from each other.
+    """
+
+    def __init__(self, text: str, rate: Rate, server: str, trusted: tuple[str, ...]) -> None:
+        self._text = text
+        self._rate = rate
+        self._server = server
+        self._trusted = trusted
+
+    def __repr__(self) -> str:
+        return f"<CallerLimit {self._text}>"
+
+    @classmethod
+    def of(cls, options: ProxyOptions, server: str) -> Self | None:
+        """The limit that the settings say; None where there is none."""
+        text = options.rate_limit
+        rate = None if text is None else rate_of(text)
+        if text is None or rate is None:
+            return None
+        return cls(text, rate, server, options.trusted_proxies)
+
+    def count(self, name: str, request: ClientRequest, message: Message | Batch) -> None:
+        """Counts the requests in what a POST carries to the server of this name; raises RateLimited
+        where its caller may have no more of them.
+
+        Notifications and responses are free. Of a batch all are counted, or none.
+        """
+        if isinstance(message, Request):
+            self.take(name, request, 1)
+        elif isinstance(message, list):
+            count = sum(isinstance(part, Request) for part in message)
+            if count:
+                self.take(name, request, count)
+
+    def take(self, name: str, request: ClientRequest, count: int) -> None:
+        """As `count`, for so many requests."""
+        rate = self._rate
+        if count > rate.burst:
+            raise RateLimited(
+                f"A batch of {count} requests is too large: {rate.burst} may come at once"
+            )
+        key = key_of(name, self._server, self._caller_of(request))
+        buckets = rate_buckets.current()
+        wait = buckets.take(key, rate, count, time.monotonic())
+        if wait:
+            seconds = math.ceil(wait)
+            raise RateLimited(
+                f"Too many requests: {self._text.partition(':')[0]} are allowed; try again in "
+                f"{in_seconds(seconds)}",
+                seconds,
+            )
+        request.take_back = partial(buckets.give_back, key, rate, count)
+
+    def _caller_of(self, request: ClientRequest) -> str:
+        if request.principal_name is not None:
+            return f"principal {request.principal_name}"
+        return f"address {_network_of(client_address(request.environ, self._trusted))}"
+
+
+@lru_cache(maxsize=1024)
+def _network_of(address: str) -> str:
+    """What stands for everybody at an address: the /64 of one of IPv6.
+
+    Where the server knows no address, as on a unix socket, all are the same.
+    """
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((int(found), _IPV6_PREFIX), strict=False))

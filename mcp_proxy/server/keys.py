@@ -1,0 +1,126 @@
+"""The command `mcp-wsgi-proxy key`: adds, lists and removes API keys in the file of `api_keys`.
+
+A new key is printed once, alone on standard output; everything else goes to standard error. Where
+the file cannot be written, the line to put there is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Sequence
+
+from mcp_proxy.auth.key_file import Unwritable, add, line_numbers, line_of, remove
+from mcp_proxy.auth.keys import Key, digest_of, new_key, parse_line, read, seconds_of
+from mcp_proxy.config import value_in_environment
+from mcp_proxy.errors import ConfigError
+
+_EPILOG = """The file is that of --api-keys, or of MCP_PROXY_API_KEYS. A running proxy notices each
+change within a second. Several keys of one name are one caller, so that a key can be replaced while
+its sessions go on: add the new one, then take the old line out."""
+
+_COLUMNS = ("NAME", "SERVERS", "SCOPES", "EXPIRES", "LAST USE", "DIGEST")
+
+# Hexadecimal digits by which a line is told from another of the same name.
+_SHOWN_DIGITS = 12
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs `key` with its arguments and returns the exit code; raises ConfigError."""
+    given = parse(arguments)
+    path = given.api_keys or value_in_environment("api_keys")
+    if path is None:
+        raise ConfigError("name the file of the keys: --api-keys FILE, or MCP_PROXY_API_KEYS")
+    if given.action == "add":
+        return _add(path, given)
+    if given.action == "remove":
+        return _remove(path, given.name)
+    return _list(path)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What the arguments say; exits with 2 for what says nothing."""
+    return _parser().parse_args(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mcp-wsgi-proxy key", epilog=_EPILOG, allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="add|list|remove")
+    adding = actions.add_parser("add", help="make a key for NAME, and print it once")
+    adding.add_argument("name", metavar="NAME", help="who gets the key")
+    adding.add_argument(
+        "--server", action="append", metavar="NAME", help="a server that it is for (all)"
+    )
+    adding.add_argument(
+        "--scope", action="append", metavar="SCOPE", help="what it allows besides calls, as admin"
+    )
+    adding.add_argument(
+        "--expires", metavar="DATE", help="when it ends: 2027-01-31, in UTC (never)"
+    )
+    listing = actions.add_parser("list", help="who has keys; no key is shown")
+    removing = actions.add_parser("remove", help="remove all keys of NAME")
+    removing.add_argument("name", metavar="NAME", help="who loses them")
+    for each in (adding, listing, removing):
+        each.add_argument("--api-keys", metavar="FILE", help="the file of the keys")
+    return parser
+
+
+def _add(path: str, given: argparse.Namespace) -> int:
+    if given.expires is not None:
+        seconds_of(given.expires)
+    key = new_key()
+    servers = None if given.server is None else frozenset(_names_in(given.server))
+    entry = Key(given.name, digest_of(key), servers, frozenset(_names_in(given.scope or ())))
+    line = line_of(entry, given.expires)
+    parse_line(line)
+    try:
+        add(path, line)
+    except Unwritable as error:
+        print(f"mcp-wsgi-proxy: {error}. Put this line there:\n{line}", file=sys.stderr)
+        print(key)
+        return 1
+    print(f"The key of {given.name}, which is shown this once:", file=sys.stderr)
+    print(key)
+    return 0
+
+
+def _names_in(given: Sequence[str]) -> list[str]:
+    return [name for text in given for name in text.split(",")]
+
+
+def _remove(path: str, name: str) -> int:
+    read(path)
+    try:
+        count = remove(path, name)
+    except Unwritable as error:
+        lines = ", ".join(map(str, line_numbers(path, name)))
+        print(f"mcp-wsgi-proxy: {error}. Take out: lines {lines or 'none'}", file=sys.stderr)
+        return 1
+    if not count:
+        print(f"mcp-wsgi-proxy: {name} has no key in {path}", file=sys.stderr)
+        return 1
+    print(f"{count} key{'' if count == 1 else 's'} of {name} removed", file=sys.stderr)
+    return 0
+
+
+def _list(path: str) -> int:
+    rows = [_COLUMNS, *map(_row, sorted(read(path), key=lambda key: key.name))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    return 0
+
+
+def _row(key: Key) -> tuple[str, ...]:
+    """A line of the table. When a key was last used, only running workers could say."""
+    servers = "all" if key.servers is None else ",".join(sorted(key.servers))
+    expires = "never"
+    if key.expires is not None:
+        moment = datetime.datetime.fromtimestamp(key.expires, datetime.UTC)
+        expires = moment.strftime("%Y-%m-%dT%H:%MZ")
+        if moment <= datetime.datetime.now(datetime.UTC):
+            expires += " (over)"
+    scopes = ",".join(sorted(key.scopes)) or "-"
+    return key.name, servers, scopes, expires, "-", key.digest[:_SHOWN_DIGITS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import logging
 import os
@@ -9,6 +10,7 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -33,6 +35,7 @@ from redis.sentinel import (
     SentinelManagedSSLConnection,
 )
 
+from mcp_proxy import metrics
 from mcp_proxy.errors import ConfigError, StorageError, StorageUnavailable
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,10 @@ _CONNECTIONS = 1 << 20
 _DEFAULT_PORT = 6379
 _SENTINEL_PORT = 26379
 
-# Seconds between two log lines about one outage, and characters of what the server says.
+# Seconds between two log lines about one outage, how many lines as many seconds have for all of
+# them, and characters of what the server says.
 _LOG_PAUSE = 60.0
+_MAX_LINES = 5
 _MAX_WORDS = 300
 
 # Seconds that a blocking command waits at most.
@@ -52,6 +57,9 @@ _MAX_BLOCK = 2.0
 
 #: A redis-py client, made by `Connection` or passed in by the user.
 Client = redis.Redis | RedisCluster
+
+#: A command's name and its arguments.
+Command = Sequence[bytes | str | int]
 
 #: The forms of a URL, shown in the error about an invalid one.
 FORMS = (
@@ -81,35 +89,55 @@ _FULL = (
 _FROZEN = "no request of a session is served"
 
 
+class Use(enum.IntEnum):
+    """What a block of commands has done when it succeeds; a server may refuse all from one on."""
+
+    READ = 0
+    WRITE = 1  #: something was written that takes no memory, such as a time to live
+    GROW = 2
+
+
 class _Unusable(NamedTuple):
-    """Why a server that answers takes no writes, and what follows; `kind` is redis-py's class."""
+    """Why a server that answers takes no writes, and what follows; `kind` is redis-py's class.
+
+    `proof` is the least that it does not do meanwhile.
+    """
 
     kind: type[redis.ResponseError] | None
     why: str
     effect: str
+    proof: Use
 
 
 # By the first word of the error.
 _UNUSABLE = {
-    "READONLY": _Unusable(ReadOnlyError, "it is a replica, or was a primary until now", _FROZEN),
-    "OOM": _Unusable(OutOfMemoryError, "its memory is used up", _FULL),
-    "MISCONF": _Unusable(None, "it cannot write its own snapshots to disk", _FROZEN),
+    "READONLY": _Unusable(
+        ReadOnlyError, "it is a replica, or was a primary until now", _FROZEN, Use.WRITE
+    ),
+    "OOM": _Unusable(OutOfMemoryError, "its memory is used up", _FULL, Use.GROW),
+    "MISCONF": _Unusable(None, "it cannot write its own snapshots to disk", _FROZEN, Use.WRITE),
 }
 
 
 class _Refusal(NamedTuple):
-    """What a client is told, and what follows, for the operator."""
+    """What a client is told, what follows, for the operator, and what shows that it is over."""
 
     message: str
     effect: str = ""
+    proof: Use = Use.GROW
 
 
 class _Outage(NamedTuple):
-    """Since when the server is not usable, whether it answers, and whether the log says so."""
+    """Since when the server is not usable, and what shows that it is again.
+
+    `logged` is what a client is told of the cause that the log has named last, empty where it has
+    named none; `next_line` is when it names one again.
+    """
 
     since: float
-    is_refusal: bool
-    is_logged: bool
+    proof: Use
+    logged: str = ""
+    next_line: float = float("-inf")
 
 
 class Connection:
@@ -134,16 +162,21 @@ class Connection:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards _connecting
         self._connecting: threading.Event | None = None  # set when the thread that connects is done
-        self._outages = threading.Lock()  # guards _outage and _logged; held by nobody who waits
+        self._outages = threading.Lock()  # guards _outage and _lines; held by nobody who waits
         self._outage: _Outage | None = None
-        self._logged = ("", 0.0)  # what was said last of an outage, and when
+        # When outages were logged: one of several servers that is away begins one at each command.
+        self._lines: deque[float] = deque(maxlen=_MAX_LINES)
         self._url = client if isinstance(client, str) else None
         self._closed = 0  # how often
         #: Whether the server was seen to know GETEX.
         self.has_getex = False
+        self._spare: deque[Any] = deque()  # connections of the pool that `ask` keeps
         self._owns_client = isinstance(client, str)
         self._client: Any = None if isinstance(client, str) else client
         self._make = _maker(client, timeout) if isinstance(client, str) else None
+        self._pool: Any = (
+            None  # of our own client: a user's asks its connections in ways of its own
+        )
 
     def __repr__(self) -> str:
         return f"<Connection {type(self._client).__name__}>"
@@ -172,7 +205,9 @@ class Connection:
         try:
             with self.mapped_errors():
                 if self._client is None:
-                    self._client = self._make()
+                    client = self._make()
+                    self._pool = _pool_of(client)
+                    self._client = client
         finally:
             with self._lock:
                 self._connecting = None
@@ -183,11 +218,49 @@ class Connection:
 
         Texts in it are bytes, even with a client that decodes its other responses.
         """
-        run = partial(self.client.execute_command, NEVER_DECODE=True)
         try:
-            return run("EVALSHA", _digest(script), 1, key, *arguments)
+            return self.ask([("EVALSHA", _digest(script), 1, key, *arguments)])[0]
         except NoScriptError:
-            return run("EVAL", script, 1, key, *arguments)
+            return self.ask([("EVAL", script, 1, key, *arguments)])[0]
+
+    def ask(self, commands: Sequence[Command]) -> list[Any]:
+        """The answers to commands, in one round trip; raises redis-py's errors, also that of one
+        command.
+
+        Texts in them are bytes, even with a client that decodes its other responses. What redis-py
+        does around each command (looks at the connection, statistics) takes longer than the
+        command itself, so connections are kept here. Like redis-py's they are asked first when
+        they were idle, and replaced when they are lost. A Cluster's client finds the server of
+        each key.
+        """
+        client, pool = self.client, self._pool
+        if pool is None:
+            return _asked_by_client(client, commands)
+        connection = self._spare_connection() or pool.get_connection()
+        is_kept = False
+        try:
+            answers: list[Any] = connection.retry.call_with_retry(
+                partial(_asked, connection, commands), lambda error: connection.disconnect()
+            )
+            is_kept = pool.owns_connection(connection) and not connection.should_reconnect()
+        finally:
+            if is_kept:
+                self._spare.append(connection)
+            else:
+                pool.release(connection)
+        refusal = next((one for one in answers if isinstance(one, redis.ResponseError)), None)
+        if refusal is not None:
+            raise refusal
+        return answers
+
+    def _spare_connection(self) -> Any:
+        """A connection that this process has kept; None where there is none."""
+        while self._spare:
+            with suppress(IndexError):  # another thread was faster
+                connection = self._spare.pop()
+                if connection.pid == os.getpid():
+                    return connection
+        return None
 
     def ping(self) -> None:
         """Pings every primary; raises redis-py's errors."""
@@ -206,23 +279,32 @@ class Connection:
         return [answer] if "redis_version" in answer else list(answer.values())
 
     @contextmanager
-    def mapped_errors(self, is_write: bool = False) -> Iterator[None]:
+    def mapped_errors(self, use: Use = Use.READ) -> Iterator[None]:
         """Turns redis-py's errors into StorageUnavailable, and invalid text into StorageError.
 
-        The log says once a minute that the server is not usable, and when it is again: one that has
-        refused something only after a block that `is_write`.
+        The log says of each outage when it begins, once a minute, and when it is over: where the
+        server has refused to write only after a block whose `use` is what it refused, or more.
         """
         closed = self._closed
+        counters = metrics.current()
+        if counters is not None:
+            counters.count(metrics.STORE_COMMANDS)
         try:
             yield
         except (redis.RedisError, RedisClusterException, OSError) as error:
+            if counters is not None:
+                counters.count(metrics.STORE_ERRORS)
             raise self._unavailable(error) from error
         except UnicodeDecodeError as error:  # from a client with `decode_responses=True`
             raise StorageError(f"The session record cannot be read: {error}") from error
         finally:
             if self._closed != closed:  # the command ran on when that was done
                 self._close_idle()
-        if self._outage is not None and (is_write or not self._outage.is_refusal):
+        self.succeeded(use)
+
+    def succeeded(self, use: Use) -> None:
+        """The server has done as much as `use`, which may show that it is usable again."""
+        if self._outage is not None and use >= self._outage.proof:
             self._end_outage()
 
     def _unavailable(self, error: Exception) -> StorageUnavailable:
@@ -231,30 +313,32 @@ class Connection:
         detail = f"{self._where()}: {words[:_MAX_WORDS]}"
         if refusal is None:
             found = StorageUnavailable(None, detail)
+            proof = Use.WRITE if _FAILED_OVER in words else Use.READ
         else:
+            proof = refusal.proof
             effect = f"; {refusal.effect}" if refusal.effect else ""
             found = StorageUnavailable(refusal.message, f"{refusal.message} ({detail}){effect}")
-        self._begin_outage(found, refusal is not None)
+        self._begin_outage(found, proof)
         return found
 
-    def _begin_outage(self, error: StorageUnavailable, is_refusal: bool) -> None:
+    def _begin_outage(self, error: StorageUnavailable, proof: Use) -> None:
         now, message = self._clock(), str(error)
         with self._outages:
-            words, when = self._logged
-            is_due = words != message or now - when >= _LOG_PAUSE
-            since, is_logged = now, is_due
-            if self._outage is not None:
-                since, is_logged = self._outage.since, is_due or self._outage.is_logged
-            self._outage = _Outage(since, is_refusal, is_logged)
-            if is_due:
-                self._logged = (message, now)
+            outage = self._outage or _Outage(now, proof)
+            outage = outage._replace(proof=max(proof, outage.proof))
+            is_news = message != outage.logged or now >= outage.next_line
+            has_room = len(self._lines) < _MAX_LINES or now - self._lines[0] >= _LOG_PAUSE
+            if is_due := is_news and has_room:
+                self._lines.append(now)
+                outage = outage._replace(logged=message, next_line=now + _LOG_PAUSE)
+            self._outage = outage
         if is_due:
             log.warning("[pid=%d] the session store is not usable: %s", os.getpid(), error.detail)
 
     def _end_outage(self) -> None:
         with self._outages:
             outage, self._outage = self._outage, None
-        if outage is not None and outage.is_logged:
+        if outage is not None and outage.logged:
             seconds = self._clock() - outage.since
             log.warning(
                 "[pid=%d] the session store is usable again after %.0f s", os.getpid(), seconds
@@ -300,9 +384,40 @@ class Connection:
         self._close_idle()
 
     def _close_idle(self) -> None:
+        while self._pool is not None and (connection := self._spare_connection()) is not None:
+            self._pool.release(connection)
         client = self._client if self._owns_client else None
         for pool in [] if client is None else _pools(client):
             pool.disconnect(inuse_connections=False)
+
+
+def _pool_of(client: Client) -> Any:
+    """The pool of a client whose commands may take any of its connections; None for the others."""
+    if isinstance(client, RedisCluster) or client.connection is not None:
+        return None
+    return client.connection_pool
+
+
+def _asked(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    """The answers on one connection; one that is an error stands among them."""
+    connection.send_packed_command(connection.pack_commands(commands))
+    answers = []
+    for _ in commands:
+        try:
+            answers.append(connection.read_response(disable_decoding=True))
+        except redis.ResponseError as error:
+            answers.append(error)
+    return answers
+
+
+def _asked_by_client(client: Any, commands: Sequence[Command]) -> list[Any]:
+    """The same by redis-py's own ways; its answers have the form that it gives them."""
+    if len(commands) == 1:
+        return [client.execute_command(*commands[0], NEVER_DECODE=True)]
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command, NEVER_DECODE=True)
+    return list(pipeline.execute())
 
 
 @cache
@@ -575,10 +690,10 @@ def _refusal(error: BaseException | None) -> _Refusal | None:
 def _unusable(error: redis.ResponseError, text: str) -> _Refusal | None:
     """For a server that takes no writes, or is too old; None for other errors."""
     code_of_script = _UNUSABLE_CODE.search(text)
-    for code, (kind, why, effect) in _UNUSABLE.items():
+    for code, (kind, why, effect, proof) in _UNUSABLE.items():
         is_named = code_of_script is not None and code_of_script[1] == code
         if is_named or (kind is not None and isinstance(error, kind)):
-            return _Refusal(f"The session store refuses writes ({code}): {why}", effect)
+            return _Refusal(f"The session store refuses writes ({code}): {why}", effect, proof)
     unknown = _UNKNOWN_COMMAND.search(text)
     if unknown is None:
         return None
@@ -591,9 +706,18 @@ def as_bytes(value: bytes | str) -> bytes:
     return value.encode() if isinstance(value, str) else value
 
 
+def field_of(fields: Any) -> Any:
+    """The value in an entry of a Stream that has one field, as the server gives it or redis-py."""
+    return fields[1] if isinstance(fields, list) else next(iter(fields.values()))
+
+
 def entries_of(answer: Any) -> list[Any]:
-    """The entries in the answer to an XREAD of one Stream, of RESP2 or RESP3."""
+    """The entries in the answer to an XREAD of one Stream, of RESP2 or RESP3.
+
+    As the server gives it, or redis-py, which has one list more around those of RESP3.
+    """
     if not answer:
         return []
-    found = next(iter(answer.values())) if isinstance(answer, dict) else answer[0][1:]
-    return list(found[0])
+    found = next(iter(answer.values())) if isinstance(answer, dict) else answer[0][1]
+    is_nested = bool(found) and not (found[0] and isinstance(found[0][0], bytes | str))
+    return list(found[0] if is_nested else found)

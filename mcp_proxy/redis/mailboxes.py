@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
-from mcp_proxy.redis.client import Connection, entries_of
+from mcp_proxy.redis.client import Command, Connection, Use, entries_of, field_of
 from mcp_proxy.storage.mailboxes import LEASE, Envelope, Mailboxes
 
 _MAX_COLLECTED = 256  # envelopes
@@ -43,21 +42,23 @@ class RedisMailboxes(Mailboxes):
         return f"<RedisMailboxes prefix={self._prefix!r} lease={self.lease}>"
 
     def renew(self, replica: str) -> bool:
-        with self._connection.mapped_errors():
+        with self._connection.mapped_errors(Use.WRITE):
             return bool(self._connection.run(_RENEW, self._key(replica), [int(self.lease * 1000)]))
 
     def is_open(self, replica: str) -> bool:
+        return self.are_open([replica])[0]
+
+    def are_open(self, replicas: Sequence[str]) -> list[bool]:
         with self._connection.mapped_errors():
-            return bool(self._connection.client.exists(self._key(replica)))
+            commands = [("EXISTS", self._key(replica)) for replica in replicas]
+            return list(map(bool, self._connection.ask(commands)))
 
     def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
-        with self._connection.mapped_errors():
-            client: Any = self._connection.client
-            target = client if len(envelopes) == 1 else client.pipeline(transaction=False)
-            for to, data in envelopes:
-                entry = target.xadd(self._key(to), {b"l": data}, nomkstream=True)
-            entries = [entry] if target is client else target.execute()
-            return [entry is not None for entry in entries]
+        with self._connection.mapped_errors(Use.GROW):
+            commands = [
+                ("XADD", self._key(to), "NOMKSTREAM", "*", b"l", data) for to, data in envelopes
+            ]
+            return [entry is not None for entry in self._connection.ask(commands)]
 
     def collect(self, replica: str, timeout: float) -> list[bytes]:
         key = self._key(replica)
@@ -67,25 +68,17 @@ class RedisMailboxes(Mailboxes):
         with self._lock:
             read = self._read.pop(replica, [])
         with self._connection.mapped_errors():
-            pipeline = self._connection.client.pipeline(transaction=False)
-            if read:
-                pipeline.xdel(key, *read)
-            # Envelopes are bytes, even with a client that decodes its other responses.
-            pipeline.execute_command(
-                "XREAD", "COUNT", _MAX_COLLECTED, "BLOCK", block, "STREAMS", key, "0-0",
-                NEVER_DECODE=True,
-            )  # fmt: skip
-            entries = entries_of(pipeline.execute()[-1])
-        ids, envelopes = [], []
-        for entry_id, fields in entries:
-            ids.append(entry_id)
-            envelopes.append(next(iter(fields.values())))
+            commands: list[Command] = [("XDEL", key, *read)] if read else []
+            commands.append(
+                ("XREAD", "COUNT", _MAX_COLLECTED, "BLOCK", block, "STREAMS", key, "0-0")
+            )
+            entries = entries_of(self._connection.ask(commands)[-1])
         with self._lock:
-            self._read[replica] = ids
-        return envelopes
+            self._read[replica] = [entry_id for entry_id, _ in entries]
+        return [field_of(fields) for _, fields in entries]
 
     def remove(self, replica: str) -> list[bytes]:
-        with self._connection.mapped_errors():
+        with self._connection.mapped_errors(Use.WRITE):
             left = self._connection.run(_REMOVE, self._key(replica), [])
         with self._lock:
             read = self._read.pop(replica, [])

@@ -16,7 +16,7 @@ import secrets
 
 from mcp_proxy.config import require_seconds
 from mcp_proxy.errors import ConfigError, SessionExists, SessionNotFound
-from mcp_proxy.redis.client import Client, Connection, as_bytes
+from mcp_proxy.redis.client import Client, Connection, Use, as_bytes
 from mcp_proxy.redis.event_log import RedisEventLog
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.storage.event_log import KEPT, EventLog
@@ -43,8 +43,8 @@ return 1
 
 
 class RedisStorage(Storage):
-    """Records at `<prefix>session:<id>`, markers of issued ids at `<prefix>issued:<id>`; `check`
-    writes `<prefix>check`.
+    """Records at `<prefix>session:<id>`, markers of issued ids at `<prefix>issued:<id>`, texts that
+    are kept at `<prefix>kept:<name>`; `check` writes `<prefix>check`.
 
     `client` is a redis-py client, a URL, or a Connection to share; `close` leaves a client that was
     passed in open. `ttl` and `timeout` in seconds. The mailboxes are at `<prefix>mailbox:<replica>`
@@ -73,7 +73,7 @@ class RedisStorage(Storage):
     def create(self, session: Session) -> None:
         data = _signed(session)
         key = self._session_key(session.id)
-        with self.connection.mapped_errors(is_write=True):
+        with self.connection.mapped_errors(Use.GROW):
             if not self.connection.has_getex:
                 # Else sessions would begin, children and all, that nobody can load.
                 self._require_getex(key)
@@ -86,11 +86,12 @@ class RedisStorage(Storage):
         raise SessionExists(f"Session {session.id} exists already")
 
     def load(self, session_id: str) -> Session:
-        with self.connection.mapped_errors():
-            data = self.connection.client.getex(self._session_key(session_id), px=self._ttl_ms)
+        with self.connection.mapped_errors(Use.WRITE):
+            command = ("GETEX", self._session_key(session_id), "PX", self._ttl_ms)
+            data = self.connection.ask([command])[0]
         if data is None:
             raise SessionNotFound
-        return _read(as_bytes(data))
+        return _read(data)
 
     def exists(self, session_id: str) -> bool:
         with self.connection.mapped_errors():
@@ -106,20 +107,36 @@ class RedisStorage(Storage):
         if before is None:
             before, uncompared = encode(old).removesuffix(b"}"), _SIGNATURE_BYTES
         arguments: list[bytes | int] = [before, _signed(new), self._ttl_ms, uncompared]
-        with self.connection.mapped_errors(is_write=True):
-            return bool(self.connection.run(_SWAP, self._session_key(old.id), arguments))
+        with self.connection.mapped_errors():
+            has_won = bool(self.connection.run(_SWAP, self._session_key(old.id), arguments))
+        if has_won:
+            self.connection.succeeded(Use.GROW)
+        return has_won
 
     def delete(self, session_id: str) -> None:
-        with self.connection.mapped_errors():
+        with self.connection.mapped_errors(Use.WRITE):
             self.connection.client.delete(self._session_key(session_id))
 
     def issued(self, session_id: str) -> bool:
         with self.connection.mapped_errors():
             return bool(self.connection.client.exists(self._issued_key(session_id)))
 
+    def keep(self, name: str, value: str, ttl: float) -> str:
+        key, milliseconds = f"{self.prefix}kept:{name}", max(1, math.ceil(ttl * 1000))
+        with self.connection.mapped_errors(Use.GROW):
+            if self.connection.client.set(key, value.encode(), nx=True, px=milliseconds):
+                return value
+            found = self.connection.client.get(key)
+        return value if found is None else as_bytes(found).decode()
+
+    def kept(self, name: str) -> str | None:
+        with self.connection.mapped_errors():
+            found = self.connection.client.get(f"{self.prefix}kept:{name}")
+        return None if found is None else as_bytes(found).decode()
+
     def check(self) -> None:
         key = f"{self.prefix}check"
-        with self.connection.mapped_errors(is_write=True):
+        with self.connection.mapped_errors(Use.GROW):
             self.connection.ping()
             self.connection.client.set(key, b"1", px=_CHECK_MS)
             self._require_getex(key)

@@ -6,6 +6,7 @@ had taken out of it stale, and says so to whoever asked.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -53,9 +54,15 @@ log = logging.getLogger(__name__)
 # Seconds beyond its own deadline in which the owner is expected to say that it has passed.
 _GRACE = 5.0
 
+# Seconds for which the end of a session waits for the replica that has its child.
+_CLOSE_TIME = 5.0
+
 
 # Children of this replica that are served to others at the same time.
 _EXECUTOR_WIDTH = 64
+
+# Streams of this replica's children that are logged for other replicas' clients at the same time.
+_LOGGER_WIDTH = 8
 
 # Inbound calls that are over, and remembered: an envelope may come twice.
 _REMEMBERED = 65_536
@@ -72,6 +79,7 @@ class Calls:
         self._own = own
         self._sender = sender
         self._executor = KeyedExecutor("mcp-relay-executor", _EXECUTOR_WIDTH)
+        self._logger = KeyedExecutor("mcp-relay-logger", _LOGGER_WIDTH)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards what follows
         self._calls: dict[str, Call] = {}
@@ -90,12 +98,15 @@ class Calls:
         """A new channel to another replica."""
         return Channel(f"{self._own}/{next(self._numbers)}", self._own, replica)
 
-    def begin(self, call: Call, first: protocol.ToOwner) -> None:
-        """Begins a call to another replica by its first message."""
+    def enter(self, call: Call, first: protocol.ToOwner) -> None:
+        """A call to another replica begins with this message, as soon as it is sent."""
         call.channel.put(protocol.encode(first))
         with self._lock:
             self._calls[call.channel.name] = call
-        self._sender.put(call)
+
+    def send(self, call: Call) -> None:
+        """Sends what a call has to say, by this thread or another; it may wait for the store."""
+        self._sender.send(call)
 
     def of(self, frame: Frame) -> Call | None:
         """Who a frame is for; the first frame of a channel begins an inbound call."""
@@ -117,6 +128,16 @@ class Calls:
     def submit(self, key: str, act: Callable[[], object]) -> None:
         """Has `act` called by another thread, after what was submitted for the key before."""
         self._executor.submit(key, act)
+
+    def log(self, call: InboundCall) -> bool:
+        """Has another thread take what a call has for its client, and log it; False where the
+        system has no thread to give.
+        """
+        try:
+            self._logger.submit(call.channel.name, call.take_logged)
+        except RuntimeError:
+            return False
+        return True
 
     def forget(self, call: Call) -> None:
         """The call is over."""
@@ -146,6 +167,7 @@ class Calls:
                 call.leave()
             elif isinstance(call, (OutboundCall, OneWayCall)):
                 call.fail(BackendDraining("This replica is shutting down"))
+        self._logger.close()
 
 
 # --- at the replica of the client ----------------------------------------------------------------
@@ -211,9 +233,9 @@ class OutboundCall(Call):
             failure = None if received.failure is None else protocol.error_of(received.failure)
             if received.is_response:
                 self._note_answered(received.data)
-            self._exchange.offer(
-                ServerMessage(received.data, received.is_response, failure, received.event_id)
-            )
+            offered = ServerMessage(received.data, received.is_response, failure, received.event_id)
+            if not self._exchange.offer(offered):
+                self.note_read()  # left out: the owner may send more
             if not self._is_standing and not self._unanswered:
                 self._calls.forget(self)
         elif isinstance(received, Done):
@@ -324,7 +346,8 @@ class OneWayCall(Call):
         has_left: Callable[[], bool] | None,
     ) -> None:
         """Returns when it is done; raises why it is not, or ClientLeft: it may be done yet."""
-        self._calls.begin(self, message)
+        self._calls.enter(self, message)
+        self._calls.send(self)
         try:
             if not wait_for(self._done, timeout, has_left):
                 raise _silent()
@@ -349,10 +372,19 @@ class RemoteBackend(Backend):
         timeout = exchange.timeout or 0.0
         lines = list(map(jsonrpc.encode, exchange.requests))
         call = OutboundCall(self._calls, self._replica, exchange)
-        first = SendRequests(self._child, lines, exchange.accepts_stream, timeout)
-        self._calls.begin(call, first)
+        first = SendRequests(
+            self._child,
+            lines,
+            exchange.accepts_stream,
+            timeout,
+            exchange.cancels,
+            dict(exchange.headers),
+        )
+        self._calls.enter(call, first)
         # The owner applies the time limit; only where it is silent itself this side does.
         exchange.attach(call, on_read=call.note_read, grace=_GRACE)
+        exchange.is_relayed = True
+        self._calls.send(call)
 
     def submit(
         self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
@@ -376,12 +408,16 @@ class RemoteBackend(Backend):
 
     def listen(self, exchange: Exchange, after: str | None = None) -> None:
         call = OutboundCall(self._calls, self._replica, exchange)
-        self._calls.begin(call, Listen(self._child, after))
+        self._calls.enter(call, Listen(self._child, after))
         exchange.attach(call, on_read=call.note_read)
+        self._calls.send(call)
         call.require_accepted(WRITE_TIMEOUT + _GRACE)
 
     def close(self) -> None:
-        self._calls.begin(OneWayCall(self._calls, self._replica), Close(self._child))
+        """Ends the child, and returns when its owner has; one that is silent is not waited for."""
+        call = OneWayCall(self._calls, self._replica)
+        with contextlib.suppress(BackendError):
+            call.run(Close(self._child), _CLOSE_TIME, None)
 
 
 def _loss(channel: Channel, sentence: str, is_gone: bool) -> BackendError:
@@ -458,7 +494,13 @@ class InboundCall(Call):
     ) -> None:
         if isinstance(received, SendRequests):
             requests = [_as_request(line) for line in received.lines]
-            exchange = Exchange(requests, received.accepts_stream, received.timeout)
+            exchange = Exchange(
+                requests,
+                received.accepts_stream,
+                received.timeout or None,
+                received.cancels,
+                received.headers,
+            )
             backend.send(exchange)
             self._serve(exchange)
         elif isinstance(received, Listen):
@@ -476,7 +518,19 @@ class InboundCall(Call):
 
     def _serve(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        exchange.set_on_ready(lambda: self._calls.wake(self))
+        exchange.set_on_ready(self._on_ready)
+
+    def _on_ready(self) -> None:
+        """By whoever makes something happen: the child's reader, mostly, in the bridge's lock."""
+        if not self._is_left_to_logger():
+            self._calls.wake(self)
+
+    def _is_left_to_logger(self) -> bool:
+        """Whether another thread takes what there is, since logging it would hold others up."""
+        exchange = self._exchange
+        if exchange is None or self._is_done or not exchange.is_being_logged:
+            return False
+        return not exchange.has_news or self._calls.log(self)
 
     def _finish(self, last: protocol.FromOwner) -> None:
         self._is_done = True
@@ -485,48 +539,61 @@ class InboundCall(Call):
 
     @property
     def is_awaited(self) -> bool:
-        return self._exchange is None or bool(self._exchange.requests)
+        return self._exchange is None or not self._exchange.is_standing
 
     def is_awaited_since(self, before: float) -> bool:
         """Whether a client has been waiting for an answer since before that (monotonic) time."""
         return self._since < before and self.is_awaited
 
-    # --- to the other side: the sender's thread ---------------------------------------------------
+    # --- to the other side: the sender's thread, or the logger's ----------------------------------
 
     def outgoing(self) -> list[Frame]:
         frames = self.channel.outgoing()
-        while not self._is_done and self.channel.has_room and self._has_put_next():
-            frames += self.channel.outgoing()
+        if not self._is_left_to_logger():
+            while self._has_put_next():
+                frames += self.channel.outgoing()
         if self._is_done:
             frames += self.channel.outgoing()
             if self.channel.is_drained:
                 self._calls.forget(self)
         return frames
 
+    def take_logged(self) -> None:
+        """Takes what there is for the client, as far as there is room, and sends it."""
+        has_put = False
+        while self._has_put_next():
+            has_put = True
+        if has_put or self._is_done:
+            self._calls.send(self)
+
     def _has_put_next(self) -> bool:
         """Puts the next message for the client; False where there is none yet, or none any more.
 
-        Where the log of the stream fails the call ends.
+        Where the log of the stream fails, or no backend got the requests, the call ends.
         """
         exchange = self._exchange
-        if exchange is None:
+        if exchange is None or self._is_done or not self.channel.has_room:
             return False
         try:
             with self._reading:
                 if self._is_done:
                     return False
                 message = exchange.poll()
+                if message is not None:
+                    self.channel.put(protocol.encode(_as_message(message)))
+                if exchange.is_over:
+                    if not exchange.requests:
+                        self.channel.put(protocol.encode(Ended(exchange.was_replaced)))
+                    self._is_done = True
+        except BackendUnreached as error:  # so that the other side sends it again
+            self._finish(Refused(protocol.failure_of(error)))
+            return False
         except ProxyError as error:
             log.warning("a stream for another replica ends: %s", error)
             self._finish(Refused(("BackendLost", error.message)))
             self._calls.submit(self._key, self.leave)
             return False
-        if message is not None:
-            self.channel.put(protocol.encode(_as_message(message)))
         if exchange.is_over:
-            if not exchange.requests:
-                self._finish(Ended(exchange.was_replaced))
-            self._is_done = True
             exchange.close()
         return message is not None
 

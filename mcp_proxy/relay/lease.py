@@ -10,10 +10,11 @@ One thread renews the lease and looks after those whose leaving would matter to 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mcp_proxy.background import Periodic, Workers
@@ -34,8 +35,8 @@ _RETRY = 0.5
 # a time that it takes once for several commands, and clocks do not run at the same speed.
 _MARGIN = 0.02
 
-# A clock that goes on while the machine sleeps, as the store's does.
-_now = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+#: A clock (seconds) that goes on while the machine sleeps, as the store's does.
+boottime = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Lease(Periodic):
@@ -66,12 +67,12 @@ class Lease(Periodic):
         self._renewed = 0.0
 
     def __repr__(self) -> str:
-        return f"<Lease {self._replica} renewed={_now() - self._renewed:.1f}s ago>"
+        return f"<Lease {self._replica} renewed={boottime() - self._renewed:.1f}s ago>"
 
     def start(self) -> None:
         """Opens the mailbox and starts the thread; raises StorageUnavailable."""
         self._mailboxes.renew(self._replica)
-        self._renewed = self._in_contact_since = _now()
+        self._renewed = self._in_contact_since = boottime()
         super().start()
 
     def end(self) -> list[bytes]:
@@ -91,7 +92,7 @@ class Lease(Periodic):
     @property
     def is_held(self) -> bool:
         """Whether nobody can have declared this replica dead: false after having been frozen."""
-        return _now() < self._renewed + self._mailboxes.lease * (1 - _MARGIN)
+        return boottime() < self._renewed + self._mailboxes.lease * (1 - _MARGIN)
 
     @property
     def is_in_contact(self) -> bool:
@@ -119,7 +120,7 @@ class Lease(Periodic):
         """One look: renews the lease if it is time to, or lets it go where this replica can serve
         nobody, so that others need not wait for it; raises StorageUnavailable.
         """
-        age = _now() - self._renewed
+        age = boottime() - self._renewed
         if not self._can_serve():
             self._let_go()
         elif self._in_contact_since is None or age > self._mailboxes.lease / _RENEWALS:
@@ -132,7 +133,7 @@ class Lease(Periodic):
             self._renewed = -math.inf
 
     def _renew(self) -> None:
-        began = _now()
+        began = boottime()
         had_lapsed = not self._mailboxes.renew(self._replica)
         self._lapses += had_lapsed  # before the lease counts as held again
         if had_lapsed or self._in_contact_since is None:
@@ -158,10 +159,21 @@ class Lease(Periodic):
             return True
         raise StorageUnavailable("The replica that holds the session is not back yet")
 
+    def gone_among(self, replicas: Sequence[str]) -> set[str]:
+        """Those of several replicas that are gone for good, as far as that can be known now."""
+        gone = {replica for replica in replicas if has_ended(replica)}
+        others = [replica for replica in replicas if replica not in gone]
+        with contextlib.suppress(StorageUnavailable):
+            are_open = self._mailboxes.are_open(others) if others else []
+            missing = {one for one, is_open in zip(others, are_open, strict=True) if not is_open}
+            if missing and self._may_judge():
+                gone |= missing
+        return gone
+
     def _may_judge(self) -> bool:
         since, lease = self._in_contact_since, self._mailboxes.lease
         if since is None:
             return False
-        has_waited = _now() - since > lease or not self._was_away
+        has_waited = boottime() - since > lease or not self._was_away
         # A store that came back faster than anybody noticed has lost every mailbox.
         return has_waited and self._mailboxes.uptime() > lease

@@ -211,12 +211,14 @@ class Channel:
 
 
 class SendRequests(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Requests for a child, a line each; `timeout` in seconds."""
+    """Requests for a child, a line each; `timeout` in seconds, 0 where there is none."""
 
     child: str
     lines: list[bytes]
     accepts_stream: bool
     timeout: float
+    cancels: bool = False
+    headers: dict[str, str] = {}
 
 
 class Listen(msgspec.Struct, array_like=True, frozen=True, tag=True):

@@ -32,9 +32,16 @@ log = logging.getLogger(__name__)
 # An envelope that only wakes the listener.
 _NOTHING = b""
 
+# Other replicas that are looked at in one look.
+_PEERS = 64
+
 # Seconds that the listener waits at most, and between attempts to reach the store.
 _WAIT = 2.0
 _PAUSE = 0.25
+
+
+# The child of an id, None where there is none of that id.
+_Find = Callable[[str], Backend | None]
 
 
 def _never() -> bool:
@@ -50,9 +57,10 @@ class Relay:
         self._mailboxes = mailboxes
         self._replica = replica
         self._workers = workers
-        self._served: list[Callable[[str], Backend | None]] = []
-        self._lapse_listeners: list[Callable[[], None]] = []
-        self._lock = threading.Lock()  # guards _running and _failures
+        # What is served: how its children are found, and who wants to know of a lapse. Replaced as
+        # a whole, so no lock guards those who read.
+        self._served: tuple[tuple[_Find, Callable[[], None]], ...] = ()
+        self._lock = threading.Lock()  # guards changes of _served, _running and _failures
         self._failures = 0  # to open the mailbox
         self._running: _Running | None = None
         self._is_closed = False
@@ -60,13 +68,18 @@ class Relay:
     def __repr__(self) -> str:
         return f"<Relay {self._running!r}>"
 
-    def serve(self, find: Callable[[str], Backend | None], on_lapse: Callable[[], None]) -> None:
+    def serve(self, find: _Find, on_lapse: Callable[[], None]) -> None:
         """Has children that `find` knows by their ids served to other replicas.
 
         `on_lapse` is called when this replica may have been declared dead.
         """
-        self._served.append(find)
-        self._lapse_listeners.append(on_lapse)
+        with self._lock:
+            self._served = (*self._served, (find, on_lapse))
+
+    def serve_no_more(self, find: _Find) -> None:
+        """Has nothing that `find` knows served any more; harmless when repeated."""
+        with self._lock:
+            self._served = tuple(each for each in self._served if each[0] != find)
 
     def start(self) -> None:
         """Opens this replica's mailbox; raises StorageUnavailable. Harmless when repeated."""
@@ -138,15 +151,15 @@ class Relay:
         return running
 
     def _find(self, child: str) -> Backend | None:
-        for find in self._served:
+        for find, _ in self._served:
             found = find(child)
             if found is not None:
                 return found
         return None
 
     def _on_lapse(self) -> None:
-        for listener in self._lapse_listeners:
-            listener()
+        for _, on_lapse in self._served:
+            on_lapse()
 
 
 class _Running(Worker):
@@ -169,7 +182,9 @@ class _Running(Worker):
         self._own = own
         self._on_lapse = on_lapse
         self._next_probe = time.monotonic() + mailboxes.lease
-        self._seen_gone: set[str] = set()  # at the last look; touched by the lease's thread only
+        # Touched by the lease's thread only.
+        self._seen_gone: set[str] = set()  # at the last look
+        self._next_peer = 0  # where the next look begins
 
     def __repr__(self) -> str:
         return f"{self._own} calls={len(self.calls)} {self.lease!r}"
@@ -274,7 +289,8 @@ class _Running(Worker):
             for call in calls:
                 call.on_loss("This replica has lost its way to the others")
             return
-        gone = {peer for peer in {call.channel.peer for call in calls} if self._is_gone(peer)}
+        peers = self._next_peers(sorted({call.channel.peer for call in calls}))
+        gone = self.lease.gone_among(peers)
         # One that leaves in order removes its mailbox first, then refuses what was left there.
         lost = {peer for peer in gone if peer in self._seen_gone or has_ended(peer)}
         self._seen_gone = gone
@@ -288,11 +304,15 @@ class _Running(Worker):
             self._next_probe = time.monotonic() + self._mailboxes.lease
             self._probe(calls)
 
-    def _is_gone(self, peer: str) -> bool:
-        try:
-            return self.lease.is_gone(peer)
-        except StorageUnavailable:
-            return False
+    def _next_peers(self, peers: list[str]) -> list[str]:
+        """Those that are looked at now: the next ones in turn, and what was gone a moment ago.
+
+        Streams connect each replica of a large deployment with all others.
+        """
+        start = self._next_peer if self._next_peer < len(peers) else 0
+        self._next_peer = start + _PEERS
+        chosen = peers[start : start + _PEERS]
+        return [*chosen, *(self._seen_gone.intersection(peers).difference(chosen))]
 
     def _probe(self, calls: list[Call]) -> None:
         for call in calls:

@@ -1,4 +1,7 @@
-"""The sender: the one thread of a replica that posts envelopes, many in one round trip.
+"""The sender: posts the envelopes of a replica, many in one round trip.
+
+It has a thread. Whoever begins a call while nothing else is to be sent posts it himself: to hand it
+to the thread would take as long as the post.
 
 What cannot be sent now waits here, in order: while the store is away, and while it is not certain
 whether a replica without a mailbox is gone or about to come back. After a lease it is given up.
@@ -7,10 +10,11 @@ whether a replica without a mailbox is gone or about to come back. After a lease
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -83,11 +87,30 @@ class Sender(QueueWorker[Call]):
         self._mailboxes = mailboxes
         self._is_gone = is_gone
         self._may_send = may_send
-        self._outbox: dict[str, deque[_Waiting]] = {}  # by replica; touched by the thread only
+        self._sending = threading.Lock()  # held by the thread that sends; guards what follows
+        self._outbox: dict[str, deque[_Waiting]] = {}  # by replica
         self._paused: dict[str, float] = {}  # replicas that are not tried before a time
 
     def __repr__(self) -> str:
         return f"<Sender waiting={sum(map(len, self._outbox.values()))}>"
+
+    def send(self, call: Call) -> None:
+        """Sends what a call has to say: at once, where nobody sends and nothing waits to be sent.
+
+        For threads that may wait for the store, and hold no lock. Else it is as `put`, so that what
+        comes from many threads at the same time shares a round trip.
+        """
+        is_idle = self.is_running and self._queue.empty() and not self._outbox
+        if not is_idle or not self._sending.acquire(blocking=False):
+            self.put(call)
+            return
+        try:
+            self._send([call])
+            must_wake = bool(self._outbox)
+        finally:
+            self._sending.release()
+        if must_wake:
+            self.wake()
 
     def run_once(self) -> None:
         self.send_once(_PAUSE if self._outbox else None)
@@ -98,7 +121,13 @@ class Sender(QueueWorker[Call]):
 
     def send_once(self, timeout: float | None) -> None:
         """Waits until a call has something to say or the time is over, then sends what it can."""
-        for call in self.take(timeout):
+        calls = self.take(timeout)
+        with self._sending:
+            self._send(calls)
+
+    def _send(self, calls: Iterable[Call]) -> None:
+        """Sends what calls have to say, and what waits. The lock is held."""
+        for call in calls:
             for frame in _outgoing(call):
                 waiting = self._outbox.setdefault(call.channel.peer, deque())
                 waiting.append(_Waiting(call, frame, time.monotonic()))

@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -75,10 +76,12 @@ class SessionLog:
             exchange.stream = self._new_name(is_standing=not exchange.requests)
         # Who resumes the stream after our end can tell its requests that they got no answer.
         ids = msgspec.json.encode([request.id for request in exchange.requests])
-        return self._append(exchange.stream, ids, is_last=False)
+        return self._append(exchange.stream, [ids], is_last=False)[0]
 
-    def append(self, exchange: Exchange, message: ServerMessage, is_last: bool) -> str | None:
-        return self._append(exchange.stream, _kept(message), is_last)
+    def append(
+        self, exchange: Exchange, messages: Sequence[ServerMessage], is_last: bool
+    ) -> Sequence[str | None]:
+        return self._append(exchange.stream, list(map(_kept, messages)), is_last)
 
     def continue_standing(self, exchange: Exchange, after: str | None, is_taken: bool) -> bool:
         event = None if after is None else self._events.find(self._session_id, after)
@@ -114,15 +117,15 @@ class SessionLog:
         """A stream's name: the child's id, a slash, and a number that is unique for the child."""
         return f"{self._child_id}/{_STANDING if is_standing else ''}{next(self._numbers)}"
 
-    def _append(self, stream: str, data: bytes, is_last: bool) -> str | None:
+    def _append(self, stream: str, events: list[bytes], is_last: bool) -> Sequence[str | None]:
         if self._is_closed or time.monotonic() < self._not_before:
-            return None
+            return [None] * len(events)
         try:
-            return self._events.append(self._session_id, stream, data, is_last)
+            return self._events.append_all(self._session_id, stream, events, is_last)
         except StorageError as error:
             log.debug("events cannot be resumed for now: %s", error)
             self._not_before = time.monotonic() + _PAUSE
-            return None
+            return [None] * len(events)
 
 
 def _kept(message: ServerMessage) -> bytes:

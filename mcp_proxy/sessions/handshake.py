@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -37,9 +37,18 @@ _MAX_UNSENT = 10_000
 MAX_INIT_BODY = 64 * 1024
 
 
-def opened(session_id: str, kind: str, request: Request, response: Response | None) -> Session:
-    """The record of a session that `request` opened; `response` is the answer, if known."""
-    metadata: dict[str, str] = {}
+def opened(
+    session_id: str,
+    kind: str,
+    request: Request,
+    response: Response | None,
+    binding: Mapping[str, str] = {},
+) -> Session:
+    """The record of a session that `request` opened; `response` is the answer, if known.
+
+    `binding` says whose it is (`SessionManager.binding`).
+    """
+    metadata = dict(binding)
     if response is not None:
         metadata[PROTOCOL_VERSION] = jsonrpc.protocol_version_of(response.result) or ""
     body = jsonrpc.encode(request)
@@ -85,20 +94,28 @@ class UnsentInitialized:
         self._lock = threading.Lock()  # guards changes of ids
         self.ids: OrderedDict[str, None] = OrderedDict()
 
-    def keep(self, session_id: str, has_left: Callable[[], bool] | None = None) -> None:
-        """The notification is to be sent to the server from now on.
+    def keep(
+        self,
+        session_id: str,
+        has_left: Callable[[], bool] | None = None,
+        principal: str | None = None,
+    ) -> None:
+        """The notification is to be sent to the server from now on, if the session is the caller's.
 
         Where `has_left` says that the client has left while the record is claimed, or where the
-        store is away, this process alone knows.
+        store is away, this process alone knows; nobody does where it is not known whose it is.
         """
+
+        def changed(session: Session) -> Session | None:
+            if not self._manager.is_own(session, principal):
+                return None
+            return session.with_metadata(**{UNSENT: INITIALIZED})
+
         try:
-            _record(
-                self._manager,
-                session_id,
-                lambda session: session.with_metadata(**{UNSENT: INITIALIZED}),
-                has_left,
-            )
+            _record(self._manager, session_id, changed, has_left)
         except (StorageError, ClientLeft):
+            if principal is not None:
+                return
             with self._lock:
                 self.ids[session_id] = None
                 if len(self.ids) > _MAX_UNSENT:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from mcp_proxy.errors import (
@@ -17,8 +17,10 @@ from mcp_proxy.errors import (
     SessionNotFound,
     SessionUnknown,
 )
+from mcp_proxy.replica import Replica
+from mcp_proxy.sessions.facts import CallerKey
 from mcp_proxy.storage.records import LocalStorage, Storage
-from mcp_proxy.storage.session import Session, minted_by
+from mcp_proxy.storage.session import ENV_DIGEST, PRINCIPAL, Session, minted_by
 from mcp_proxy.wire.headers import MAX_SESSION_ID, SESSION_ID_FORM
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ _MAX_CLAIMS_SEEN = 10_000
 
 
 class SessionManager:
-    """Mints ids, finds records, and tells an ended session from an id that was never issued.
+    """Mints ids, finds records, binds them to callers, and tells an ended session from an id that
+    was never issued.
 
     Without `storage` the records are in memory, for `ttl` seconds after their last use; a `storage`
     has a time to live of its own. `unknown_status` is the HTTP status for an id that was never
@@ -48,8 +51,11 @@ class SessionManager:
             raise ConfigError(f"unknown_status must be 400 or 404, not {unknown_status!r}")
         self.storage = storage if storage is not None else LocalStorage(ttl)
         self._unknown_status = unknown_status
+        #: What stands for callers in records.
+        self.callers = CallerKey(self.storage)
+        #: The process whose nonce the ids have that are minted here.
+        self.replica = Replica()
         self._lock = threading.Lock()  # guards what follows
-        self._boot: tuple[int, str] | None = None
         self._claims_seen: OrderedDict[str, float] = OrderedDict()
         self._claims_left: OrderedDict[str, Session] = OrderedDict()
 
@@ -75,7 +81,7 @@ class SessionManager:
 
     def mint_id(self) -> str:
         """A new id of our own form: a nonce of this process and 128 random bits."""
-        return f"mcp-{self._boot_nonce()}-{secrets.token_hex(16)}"
+        return f"mcp-{self.replica.nonce}-{secrets.token_hex(16)}"
 
     def create(self, session: Session) -> None:
         """Stores a new session; raises SessionExists, StorageError or StorageUnavailable."""
@@ -95,6 +101,46 @@ class SessionManager:
             return self.storage.load(session_id)
         except SessionNotFound:
             self._explain_miss(session_id)
+
+    # --- whose they are --------------------------------------------------------------------------
+
+    def binding(self, principal: str | None, env: bytes | None = None) -> dict[str, str]:
+        """The metadata that bind a record to the principal of this name, and to variables of its
+        caller (`env`); none without either.
+
+        Raises StorageError where the key for it has never been read.
+        """
+        bound = {}
+        if principal is not None:
+            text = principal.encode("utf-8", "replace")
+            bound[PRINCIPAL] = self.callers.digest(b"principal\0" + text)
+        if env is not None:
+            bound[ENV_DIGEST] = self.callers.digest(b"env\0" + env)
+        return bound
+
+    def is_own(self, session: Session, principal: str | None, env: bytes | None = None) -> bool:
+        """Whether a record is bound to the principal of this name, or to none and there is none.
+
+        Without one the variables of the caller have to be the same. Raises as `binding` does.
+        """
+        if principal is None and env is None:
+            return PRINCIPAL not in session.metadata and ENV_DIGEST not in session.metadata
+        return whose(session.metadata) == whose(self.binding(principal, env))
+
+    def require_own(
+        self, session: Session, principal: str | None, env: bytes | None = None
+    ) -> None:
+        """Raises what `load` does for an id that is not known, after the same work, unless the
+        session is this caller's.
+        """
+        if self.is_own(session, principal, env):
+            return
+        if minted_by(session.id) is not None:
+            raise SessionEnded
+        self.storage.issued(session.id)
+        raise self.unknown()
+
+    # --- their records ---------------------------------------------------------------------------
 
     def swap(self, old: Session, new: Session) -> bool:
         """Replaces `old` by `new`; False if the record has changed or the session has ended."""
@@ -139,27 +185,27 @@ class SessionManager:
 
     def _explain_miss(self, session_id: str) -> NoReturn:
         """Raises SessionEnded for an id that was once issued, SessionUnknown otherwise."""
-        nonce = minted_by(session_id)
-        if nonce is not None:
-            self._warn_of_other_process(nonce)
+        if minted_by(session_id) is not None or self.storage.issued(session_id):
             raise SessionEnded
-        if self.storage.issued(session_id):
-            raise SessionEnded
+        raise self.unknown()
+
+    def unknown(self) -> SessionUnknown:
+        """The error of an id that was never issued."""
         unknown = SessionUnknown()
         unknown.status = self._unknown_status
-        raise unknown
+        return unknown
 
-    def _warn_of_other_process(self, nonce: str) -> None:
-        if not self.storage.is_shared and nonce != self._boot_nonce():
+    def warn_of_other_process(self, session_id: str) -> None:
+        """Says in the log what to set where another process has minted an id that is not here."""
+        nonce = minted_by(session_id)
+        if nonce is not None and not self.storage.is_shared and nonce != self.replica.nonce:
             log.warning(
                 "a session id that another process minted was not found in this process's memory: "
-                "after a restart that is normal; with several workers set redis_url, so that they "
-                "share their sessions"
+                "after a restart or a reload that is normal; where several workers serve at once, "
+                "set redis_url, so that they share their sessions"
             )
 
-    def _boot_nonce(self) -> str:
-        """Eight hex digits of this process; a fork gets its own."""
-        with self._lock:
-            if self._boot is None or self._boot[0] != os.getpid():
-                self._boot = (os.getpid(), secrets.token_hex(4))
-            return self._boot[1]
+
+def whose(metadata: Mapping[str, str]) -> str | None:
+    """What decides whose a record is: its principal, without one the variables of its caller."""
+    return metadata.get(PRINCIPAL) or metadata.get(ENV_DIGEST)

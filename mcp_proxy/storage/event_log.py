@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 #: The limits of a session's log: events, bytes of data, and seconds after the last event.
@@ -46,6 +46,19 @@ class EventLog(ABC):
     @abstractmethod
     def append(self, session_id: str, stream: str, data: bytes, is_last: bool) -> str:
         """Logs an event and returns its id, which is later than every one in the session's log."""
+
+    def append_all(
+        self, session_id: str, stream: str, events: Sequence[bytes], is_last: bool
+    ) -> list[str]:
+        """Logs events of one stream, and returns their ids; `is_last` is said of the last one.
+
+        A log that is far away does it in one round trip.
+        """
+        ends = [is_last and number == len(events) for number in range(1, len(events) + 1)]
+        return [
+            self.append(session_id, stream, data, end)
+            for data, end in zip(events, ends, strict=True)
+        ]
 
     @abstractmethod
     def find(self, session_id: str, event_id: str) -> LoggedEvent | None:

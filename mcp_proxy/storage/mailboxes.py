@@ -44,6 +44,10 @@ class Mailboxes(ABC):
     def is_open(self, replica: str) -> bool:
         """Whether a replica has a mailbox."""
 
+    def are_open(self, replicas: Sequence[str]) -> list[bool]:
+        """The same of several; where they are far away in one round trip."""
+        return [self.is_open(replica) for replica in replicas]
+
     @abstractmethod
     def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
         """Puts envelopes into their mailboxes; False for each whose mailbox does not exist."""

@@ -69,6 +69,18 @@ class Storage(ABC):
     def issued(self, session_id: str) -> bool:
         """Whether `create` was called with this id in the last seven days."""
 
+    def keep(self, name: str, value: str, ttl: float) -> str:
+        """Keeps a text of the deployment for `ttl` seconds, and returns it.
+
+        Where there is one of that name the first writer's stands, and is returned. A store that
+        keeps none returns what it was given.
+        """
+        return value
+
+    def kept(self, name: str) -> str | None:
+        """The text of that name, None where there is none, or no longer."""
+        return None
+
     @abstractmethod
     def event_log(self) -> EventLog:
         """The event log of this store's sessions; processes that share the store share it."""
@@ -111,6 +123,9 @@ def require_name(name: object) -> None:
 MAX_ISSUED = 100_000
 
 
+#: The most texts of `keep`, about 20 MB; the oldest go first.
+MAX_KEPT = 100_000
+
 #: The most bytes of records, with what each costs besides; the least recently used end first.
 MAX_RECORDS_BYTES = 64 * 1024 * 1024
 #: What a record costs besides its bytes.
@@ -136,12 +151,13 @@ class LocalStorage(Storage):
         require_seconds("ttl", ttl)
         self.ttl = ttl
         self._clock = clock
-        self._lock = threading.Lock()  # guards _scopes, _entries, _size and _issued
+        self._lock = threading.Lock()  # guards _scopes, _entries, _size, _issued and _kept
         self._scopes: dict[str, LocalStorage] = {}
         # Every write and load moves its record to the end, so the next to expire is the first.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._size = 0  # of all entries
         self._issued: OrderedDict[str, float] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[str, float]] = OrderedDict()  # and until when
         self._events: EventLog = LocalEventLog(min(ttl, KEPT), clock)
 
     def __repr__(self) -> str:
@@ -194,9 +210,43 @@ class LocalStorage(Storage):
         with self._lock:
             self._drop(session_id)
 
+    @property
+    def count(self) -> int:
+        """How many records there are; some may have expired."""
+        return len(self._entries)
+
+    def take_out(self, may_go: Callable[[Session], bool]) -> list[tuple[Session, float]]:
+        """Removes the records that may go; each with the seconds that it has to live.
+
+        `may_go` must be quick.
+        """
+        with self._lock:
+            now = self._sweep()
+            going = [entry for entry in self._entries.values() if may_go(entry.session)]
+            for entry in going:
+                self._drop(entry.session.id)
+            return [(entry.session, entry.expires - now) for entry in going]
+
     def issued(self, session_id: str) -> bool:
         with self._lock:
             return self._issued.get(session_id, 0.0) > self._clock()
+
+    def keep(self, name: str, value: str, ttl: float) -> str:
+        with self._lock:
+            now = self._clock()
+            kept, until = self._kept.get(name, (value, 0.0))
+            if until > now:
+                return kept
+            self._kept[name] = (value, now + ttl)
+            self._kept.move_to_end(name)
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+            return value
+
+    def kept(self, name: str) -> str | None:
+        with self._lock:
+            value, until = self._kept.get(name, (None, 0.0))
+            return value if until > self._clock() else None
 
     def event_log(self) -> EventLog:
         return self._events

@@ -24,6 +24,10 @@ CLAIM = "claim"
 LOST_AT = "lost_at"
 UNSENT = "unsent"
 COOKIES = "cookies"
+PRINCIPAL = "principal"
+KINDS = "kinds"
+MOVED = "moved"
+ENV_DIGEST = "env_digest"
 
 
 #: The member that a shared store adds to a record: a nonce of the write.
@@ -33,8 +37,8 @@ SIGNED = "signed"
 class Session(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown_fields=True):
     """The immutable record of a session, with metadata of strings.
 
-    `type` is `streamable`, `sse` or `mcp`; times are seconds since the epoch. A change is a new
-    record, written with `Storage.swap`.
+    `type` is `streamable`, `sse`, `mcp` or `shared`; times are seconds since the epoch. A change is
+    a new record, written with `Storage.swap`.
     """
 
     id: str

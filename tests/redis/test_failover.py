@@ -93,6 +93,7 @@ def test_sessions_of_two_replicas_go_on(form: WithSentinels, make_storage: MakeS
         assert there.result("count") == {"calls": 2, "pid": pid}
         eventually(lambda: copied(form))
         form.master.kill()
+        eventually(lambda: here.call("echo").failure, message="the owner knows the session on")
         for client in (here, there):
             answer = client.call("count")
             assert (answer.failure, answer.headers["Retry-After"]) == ("store-unavailable", "1")

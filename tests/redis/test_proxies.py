@@ -13,6 +13,7 @@ from tests.redis.conftest import MakeStorage
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.redis_forms import Form
 from tests.support.redis_server import RedisServer
+from tests.support.waiting import eventually
 
 MANY = 3
 
@@ -77,6 +78,7 @@ def test_a_record_that_cannot_be_read_is_a_failure_of_the_store(
         client = McpClient(WsgiFront(p)).open()
         (key,) = admin.scan_iter(f"*session:{client.session}")
         admin.set(key, b"{", px=60_000)
+        eventually(lambda: client.call("echo").failure, message="nobody reads the record")
         answers = [client.call("echo"), client.listen(), client.delete()]
         assert {answer.failure for answer in answers} == {"store-unavailable"}
         assert [answer.status for answer in answers] == [200, 502, 502]

@@ -263,6 +263,33 @@ def test_who_waits_at_a_server_that_becomes_a_replica_gets_a_sentence(
     assert line.startswith(f"[pid={os.getpid()}] the session store is not usable: redis://")
 
 
+def test_a_server_that_has_become_a_replica_is_usable_again_when_it_takes_writes(
+    own_redis: OwnRedis, make_storage: MakeStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers reads all the time. The lease of a replica finds out, where nobody else writes."""
+    server = own_redis()
+    storage = make_storage(server.url)
+    mailboxes = storage.mailboxes()
+    mailboxes.renew("r")
+    with ThreadPoolExecutor(1) as pool, server.client() as admin:
+        waiting = pool.submit(mailboxes.collect, "r", 60)
+        eventually(lambda: admin.info("clients")["blocked_clients"] == 1)
+        _read_only(admin)
+        with pytest.raises(StorageUnavailable):
+            waiting.result(30)
+        for _ in range(2):
+            assert mailboxes.is_open("r")
+            assert mailboxes.collect("r", 0.01) == []
+            assert not storage.swap(record("s"), record("s", a="1"))  # writes nothing
+            assert "usable again" not in caplog.text
+            with pytest.raises(StorageUnavailable, match="READONLY"):
+                mailboxes.renew("r")
+        admin.execute_command("REPLICAOF", "NO", "ONE")
+    assert "usable again" not in caplog.text
+    mailboxes.renew("r")
+    assert "usable again after" in caplog.records[-1].getMessage()
+
+
 def test_a_refusal_within_a_pipeline_quotes_no_commands(
     own_redis: OwnRedis, make_storage: MakeStorage
 ) -> None:
@@ -322,6 +349,57 @@ def test_an_outage_is_logged_at_once_then_once_a_minute_then_when_it_is_over(
     storage.exists("s")
     assert len(caplog.records) == 3
     storage.close()
+
+
+def _fail(connection: Connection, words: str) -> None:
+    with pytest.raises(StorageUnavailable), connection.mapped_errors():
+        raise redis.ConnectionError(words)
+
+
+def _succeed(connection: Connection) -> None:
+    with connection.mapped_errors():
+        pass
+
+
+@pytest.mark.parametrize("cause", ["Connection refused", "Timeout reading from socket"])
+def test_each_outage_has_a_first_line_and_a_last_one(
+    caplog: pytest.LogCaptureFixture, cause: str
+) -> None:
+    """However soon after another one, and whatever its cause is."""
+    now = [0.0]
+    connection = Connection("redis://127.0.0.1:1", 5, lambda: now[0])
+    for now[0] in (0, 1, 2):
+        _fail(connection, "Connection refused")
+    now[0] = 3
+    _succeed(connection)
+    for now[0] in (10, 15, 69, 70, 80):
+        _fail(connection, cause)
+    now[0] = 90
+    _succeed(connection)
+    what = f"[pid={os.getpid()}] the session store is"
+    assert [line.getMessage() for line in caplog.records] == [
+        f"{what} not usable: redis://127.0.0.1:1: Connection refused",
+        f"{what} usable again after 3 s",
+        f"{what} not usable: redis://127.0.0.1:1: {cause}",
+        f"{what} not usable: redis://127.0.0.1:1: {cause}",
+        f"{what} usable again after 80 s",
+    ]
+
+
+def test_one_of_several_servers_that_is_away_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its commands fail between those of the others, and each looks like an outage."""
+    now = [0.0]
+    connection = Connection("redis+cluster://127.0.0.1:1", 5, lambda: now[0])
+    for minute in (1, 2, 3):
+        while now[0] < minute * 60:
+            _fail(connection, "Connection refused")
+            _succeed(connection)
+            now[0] += 0.5
+        lines = [line.getMessage() for line in caplog.records]
+        assert len(lines) == minute * 10
+        assert [" again " in line for line in lines] == [False, True] * 5 * minute
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_lease_is_relied_upon_for_less_time_than_the_store_keeps_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("mcp_proxy.relay.lease._now", lambda: now)
+    monkeypatch.setattr("mcp_proxy.relay.lease.boottime", lambda: now)
     mailboxes = FickleMailboxes(100.0)
     lease = Lease(mailboxes, "own", lambda: None, lambda: None)
     lease.look()

@@ -407,7 +407,11 @@ RECORDED = [
     (Frame("r/1", "r", Kind.CREDIT, 32), "96a3722f31a1720120c2c400"),
     (
         protocol.SendRequests("c", [b"{}"], True, 5.0),
-        "95ac53656e645265717565737473a16391c4027b7dc3cb4014000000000000",
+        "97ac53656e645265717565737473a16391c4027b7dc3cb4014000000000000c280",
+    ),
+    (
+        protocol.SendRequests("c", [b"{}"], True, 5.0, True, {"a": "b"}),
+        "97ac53656e645265717565737473a16391c4027b7dc3cb4014000000000000c381a161a162",
     ),
     (
         protocol.SendOneWay("c", b"{}"),
@@ -433,3 +437,9 @@ RECORDED = [
 @pytest.mark.parametrize(("said", "recorded"), RECORDED)
 def test_what_goes_over_the_wire_stays_what_it_is(said: msgspec.Struct, recorded: str) -> None:
     assert protocol.encode(said).hex() == recorded
+
+
+def test_what_a_replica_of_an_older_version_asks_for_is_understood() -> None:
+    recorded = "95ac53656e645265717565737473a16391c4027b7dc3cb4014000000000000"
+    asked = protocol.decode_to_owner(bytes.fromhex(recorded))
+    assert asked == protocol.SendRequests("c", [b"{}"], True, 5.0)

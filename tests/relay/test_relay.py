@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
-from mcp_proxy.backends.exchange import Exchange
+from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.errors import (
     BackendError,
     BackendLost,
@@ -54,6 +55,58 @@ def test_everything_that_belongs_to_a_call_comes_in_order(client: Node, owner: N
     assert not any(d.is_response for d in deliveries[:-1])
     assert result_of(deliveries[-1]) == "done"
     assert exchange.is_over
+
+
+class _HeldLog:
+    """A log that does not answer before it is told to."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
+        self.may_answer = threading.Event()
+        self.logged: list[bytes] = []
+
+    def begin(self, exchange: Exchange) -> str | None:
+        return None
+
+    def append(
+        self, exchange: Exchange, messages: Sequence[ServerMessage], is_last: bool
+    ) -> Sequence[str | None]:
+        self.is_asked.set()
+        assert self.may_answer.wait(PATIENCE)
+        self.logged += [message.data for message in messages]
+        return [f"e{number}" for number in range(len(messages))]
+
+    def missed(self, exchange: Exchange, after: str) -> list[ServerMessage]:
+        return []
+
+    def continue_standing(self, exchange: Exchange, after: str | None, is_taken: bool) -> bool:
+        return True
+
+    def read_on(self, exchange: Exchange) -> None:
+        exchange.end()
+
+
+def test_a_stream_that_is_being_logged_holds_no_other_call_up(client: Node, owner: Node) -> None:
+    log = _HeldLog()
+
+    def talk(played: ScriptedCall, requests: object) -> None:
+        played.exchange.attach(played, log)
+        played.say(b"first")
+
+    owner.child.scripts["talk"] = talk
+    stream = sent(client.reach(owner), [call("talk")], True, 60)
+    assert log.is_asked.wait(PATIENCE)
+    assert client.ask(owner, call("add")) == "add"
+    played = owner.child.exchanges[0]
+    for number in range(100):
+        played.say(b"%d" % number)
+    played.answer("done")
+    log.may_answer.set()
+    deliveries = received(stream, 102)
+    assert [one.data for one in deliveries[:-1]] == [b"first", *(b"%d" % n for n in range(100))]
+    assert result_of(deliveries[-1]._replace(event_id=None)) == "done"
+    assert log.logged[-1] == deliveries[-1].data
+    eventually(lambda: client.calls == owner.calls == 0)
 
 
 def test_each_request_of_a_batch_is_answered(client: Node, owner: Node) -> None:

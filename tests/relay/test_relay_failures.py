@@ -17,6 +17,7 @@ from mcp_proxy.errors import BackendError, BackendLost, BackendUnreached, Storag
 from mcp_proxy.redis.client import Connection
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.relay import protocol
+from mcp_proxy.relay.protocol import Kind
 from mcp_proxy.storage.mailboxes import Envelope, LocalMailboxes, Mailboxes
 from mcp_proxy.wire.jsonrpc import Notification
 from tests.relay.scene import PATIENCE, Node, Scene
@@ -292,17 +293,17 @@ def test_who_sees_that_the_mailbox_has_gone_waits_for_what_is_refused(
     client, owner = pair.nodes
     asked: list[Exchange] = []
     has_looked, may_look_again = threading.Event(), threading.Event()
-    is_open = mailboxes[0].is_open
+    are_open = mailboxes[0].are_open
 
-    def look(replica: str) -> bool:
-        found = is_open(replica)
-        if not found and has_looked.is_set():
+    def look(replicas: Sequence[str]) -> list[bool]:
+        found = are_open(replicas)
+        if not all(found) and has_looked.is_set():
             may_look_again.wait(PATIENCE)
-        if not found:
+        if not all(found):
             has_looked.set()
         return found
 
-    mailboxes[0].is_open = look  # type: ignore[method-assign]
+    mailboxes[0].are_open = look  # type: ignore[method-assign]
     removal.before = lambda: removal.expect(
         lambda: asked.append(sent(client.reach(owner), [call("late")], False, 60))
     )
@@ -444,7 +445,8 @@ def _lose_a_letter(mailboxes: LocalMailboxes, client: Node, hosted: ScriptedCall
     hosted.say(b"something")
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
-        if mailboxes.collect(client.replica.id, 0):
+        frames = map(protocol.decode_frame, filter(None, mailboxes.collect(client.replica.id, 0)))
+        if any(frame.kind == Kind.PIECE for frame in frames):  # and no answer to a probe
             mailboxes.remove(client.replica.id)
             return True
     return False
@@ -489,3 +491,36 @@ def test_a_mailbox_that_somebody_deleted_is_opened_again(
         assert owner.lapsed.wait(PATIENCE)
         assert admin.pttl(key) > 0
         assert client.ask(owner, call("add")) == "add"
+
+
+class Looked(FickleMailboxes):
+    """Mailboxes that note which of them were looked at, and how many together."""
+
+    def __init__(self) -> None:
+        super().__init__(60.0)
+        self.looked_at: set[str] = set()
+        self.together = 0
+
+    def are_open(self, replicas: Sequence[str]) -> list[bool]:
+        self.looked_at.update(replicas)
+        self.together = max(self.together, len(replicas))
+        return super().are_open(replicas)
+
+
+def test_many_replicas_are_looked_at_together_and_by_turns() -> None:
+    mailboxes = Looked()
+    node = Node(mailboxes)
+    names = [f"replica-{number:03}" for number in range(150)]
+    with closing(node.relay):
+        for name in names:
+            mailboxes.renew(name)
+        exchanges = [
+            sent(node.relay.backend(name, "child"), [call("silent")], False, 60) for name in names
+        ]
+        eventually(lambda: mailboxes.looked_at.issuperset(names), PATIENCE)
+        assert 10 < mailboxes.together <= 65  # one is looked at a second time
+        mailboxes.remove("replica-077")
+        delivery = exchanges[77].receive(PATIENCE)
+        assert delivery is not None
+        assert type(delivery.failure) is BackendLost
+        assert [one.poll() for one in exchanges if one is not exchanges[77]] == [None] * 149

@@ -328,3 +328,80 @@ def test_stop_does_not_wait_for_a_store_that_is_away(scene: Scene) -> None:
 
 def test_a_sender_that_never_started_can_be_stopped() -> None:
     Sender(FickleMailboxes(LONG), Judge()).stop(5)
+
+
+class Noting(FickleMailboxes):
+    """Mailboxes that note which thread posts; a test may hold the first post up."""
+
+    def __init__(self) -> None:
+        super().__init__(LONG)
+        self.by: list[threading.Thread] = []
+        self.is_under_way = threading.Event()
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def post(self, envelopes: Sequence[Envelope]) -> list[bool]:
+        self.by.append(threading.current_thread())
+        self.is_under_way.set()
+        assert self.may_go_on.wait(20)
+        return super().post(envelopes)
+
+
+@pytest.fixture
+def noting() -> Iterator[tuple[Noting, Sender]]:
+    """Mailboxes that note who posts, and a sender that runs."""
+    mailboxes = Noting()
+    mailboxes.renew("b")
+    sender = Sender(mailboxes, Judge())
+    sender.start()
+    yield mailboxes, sender
+    mailboxes.may_go_on.set()
+    sender.stop(5)
+
+
+def test_a_call_that_is_alone_is_sent_by_the_thread_that_has_it(
+    noting: tuple[Noting, Sender],
+) -> None:
+    mailboxes, sender = noting
+    talk = Talk("c", "b")
+    talk.channel.put(b"1")
+    sender.send(talk)
+    assert [frame.data for frame in mailboxes.posted] == [b"1"]
+    assert mailboxes.by == [threading.current_thread()]
+    assert talk.channel.delivered is Delivered.YES
+
+
+def test_calls_that_come_while_one_is_sent_leave_together_and_wait_for_nobody(
+    noting: tuple[Noting, Sender],
+) -> None:
+    mailboxes, sender = noting
+    mailboxes.may_go_on.clear()
+    talks = [Talk(str(number), "b") for number in range(5)]
+    for talk in talks:
+        talk.channel.put(b"1")
+    first = threading.Thread(target=sender.send, args=talks[:1])
+    first.start()
+    assert mailboxes.is_under_way.wait(5)
+    for talk in talks[1:]:
+        sender.send(talk)
+    mailboxes.may_go_on.set()
+    eventually(lambda: len(mailboxes.posted) == 5)
+    assert [frame.channel for frame in mailboxes.posted] == ["0", "1", "2", "3", "4"]
+    assert threading.current_thread() not in mailboxes.by
+    first.join(5)
+
+
+def test_what_a_thread_could_not_send_itself_is_sent_later(
+    noting: tuple[Noting, Sender],
+) -> None:
+    mailboxes, sender = noting
+    mailboxes.is_away = True
+    talk = Talk("c", "b")
+    talk.channel.put(b"1")
+    sender.send(talk)
+    talk.channel.put(b"2")
+    sender.send(talk)
+    assert mailboxes.by.count(threading.current_thread()) == 1
+    mailboxes.is_away = False
+    eventually(lambda: [frame.data for frame in mailboxes.posted] == [b"1", b"2"])
+    assert talk.lost == []

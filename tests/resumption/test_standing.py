@@ -30,7 +30,7 @@ def read(answer: Answer, count: int) -> list[Event]:
 
 def unwatched(several: Replicas) -> None:
     """Waits until the owner knows that nobody listens."""
-    (bridge,) = several[0].app.owner.bridges
+    (bridge,) = several[0].app.owner.backends
     eventually(lambda: not bridge.is_watched)
 
 

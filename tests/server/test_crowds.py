@@ -15,9 +15,18 @@ import pytest
 from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live.connections import Connection
 from tests.server.test_full_worker import get, taken
-from tests.server.test_worker import WORKER, Held, serving
+from tests.server.test_limits import open_files
+from tests.server.test_slow_clients import HALF_HEAD
+from tests.server.test_worker import GUNICORN, WORKER, Held, serving
 from tests.support.proxy_process import ProxyProcess
 from tests.support.waiting import eventually
+
+WITH_FEW_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+sys.argv[0] = "gunicorn"
+runpy.run_module("gunicorn", run_name="__main__")
+"""
 
 CROWDED = ("-m", "gunicorn", "-c", "python:tests.live.crowded_gunicorn", "-k", WORKER)
 
@@ -125,8 +134,8 @@ def test_where_there_are_too_many_connections_the_request_without_progress_goes(
             half.send_raw(b"GET / HTTP/1.1\r\n")
             halves.append(half)
             pass_by(0.01)
-        with closing(held.connect()) as other:
-            assert other.ask("/").status == 200
+        other = stack.enter_context(closing(held.connect()))
+        assert other.ask("/").status == 200
         assert halves[0].read().status == 408
         halves[-1].send_raw(b"Host: localhost\r\n\r\n")
         assert halves[-1].read().status == 200
@@ -141,10 +150,99 @@ def test_where_there_are_too_many_connections_the_one_idle_for_longest_goes(
         for connection in kept:
             assert connection.ask("/").status == 200
             pass_by(0.2)  # a thread stays for a moment
+        pass_by(1)
         taken(held, stack, 4)
-        with closing(held.connect()) as other:
-            get(other, "/probe")
-            assert other.read().status == 200
+        stack.enter_context(closing(held.connect())).send_raw(HALF_HEAD)  # which is new
         assert kept[0].is_closed_by_server()
         get(kept[-1], "/probe")
         assert kept[-1].read().status == 200
+
+
+FEW = ("--threads", "4", "--worker-connections", "8", "--keep-alive", "60")
+
+#: What a client of a crowd sends, and what it then has.
+CROWDS = {"silent": b"", "half": HALF_HEAD, "kept": b"GET /probe HTTP/1.1\r\nHost: a\r\n\r\n"}
+
+
+def crowd(held: Held, stack: ExitStack, data: bytes, size: int) -> list[Connection]:
+    """So many connections at once, each of which sends that."""
+    made = [stack.enter_context(closing(held.connect())) for _ in range(size)]
+    for connection in made:
+        connection.send_raw(data)
+    return made
+
+
+def probe_for(held: Held, seconds: float) -> float:
+    """The longest time that a new client's probe took meanwhile."""
+    slowest, end = 0.0, time.monotonic() + seconds
+    while (before := time.monotonic()) < end:
+        with closing(held.connect()) as probe:
+            get(probe, "/probe")
+            assert probe.read().status == 200
+        slowest = max(slowest, time.monotonic() - before)
+    return slowest
+
+
+@pytest.mark.parametrize("kind", CROWDS)
+def test_new_clients_are_served_at_once_beyond_the_bound_of_connections(
+    tmp_path: Path, kind: str
+) -> None:
+    with serving(tmp_path, *FEW) as held, ExitStack() as stack:
+        many = crowd(held, stack, CROWDS[kind], 200)
+        assert probe_for(held, 3) < 2  # half a second, on a machine with time for it
+        if kind == "half":
+            assert many[0].read().status == 408
+        with closing(held.connect()) as other:
+            assert other.ask("/").status == 200
+        if kind == "kept":
+            answers = [connection.read() for connection in many]
+            assert {answer.status for answer in answers} == {200}
+            kept = [a for a in answers if a.headers.get("Connection") != "close"]
+            assert len(kept) <= 8  # nobody has to be closed: so many are not kept
+        else:
+            assert held.process.log().count("The worker has more than 8 connections") == 1
+
+
+def test_beyond_the_bound_of_connections_no_more_are_closed_than_have_to_be(tmp_path: Path) -> None:
+    with serving(tmp_path, *FEW) as held, ExitStack() as stack:
+        old = crowd(held, stack, HALF_HEAD, 6)
+        pass_by(0.3)
+        new = crowd(held, stack, HALF_HEAD, 6)
+        pass_by(3)
+        for connection in (*old[4:], *new):
+            connection.send_raw(b"Length: 0\r\n\r\n")
+        assert [connection.read().status for connection in old] == [408] * 4 + [200] * 2
+        assert [connection.read().status for connection in new] == [200] * 6
+
+
+def test_where_requests_alone_are_as_many_as_there_may_be_connections_the_next_are_refused(
+    tmp_path: Path,
+) -> None:
+    options = ("--threads", "1", "--worker-connections", "4")
+    with serving(tmp_path, *options) as held, ExitStack() as stack:
+        taken(held, stack, 1)
+        queued = crowd(held, stack, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", 3)
+        assert probe_for(held, 0.5) < 2
+        with closing(held.connect()) as other:
+            other.send("/")
+            assert other.read_head().headers["X-Overloaded"] == "yes"
+        held.release()
+        assert [connection.read().status for connection in queued] == [200] * 3
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CROWDS)
+def test_files_are_kept_back_however_many_clients_come(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, way=("-c", WITH_FEW_FILES, *GUNICORN[2:])) as held, ExitStack() as stack:
+        crowd(held, stack, CROWDS[kind], 400)
+        (worker,) = held.process.worker_pids()
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            assert open_files(worker) < 200 - 48
+            pass_by(0.05)
+        assert probe_for(held, 1) < 2
+        assert "No file descriptors" not in held.process.log()
+        assert "Traceback" not in held.process.log()
+        assert held.process.worker_pids() == [worker]

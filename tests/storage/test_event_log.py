@@ -84,6 +84,19 @@ class TestAppending:
         assert log.find("s", event_id) == event
         assert log.read("s", None, 0) == [event]
 
+    def test_several_events_are_logged_as_one_after_the_other(self, log: EventLog) -> None:
+        before = append(log, b"before")
+        texts = [b"%d" % number for number in range(64)]
+        ids = log.append_all("s", "b", texts, True)
+        events = everything(log)
+        assert [event.id for event in events] == before + ids
+        assert events[1:] == [
+            LoggedEvent(event_id, "b", text, text == b"63")
+            for event_id, text in zip(ids, texts, strict=True)
+        ]
+        assert log.append_all("s", "c", [b"1", b"2"], False) == [e.id for e in everything(log)[-2:]]
+        assert not any(event.is_last for event in everything(log)[-2:])
+
     def test_ids_are_strings_that_a_client_can_send_back(self, log: EventLog) -> None:
         for event_id in append(log, b"1", b"2"):
             assert event_id.isascii()

@@ -48,6 +48,8 @@ class TestLife:
         assert mailboxes.is_open("a") is True
         assert mailboxes.renew("a") is True
         assert mailboxes.is_open("b") is False
+        mailboxes.renew("c")
+        assert mailboxes.are_open(["c", "b", "a"]) == [True, False, True]
 
     def test_it_lapses_when_it_is_not_renewed(self, office: Office) -> None:
         office.mailboxes.renew("a")

@@ -115,6 +115,15 @@ def test_issued_ids_are_bounded_and_the_oldest_is_forgotten_first(
     assert held(storage) == (4, 3)
 
 
+def test_texts_that_are_kept_are_bounded_and_the_oldest_goes_first(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MAX_KEPT", 3)
+    for name in ("a", "b", "c", "d"):
+        storage.keep(name, name, 60)
+    assert [storage.kept(name) for name in "abcd"] == [None, "b", "c", "d"]
+
+
 def test_an_id_that_is_issued_again_counts_as_new(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import msgspec
 import pytest
@@ -485,3 +486,41 @@ def test_redis_does_whatever_memory_does(
 def _forget(admin: redis.Redis, prefix: str) -> None:
     for key in admin.scan_iter(f"{prefix}*"):
         admin.delete(key)
+
+
+class TestKeep:
+    """`keep` has the first writer's text stand for its time."""
+
+    def test_what_is_kept_is_found_for_its_time(self, house: House) -> None:
+        assert house.storage.kept("n") is None
+        assert house.storage.keep("n", "é 1", 10) == "é 1"
+        assert house.storage.kept("n") == "é 1"
+        house.pass_time(9)
+        assert house.storage.kept("n") == "é 1"
+        house.pass_time(2)
+        assert house.storage.kept("n") is None
+
+    def test_the_first_writers_text_stands(self, house: House) -> None:
+        assert house.storage.keep("n", "first", 10) == "first"
+        assert house.storage.keep("n", "second", 1000) == "first"
+        house.pass_time(11)
+        assert house.storage.keep("n", "third", 10) == "third"
+        assert house.storage.kept("n") == "third"
+
+    def test_of_many_at_once_one_stands(self, storage: Storage) -> None:
+        values = [str(number) for number in range(THREADS)]
+        found = run_together([partial(storage.keep, "n", value, 60.0) for value in values])
+        assert set(found) == {storage.kept("n")}
+
+    def test_names_of_scopes_do_not_meet(self, storage: Storage) -> None:
+        one, other = storage.scoped("one"), storage.scoped("other")
+        assert one.keep("n", "a", 60) == "a"
+        assert (other.kept("n"), storage.kept("n")) == (None, None)
+        assert other.keep("n", "b", 60) == "b"
+        assert one.kept("n") == "a"
+
+    def test_a_text_is_no_session(self, storage: Storage) -> None:
+        storage.keep("s", "text", 60)
+        assert not storage.exists("s")
+        storage.create(record("t"))
+        assert storage.kept("t") is None

@@ -1,0 +1,196 @@
+"""What goes on just now, for an operator's page: servers, workers, sessions, failures.
+
+Each worker writes its part into memory that the workers share, once a second while somebody looks.
+Whoever is asked puts the parts together. What clients and servers say of themselves is cut where it
+is noted; the page shows it as text and never as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import socket
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mcp_proxy.metrics import (
+    BOUNDS,
+    CHILDREN,
+    OPERATIONS,
+    SESSIONS,
+    STREAMS,
+    STREAMS_LEFT,
+    Counters,
+    Health,
+    Metric,
+    MetricsPage,
+)
+from mcp_proxy.recent import FailureNote, SessionNote
+from mcp_proxy.shared_texts import LONGEST
+from mcp_proxy.wire.headers import Headers
+
+#: Seconds after a look for which workers write.
+LOOKED = 10.0
+
+# Sessions and failures of a worker that are shown, and fewer where their texts are long.
+_SHOWN = (50, 20, 5, 0)
+
+_SHOWN_AT_ONCE = 100  # sessions on the page
+
+_PAGE = Path(__file__).parent / "page.html"
+_INLINE = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
+
+
+class ServerPart(msgspec.Struct):
+    """A server as one worker sees it; `reason` says what is wrong with it."""
+
+    name: str
+    what: str
+    state: str
+    reason: str = ""
+
+
+class WorkerPart(msgspec.Struct):
+    """What one worker says of itself. `began` is in seconds since 1970."""
+
+    pid: int
+    began: float
+    threads: int
+    numbers: dict[str, float]
+    servers: list[ServerPart]
+    sessions: list[SessionNote]
+    failures: list[FailureNote]
+
+
+_parts = msgspec.json.Decoder(WorkerPart)
+
+
+def write(counters: Counters, part: WorkerPart) -> None:
+    """Has other workers see the part of this one, with as many sessions and failures as there is
+    room for.
+    """
+    for shown in _SHOWN:
+        part.sessions = counters.recent.sessions(shown)
+        part.failures = part.failures[:shown]
+        text = msgspec.json.encode(part)
+        if len(text) <= LONGEST:
+            counters.page.texts.write(counters.number, text)
+            return
+
+
+def numbers_of(gauges: Mapping[Metric, float]) -> dict[str, float]:
+    """The gauges that the page shows, by short names."""
+    names = {SESSIONS: "sessions", STREAMS: "streams", STREAMS_LEFT: "streams_left"}
+    names[CHILDREN] = "children"
+    return {name: gauges.get(metric, 0) for metric, name in names.items()}
+
+
+def document(page: MetricsPage, version: str) -> bytes:
+    """Everything that the workers say, and what they have counted so far, as JSON.
+
+    `silent` is how many have not said how they are: workers look once somebody has begun to.
+    """
+    parts: dict[int, WorkerPart] = {}
+    healths = page.health()
+    for slot in healths:
+        if text := page.texts.read(slot):
+            parts[slot] = _parts.decode(text)
+    workers = [_worker(slot, healths[slot], part) for slot, part in sorted(parts.items())]
+    sessions = [
+        {"worker": slot, **msgspec.structs.asdict(note)}
+        for slot, part in parts.items()
+        for note in part.sessions
+    ]
+    sessions.sort(key=lambda note: note["last"], reverse=True)
+    failures = [
+        {"worker": slot, **msgspec.structs.asdict(note)}
+        for slot, part in parts.items()
+        for note in part.failures
+    ]
+    failures.sort(key=lambda note: note["at"], reverse=True)
+    told = {
+        "host": socket.gethostname(),
+        "version": version,
+        "now": time.time(),
+        "workers": workers,
+        "silent": sum(healths[slot] is Health.UNKNOWN or slot not in parts for slot in healths),
+        "servers": _servers(parts, _counted(page)),
+        "sessions": sessions[:_SHOWN_AT_ONCE],
+        "failures": failures[:_SHOWN_AT_ONCE],
+    }
+    return msgspec.json.encode(told)
+
+
+def _worker(slot: int, health: Health, part: WorkerPart) -> dict[str, Any]:
+    return {
+        "worker": slot,
+        "pid": part.pid,
+        "began": part.began,
+        "health": health.name.lower().replace("_", " "),
+        "threads": part.threads,
+        **part.numbers,
+    }
+
+
+def _servers(
+    parts: Mapping[int, WorkerPart], counted: Mapping[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Each server once: its worst state, with the reason, and its counts since the start."""
+    found: dict[str, ServerPart] = {}
+    for part in parts.values():
+        for server in part.servers:
+            if server.name not in found or server.state != "ok":
+                found[server.name] = server
+    return [
+        {**msgspec.structs.asdict(server), **counted.get(name, {"calls": 0, "errors": 0})}
+        for name, server in found.items()
+    ]
+
+
+def _counted(page: MetricsPage) -> dict[str, dict[str, float]]:
+    """Operations of each server, those that failed, and the seconds that all have taken."""
+    found: dict[str, dict[str, float]] = {}
+    for key, numbers in page.read().items():
+        if key.metric is OPERATIONS:
+            server, _, _, error_type = key.labels
+            known = found.setdefault(server, {"calls": 0, "errors": 0, "seconds": 0})
+            count = sum(numbers[: len(BOUNDS) + 1])
+            known["calls"] += count
+            known["errors"] += count if error_type else 0
+            known["seconds"] += numbers[-1]
+    return found
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+@cache
+def html() -> bytes:
+    """The page, which has no external parts and asks for status.json again and again."""
+    return _PAGE.read_bytes()
+
+
+@cache
+def html_headers() -> Headers:
+    """Its headers: nothing runs or is loaded that is not written in it."""
+    hashes: dict[str, str] = {}
+    for kind, text in _INLINE.findall(html().decode()):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        hashes[kind] = f"'sha256-{digest}'"
+    policy = (
+        f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return [
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-store"),
+    ]

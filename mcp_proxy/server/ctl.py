@@ -1,0 +1,121 @@
+"""The command `mcp-wsgi-proxy ctl`: what an operator asks of a proxy that runs, and tells it.
+
+It talks to `ctl_socket`, which the proxy's user alone can open.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from typing import Any
+from urllib.parse import quote
+
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.edge.logs import visible
+from mcp_proxy.errors import ConfigError
+
+# Seconds for an answer, for all workers to have done what they were told, and to have said what
+# they do.
+_ANSWERED = 10.0
+_DONE = 15.0
+_WRITTEN = 3.0
+
+_POLL = 0.1
+
+_SENTENCES = {
+    "ended": "the session is ended",
+    "unknown": "no such session",
+    "failed": "the session could not be ended; the log of the proxy says why",
+    "pending": "not all workers have answered in time",
+}
+
+
+def ctl(config: ProxyConfig, word: str, session_id: str = "") -> int:
+    """Does what the command says and prints what came of it; the exit code.
+
+    Raises ConfigError where the proxy cannot be reached.
+    """
+    if config.ctl_socket is None:
+        raise ConfigError("ctl needs the setting ctl_socket, as the proxy has it")
+    proxy = _Proxy(config.ctl_socket)
+    if word == "status":
+        _show(_status(proxy))
+        return 0
+    order = proxy.ask("POST", f"/orders?session={quote(session_id, safe='')}")["order"]
+    until, outcome = time.monotonic() + _DONE, "pending"
+    while outcome == "pending" and time.monotonic() < until:
+        time.sleep(_POLL)
+        outcome = proxy.ask("GET", f"/orders?order={order}")["outcome"]
+    print(_SENTENCES[outcome])
+    return 0 if outcome == "ended" else 1
+
+
+def _status(proxy: _Proxy) -> Any:
+    """What goes on, as all workers say, or as many as do in time."""
+    until = time.monotonic() + _WRITTEN
+    while (told := proxy.ask("GET", "/status"))["silent"] and time.monotonic() < until:
+        time.sleep(_POLL)
+    return told
+
+
+class _Proxy:
+    """The proxy that listens at a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def ask(self, method: str, target: str) -> Any:
+        """What it answers; raises ConfigError where that is nothing of use."""
+        connection = _UnixConnection(self._path)
+        try:
+            connection.request(method, target, headers={"Content-Length": "0"})
+            answer = connection.getresponse()
+            body = answer.read()
+            if answer.status >= 300:
+                raise ConfigError(f"the proxy answered {answer.status}: {body.decode()}")
+            return json.loads(body)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ConfigError(f"no proxy answers at {self._path}: {error}") from error
+        finally:
+            connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_ANSWERED)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connects to the path instead of a host and a port."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _show(told: Any) -> None:
+    """Prints what goes on, a line for each thing; what others say of themselves cannot hide any."""
+    now = told["now"]
+    for each in told["servers"]:
+        reason = f": {each['reason']}" if each["reason"] else ""
+        _line(f"server  {each['name']}  {each['state']}{reason}  calls={each['calls']:.0f}")
+    for each in told["workers"]:
+        _line(
+            f"worker  {each['worker']}  {each['health']}  pid={each['pid']} "
+            f"sessions={each['sessions']:.0f} streams={each['streams']:.0f} "
+            f"children={each['children']:.0f}"
+        )
+    for each in told["sessions"]:
+        _line(
+            f"session ...{each['id']}  {each['server']}  {each['client']}  "
+            f"calls={each['calls']} used {now - each['last']:.0f} s ago  {each['error']}"
+        )
+    for each in told["failures"]:
+        _line(f"failure {each['server']}  {now - each['at']:.0f} s ago: {each['reason']}")
+        for line in each["stderr"]:
+            _line(f"        {line}")
+
+
+def _line(text: str) -> None:
+    print(visible(text).rstrip())

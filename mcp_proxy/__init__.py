@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mcp_proxy.app import Application, create_app
+    from mcp_proxy.auth.principal import Principal
     from mcp_proxy.config import ProxyConfig, ProxyOptions
     from mcp_proxy.errors import (
         BackendDraining,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         ConfigError,
         ConnectionBroken,
         Draining,
+        NotPermitted,
         Overloaded,
         ProxyError,
         SessionEnded,
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
         SessionUnknown,
         StorageError,
         StorageUnavailable,
+        Unauthenticated,
     )
     from mcp_proxy.redis.storage import RedisStorage
-    from mcp_proxy.servers import HttpServer, StdioServer, demo_server
+    from mcp_proxy.servers import HttpServer, StdioServer, UnservedServer, demo_server
     from mcp_proxy.sessions.manager import SessionManager
     from mcp_proxy.storage.event_log import EventLog, LoggedEvent
     from mcp_proxy.storage.mailboxes import Envelope, Mailboxes
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from mcp_proxy.transparent.proxy import TransparentProxy
     from mcp_proxy.transports.sse import SSEProxy
     from mcp_proxy.transports.streamable import StreamableProxy
+    from mcp_proxy.wire.tools import ToolFilter
 
 __version__ = "0.1.0"
 
@@ -58,6 +62,7 @@ _ERRORS = (
     "ConfigError",
     "ConnectionBroken",
     "Draining",
+    "NotPermitted",
     "Overloaded",
     "ProxyError",
     "SessionEnded",
@@ -66,6 +71,7 @@ _ERRORS = (
     "SessionUnknown",
     "StorageError",
     "StorageUnavailable",
+    "Unauthenticated",
 )
 
 # Where each public name is defined: it is imported when it is first asked for (PEP 562), so that
@@ -78,6 +84,7 @@ _HOMES = {
     "LocalStorage": "storage.records",
     "LoggedEvent": "storage.event_log",
     "Mailboxes": "storage.mailboxes",
+    "Principal": "auth.principal",
     "ProxyConfig": "config",
     "ProxyOptions": "config",
     "RedisStorage": "redis.storage",
@@ -87,7 +94,9 @@ _HOMES = {
     "StdioServer": "servers",
     "Storage": "storage.records",
     "StreamableProxy": "transports.streamable",
+    "ToolFilter": "wire.tools",
     "TransparentProxy": "transparent.proxy",
+    "UnservedServer": "servers",
     "create_app": "app",
     "demo_server": "servers",
     **dict.fromkeys(_ERRORS, "errors"),
@@ -114,7 +123,9 @@ __all__ = [
     "LocalStorage",
     "LoggedEvent",
     "Mailboxes",
+    "NotPermitted",
     "Overloaded",
+    "Principal",
     "ProxyConfig",
     "ProxyError",
     "ProxyOptions",
@@ -131,7 +142,10 @@ __all__ = [
     "StorageError",
     "StorageUnavailable",
     "StreamableProxy",
+    "ToolFilter",
     "TransparentProxy",
+    "Unauthenticated",
+    "UnservedServer",
     "__version__",
     "create_app",
     "demo_server",

@@ -3,77 +3,137 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from msgspec.structs import replace
-from werkzeug.middleware.dispatcher import DispatcherMiddleware
-
+from mcp_proxy import metrics, shared_text
+from mcp_proxy.auth.access_tokens import AT_ONCE, AccessTokens
+from mcp_proxy.auth.authenticator import Authenticator
+from mcp_proxy.auth.caller_env import EnvFor
+from mcp_proxy.auth.principal import Authenticate
+from mcp_proxy.background import Periodic
 from mcp_proxy.config import ProxyConfig, require_seconds, script_name
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.readiness import Part, Readiness, Weight, state_of
 from mcp_proxy.edge.reply import Reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, with_path
-from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, NoThread
-from mcp_proxy.ownership.owner import Owner, ReplicaParts
-from mcp_proxy.servers import HttpServer, Server, StdioServer
-from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.errors import ConfigError, NoThread, ProxyError
+from mcp_proxy.metrics import Metric
+from mcp_proxy.monitoring.endpoints import About, Monitoring, alive
+from mcp_proxy.monitoring.front_page import front_page, is_for_browser
+from mcp_proxy.monitoring.orders import Orders, Outcome
+from mcp_proxy.mounts import Mounts, path_of
+from mcp_proxy.ownership.memory import Memory
+from mcp_proxy.ownership.owner import ReplicaParts
+from mcp_proxy.server_table import ServerTable, decode, require_servers
+from mcp_proxy.servers import Server, UnservedServer
+from mcp_proxy.shared_text import SharedText
 from mcp_proxy.storage.records import LocalStorage, Storage
-from mcp_proxy.transparent.proxy import TransparentProxy
 from mcp_proxy.transports.base import SHUTTING_DOWN, Transport, drain, store_reason
-from mcp_proxy.transports.sse import SSEProxy
-from mcp_proxy.transports.stdio import StdioTransport
-from mcp_proxy.transports.streamable import StreamableProxy
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-# By their names in the configuration: the path below a server's mount, and the class.
-_STDIO_TRANSPORTS: dict[str, tuple[str, type[StdioTransport]]] = {
-    "streamable": ("/mcp", StreamableProxy),
-    "sse": ("", SSEProxy),
-}
+log = logging.getLogger(__name__)
+
+# Seconds between two looks at what the master has published, and at what is about to end.
+_LOOK = 1.0
 
 
 class Application:
     """The proxy as one WSGI application: `/mcp` or `/servers/<name>/mcp`, and health.
 
-    Nothing starts before the first request. `drain` and `close` may be called from any thread. As a
-    context manager it is closed at the end of the block. The constructor raises ConfigError.
+    `authenticate` says who calls; without it, and without `api_keys`, everybody is served.
+    `env_for` says which variables stdio servers get of their caller, beside those of `env_from`.
+    Nothing starts before the first request. `reload`, `drain` and `close` may be called from any
+    thread. As a context manager it is closed at the end of the block. The constructor raises
+    ConfigError.
+
+    Under gunicorn with our hooks the servers of a file are those that gunicorn's master has
+    published (`shared_text`): the file is read here only where no master has.
     """
 
-    def __init__(self, config: ProxyConfig) -> None:
+    def __init__(
+        self,
+        config: ProxyConfig,
+        authenticate: Authenticate | None = None,
+        env_for: EnvFor | None = None,
+    ) -> None:
         if not isinstance(config, ProxyConfig):
             raise ConfigError(f"config must be ProxyConfig(...), not {type(config).__name__}")
         self.config = config
         self._storage = storage_of(config)
         #: What this process is to other replicas, and its children.
         self.parts = ReplicaParts(self._storage.mailboxes())
-        self.edge = Edge(config, self.parts.workers)
-        self._mounts = {server.name: self._transports_of(server) for server in config.servers()}
-        #: The transports that are asked for a server's health, by the server's name.
-        self.proxies = {name: next(iter(mounts.values())) for name, mounts in self._mounts.items()}
-        self._front = self._dispatcher(lambda transport: transport)
-        self._refusing = self._dispatcher(lambda transport: transport.overloaded)
+        workers = self.parts.workers
+        self._tokens = AccessTokens.of(config, partial(path_of, config), workers)
+        is_alone = authenticate is None and config.api_keys is None
+        self._weight_of_tokens = Weight.ESSENTIAL if is_alone else Weight.USEFUL
+        authenticator = Authenticator.of(config, authenticate, workers, self._tokens)
+        self.edge = Edge(config, workers, authenticator)
+        self._reloading = threading.Lock()  # guards changes of what follows
+        self._generation = 0  # of the published text that is served
+        self._text = self._published()
+        self._has_begun = False
+        self._table = self._first_table()
+        self._log_broken()
+        self._looker = Periodic("mcp-reload", _LOOK, self._look_again, workers)
+        self._looker.is_essential = False
+        resource = None if self._tokens is None else self._tokens.resource
+        #: The transports of all servers.
+        self.mounts = Mounts(
+            config, self._storage, self.parts, self.edge, self._table.servers, resource, env_for
+        )
+        self.edge.endpoints = self.endpoints
+        #: The sessions, where they are in the memory of this process alone.
+        self.memory: Memory | None = self.mounts.memory
         #: What /readyz says.
         self.readiness = Readiness(self._look, lambda: self.edge.is_draining)
+        #: What the admin socket serves.
+        self.monitoring = Monitoring(
+            self.edge,
+            self.readiness,
+            self._gauges,
+            self._about,
+            Orders(self._end_session),
+            workers,
+        )
         self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {
-            "/healthz": _alive,
+            "/healthz": alive,
             "/readyz": self._ready,
             "/health": self._ready,
         }
+        if config.counts:
+            metrics.require_library()
+            metrics.use_own()
+        if config.metrics:
+            self._endpoints["/metrics"] = self.monitoring.metrics
+        if config.counts and config.is_for_one_machine:
+            self._endpoints["/status"] = self.monitoring.with_token(self.monitoring.page)
+            self._endpoints["/status.json"] = self.monitoring.with_token(self.monitoring.status)
 
     def __repr__(self) -> str:
-        return f"<Application {list(self.proxies.values())!r} {self.parts!r}>"
+        return f"<Application {self.mounts!r} {self.parts!r}>"
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not environ.get("PATH_INFO", "").startswith("/"):
             environ = with_path(environ)
-        endpoint = self._endpoints.get(environ.get("PATH_INFO", ""))
-        if endpoint is None:
-            return self._front(environ, start_response)
-        return self._serve_own(environ, start_response, endpoint)
+        path = environ.get("PATH_INFO", "")
+        endpoint = self._endpoints.get(path)
+        if endpoint is None and path == "/" and self._has_front_page(environ):
+            endpoint = self._front_page
+        if endpoint is not None:
+            return self.monitoring.serve(environ, start_response, endpoint)
+        if not self._has_begun:
+            self.follow()
+        if self._text is not None and self._text.generation != self._generation:
+            self._take_published(self._text)
+        return self.mounts.current.front(environ, start_response)
 
     def answers_at_once(self, path: str) -> bool:
         """Whether a GET of this path is answered without waiting for anything.
@@ -83,7 +143,21 @@ class Application:
         endpoint = self._endpoints.get(path.removeprefix(script_name()))
         if endpoint is None:
             return False
-        return endpoint is _alive or self.readiness.current() is not None
+        return endpoint is alive or (
+            endpoint == self._ready and self.readiness.current() is not None
+        )
+
+    def endpoints(self) -> list[str]:
+        """The paths of all MCP endpoints, below the mount of this application."""
+        return self.mounts.endpoints()
+
+    def free_streams(self) -> int:
+        """How many more standing streams this worker can have."""
+        return self.edge.streams.free
+
+    def open_streams(self) -> int:
+        """How many standing streams this worker has."""
+        return self.edge.streams.open
 
     def overloaded(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -91,12 +165,33 @@ class Application:
         """Answers a request that has arrived and for which no thread is free; waits for nothing."""
         if environ.get("PATH_INFO", "") in self._endpoints:
             return self.edge.serve(environ, start_response, _no_thread, is_own=True)
-        return self._refusing(environ, start_response)
+        environ[AT_ONCE] = True
+        return self.mounts.current.refusing(environ, start_response)
+
+    def is_draining(self) -> bool:
+        """Whether nothing new is begun here any more."""
+        return self.edge.is_draining
+
+    @property
+    def proxies(self) -> dict[str, Transport]:
+        """The transports that are asked for a server's health, by the server's name."""
+        return self.mounts.proxies
+
+    def session_count(self) -> int:
+        """How many sessions there are in memory, or with a server here where they are not."""
+        if self.memory is not None:
+            return self.memory.session_count
+        return sum(len(owner.backends) for owner in self.mounts.current.owners.values())
+
+    @property
+    def nonce(self) -> str:
+        """What the ids of sessions have that are begun here."""
+        return self.parts.replica.nonce
 
     @property
     def is_shared(self) -> bool:
         """Whether other replicas can serve the same sessions."""
-        return all(transport.is_shared for transport in self._transports())
+        return all(transport.is_shared for transport in self.mounts.transports)
 
     def has_call_since(self, before: float) -> bool:
         """Whether a client that is not this worker's own waits for an answer since before that
@@ -116,6 +211,55 @@ class Application:
     ) -> None:
         self.close()
 
+    def keep_spares(self) -> None:
+        """Has servers started ahead from now on (`spare_children`), not from their first use on."""
+        self.mounts.keep_spares()
+
+    def follow(self) -> None:
+        """Serves what gunicorn's master has published, and looks for what it publishes next, and
+        for changes of the keys.
+
+        Done by the first request at the latest; harmless when repeated, and without a master.
+        """
+        if self.edge.authenticator is not None:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # no thread: the first caller has it tried again
+                self.edge.authenticator.start()
+        with self._reloading:
+            self._has_begun = True
+            self._text = self._text or self._published()
+        if self._text is not None:
+            self._take_published(self._text)
+            with contextlib.suppress(RuntimeError):  # no thread: requests look all the same
+                self._looker.start()
+
+    def reload(self, servers: Sequence[Server] | None = None) -> None:
+        """Serves `servers` from now on; without them, what is in the file of `config` now.
+
+        Servers that are the same keep their processes and sessions. Of one that has changed the
+        sessions stay: its children are replaced between calls where another process is to be
+        started, everything else holds from the next request on. One that is there no more ends as
+        soon as no call needs it. A server without a file is one, and keeps its name.
+
+        Raises ConfigError, and then nothing is different; under gunicorn's master, which is told
+        by SIGHUP, always.
+        """
+        if self._text is not None:
+            raise ConfigError("gunicorn's master reads the file of servers: send it SIGHUP")
+        with self._reloading:
+            try:
+                read = self.config.listed() if servers is None else list(servers)
+                require_servers(read, None if self.config.config else self._table.names())
+                self._serve(self._table.renewed(read))
+            except ConfigError as error:
+                self._table = self._table.failed(error)
+                raise
+        if self._table.failure is not None:
+            log.error("%s: %s", self.config.config, self._table.failure)
+        with contextlib.suppress(RuntimeError):  # no thread: what is served no more stays longer
+            self._looker.start()
+
     def not_ready_reason(self) -> str | None:
         """Why nothing can be served, None if something can; looks now, and waits for the store."""
         if self.edge.is_draining:
@@ -125,9 +269,14 @@ class Application:
             return None
         return "; ".join(f"{part.name}: {part.reason}" for part in parts if part.reason)
 
-    def drain(self, timeout: float, has_clients: Callable[[], bool] = lambda: False) -> None:
+    def drain(
+        self,
+        timeout: float,
+        has_clients: Callable[[], bool] = lambda: False,
+        hand_on: Callable[[], bool] | None = None,
+    ) -> None:
         """The first half of an orderly end; see `mcp_proxy.transports.base.drain`."""
-        drain(self._transports(), timeout, has_clients)
+        drain(lambda: self.mounts.transports, timeout, has_clients, hand_on)
 
     def close(self, timeout: float = 0.0) -> None:
         """Ends every child and connection of this process; harmless when repeated.
@@ -142,75 +291,118 @@ class Application:
         with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
             stack.callback(self._storage.close)
             stack.callback(self.readiness.stop)
+            stack.callback(self.monitoring.close)
+            stack.callback(self.edge.close)
             stack.callback(self.parts.close)
-            for transport in self._transports():
+            for transport in self.mounts.transports:
                 stack.callback(transport.shut_down)
+            stack.callback(self._looker.stop)
 
-    # --- putting together ------------------------------------------------------------------------
+    # --- what is served --------------------------------------------------------------------------
 
-    def _transports(self) -> list[Transport]:
-        return [transport for mounts in self._mounts.values() for transport in mounts.values()]
+    def _published(self) -> SharedText | None:
+        """Where the master publishes the servers of our file; None where it does not."""
+        text = shared_text.current() if self.config.config is not None else None
+        if text is None or text.generation == 0:
+            return None
+        return text if decode(text.read().data).path == self.config.config else None
 
-    def _transports_of(self, server: Server) -> dict[str, Transport]:
-        """The transports in front of a server, by the path below the server's mount.
+    def _first_table(self) -> ServerTable:
+        if self._text is None:
+            return ServerTable(self.config.config, self.config.servers())
+        self._generation, data = self._text.read()
+        return decode(data)
 
-        An HTTP server gets every path, and so does what is left of a stdio server's beside `/mcp`.
+    def _log_broken(self) -> None:
+        """Has the log say what is wrong in the file, unless gunicorn's master has said it."""
+        if "mcp_proxy.server.gunicorn" not in sys.modules:
+            for server in self._table.servers:
+                if isinstance(server, UnservedServer) and not server.is_disabled:
+                    log.error("%s: %s", self.config.config, server)
+
+    def _take_published(self, text: SharedText) -> None:
+        """Serves what the master has published; others that have come for the same wait for it.
+
+        What cannot be served here changes nothing, and /readyz says why.
         """
-        options = _options_for(server, self.config)
-        storage = self._storage.scoped(server.name)
-        manager = SessionManager(storage, unknown_status=self.config.unknown_status)
-        if isinstance(server, StdioServer):
-            return self._in_front_of_stdio(server, manager, options)
-        proxy = TransparentProxy._shared(
-            server.urls,
-            manager,
-            self.edge,
-            options,
-            allowed_backends=self.config.allowed_backends,
-            verify=self.config.ca_file or True,
-            workers=self.parts.workers,
-            replica=self.parts.replica,
+        with self._reloading:
+            generation, data = text.read()
+            if generation == self._generation:
+                return
+            try:
+                self._serve(decode(data))
+            except ConfigError as error:
+                log.error("the servers stay as they are here: %s", error)
+                self._table = self._table.failed(error)
+            finally:  # else every request would meet the same failure
+                self._generation = generation
+
+    def _serve(self, table: ServerTable) -> None:
+        """Serves a table; raises ConfigError, and then nothing is different."""
+        self.mounts.change(table.servers, table.removed)
+        self._table = table
+
+    def _look_again(self) -> None:
+        if self._text is not None:
+            self._take_published(self._text)
+        self.mounts.end_leaving()
+
+    # --- what is counted -------------------------------------------------------------------------
+
+    def _about(self) -> About:
+        """What an operator is told of the servers that there are just now."""
+        servers = self.mounts.current.servers
+        return About(
+            self.config.threads,
+            {n: "" if isinstance(one, UnservedServer) else str(one) for n, one in servers.items()},
+            frozenset(servers).difference(self.proxies),
         )
-        return {"": proxy}
 
-    def _in_front_of_stdio(
-        self, server: StdioServer, manager: SessionManager, options: ProxyConfig
-    ) -> dict[str, Transport]:
-        owner = Owner(server, manager, self.parts, options)
-        mounts: dict[str, Transport] = {}
-        for name in self.config.stdio_transports:
-            path, kind = _STDIO_TRANSPORTS[name]
-            mounts[path] = kind._shared(owner, self.edge, options)
-        return mounts
+    def _gauges(self) -> dict[Metric, float]:
+        """The numbers of this worker as they are now."""
+        streams = self.edge.streams
+        reachabilities = (getattr(proxy, "reachability", None) for proxy in self.proxies.values())
+        return {
+            metrics.SESSIONS: self.session_count(),
+            metrics.STREAMS: streams.open,
+            metrics.STREAMS_LEFT: streams.free,
+            metrics.CHILDREN: self.parts.supervisor.children,
+            metrics.TARGETS_LEFT_OUT: sum(
+                each.count for each in reachabilities if each is not None
+            ),
+            **metrics.of_process(),
+        }
 
-    def _dispatcher(self, app_of: Callable[[Transport], WSGIApplication]) -> WSGIApplication:
-        """One server at the root; those of a file each under its name."""
-        mounts: dict[str, WSGIApplication] = {}
-        for name, transports in self._mounts.items():
-            prefix = f"/servers/{name}" if self.config.config else ""
-            mounts |= {f"{prefix}{path}": app_of(each) for path, each in transports.items()}
-        return DispatcherMiddleware(mounts.pop("", self._nothing), mounts)
+    def _end_session(self, session_id: str, is_told: bool) -> Outcome:
+        """Ends a session as its client would by DELETE, whichever server has it.
 
-    def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        def handle(request: ClientRequest) -> Reply:
-            raise NotFound
-
-        return self.edge.serve(environ, start_response, handle)
+        Sessions that all workers reach are ended by the one that `is_told`.
+        """
+        if self._storage.is_shared and not is_told:
+            return Outcome.UNKNOWN
+        try:
+            ended = [proxy.end_session(session_id) for proxy in self.proxies.values()]
+        except ProxyError as error:
+            log.warning("a session could not be ended: %s", error)
+            return Outcome.FAILED
+        return Outcome.ENDED if any(ended) else Outcome.UNKNOWN
 
     # --- our own endpoints -----------------------------------------------------------------------
 
-    def _serve_own(
-        self,
-        environ: WSGIEnvironment,
-        start_response: StartResponse,
-        answer: Callable[[ClientRequest], Reply],
-    ) -> Iterable[bytes]:
-        def handle(request: ClientRequest) -> Reply:
-            if request.method not in ("GET", "HEAD"):
-                raise MethodNotAllowed("GET, HEAD")
-            return answer(request)
+    def _has_front_page(self, environ: WSGIEnvironment) -> bool:
+        """Whether the root is for a browser; an HTTP server that is served alone has its own."""
+        is_ours = self.config.config or not self.config.target_url
+        return bool(is_ours) and self.config.is_for_one_machine and is_for_browser(environ)
 
-        return self.edge.serve(environ, start_response, handle, is_own=True)
+    def _front_page(self, request: ClientRequest) -> Reply:
+        """/ in a browser on this machine."""
+        self.edge.require_allowed(request.environ)
+        paths = {
+            name: [f"{path_of(self.config, name)}{path}{at.endpoint}" for path, at in of.items()]
+            for name, of in self.mounts.current.transports.items()
+            if name in self.proxies
+        }
+        return front_page(request.environ.get("SCRIPT_NAME", ""), paths)
 
     def _ready(self, request: ClientRequest) -> Reply:
         """/readyz: 200 while something can be served, else 503; each part with its reason."""
@@ -227,6 +419,13 @@ class Application:
             Part("other threads", workers.ended(is_essential=False), Weight.USEFUL),
             Part("sessions", store_reason(self._storage), Weight.ESSENTIAL),
         ]
+        if self.edge.authenticator is not None:
+            parts.append(Part("callers", self.edge.authenticator.doubt(), Weight.USEFUL))
+        if self._tokens is not None:
+            reason = self._tokens.not_ready_reason()
+            parts.append(Part("token keys", reason, self._weight_of_tokens))
+        if self.config.config is not None:
+            parts.append(Part("configuration", self._table.failure, Weight.USEFUL))
         for name, proxy in self.proxies.items():
             reason = proxy.server_reason()
             is_usable = reason is None or proxy.has_sessions
@@ -235,18 +434,13 @@ class Application:
         return parts
 
 
-def _options_for(server: Server, config: ProxyConfig) -> ProxyConfig:
-    """The settings of one server, which may have some of its own."""
-    if server.timeout is not None:
-        config = replace(config, request_timeout=server.timeout)
-    if isinstance(server, HttpServer) and server.headers:
-        config = replace(config, forward_headers=(*config.forward_headers, *server.headers))
-    return config
-
-
-def create_app(config: ProxyConfig | None = None) -> Application:
+def create_app(
+    config: ProxyConfig | None = None,
+    authenticate: Authenticate | None = None,
+    env_for: EnvFor | None = None,
+) -> Application:
     """The application for `config`, or for the environment. Raises ConfigError with a sentence."""
-    return Application(ProxyConfig.from_env() if config is None else config)
+    return Application(ProxyConfig.from_env() if config is None else config, authenticate, env_for)
 
 
 def storage_of(config: ProxyConfig) -> Storage:
@@ -265,11 +459,3 @@ def storage_of(config: ProxyConfig) -> Storage:
 
 def _no_thread(request: ClientRequest) -> Reply:
     raise NoThread
-
-
-# --- health --------------------------------------------------------------------------------------
-
-
-def _alive(request: ClientRequest) -> Reply:
-    """/healthz: the process serves requests. Touches nothing, so nothing else can fail it."""
-    return json_reply(b'{"status":"ok"}')

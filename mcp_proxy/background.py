@@ -9,6 +9,8 @@ are daemon threads: none keeps the interpreter from leaving. Nothing starts in a
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import logging
 import os
 import queue
@@ -194,6 +196,48 @@ class Periodic(Worker):
             self._act()
 
 
+class TimerWorker(Worker):
+    """Calls functions when their time has come, one after the other: each has to be quick."""
+
+    is_essential = False
+
+    def __init__(self, name: str, workers: Workers | None = None) -> None:
+        super().__init__(name, workers)
+        self._numbers = itertools.count()  # of two with the same time the first comes first
+        self._has_news = threading.Condition()  # guards and announces what follows
+        self._due: list[tuple[float, int, Callable[[], object]]] = []  # a heap
+        self._is_woken = False
+
+    def prepare(self) -> None:
+        if self._pid is not None:  # after a fork: what waits is the other process's
+            self._has_news, self._due = threading.Condition(), []
+
+    def call_later(self, seconds: float, act: Callable[[], object]) -> None:
+        """Has `act` called after so many seconds. Never waits.
+
+        Raises RuntimeError where the system has no thread for it.
+        """
+        self.start()
+        with self._has_news:
+            heapq.heappush(self._due, (time.monotonic() + seconds, next(self._numbers), act))
+            self._has_news.notify()
+
+    def wake(self) -> None:
+        with self._has_news:
+            self._is_woken = True
+            self._has_news.notify()
+
+    def run_once(self) -> None:
+        with self._has_news:
+            if not self._is_woken and (not self._due or self._due[0][0] > time.monotonic()):
+                self._has_news.wait(self._due[0][0] - time.monotonic() if self._due else None)
+            self._is_woken = False
+            if not self._due or self._due[0][0] > time.monotonic():
+                return
+            _, _, act = heapq.heappop(self._due)
+        act()
+
+
 class QueueWorker(Worker, Generic[T]):
     """Works on what others put into its queue."""
 
@@ -344,9 +388,12 @@ class KeyedExecutor:
         self._begin()
 
     def _begin(self) -> None:
-        self._changed = threading.Condition()  # guards and announces what follows
+        self._lock = threading.Lock()  # guards what follows
         self._acts: dict[str, deque[Callable[[], object]]] = {}
-        self._ready: deque[str] = deque()  # keys that no thread is at
+        # Keys that no thread is at, and None to have a thread look up. A condition in its place
+        # takes twice as long where several keys come together.
+        self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._waiting = 0  # keys that no thread is at
         self._threads = 0
         self._busy = 0  # how many of them are at a key
         self._is_closed = False
@@ -372,25 +419,26 @@ class KeyedExecutor:
         """
         if self._pid != os.getpid():
             self._begin_after_fork()
-        with self._changed:
+        with self._lock:
             if self._is_closed:
                 return
             is_new = key not in self._acts
-            self._have_idle_threads(len(self._ready) + is_new)
+            self._have_idle_threads(self._waiting + is_new)
             self._acts.setdefault(key, deque()).append(act)
-            if is_new:
-                self._ready.append(key)
-                self._changed.notify()
+            self._waiting += is_new
+        if is_new:  # without the lock, which the thread that this wakes takes first
+            self._ready.put(key)
 
     def close(self) -> None:
         """Takes no more; what is waiting is not begun."""
         if self._pid != os.getpid():
             self._begin_after_fork()
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             self._acts.clear()
-            self._ready.clear()
-            self._changed.notify_all()
+            self._waiting = 0
+            for _ in range(self._threads):
+                self._ready.put(None)
 
     def _have_idle_threads(self, wanted: int) -> None:
         """Starts one more thread unless `wanted` are idle, or there are as many as may be.
@@ -417,24 +465,23 @@ class KeyedExecutor:
 
     def _note_end(self) -> None:
         """A thread has ended; unless all were told to, others do what it leaves."""
-        with self._changed:
+        with self._lock:
             self._threads -= 1
             if not self._is_closed:
                 log.critical("a thread of %s has ended", self._name)
-            if self._ready:
-                self._changed.notify()
+            if self._waiting:
                 with contextlib.suppress(RuntimeError):  # then the next submit tries again
-                    self._have_idle_threads(len(self._ready))
+                    self._have_idle_threads(self._waiting)
 
     def _next_key(self) -> str | None:
         """A key with something to do; None when the executor is closed."""
-        with self._changed:
-            while not self._ready and not self._is_closed:
-                self._changed.wait()
-            if self._is_closed:
+        key = self._ready.get()
+        with self._lock:
+            if self._is_closed or key is None:
                 return None
+            self._waiting -= 1
             self._busy += 1
-            return self._ready.popleft()
+            return key
 
     def _run_key(self, key: str) -> None:
         while (act := self._next_act(key)) is not None:
@@ -448,14 +495,15 @@ class KeyedExecutor:
 
     def _give_back(self, key: str) -> None:
         """This thread ends: another one goes on with the key."""
-        with self._changed:
+        with self._lock:
             self._busy -= 1
             if key in self._acts:
-                self._ready.append(key)
+                self._waiting += 1
+                self._ready.put(key)
 
     def _next_act(self, key: str) -> Callable[[], object] | None:
         """The next thing to do for a key; a key with nothing left is forgotten."""
-        with self._changed:
+        with self._lock:
             acts = self._acts.get(key)
             if acts:
                 return acts.popleft()

@@ -30,19 +30,19 @@ from msgspec.inspect import (
 )
 
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.rate_buckets import LIMIT
 from mcp_proxy.servers import (
     MAX_SECONDS,
     HttpServer,
     Seconds,
     Server,
     StdioServer,
+    UnservedServer,
     as_command,
     demo_server,
-    ignored_keys,
-    read_servers,
-    shown_arguments,
-    shown_command,
 )
+from mcp_proxy.servers_file import ignored_keys, read_servers
+from mcp_proxy.shown_commands import shown_arguments, shown_command
 from mcp_proxy.wire.headers import FIELD_VALUE
 from mcp_proxy.wire.urls import ascii_host, parse_target
 
@@ -82,6 +82,13 @@ _ORIGIN = rf"[A-Za-z][A-Za-z0-9+.-]*://({_NAME}|\[{_IPV6}\])({_PORT})?"
 Word = Annotated[str, _only("words")]
 Url = Annotated[str, _only("absolute http:// or https:// URLs without a password")]
 Pair = Annotated[str, _only("NAME=VALUE pairs", r"[^=\0]+=[^\0]*")]
+Source = Annotated[
+    str,
+    _only(
+        "NAME=header:NAME or NAME=claim:NAME, with a ? at the end where it is optional",
+        r"[^=\0]+=(header|claim):[^=\0]+",
+    ),
+]
 Change = Annotated[
     str,
     _only(
@@ -108,9 +115,16 @@ Host = Annotated[  # with a port too: the guard also compares the Host header as
 ]
 
 
+Limit = Annotated[str, _only("limits such as 20/second, 600/minute:50 or off", LIMIT)]
+Scope = Annotated[str, _only("scopes without blanks and quotes", r"[\x21\x23-\x5b\x5d-\x7e]+")]
 Cookie = Annotated[
     str, _only("names of cookies, a * at the end stands for any more", r"[!#$%&'+.^`|~\w-]+\*?")
 ]
+
+
+def _most_streams(threads: int) -> int:
+    """The standing streams that leave a quarter of the threads free for calls, and at least two."""
+    return max(1, threads - max(2, threads // 4))
 
 
 class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,6 +185,36 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "a request starts it anew; none: it does not"
         ),
     ] = None
+    spare_children: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(
+            description="processes of each stdio server that a worker starts ahead, so that a "
+            "session need not wait for one to start; they count for `max_sessions`, and end first "
+            "where a session needs the place"
+        ),
+    ] = 0
+    stateless_children: Annotated[
+        Literal["shared", "one", "per-replica"] | None,
+        Meta(
+            description="calls of 2026-07-28 to a legacy stdio server. shared: a server process of "
+            "each caller, more where calls overlap that the server may ask about; one: a single "
+            "process, such calls take turns; per-replica: as shared, but each worker has its own; "
+            "none: shared, but not with anonymous strangers"
+        ),
+    ] = None
+    bridge: Annotated[
+        bool,
+        Meta(
+            description="on: where an HTTP server has refused a request of the other era, client "
+            "and server are served all the same"
+        ),
+    ] = True
+    input_timeout: Annotated[
+        Seconds,
+        Meta(
+            description="how long a call of 2026-07-28 waits for its client's answer to a question"
+        ),
+    ] = 300
     keep_detached: Annotated[
         bool,
         Meta(
@@ -181,8 +225,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_streams: Annotated[
         Count | None,
         Meta(
-            description="standing streams of one worker; none: three quarters of `threads`, with "
-            "gevent 7500"
+            description="standing streams of one worker; none, and at most: three quarters of "
+            "`threads`; with gevent none: 7500"
         ),
     ] = None
     threads: Annotated[
@@ -208,7 +252,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     forward_headers: Annotated[
         tuple[Change, ...],
         Meta(
-            description="changes to headers for an HTTP server: Name: value sets, Name: removes",
+            description="changes to headers for an HTTP server: Name: value sets, Name: removes, "
+            "Name: * passes a caller's credential on",
             extra=SECRET,
         ),
     ] = ()
@@ -218,6 +263,28 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="on: an HTTP server gets the Host header that the client sent, not its own"
         ),
     ] = False
+    public_url: Annotated[
+        str | None,
+        Meta(
+            description="the URL at which clients see the root of the proxy: what an HTTP server "
+            "says of itself for OAuth, in challenges and metadata, names this; none: it passes as "
+            "it is"
+        ),
+    ] = None
+    api_keys: Annotated[
+        str | None,
+        Meta(
+            description="a file of API keys, kept with `mcp-wsgi-proxy key`: who shows none of "
+            "them is refused; none: everybody is served"
+        ),
+    ] = None
+    rate_limit: Annotated[
+        Limit | None,
+        Meta(
+            description="requests that each caller may have of a server: N/second or N/minute, "
+            "with :BURST for how many may come at once (else N); none: off"
+        ),
+    ] = None
     backend_proxy: Annotated[
         str | None,
         Meta(
@@ -238,6 +305,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 msgspec.structs.force_setattr(self, setting.name, _checked(setting, value))
         for peer in self.trusted_proxies:
             _require_network(peer)
+        if self.public_url is not None:
+            msgspec.structs.force_setattr(self, "public_url", _as_public_url(self.public_url))
         if self.backend_proxy is not None:
             msgspec.structs.force_setattr(
                 self, "backend_proxy", _as_outbound_proxy(self.backend_proxy)
@@ -262,7 +331,7 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def stream_limit(self) -> int:
         """Standing streams of one worker; the rest of the threads stays free for calls."""
-        return self.max_streams or max(1, self.threads - max(2, self.threads // 4))
+        return self.max_streams or _most_streams(self.threads)
 
 
 class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -286,9 +355,25 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
     config: Annotated[
         str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
     ] = None
+    reload_on_change: Annotated[
+        bool,
+        Meta(
+            description="on: a change of that file, or of one that it names, is served within "
+            "seconds; off: at SIGHUP alone"
+        ),
+    ] = False
     env: Annotated[
         tuple[Pair, ...],
         Meta(description="NAME=VALUE pairs for the server of `command`", extra=SECRET),
+    ] = ()
+    env_from: Annotated[
+        tuple[Source, ...],
+        Meta(
+            description="variables that the server of `command` gets of its caller when a session "
+            "begins: NAME=header:X-Name of the request, NAME=claim:NAME of the access token; a ? "
+            "at the end makes it optional",
+            extra=SECRET,  # where somebody wrote the value itself
+        ),
     ] = ()
     cwd: Annotated[str | None, Meta(description="working directory of that server")] = None
     stdio_mode: Annotated[
@@ -303,6 +388,27 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(description="the Redis that has the sessions; none: in memory", extra=SECRET),
     ] = None
     redis_prefix: Annotated[str, Meta(description="prefix of every key in Redis")] = "mcp-proxy:"
+    jwt_issuer: Annotated[
+        str | None,
+        Meta(
+            description="the issuer whose JWTs callers have to show; needs `public_url` and "
+            "the extra `auth`; none: no JWT is taken"
+        ),
+    ] = None
+    jwt_audience: Annotated[
+        tuple[Word, ...],
+        Meta(
+            description="what a JWT may be issued for, one of these; none: for the URL of its "
+            "endpoint below `public_url`"
+        ),
+    ] = ()
+    jwt_jwks_url: Annotated[
+        str | None,
+        Meta(description="where the keys of `jwt_issuer` are; none: its metadata say that"),
+    ] = None
+    jwt_scopes: Annotated[
+        tuple[Scope, ...], Meta(description="scopes that each JWT must have, all of them")
+    ] = ()
     log_format: Annotated[Literal["text", "json"], Meta(description="form of the log lines")] = (
         "text"
     )
@@ -312,6 +418,23 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
     bind: Annotated[str, Meta(description="address to listen on, HOST:PORT or unix:PATH")] = (
         "127.0.0.1:8080"
     )
+    admin_bind: Annotated[
+        str | None,
+        Meta(
+            description="address of its own for /metrics and the probes, HOST:PORT, which each "
+            "worker serves by a thread of its own; for operators alone"
+        ),
+    ] = None
+    ctl_socket: Annotated[
+        str | None,
+        Meta(
+            description="path of a unix socket for `mcp-wsgi-proxy ctl`, which the proxy's user "
+            "alone can open"
+        ),
+    ] = None
+    metrics: Annotated[
+        bool, Meta(description="on: /metrics is also served at `bind`, to whoever reaches that")
+    ] = False
     workers: Annotated[Count, Meta(description="gunicorn workers")] = 1
     worker_class: Annotated[
         Literal["gthread", "gevent"], Meta(description="gunicorn's kind of worker")
@@ -327,6 +450,20 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         Seconds,
         Meta(description="how long an idle connection is kept; longer than a balancer does"),
     ] = 75
+    passing: Annotated[
+        Literal["on", "off"],
+        Meta(
+            description="on: a worker gives a connection to the worker of the same gunicorn that "
+            "has its session; off: requests are relayed through Redis"
+        ),
+    ] = "on"
+    session_dir: Annotated[
+        str | None,
+        Meta(
+            description="a directory in which sessions in memory outlive an orderly restart; for "
+            "the proxy's user alone"
+        ),
+    ] = None
     cpu_affinity: Annotated[
         str, Meta(description="one CPU for each gthread worker: auto, off, or a list such as 0,2")
     ] = "auto"
@@ -337,9 +474,11 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError("Give only one of a command, a target_url and a config file")
         if not self.stdio_transports:
             raise ConfigError("stdio_transports must name streamable, sse or both")
-        if (self.env or self.cwd) and not self.command:
+        self._require_threads_for_calls()
+        if (self.env or self.env_from or self.cwd) and not self.command:
             raise ConfigError(
-                "env and cwd belong to a command; in a config file each server has its own"
+                "env, env_from and cwd belong to a command; in a config file each server has its "
+                "own"
             )
         _require_targets("target_url", self.target_url)
         _require_targets("allowed_backends", (url for url in self.allowed_backends if url != "*"))
@@ -348,6 +487,42 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         if self.cpu_affinity not in ("auto", "off"):
             self.cpus()
         _require_addresses(self.bind)
+        if self.admin_bind is not None:
+            _require_admin_address(self.admin_bind)
+
+    def _require_threads_for_calls(self) -> None:
+        most = _most_streams(self.threads)
+        if self.worker_class != "gevent" and (self.max_streams or 0) > most:
+            raise ConfigError(
+                f"max_streams: expected at most {most} with {self.threads} threads, of which a "
+                f"quarter is for calls, got {self.max_streams}: raise threads, or choose "
+                "worker_class gevent, whose streams take none"
+            )
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether the settings say who may call."""
+        return self.api_keys is not None or self.jwt_issuer is not None
+
+    def _require_issuer(self) -> None:
+        """Raises ConfigError where the settings for JWTs do not go together."""
+        if self.jwt_issuer is None:
+            if self.jwt_audience or self.jwt_scopes or self.jwt_jwks_url is not None:
+                raise ConfigError("jwt_audience, jwt_jwks_url and jwt_scopes belong to jwt_issuer")
+            return
+        if self.public_url is None:
+            raise ConfigError(
+                "jwt_issuer needs public_url: a token is issued for the URL that clients use, "
+                "and what a request says of its host proves nothing"
+            )
+        if self.asks:
+            raise ConfigError(
+                "unknown_session_status=ask does not go with jwt_issuer: whose session it is that "
+                "a server still knows, nobody can say; take 400 or 404"
+            )
+        _require_https("jwt_issuer", self.jwt_issuer, or_anywhere=self.jwt_jwks_url is not None)
+        if self.jwt_jwks_url is not None:
+            _require_https("jwt_jwks_url", self.jwt_jwks_url, or_anywhere=True)
 
     @property
     def stream_limit(self) -> int:
@@ -369,28 +544,69 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         return tuple(int(part) for part in self.cpu_affinity.split(","))
 
     @property
+    def counts(self) -> bool:
+        """Whether anybody may ask for metrics, so that they are counted."""
+        return self.metrics or self.admin_bind is not None or self.ctl_socket is not None
+
+    @property
+    def is_for_one_machine(self) -> bool:
+        """Whether nothing says that others come from elsewhere, under a name or through a proxy."""
+        names = (self.public_url, self.allowed_hosts, self.allowed_origins)
+        return names == (None, None, None) and not self.trusted_proxies
+
+    @property
     def directory(self) -> str | None:
         """The path that `cwd` names."""
         return None if self.cwd is None else os.path.expanduser(self.cwd)
 
     def servers(self) -> list[Server]:
-        """The servers to serve; without any setting the bundled demo. Raises ConfigError."""
-        servers = self._servers()
-        if self.asks and not any(isinstance(server, HttpServer) for server in servers):
+        """The servers to serve; without any setting the bundled demo.
+
+        Those of a file are all there, also one that is not served. Raises ConfigError, also where
+        none can be served.
+        """
+        servers = self.listed()
+        if all(isinstance(server, UnservedServer) for server in servers):
+            reasons = "; ".join(map(str, self.broken()))
+            sentence = f"no server can be served: {reasons}" if reasons else "no server is enabled"
+            raise ConfigError(f"{self.config}: {sentence}")
+        return servers
+
+    def listed(self) -> list[Server]:
+        """As `servers`, also where none of them can be served. Raises ConfigError."""
+        self._require_issuer()
+        servers = self._listed()
+        if self.asks and all(isinstance(server, StdioServer) for server in servers):
             raise ConfigError(
                 "unknown_session_status=ask asks HTTP servers, and none is served: take 400 or 404"
             )
         return servers
 
-    def _servers(self) -> list[Server]:
+    def _listed(self) -> list[Server]:
         if self.config:
-            return read_servers(Path(self.config), os.environ)
+            return [*map(self._if_shared, read_servers(Path(self.config), os.environ))]
         if self.command:
-            env = dict(pair.split("=", 1) for pair in self.env)
-            return [StdioServer("default", self.command, env, self.directory)]
+            env, env_from = (
+                dict(pair.split("=", 1) for pair in pairs) for pairs in (self.env, self.env_from)
+            )
+            directory = self.directory
+            return [StdioServer("default", self.command, env, directory, env_from=env_from)]
         if self.target_url:
             return [HttpServer("default", self.target_url)]
         return [demo_server()]
+
+    def _if_shared(self, server: Server) -> Server:
+        """A server of the file, unless the workers could not serve its sessions to each other."""
+        if not isinstance(server, HttpServer) or self.workers == 1 or self.redis_url is not None:
+            return server
+        return UnservedServer(
+            server.name, f"an HTTP server needs redis_url where there are {self.workers} workers"
+        )
+
+    def broken(self) -> list[UnservedServer]:
+        """The servers in whose entries of the file something is wrong. Raises ConfigError."""
+        unserved = [each for each in self.listed() if isinstance(each, UnservedServer)]
+        return [each for each in unserved if not each.is_disabled]
 
     def ignored(self) -> list[str]:
         """What nobody reads in the file of `config`, each as a sentence. Raises ConfigError."""
@@ -401,8 +617,8 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
 #: The first rows of the table: the MCP servers and the session store.
 _FIRST = (
-    *("command", "target_url", "allowed_backends", "ca_file", "config", "env", "cwd"),
-    *("stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
+    *("command", "target_url", "allowed_backends", "ca_file", "config", "reload_on_change"),
+    *("env", "env_from", "cwd", "stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
 )
 
 
@@ -476,9 +692,15 @@ def script_name() -> str:
     return os.environ.get("SCRIPT_NAME", "")
 
 
+def has_given_sockets() -> bool:
+    """Whether systemd hands this process the sockets at which it listens (sd_listen_fds(3))."""
+    return os.environ.get("LISTEN_PID") == str(os.getpid())
+
+
 def is_malloc_told() -> bool:
     """Whether glibc has been told in the environment how to allocate memory."""
-    return any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"))
+    names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    return any(name in os.environ for name in names)
 
 
 def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -507,6 +729,11 @@ def value_in_environment(name: str) -> Any:
     if not text.strip():
         return setting.default
     return _checked(setting, _value(setting, text), strict=False)
+
+
+def take_from_environment(name: str) -> str:
+    """What a process that was replaced by this one has left in a variable, which is removed."""
+    return os.environ.pop(name, "")
 
 
 def set_in_environment(name: str, value: str) -> None:
@@ -667,6 +894,35 @@ def _require_network(peer: str) -> None:
         raise ConfigError(f"trusted_proxies: {error}") from None
 
 
+def _as_public_url(value: str) -> str:
+    """The URL without a slash at its end; raises ConfigError for what paths cannot follow."""
+    if parse_target(value) is None or "?" in value or "#" in value:
+        raise ConfigError(
+            "public_url must be an absolute http:// or https:// URL, without a query or a password"
+        )
+    return value.rstrip("/")
+
+
+def _require_https(name: str, url: str, or_anywhere: bool) -> None:
+    """Raises ConfigError for what is no https:// URL; http:// is for loopback, or anywhere."""
+    found = parse_target(url)
+    if found is None or "#" in url:
+        raise ConfigError(f"{name} must be an absolute https:// URL, without a password")
+    host = urlsplit(url).hostname or ""
+    if url.lower().startswith("http://") and not (or_anywhere or _is_loopback(host)):
+        raise ConfigError(
+            f"{name} must be https: who changes what comes over http can sign every token. "
+            "For an issuer in your own network set jwt_jwks_url, which may be http"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _as_outbound_proxy(value: str) -> str:
     """`off`, or the URL of a proxy; raises ConfigError for anything else, and does not show it."""
     if value.lower() == "off":
@@ -708,6 +964,15 @@ def _require_addresses(bind: str) -> None:
             if re.fullmatch("[0-9]{1,5}", address) and int(address) <= _LAST_PORT:
                 advice = f"; 127.0.0.1:{address} is meant, it seems"
             raise ConfigError(f"bind: expected {wanted}, got {address!r}{advice}")
+
+
+def _require_admin_address(address: str) -> None:
+    """Raises ConfigError unless this is a host and a port."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None or found["port"] is None or int(found["port"]) > _LAST_PORT:
+        raise ConfigError(
+            f"admin_bind: expected HOST:PORT, with a port up to {_LAST_PORT}, got {address!r}"
+        )
 
 
 def _require_targets(name: str, urls: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 One place, `mcp_proxy.edge.edge`, turns them into responses. JSON-RPC codes: -32700 to -32603 are
 JSON-RPC 2.0 section 5.1; -32000 and -32001 are the codes that MCP clients know from legacy servers.
-Codes -32020 and below mark a modern (2026-07-28) server and are never used here.
+Codes -32020 to -32022 prove a modern (2026-07-28) server to a client, which falls back to
+`initialize` without such a proof: only a request of that era is ever answered by one.
 
 An error that is not the client's fault has a kind, which the header `X-MCP-Proxy-Error` names. A
 POST that carries a request is then answered 200, unless the setting `failure_status` is `http`:
@@ -11,13 +12,20 @@ the status of such an error is that on GET and DELETE.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 RequestId = int | str
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
 INTERNAL_ERROR = -32603
 PROXY_ERROR = -32000
 SESSION_NOT_FOUND = -32001
+HEADER_MISMATCH = -32020
+MISSING_CAPABILITY = -32021
+UNSUPPORTED_REVISION = -32022
 
 
 def in_seconds(number: float) -> str:
@@ -30,7 +38,8 @@ class ProxyError(Exception):
 
     `kind` is empty where the client is at fault, or has left, or nothing failed. `request_id` is
     the id of the JSON-RPC request that is answered by this error, None where there is none;
-    `headers` are added to the HTTP response.
+    `headers` are added to the HTTP response. `data` is what the JSON-RPC error says beyond its
+    message, anything that can be JSON; None for nothing.
     """
 
     status = 500
@@ -42,11 +51,19 @@ class ProxyError(Exception):
         super().__init__(message or self.sentence)
         self.request_id: RequestId | None = None
         self.headers: list[tuple[str, str]] = []
+        self.data: object | None = None
 
     @property
     def message(self) -> str:
         """The sentence that the client reads."""
         return str(self)
+
+
+class Passed(Exception):
+    """Another worker of this machine has the request, with its connection: nobody answers here.
+
+    It is no error.
+    """
 
 
 class ConfigError(ProxyError):
@@ -71,6 +88,64 @@ class InvalidRequest(ClientError):
     """The body is JSON but no JSON-RPC 2.0 message that MCP allows, or a header is wrong."""
 
 
+class InvalidParams(ClientError):
+    """The params of a request lack what its method needs, or have it in a wrong type."""
+
+    code = INVALID_PARAMS
+
+
+class UnknownTool(InvalidParams):
+    """A tool is called that there is not, or that is hidden (MCP 2025-11-25, tools, "Error
+    Handling").
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Unknown tool: {name}")
+
+
+class MethodNotFound(ClientError):
+    """The method does not exist, or no longer does, in the revision of the request."""
+
+    status = 404
+    code = METHOD_NOT_FOUND
+
+    def __init__(self, method: str) -> None:
+        super().__init__(f"Method not found: {method}")
+
+
+class HeaderMismatch(ClientError):
+    """A header that mirrors the body is missing, is unreadable or says something else.
+
+    MCP 2026-07-28, transports, "Server Validation".
+    """
+
+    code = HEADER_MISMATCH
+
+
+class MissingCapability(ClientError):
+    """A request cannot be served without something that its client has not declared.
+
+    `required` is that, as a ClientCapabilities object.
+    """
+
+    code = MISSING_CAPABILITY
+    sentence = "The request needs a capability that the client has not declared"
+
+    def __init__(self, required: object, message: str | None = None) -> None:
+        super().__init__(message)
+        self.data = {"requiredCapabilities": required}
+
+
+class UnsupportedRevision(ClientError):
+    """The request is of a revision that is not served."""
+
+    code = UNSUPPORTED_REVISION
+
+    def __init__(self, requested: str, supported: Sequence[str]) -> None:
+        super().__init__(f"Unsupported protocol version; supported here: {', '.join(supported)}")
+        self.data = {"supported": list(supported), "requested": requested}
+
+
 class MissingSession(ClientError):
     """A request that belongs to a session names none."""
 
@@ -83,11 +158,46 @@ class Forbidden(ClientError):
     status = 403
 
 
+class Unauthenticated(ClientError):
+    """Nobody that is known calls (RFC 9110 section 15.5.2).
+
+    `challenge` is what WWW-Authenticate says of how to become known.
+    """
+
+    status = 401
+    sentence = "A valid API key or token is required"
+
+    def __init__(self, message: str | None = None, challenge: str = "Bearer") -> None:
+        super().__init__(message)
+        self.headers = [("WWW-Authenticate", challenge)]
+
+
+class NotPermitted(Forbidden):
+    """The caller is known and may not do this.
+
+    `challenge` is what WWW-Authenticate says of what is missing, where more can be asked for (RFC
+    6750 section 3.1).
+    """
+
+    sentence = "This is not permitted to the caller"
+
+    def __init__(self, message: str | None = None, challenge: str | None = None) -> None:
+        super().__init__(message)
+        if challenge is not None:
+            self.headers = [("WWW-Authenticate", challenge)]
+
+
 class NotFound(ClientError):
-    """Nothing is served at this path."""
+    """Nothing is served at this path; the sentence names the MCP endpoints that are there."""
 
     status = 404
-    sentence = "Not found"
+    _MOST = 10  # that are named
+
+    def __init__(self, endpoints: Sequence[str] = ()) -> None:
+        more = len(endpoints) - self._MOST
+        named = [*endpoints[: self._MOST], *([f"{more} more"] if more > 0 else [])]
+        where = f"; MCP is served at {', '.join(named)}" if named else ""
+        super().__init__(f"Nothing is served at this path{where}")
 
 
 class MethodNotAllowed(ClientError):
@@ -180,6 +290,12 @@ class SessionEnded(SessionNotFound):
     """
 
 
+class ServerRemoved(SessionNotFound):
+    """The server was there, and was removed at a reload; so its sessions have ended."""
+
+    sentence = "The server has been removed from this proxy"
+
+
 class StorageError(ProxyError):
     """The session store failed."""
 
@@ -207,12 +323,39 @@ class SessionExists(StorageError):
     """A record with this id exists already."""
 
 
+class KeysUnavailable(ProxyError):
+    """A token cannot be checked now: the keys of its issuer cannot be had."""
+
+    status = 503
+    code = PROXY_ERROR
+    kind = "keys-unavailable"
+    sentence = "Tokens cannot be checked at the moment; try again shortly"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headers = [("Retry-After", "5")]
+
+
 class BackendError(ProxyError):
     """The MCP server behind the proxy failed; the message says how."""
 
     status = 502
     code = PROXY_ERROR
     kind = "bad-answer"
+
+
+class ServerRefused(ProxyError):
+    """An HTTP server wants something of the client itself, as authorization, and says so by its
+    status.
+    """
+
+    code = PROXY_ERROR
+    kind = ""
+
+    def __init__(self, message: str, status: int, headers: Sequence[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = list(headers)
 
 
 class BackendLost(BackendError):
@@ -264,6 +407,7 @@ class BackendUnreached(BackendLost):
     """
 
     kind = "server-unreachable"
+    sentence = "The server cannot be reached"
     detail = ""
 
 
@@ -282,6 +426,29 @@ class BackendUnavailable(BackendError):
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message)
         self.headers = [("Retry-After", "1")]
+
+
+class ServerDisabled(ProxyError):
+    """The server is named in the file, and disabled there."""
+
+    status = 503
+    code = PROXY_ERROR
+    kind = "disabled"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The server {name!r} is disabled")
+
+
+class ServerMisconfigured(ProxyError):
+    """The server is named in the file, and something is wrong with its entry."""
+
+    status = 503
+    code = PROXY_ERROR
+    kind = "misconfigured"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"The server {name!r} is misconfigured: {reason}")
+        self.headers = [("Retry-After", "60")]
 
 
 class BackendTimeout(BackendError):
@@ -318,6 +485,28 @@ class Overloaded(ProxyError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.headers = [("Retry-After", "5")]
+
+
+class RateLimited(ProxyError):
+    """The caller has had as many requests as it may have for now (RFC 6585 section 4).
+
+    `wait` is in how many seconds there are more, None where waiting does not help.
+    """
+
+    status = 429
+    code = PROXY_ERROR
+    kind = "rate-limited"
+
+    def __init__(self, message: str, wait: int | None = None) -> None:
+        super().__init__(message)
+        if wait is not None:
+            self.headers = [("Retry-After", str(wait))]
+
+
+class Unpassable(ClientError):
+    """Another worker has the session in its memory, and a request of this form cannot go there."""
+
+    sentence = "A request with trailers or Upgrade cannot go to the worker that has its session"
 
 
 class NoThread(Overloaded):

@@ -20,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -31,10 +31,11 @@ from mcp_proxy.errors import (
     BackendNotStarted,
     BackendTimeout,
     ClientLeft,
+    RequestId,
 )
 from mcp_proxy.processes.guardian import CHILD_VARIABLE, REPLICA_VARIABLE
 from mcp_proxy.processes.noise import NoiseLog
-from mcp_proxy.servers import StdioServer, shown_command
+from mcp_proxy.servers import StdioServer
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class Child:
     ) -> None:
         self.name = server.name
         self.session = ""
+        self.headers: Mapping[str, str] = {}
+        self.untaken: Collection[RequestId] = ()
         self.at_eof = threading.Event()
         #: What its descendants have in their environment.
         self.tag = secrets.token_hex(8)
@@ -82,6 +85,8 @@ class Child:
         self._write_lock = threading.Lock()  # one message at a time
         self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
         self._stderr_log = NoiseLog(server.name, "lines on stderr", _STDERR_FIRST, _STDERR_RATE)
+        #: Whether it was sent a signal to end it before it had exited.
+        self.was_ended = False
         #: Whether the last lines of stderr were too many to be logged.
         self.is_flooding = False
         self._partial = b""
@@ -93,6 +98,17 @@ class Child:
         self._is_over = False
         os.set_blocking(self._stdin.fileno(), False)
         os.set_blocking(self.stderr.fileno(), False)
+
+    @property
+    def end_sentence(self) -> str:
+        """What clients are told of its end."""
+        return "The server was ended" if self.was_ended else "The server exited"
+
+    @property
+    def end_in_log(self) -> str:
+        """What the log says of it."""
+        ended = "the server was ended by the proxy"
+        return ended if self.was_ended else "the server exited by itself"
 
     def __repr__(self) -> str:
         return f"<Child {self.name} pid={self.pid} returncode={self._process.returncode}>"
@@ -271,6 +287,11 @@ class Child:
 
     # --- the end ---------------------------------------------------------------------------------
 
+    def end(self, number: signal.Signals) -> None:
+        """Signals the group of a process that has not exited, to end it."""
+        self.was_ended = True
+        self.signal_group(number)
+
     def signal_group(self, number: signal.Signals) -> None:
         """Signals the whole process group, if it still exists."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -323,7 +344,7 @@ def _start(
                 start_new_session=True,
             )
     except (OSError, ValueError) as error:
-        log.error("[%s] cannot start %s: %s", server.name, shown_command(server.argv), error)
+        log.error("[%s] cannot start %s: %s", server.name, server, error)
         is_lost = server.cwd is not None and not os.path.isdir(server.cwd)
         reason = "its working directory does not exist" if is_lost else _reason(error)
         raise BackendNotStarted(f"The server cannot be started: {reason}") from error

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from mcp_proxy import metrics
 from mcp_proxy.background import Reader, SelectorWorker, Workers
 from mcp_proxy.errors import BackendNotStarted, Draining, Overloaded
 from mcp_proxy.processes.child import Child
@@ -36,6 +37,9 @@ GRACE = 2.0
 _LINGER = 1.0
 _POLL = 0.1
 
+# Seconds after the end of a child's output in which it exits, if that is why the output has ended.
+_EXITING = 0.3
+
 # Seconds for which the stderr of a flooding child is left alone, and how often it is read at last.
 _PAUSE = 0.02
 _LAST_READS = 64
@@ -46,9 +50,13 @@ _STEPS = (signal.SIGTERM, signal.SIGKILL)
 class _Supervised:
     """A child and the state of its stop; used by the supervisor's thread only."""
 
-    def __init__(self, child: Child, on_exit: Callable[[str], None]) -> None:
+    def __init__(
+        self, child: Child, on_exit: Callable[[str], None], on_mute: Callable[[], None] | None
+    ) -> None:
         self.child = child
         self.on_exit = on_exit
+        self.on_mute = on_mute
+        self.mute_at: float | None = None  # when on_mute is called
         self.pidfd: int | None = None
         self.steps: list[signal.Signals] | None = None  # still to be tried; None: not stopping
         self.next_step = 0.0
@@ -101,11 +109,18 @@ class Supervisor(SelectorWorker):
             raise
         self._watch_guardian()
 
-    def spawn(self, server: StdioServer, max_message: int, on_exit: Callable[[str], None]) -> Child:
+    def spawn(
+        self,
+        server: StdioServer,
+        max_message: int,
+        on_exit: Callable[[str], None],
+        on_mute: Callable[[], None] | None = None,
+    ) -> Child:
         """A new child, whose output is read once `read` was called.
 
-        `on_exit` is called by the supervisor's thread with the exit status in words. Raises
-        BackendLost if the child cannot be started, Overloaded if there is no thread for that.
+        `on_exit` is called by the supervisor's thread with the exit status in words, `on_mute` when
+        the child has closed its output and lives on; it is stopped then. Raises BackendLost if the
+        child cannot be started, Overloaded if there is no thread for that.
         """
         if self._is_closing:
             raise Draining
@@ -123,7 +138,10 @@ class Supervisor(SelectorWorker):
             raise BackendNotStarted(f"The server cannot be started: {error}") from error
         with self._all_exited:
             self._alive += 1
-        self.call(lambda: self._add(_Supervised(child, on_exit)))
+        counters = metrics.current()
+        if counters is not None:
+            counters.count(metrics.CHILDREN_STARTED, server.name)
+        self.call(lambda: self._add(_Supervised(child, on_exit, on_mute)))
         log.debug("[%s] started as process %d", server.name, child.pid)
         return child
 
@@ -243,8 +261,13 @@ class Supervisor(SelectorWorker):
                 self._reap(supervised, now)
             elif supervised.steps is None:
                 self._begin_stop(child)  # it has closed its output, so it cannot answer any more
+                supervised.mute_at = now + _EXITING
+            elif supervised.mute_at is not None and now >= supervised.mute_at:
+                supervised.mute_at = None
+                if supervised.on_mute is not None:
+                    supervised.on_mute()
             elif supervised.steps and now >= supervised.next_step:
-                child.signal_group(supervised.steps.pop(0))
+                child.end(supervised.steps.pop(0))
                 supervised.next_step = now + GRACE
         if supervised.exited is not None and (child.at_eof.is_set() or now >= supervised.next_step):
             self._discard(supervised, supervised.exited)

@@ -9,6 +9,7 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.http.parser import RequestParser
 
+from mcp_proxy.edge.logs import escaped
 from mcp_proxy.errors import INVALID_REQUEST, PROXY_ERROR
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.headers import FAILURE
@@ -49,11 +50,23 @@ class JoinedResponse(wsgi.Response):  # type: ignore[misc]
 
     sock: Any
 
+    #: Bytes of the body that the system has taken, and whether it did not take the next in time.
+    taken = 0
+    is_late = False
+
     def write(self, arg: bytes) -> None:
         """Sends a piece of the body; gunicorn names the parameter."""
+        try:
+            self._write(arg)
+        except TimeoutError:
+            self.is_late = True
+            raise
+
+    def _write(self, arg: bytes) -> None:
         if self.headers_sent or not 0 < len(arg) < PIECE:
             for at in range(0, len(arg) or 1, PIECE):
                 super().write(arg[at : at + PIECE])
+                self.taken += len(arg[at : at + PIECE])
             return
         sock, self.sock = self.sock, Gathering()
         try:
@@ -61,6 +74,7 @@ class JoinedResponse(wsgi.Response):  # type: ignore[misc]
         finally:
             gathered, self.sock = self.sock.data, sock
         sock.sendall(gathered)
+        self.taken += len(arg)
 
 
 def send(body: Iterable[bytes], response: Any, environ: dict[str, Any]) -> None:
@@ -114,3 +128,12 @@ def refusal_of(handle_error: Callable[..., object], addr: Any, error: Exception)
     handle_error(written, addr, error)
     is_refused = written.status.startswith("4")
     return refusal(written.status, str(error) if is_refused else "Internal error")
+
+
+def not_read(req: Any, addr: Any, taken: int, seconds: float) -> str:
+    """The log line about an answer that was cut off because its client did not read it."""
+    client = addr[0] if isinstance(addr, tuple) else "a client"
+    return (
+        f"The answer to {escaped(req.method)} {escaped(req.path)} was cut off after {taken} bytes: "
+        f"{client} did not read for {seconds:g} s"
+    )

@@ -12,6 +12,8 @@ import os
 import secrets
 import socket
 import stat
+import time
+from collections.abc import Iterable
 
 from gunicorn.util import is_ipv6, parse_address
 
@@ -21,6 +23,10 @@ from mcp_proxy.errors import ConfigError
 _LISTENED_AT = (0, errno.EAGAIN, errno.EINPROGRESS)
 
 _UNPRIVILEGED = 1024
+
+# Seconds for which a port may be in use when this is started, and between looks.
+_LONGEST_WAIT = 5.0
+_POLL = 0.1
 
 # Characters of a name at random that nothing else has.
 _SHORTEST = 8
@@ -32,6 +38,28 @@ class Unbindable(ConfigError):
 
 class InUse(Unbindable):
     """Somebody listens there, maybe the very service that is being checked."""
+
+
+def wait_for_ports(addresses: Iterable[object]) -> None:
+    """Returns when this process could listen at each host and port of gunicorn's addresses.
+
+    Raises Unbindable where it cannot, or where somebody listens there for some seconds more: who
+    did may be about to end, as where a service restarts. Unix sockets are gunicorn's to replace.
+    """
+    until = time.monotonic() + _LONGEST_WAIT
+    for address in addresses:
+        if not isinstance(address, tuple):
+            continue
+        host, port = address[:2]
+        text = f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"
+        while True:
+            try:
+                _try_port(text, host, port)
+                break
+            except InUse:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(_POLL)
 
 
 def try_address(text: str) -> str:

@@ -15,11 +15,15 @@ from urllib.parse import urljoin
 
 from mcp_proxy import __version__
 from mcp_proxy.app import storage_of
+from mcp_proxy.auth.keys import read
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.backends.modern_switchboard import ModernSwitchboard
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.forwarded import HeaderPolicy
+from mcp_proxy.eras import probing
+from mcp_proxy.eras.initial import InitialSwitchboard
 from mcp_proxy.errors import (
     BackendError,
     BackendTimeout,
@@ -34,10 +38,12 @@ from mcp_proxy.errors import (
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
+from mcp_proxy.server.banner import is_open_to_all, refuses_strangers
 from mcp_proxy.server.binding import InUse, Unbindable, try_address
-from mcp_proxy.server.gunicorn import require_shared_sessions
+from mcp_proxy.server.gunicorn import require_keys, require_shared_sessions
 from mcp_proxy.server.masking import Mask, masked_log
-from mcp_proxy.servers import HttpServer, StdioServer, shown_command
+from mcp_proxy.server.session_files import require_private
+from mcp_proxy.servers import HttpServer, StdioServer, UnservedServer
 from mcp_proxy.wire import jsonrpc, revisions, sse
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON, PROTOCOL_VERSION, SESSION_ID
@@ -47,6 +53,19 @@ from mcp_proxy.wire.urls import Address, Target, parse_target, request_target
 #: Seconds for a server to answer initialize, where calls may take as long; `npx` and `uvx` may have
 #: to fetch it first.
 ANSWER_TIME = 60.0
+
+# Seconds for a server that has just been initialized to say whether it speaks 2026-07-28.
+_ERA_TIME = 5.0
+
+_FALL_BACK = (
+    "knows sessions alone: clients of 2026-07-28 from elsewhere that send no Authorization are "
+    "answered so that they fall back to them; stateless_children=shared has them share a process"
+)
+
+_OPEN = (
+    "nobody is asked who they are: whoever reaches the address can call every tool; set api_keys "
+    "or jwt_issuer, unless something in front authenticates"
+)
 
 # The exit code of a command that SIGINT has ended, as shells have it.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -62,35 +81,49 @@ _NOT_THIS_WIRE = (400, 404, 405)
 class Row(NamedTuple):
     """One line of the table. A warning is what may be meant, so `is_good` is true of it.
 
-    `stderr` is what a server that failed wrote there last.
+    `kind` is that of a server, `stderr` what one that failed wrote there last; one that is
+    disabled is off.
     """
 
     what: str
     is_good: bool
     finding: str
     is_warning: bool = False
+    kind: str = ""
     stderr: Sequence[str] = ()
+    is_off: bool = False
 
     @property
     def verdict(self) -> str:
         """What the line begins with."""
         if not self.is_good:
             return "FAIL"
-        return "WARN" if self.is_warning else "ok"
+        return "WARN" if self.is_warning else "off" if self.is_off else "ok"
 
 
 def check(config: ProxyConfig) -> int:
     """Prints the table and returns 0 if everything is in order, 130 after SIGINT, else 1.
 
-    What is waited for is said on stderr, where the log lines of this process go, too.
+    What is waited for is said on stderr, where the log lines of this process go, too. Raises
+    ConfigError where the file of servers cannot be read.
     """
     mask = Mask(config)
+    return _printed(_rows(config, mask), mask)
+
+
+def check_offline(config: ProxyConfig) -> int:
+    """As `check`, of what files say alone: nothing is started, and nothing connected to."""
+    return _printed(_rows_of_files(config), Mask(config))
+
+
+def _printed(rows: Iterator[Row], mask: Mask) -> int:
     is_good = True
     try:
         with masked_log(mask):
-            for row in _rows(config, mask):
+            for row in rows:
                 is_good = is_good and row.is_good
-                print(f"{row.verdict:<4}  {row.what:<24} {mask(row.finding)}", flush=True)
+                kind = f"{row.kind:<6}" if row.kind else ""
+                print(f"{row.verdict:<4}  {row.what:<24} {kind}{mask(row.finding)}", flush=True)
                 for line in row.stderr:
                     print(f"      stderr: {mask(line)}", flush=True)
     except KeyboardInterrupt:
@@ -98,17 +131,48 @@ def check(config: ProxyConfig) -> int:
     return 0 if is_good else 1
 
 
-def _rows(config: ProxyConfig, mask: Mask) -> Iterator[Row]:
+def _rows_of_files(config: ProxyConfig) -> Iterator[Row]:
+    yield from _settings(config)
+    yield from _keys(config)
+    yield _workers(config)
+    for server in config.listed():
+        if isinstance(server, UnservedServer):
+            yield _unserved(server)
+        else:
+            kind = "http" if isinstance(server, HttpServer) else "stdio"
+            yield Row(f"server {server.name}", True, str(server), kind=kind)
+
+
+def _settings(config: ProxyConfig) -> Iterator[Row]:
     yield Row("configuration", True, repr(config))
     for sentence in config.ignored():
         yield Row("configuration", True, sentence, is_warning=True)
+
+
+def _unserved(server: UnservedServer) -> Row:
+    is_off = server.is_disabled
+    return Row(f"server {server.name}", is_off, server.reason, kind="-", is_off=is_off)
+
+
+def _rows(config: ProxyConfig, mask: Mask) -> Iterator[Row]:
+    yield from _settings(config)
     yield from map(_bind, config.bind.split(","))
+    if is_open_to_all(config, _addresses(config)):
+        yield Row("bind", True, _OPEN, is_warning=True)
+    if config.jwt_issuer is not None:
+        yield _issuer(config, config.jwt_issuer)
+    yield from _keys(config)
     yield _workers(config)
     yield _store(config)
+    if config.session_dir is not None:
+        yield _kept(config.session_dir)
     supervisor = Supervisor(Replica())
     client = HttpClient(config.connect_timeout, 1, config.ca_file or True, config.backend_proxy)
     try:
-        for server in config.servers():
+        for server in config.listed():
+            if isinstance(server, UnservedServer):
+                yield _unserved(server)
+                continue
             limit = min(ANSWER_TIME, server.timeout or config.request_timeout)
             if isinstance(server, HttpServer):
                 for url in server.urls:
@@ -116,10 +180,40 @@ def _rows(config: ProxyConfig, mask: Mask) -> Iterator[Row]:
                     yield _backend(config, client, server, url, limit)
             else:
                 _announce(mask, f"server {server.name}: starting {server}", limit)
-                yield _server(config, server, supervisor, limit)
+                row = _server(config, server, supervisor, limit)
+                yield row
+                if row.is_good and refuses_strangers(config, _addresses(config)):
+                    yield from _strangers(config, server, supervisor)
     finally:
         client.close()
         supervisor.close()
+
+
+def _keys(config: ProxyConfig) -> Iterator[Row]:
+    """Who may call, where there is a file that says so."""
+    if config.api_keys is None:
+        return
+    try:
+        require_keys(config)
+        keys = read(config.api_keys)
+    except ConfigError as error:
+        yield Row("api_keys", False, str(error))
+        return
+    yield Row("api_keys", True, f"{len(keys)} keys of {len({key.name for key in keys})} callers")
+    named = frozenset[str]().union(*(key.servers or () for key in keys))
+    for name in sorted(named - {server.name for server in config.listed()}):
+        yield Row("api_keys", True, f"a key is for {name}, which is no server", is_warning=True)
+
+
+def _issuer(config: ProxyConfig, url: str) -> Row:
+    """Whether the keys of the issuer of tokens can be had."""
+    from mcp_proxy.auth.issuer import Issuer, IssuerError
+
+    issuer = Issuer(url, config.jwt_jwks_url, config.ca_file or True, config.connect_timeout)
+    try:
+        return Row("jwt_issuer", True, f"{len(issuer.keys())} keys of {url}")
+    except IssuerError as error:
+        return Row("jwt_issuer", False, str(error))
 
 
 def _announce(mask: Mask, what: str, limit: float) -> None:
@@ -144,7 +238,19 @@ def _workers(config: ProxyConfig) -> Row:
     return Row("workers", True, f"{config.workers} with {config.threads} threads")
 
 
+def _kept(directory: str) -> Row:
+    try:
+        require_private(directory)
+    except ConfigError as error:
+        return Row("session_dir", False, str(error))
+    return Row("session_dir", True, directory)
+
+
 def _store(config: ProxyConfig) -> Row:
+    if config.redis_url is None and config.workers > 1:
+        is_good = _workers(config).is_good
+        reached = "which the others reach" if is_good else "unknown to the others"
+        return Row("sessions", is_good, f"in the memory of the worker of each, {reached}")
     if config.redis_url is None:
         return Row("sessions", True, "in the memory of the one worker")
     try:
@@ -173,9 +279,9 @@ def _backend(
     headers = policy.outbound({"wsgi.url_scheme": "http"})
     try:
         found = _greet(_Asked(client, target, headers, limit))
-        return Row(what, True, f"{found} ({_shown(target)})")
+        return Row(what, True, f"{found} ({_shown(target)})", kind="http")
     except ProxyError as error:
-        return Row(what, False, f"{error} ({_shown(target)})")
+        return Row(what, False, f"{error} ({_shown(target)})", kind="http")
 
 
 def _shown(target: Target) -> str:
@@ -185,14 +291,37 @@ def _shown(target: Target) -> str:
 def _server(config: ProxyConfig, server: StdioServer, supervisor: Supervisor, limit: float) -> Row:
     what = f"server {server.name}"
     try:
-        bridge = Bridge(supervisor, server, config.max_message_bytes, on_lost=lambda lost: None)
+        limit_bytes = config.max_message_bytes
+        bridge = Bridge(supervisor, server, limit_bytes, lambda lost: None, InitialSwitchboard())
     except ProxyError as error:
-        return Row(what, False, f"{error} ({shown_command(server.argv)})")
+        return Row(what, False, f"{error} ({server})", kind="stdio")
     try:
-        return Row(what, True, _greet_child(bridge, limit))
+        return Row(what, True, _greet_child(bridge, limit), kind="stdio")
     except ProxyError as error:
-        finding = f"{error} ({shown_command(server.argv)})"
-        return Row(what, False, finding, stderr=bridge.stderr_tail[-5:])
+        tail = bridge.stderr_tail[-5:]
+        return Row(what, False, f"{error} ({server})", kind="stdio", stderr=tail)
+    finally:
+        bridge.close()
+
+
+def _addresses(config: ProxyConfig) -> list[str]:
+    """What is listened at, as URLs where it is no socket of another kind."""
+    listed = [address.strip().removeprefix("tcp://") for address in config.bind.split(",")]
+    return [each if each.startswith("unix:") else f"http://{each}" for each in listed]
+
+
+def _strangers(config: ProxyConfig, server: StdioServer, supervisor: Supervisor) -> Iterator[Row]:
+    """A warning where a server knows sessions alone, so that not everybody may share it."""
+    try:
+        bridge = Bridge(
+            supervisor, server, config.max_message_bytes, lambda lost: None, ModernSwitchboard()
+        )
+    except ProxyError:
+        return
+    try:
+        probing.discovered(bridge, _ERA_TIME)
+    except ProxyError:
+        yield Row(f"server {server.name}", True, _FALL_BACK, is_warning=True, kind="stdio")
     finally:
         bridge.close()
 

@@ -20,37 +20,59 @@ from mcp_proxy.config import (
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.server.gunicorn import (
     require_directory_and_cpus,
+    require_keys,
     require_shared_sessions,
     require_worker_class,
     serve,
 )
-from mcp_proxy.servers import as_command, shown_arguments
+from mcp_proxy.servers import as_command
+from mcp_proxy.shown_commands import shown_arguments
 
 _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --target-url URL
        mcp-wsgi-proxy [options] --config FILE
-       mcp-wsgi-proxy check [options] [-- COMMAND ARG...]"""
+       mcp-wsgi-proxy check [--offline] [options] [-- COMMAND ARG...]
+       mcp-wsgi-proxy key add|list|remove [options]
+       mcp-wsgi-proxy ctl [--ctl-socket PATH] status | end SESSION"""
 
 _EPILOG = """Without a command and without a file the bundled demo server is served. Every option
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
-out and serves nothing."""
+out and serves nothing; with --offline it reads files only, and starts and connects to nothing.
+"key" keeps the file of API keys."""
+
+# The groups of the help, by the setting that each begins with, in the order of the table.
+_GROUPS = {
+    "command": "servers",
+    "redis_url": "sessions",
+    "failure_status": "answers",
+    "max_body_bytes": "limits and processes",
+    "allowed_origins": "who is served",
+    "forward_headers": "HTTP servers",
+    "jwt_issuer": "access tokens",
+    "log_format": "log",
+    "bind": "gunicorn",
+}
 
 # The settings that name the servers: an option for one replaces all of them.
-_SOURCES = ("command", "target_url", "config", "env", "cwd")
+_SOURCES = ("command", "target_url", "config", "env", "env_from", "cwd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; 2 for a configuration that cannot be served."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    is_check = arguments[:1] == ["check"]
     try:
-        config = read_config(arguments[1:] if is_check else arguments)
+        if arguments[:1] == ["check"]:
+            return _check(arguments[1:])
+        if arguments[:1] == ["ctl"]:
+            return _ctl(arguments[1:])
+        if arguments[:1] == ["key"]:
+            from mcp_proxy.server import keys
+
+            return keys.run(arguments[1:])
+        config = read_config(arguments)
         config.servers()  # its errors belong here, not in a worker's log
         require_directory_and_cpus(config)
-        if is_check:
-            from mcp_proxy.server.check import check
-
-            return check(config)
+        require_keys(config)
         require_worker_class(config)
         require_shared_sessions(config, config.workers)
         if config.redis_url is not None:
@@ -60,6 +82,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     serve(config)
     return 0
+
+
+def _check(arguments: list[str]) -> int:
+    """The exit code of `check` with these arguments; raises ConfigError for what it cannot try."""
+    from mcp_proxy.server.check import check, check_offline
+
+    options, command = _split(arguments)
+    is_offline = "--offline" in options
+    rest = [option for option in options if option != "--offline"]
+    config = read_config(rest if command is None else [*rest, "--", *command])
+    config.listed()
+    require_directory_and_cpus(config)
+    return check_offline(config) if is_offline else check(config)
+
+
+def _ctl(arguments: list[str]) -> int:
+    """The exit code of `ctl` with these arguments; raises ConfigError for what is none."""
+    from mcp_proxy.server.ctl import ctl
+
+    options, words = split_ctl(arguments)
+    return ctl(read_config(options), *words)
+
+
+def split_ctl(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The options of `ctl`, and what it is told; raises ConfigError where that is nothing."""
+    count = 1 if arguments[-1:] == ["status"] else 2
+    options, words = arguments[:-count], arguments[-count:]
+    if words != ["status"] and words[:-1] != ["end"]:
+        raise ConfigError("ctl takes status, or end SESSION, behind the options")
+    return options, words
 
 
 def _require_readable_url(config: ProxyConfig) -> None:
@@ -138,15 +190,18 @@ def _parser() -> argparse.ArgumentParser:
         "mcp-wsgi-proxy", usage=_USAGE, epilog=_EPILOG, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    group: argparse._ActionsContainer = parser
     for setting in settings():
+        if setting.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[setting.name])
         if setting.name != "command":
-            _add_option(parser, setting)
+            _add_option(group, setting)
     return parser
 
 
-def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
-    default = f" ({setting.default_text})" if setting.default_text else ""
-    parser.add_argument(
+def _add_option(group: argparse._ActionsContainer, setting: Setting) -> None:
+    default = f" (default: {setting.default_text})" if setting.default_text else ""
+    group.add_argument(
         f"--{setting.name.replace('_', '-')}",
         dest=setting.name,
         action="append" if setting.is_list else "store",

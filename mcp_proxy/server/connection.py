@@ -21,6 +21,7 @@ from gunicorn.workers import gthread
 
 from mcp_proxy.server.answers import PIECE
 from mcp_proxy.server.arriving import SLOWEST_BODY, ArrivingRequest, Shape
+from mcp_proxy.server.passing import Held, Offer, Passed
 from mcp_proxy.server.tls import with_tls
 
 #: Seconds for which a thread waits at a connection on which it has answered.
@@ -31,6 +32,9 @@ _LARGEST_PIECE = 1024 * 1024
 
 # A plain number: the operators of an enum take longer than the system call.
 _DONT_WAIT = int(socket.MSG_DONTWAIT)
+
+# A connection on which requests have changed so often from one session to another is one of a pool.
+_CHANGES_OF_A_POOL = 3
 
 # Seconds for which a thread reads what the application has left of a body.
 _SKIP_TIME = 0.05
@@ -61,6 +65,17 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.sock = ClientSocket(self.sock, self.client_timeout, self.is_plain)
         #: Whether a part of the threads that is for slow requests counts this one.
         self.counts_as_slow = False
+        #: The session that the last request named, and how often that has changed.
+        self.session: str | None = None
+        self.changes = 0
+        #: The request as it is given to another worker; None where it is answered here.
+        self.offer: Offer | None = None
+        #: The request while it waits for calls of its session, and the session whose call has a
+        #: place of those that one session may have.
+        self.held: Held | None = None
+        self.share: str | None = None
+        #: Whether another worker may have a copy of the socket.
+        self.may_have_copies = False
         self.begin()
 
     def begin(self, surplus: bytes = b"") -> None:
@@ -80,6 +95,10 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.has_left = False
         #: Whether the answer is a standing stream, which ends when it is told to.
         self.is_standing = False
+        #: Whether the request is not to be passed to another worker, as it has been already.
+        self.stays = False
+        #: Whether another worker has passed the request here.
+        self.was_passed = False
         self.since = self.progress = time.monotonic()
         self._body_since: float | None = None
         self._body_until: float | None = None
@@ -101,6 +120,15 @@ class Connection(gthread.TConn):  # type: ignore[misc]
             self._body_since = self.progress
         return bool(data)
 
+    def is_left(self) -> bool:
+        """Whether the client has ended its side, and nothing is left to read."""
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     @property
     def is_for_a_thread(self) -> bool:
         """Whether a thread can read the request, or is needed to read it."""
@@ -109,7 +137,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
     @property
     def is_slow(self) -> bool:
         """Whether a thread may have to wait for the rest of the request."""
-        return not self.is_followed or self.request.shape is Shape.OTHER
+        is_odd = self.request.shape is Shape.OTHER
+        return not self.is_followed or (is_odd and not self.stays)  # what was passed has come whole
 
     @property
     def expects_continue(self) -> bool:
@@ -136,6 +165,56 @@ class Connection(gthread.TConn):  # type: ignore[misc]
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()  # it would have the client's alert, too, for which nobody waits
         self.sock.shutdown(socket.SHUT_WR)
+
+    # --- a request that is answered later, or by another worker ----------------------------------
+
+    @property
+    def is_put_off(self) -> bool:
+        """Whether the thread that has read the request does not answer it."""
+        return self.offer is not None or self.held is not None
+
+    def to_read_again(self, request: bytes, session: str) -> Passed:
+        """A request that was read, to be read once more, with what has come behind it."""
+        ahead = self.parser.unreader.take_buffered()
+        return Passed(request + ahead, session, self.changes)
+
+    def names(self, session: str) -> bool:
+        """The request names a session; whether the connection may go where that lives.
+
+        It does with its first session, and when two requests in a row have named the same one. A
+        connection that keeps changing is one of a pool, which would be passed back and forth.
+        """
+        is_next = self.session is not None and self.session != session
+        self.session = session
+        self.changes += is_next
+        return not (is_next or self.stays) and self.changes < _CHANGES_OF_A_POOL
+
+    def take_over(self, passed: Passed) -> None:
+        """Begins with a request that another worker has passed here."""
+        self.begin(passed.data)
+        self.session, self.changes = passed.session, passed.changes
+        self.stays = self.was_passed = True
+
+    def take_back(self, passed: Passed) -> None:
+        """Begins once more with a request that nobody else has begun."""
+        self.offer = self.held = None
+        self.parser.mesg = None  # it is to be parsed once more
+        self.sock.setblocking(False)
+        was_passed = self.was_passed
+        self.take_over(passed)
+        self.was_passed = was_passed
+
+    def close(self, graceful: bool = False) -> None:
+        """Closes the connection; it ends with that, unless another worker has it.
+
+        That has to be said, as another worker may still have a copy of the socket.
+        """
+        if self.offer is not None and self.offer.receipt is not None:
+            self.offer.receipt.close()
+        elif self.may_have_copies:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+        super().close()
 
     # --- in a thread for handshakes --------------------------------------------------------------
 

@@ -8,11 +8,16 @@ A greenlet is cheap, so each connection has one and nothing waits in a poller. W
 - A connection may be idle for `keepalive`, a new one for `client_timeout`.
 - A TLS handshake is done by the connection's own greenlet, within the same time; one that fails is
   a line in the log. HTTP/2 is not offered.
-- A worker that stops ends the connections on which no request has arrived, handshakes included.
+- Beyond `worker_connections` connections are accepted all the same, and as many others closed on
+  which no request has arrived for longest (`crowd`). Where no file is left beside those that are
+  kept back, accepting pauses for a moment.
+- A worker that stops accepts no more at once, and ends the connections on which no request has
+  arrived, handshakes included.
 - What is refused before the application sees it is a JSON-RPC error.
 
 It relies on this in gunicorn, 27.0 or later. `run` makes a server of each listener by
-`server_class`, if there is one, and waits for `pool` of what that returns. `handle` reads from
+`server_class`, if there is one, with a pool of `worker_connections`, and waits for `pool` of what
+that returns. gevent's server calls `do_read` to accept, until that gives None. `handle` reads from
 `client.recv`, and from nothing else, and closes `client`; between two requests of a connection it
 calls `handle_request`, under `timeout_ctx` the parser.
 """
@@ -21,17 +26,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import signal
 import socket
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
 from gevent.server import StreamServer
 from gunicorn.workers import ggevent
 
-from mcp_proxy.server.answers import PIECE, refusal, refusal_of
+from mcp_proxy.server.answers import PIECE, not_read, refusal, refusal_of
 from mcp_proxy.server.arriving import SLOWEST_BODY
+from mcp_proxy.server.crowd import SURE, SWEEP, Bound
 from mcp_proxy.server.deadlines import require_deadlines, set_deadlines
 from mcp_proxy.server.tls import HandshakeFailures, with_tls
 
@@ -41,8 +49,10 @@ _LAST_REQUESTS = 2.0
 # Seconds for which a connection that was shut down is read.
 _CLOSING_TIME = 2.0
 
-# Seconds between two looks at whether the worker stops.
-_LOOK = 0.5
+# Greenlets that there may be: as many as there are connections, which have another bound.
+_GREENLETS = 1_000_000
+
+_NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
@@ -65,6 +75,13 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
         set_deadlines(self)
         #: The connections on which a request is awaited or arriving.
         self.reading: set[PatientSocket] = set()
+        #: Those that were shut down and are read for a moment, the oldest first.
+        self.closing: dict[PatientSocket, None] = {}
+        #: How many connections there may be; gunicorn's pool holds however many there are.
+        self.bound = Bound(self.cfg.worker_connections, self.log)
+        self.worker_connections = _GREENLETS
+        self._count = 0
+        self._servers: list[StreamServer] = []
         # The greenlets that do a TLS handshake.
         self._shaking_hands: set[Any] = set()
         self._handshake_failures = HandshakeFailures(self.log)
@@ -72,30 +89,77 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
             self.log.warning("This worker class does not offer HTTP/2 over TLS")
             self.cfg.set("http_protocols", "h1")
 
+    def init_signals(self) -> None:
+        """As gunicorn's; SIGHUP is the master's, and one that reaches a worker does nothing.
+
+        It is not ignored: children of the worker would inherit that.
+        """
+        super().init_signals()
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+        signal.siginterrupt(signal.SIGHUP, False)
+
     def run(self) -> None:
         """Runs until the worker stops."""
         gevent.spawn(self._watch)
         super().run()
 
     def _watch(self) -> None:
-        """Reports failed handshakes, and at the end closes what has sent no whole request."""
+        """Makes room, and at the end closes what has sent no whole request."""
         while self.alive:
-            gevent.sleep(_LOOK)
+            gevent.sleep(SWEEP)
             self._handshake_failures.report()
+            self._make_room()
         gevent.sleep(_LAST_REQUESTS)
         gevent.killall(list(self._shaking_hands), block=False)
         for client in list(self.reading):
             client.end()
 
+    def handle_exit(self, sig: Any, frame: Any) -> None:
+        """Stops the worker, which accepts no more at once: gunicorn's loop looks each second."""
+        super().handle_exit(sig, frame)
+        for server in self._servers:
+            gevent.spawn(server.close)
+
+    def _make_room(self) -> None:
+        """Closes connections that are too many: of those without progress for a second the oldest.
+
+        Those on which a request has begun to arrive, or none ever came, go before kept ones.
+        """
+        lacks_files = self.bound.lacks_files
+        wanted = self.bound.excess(self._count - len(self.closing))
+        if lacks_files:
+            for client in list(self.closing)[:wanted]:
+                client.cut()
+        before = time.monotonic() - SURE
+        silent = [client for client in self.reading if client.is_silent_since(before)]
+        silent.sort(key=lambda client: (client.is_kept, client.progress))
+        for client in silent[: max(0, wanted)]:
+            client.end()
+        if lacks_files:
+            for server in self._servers:
+                if server.started:
+                    server.start_accepting()
+
     def server_class(self, listener: Any, spawn: Any, **_: Any) -> Any:
         """A server whose connections are handled here, those with TLS as well."""
-        server = StreamServer(listener, handle=partial(self.handle, listener), spawn=spawn)
+        name = listener.getsockname()  # for which gunicorn asks when it may be closed already
+        named = SimpleNamespace(getsockname=lambda: name)
+        server = _Server(listener, handle=partial(self.handle, named), spawn=spawn)
+        server.bound = self.bound
+        self._servers.append(server)
         if self.cfg.workers > 1:
             server.max_accept = 1
         return server
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serves one connection to its end."""
+        self._count += 1
+        try:
+            self._handle(listener, client, addr)
+        finally:
+            self._count -= 1
+
+    def _handle(self, listener: Any, client: Any, addr: Any) -> None:
         client.settimeout(self.client_timeout)
         if self.cfg.is_ssl:
             client = self._with_tls(client, addr)
@@ -135,6 +199,10 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
             if not sock.has_sent:
                 sock.sendall(refusal("408 Request Timeout", "The body did not arrive in time"))
             raise StopIteration from None
+        finally:
+            if sock.is_late:
+                line = not_read(req, addr, sock.taken, self.client_timeout)
+                self.log.warning("%s", line)
         sock.begin()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
@@ -142,6 +210,28 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
         written = refusal_of(partial(super().handle_error, req), addr, exc)
         with contextlib.suppress(OSError):
             client.sendall(written)
+
+
+class _Server(StreamServer):  # type: ignore[misc]
+    """gevent's server, which stops accepting before there is no file left."""
+
+    bound: Bound
+
+    def do_read(self) -> Any:
+        """A connection with its address; None where there is none, or no file for it."""
+        if not self.bound.lacks_files:
+            try:
+                accepted = super().do_read()
+            except OSError as error:
+                if error.errno not in _NO_FILE:
+                    raise
+                self.bound.note_no_file()
+            else:
+                if accepted:
+                    self.bound.has_files_after(accepted[0].fileno())
+                return accepted
+        self.stop_accepting()  # until the worker has made room
+        return None
 
 
 class PatientSocket:
@@ -154,6 +244,9 @@ class PatientSocket:
         self._is_ended = False
         #: Whether some of the answer was sent.
         self.has_sent = False
+        #: Bytes of it that the system has taken, and whether it did not take the next in time.
+        self.taken = 0
+        self.is_late = False
         self.begin()
 
     def __getattr__(self, name: str) -> Any:
@@ -164,12 +257,24 @@ class PatientSocket:
         self._request: Any = None
         self._since: float | None = None  # when its head, or its body, began
         self._got = 0
+        #: When something came last, or the wait for it began.
+        self.progress = time.monotonic()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a request was answered, and the next one has not begun to arrive."""
+        return not self._is_new and self._since is None
+
+    def is_silent_since(self, before: float) -> bool:
+        """Whether nothing has come since before that time of a request that has not arrived."""
+        return self._request is None and not self._is_ended and self.progress < before
 
     def begin_body(self, request: Any) -> None:
         """The head has come; what comes next is the body."""
         self._request = request
         self._since = time.monotonic()
-        self._is_new = self.has_sent = False
+        self._is_new = self.has_sent = self.is_late = False
+        self.taken = 0
 
     def recv(self, size: int) -> bytes:
         """What comes next; nothing where the client has left, or has been given up.
@@ -189,9 +294,17 @@ class PatientSocket:
                 raise
             self._refuse_late_head()
             return b""
+        except OSError:
+            if not self._is_ended:
+                raise
+            data = b""  # `end` has woken this greenlet
         finally:
             self._worker.reading.discard(self)
-        self._since = self._since or time.monotonic()
+        if self._is_ended and self._request is None:
+            self._refuse_late_head()
+            return b""
+        self.progress = time.monotonic()
+        self._since = self._since or self.progress
         self._got += len(data)
         return data
 
@@ -222,12 +335,19 @@ class PatientSocket:
         its answer (RFC 9112 section 9.6).
         """
         until = time.monotonic() + _CLOSING_TIME
+        self._worker.closing[self] = None
         with contextlib.suppress(OSError, ValueError):
             self._sock.shutdown(socket.SHUT_WR)
             while (left := until - time.monotonic()) > 0 and self._worker.alive:
                 self._sock.settimeout(left)
                 if not self._sock.recv(PIECE):
                     break
+        self._worker.closing.pop(self, None)
+        self._sock.close()
+
+    def cut(self) -> None:
+        """Ends the wait for the client's end of a connection that was shut down."""
+        self._worker.closing.pop(self, None)
         self._sock.close()
 
     def sendall(self, data: bytes) -> None:
@@ -238,6 +358,7 @@ class PatientSocket:
         try:
             for at in range(0, len(data), PIECE):
                 self._sock.sendall(view[at : at + PIECE])
+                self.taken += len(view[at : at + PIECE])
         except TimeoutError as error:
-            self._is_ended = True
+            self._is_ended = self.is_late = True
             raise BrokenPipeError(errno.EPIPE, "The client has not taken it in time") from error

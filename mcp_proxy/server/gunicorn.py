@@ -1,67 +1,86 @@
-"""gunicorn as this project runs it: settings, hooks, the start, and the banner.
+"""gunicorn as this project runs it: its settings, its hooks, and the start.
 
 Imported in gunicorn's master, so it must not import anything that a worker class may still patch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib.util
-import json
 import logging
+import mmap
 import os
 import random
-import re
-import resource
+import secrets
 import sys
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from mcp_proxy import __version__, metrics, rate_buckets
+from mcp_proxy.auth.access_tokens import require_libraries
+from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.config import (
-    GEVENT_CONNECTIONS,
     PREFIX,
     ProxyConfig,
-    is_malloc_told,
+    has_given_sockets,
     set_in_environment,
 )
-from mcp_proxy.edge.guard import is_loopback, url_host
 from mcp_proxy.edge.log_writer import LogWriter
-from mcp_proxy.edge.logs import configure, start_writing
+from mcp_proxy.edge.logs import configure, start_writing, take_over
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.server.admin import (
+    ADMIN_VARIABLE,
+    CTL_VARIABLE,
+    AdminServer,
+    AdminSocket,
+    listening_at,
+    listening_for_user,
+)
+from mcp_proxy.server.banner import banner, base_url, server_urls
+from mcp_proxy.server.binding import wait_for_ports
 from mcp_proxy.server.deadlines import DEADLINES
+from mcp_proxy.server.last_keys import LastKeys
 from mcp_proxy.server.leaving import Leaving
-from mcp_proxy.servers import Server, StdioServer
+from mcp_proxy.server.machine import (
+    allow_many_files,
+    connections,
+    cpus_to_share,
+    files_to_have,
+    heartbeat_directory,
+    keep_heap_small,
+    least_used,
+    pin,
+    within_files,
+)
+from mcp_proxy.server.passing import is_possible
+from mcp_proxy.server.reloading import Reloading
+from mcp_proxy.server.session_files import (
+    caller_key,
+    require_private,
+    store,
+    take,
+    wait_for_others,
+)
+from mcp_proxy.server.slot import SlotTable
+from mcp_proxy.servers import HttpServer, Server
+from mcp_proxy.sessions.facts import process_key, use_key
+from mcp_proxy.storage.session import minted_by
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from mcp_proxy.app import Application
+    from mcp_proxy.ownership.memory import Memory
+
 log = logging.getLogger(__name__)
 
-# Files that a worker may have open, if the system allows it.
-_FILES = 16_384
-
-# Files that are neither a connection's nor a session's: code, logs, Redis, HTTP servers.
-_OTHER_FILES = 64
-
-# Files of a stdio session: three pipes, and one for what is being done with it.
-_FILES_OF_A_SESSION = 4
+# Workers that can be counted at least: those that are added, and replace others, among them.
+_COUNTING = 64
 
 # The longest request line that gunicorn can be set to.
 _LONGEST_LINE = 8_190
-
-# Connections that a worker may have, if there are files for them.
-_CONNECTIONS = 4_096
-
-# Memory that is a file system: writable in most containers whose file system is not.
-_SHARED_MEMORY = "/dev/shm"
-
-# As mallopt of glibc calls it.
-_M_ARENA_MAX = -8
 
 # Our classes behind the setting `worker_class`.
 _WORKER_CLASSES = {
@@ -121,11 +140,13 @@ def gunicorn_settings(config: ProxyConfig, hooks: Hooks | None = None) -> dict[s
         "on_starting": hooks.on_starting,
         "on_reload": hooks.on_reload,
         "when_ready": hooks.when_ready,
+        "pre_exec": hooks.pre_exec,
         "pre_fork": hooks.pre_fork,
         "post_fork": hooks.post_fork,
         "post_worker_init": hooks.post_worker_init,
         "worker_int": hooks.worker_int,
         "worker_exit": hooks.worker_exit,
+        "child_exit": hooks.child_exit,
     }
 
 
@@ -160,13 +181,46 @@ def serve(config: ProxyConfig) -> None:
     Server().run()
 
 
-def require_shared_sessions(config: ProxyConfig, worker_count: int) -> None:
-    """Raises ConfigError where several workers could not serve each other's sessions."""
-    if worker_count > 1 and config.redis_url is None:
+def require_shared_sessions(
+    config: ProxyConfig,
+    worker_count: int,
+    has_tls: bool = False,
+    has_page: bool = True,
+    servers: Sequence[Server] | None = None,
+) -> None:
+    """Raises ConfigError where several workers could not serve each other's sessions.
+
+    `has_page` says that all of them are of one master; `servers` are those that are served, where
+    they are not as `config` says.
+    """
+    if worker_count == 1 or config.redis_url is not None:
+        return
+    reason = _not_passed_because(config, has_tls, servers)
+    if reason is None and not has_page:
+        reason = "they are not of the same master"
+    if reason is not None:
         raise ConfigError(
-            f"{worker_count} workers do not know each other's sessions while those are in memory: "
-            "set redis_url, or set workers to 1 and raise threads instead"
+            f"{worker_count} workers do not know each other's sessions while those are in memory "
+            f"and {reason}: set redis_url, or set workers to 1 and raise threads instead"
         )
+
+
+def _not_passed_because(
+    config: ProxyConfig, has_tls: bool, servers: Sequence[Server] | None
+) -> str | None:
+    """Why workers cannot pass all requests to one another; None where they can."""
+    if config.passing == "off":
+        return "passing is off"
+    if config.worker_class != "gthread":
+        return f"worker_class is {config.worker_class}"
+    if not is_possible():
+        return "this system has no eventfd"
+    if has_tls:
+        return "TLS is in the worker"
+    served = config.servers() if servers is None else servers
+    if any(isinstance(server, HttpServer) for server in served):
+        return "there is an HTTP server"
+    return None
 
 
 def require_directory_and_cpus(config: ProxyConfig) -> None:
@@ -182,6 +236,13 @@ def require_directory_and_cpus(config: ProxyConfig) -> None:
             f"cpu_affinity: expected auto, off or CPUs that this process may use ({listed}), "
             f"got {config.cpu_affinity!r}"
         )
+
+
+def require_keys(config: ProxyConfig) -> None:
+    """Raises ConfigError where what callers show cannot be checked, or does not fit the rest."""
+    if config.jwt_issuer is not None:
+        require_libraries()
+    Authenticator.of(config, None, None)
 
 
 def require_worker_class(config: ProxyConfig) -> None:
@@ -207,18 +268,30 @@ class Hooks:
         self._given = self.config = config
         self._offset = random.randrange(1024)
         self._log: LogWriter | None = None
+        self._table: SlotTable | None = None
+        self._metrics: metrics.MetricsPage | None = None
+        self._admin: AdminSocket | None = None
+        self._ctl: AdminSocket | None = None
+        self._token = secrets.token_urlsafe(18)
+        self._reloading: Reloading | None = None
 
     def begin_log(self) -> LogWriter:
-        """Has the process write its log lines as the settings want; harmless when repeated."""
+        """Has the process write its log lines as the settings want; harmless when repeated.
+
+        To be called whenever gunicorn has made its handlers: they would wait for who reads the log.
+        """
         if self._log is None:
             self._log = configure(self.config.log_format, self.config.log_level)
+        else:
+            take_over(self.config.log_format)
         return self._log
 
     def on_starting(self, server: Any) -> None:
         """Exits before anything listens if this cannot be served here."""
         self.begin_log()
         self._use_our_worker_class(server)
-        _allow_many_files()
+        self._heed_worker_count(server)
+        allow_many_files()
         lowered = within_files(self.config).max_sessions
         if lowered != self.config.max_sessions:
             log.warning(
@@ -226,16 +299,75 @@ class Hooks:
                 *(lowered, self.config.max_sessions, files_to_have()),
             )
         try:
-            require_shared_sessions(self.config, server.cfg.workers)
+            require_shared_sessions(self.config, server.cfg.workers, server.cfg.is_ssl)
             require_directory_and_cpus(self.config)
+            require_keys(self.config)
+            if not (has_given_sockets() or server.master_pid or server.cfg.reuse_port):
+                wait_for_ports(server.cfg.address)
+            if self.config.session_dir is not None:
+                require_private(self.config.session_dir)
+            for broken in self.config.broken():
+                log.error("%s: %s", self.config.config, broken)
+            self._share_callers(server)
+            self._begin_counting(server)
+            if self.config.config is not None:
+                self._reloading = Reloading(self.config, server)
         except ConfigError as error:
             sys.exit(f"mcp-wsgi-proxy: {error}")
         for sentence in self.config.ignored():
             log.warning("%s", sentence)
-        _answer_signals(server, self.config)
+        if self.config.session_dir is not None and self.config.redis_url is not None:
+            log.warning("session_dir has no effect: the sessions are in Redis")
+        if self._passes(server):
+            self._table = SlotTable(server.cfg.workers)
+            _note_stop(server, self._table)
+        _answer_signals(server, self.config, self._table, self._reloading)
+
+    def _begin_counting(self, server: Any) -> None:
+        """Makes what workers share of metrics, and the admin socket; raises ConfigError."""
+        if not self.config.counts:
+            return
+        metrics.require_library()
+        self._metrics = metrics.MetricsPage(max(_COUNTING, 2 * server.cfg.workers))
+        if self.config.admin_bind is not None:
+            listen = partial(listening_at, self.config.admin_bind)
+            self._admin = AdminSocket(listen, ADMIN_VARIABLE)
+        if self.config.ctl_socket is not None:
+            listen = partial(listening_for_user, self.config.ctl_socket)
+            self._ctl = AdminSocket(listen, CTL_VARIABLE)
+
+    def pre_exec(self, server: Any) -> None:
+        """In the process that becomes a second master, which gets the sockets for operators."""
+        for each in (self._admin, self._ctl):
+            if each is not None:
+                each.hand_on(server.cfg.env_orig)
+
+    def _share_callers(self, server: Any) -> None:
+        """Has all workers know and count callers alike, also those that come later.
+
+        Raises ConfigError.
+        """
+        directory = self.config.session_dir
+        if directory is not None and self.config.redis_url is None:
+            use_key(caller_key(directory))
+        rate_buckets.share()
+        process_key()  # before the first fork: it is the same in all workers
+        if self.config.api_keys is not None and hasattr(os, "memfd_create"):
+            server.last_keys = LastKeys(self.config.api_keys)
+            server.last_keys.look_each_turn(server)
+
+    def _passes(self, server: Any) -> bool:
+        """Whether workers pass requests to one another.
+
+        One worker with sessions in memory passes them to the next, when it is replaced.
+        """
+        if self.config.passing == "off" or self.config.worker_class != "gthread":
+            return False
+        return is_possible() and not server.cfg.is_ssl
 
     def on_reload(self, server: Any) -> None:
-        """The class is gunicorn's again, as its command line says."""
+        """The handlers of its log are gunicorn's again, and the class, as its command line says."""
+        self.begin_log()
         self._use_our_worker_class(server)
 
     def _use_our_worker_class(self, server: Any) -> None:
@@ -261,6 +393,15 @@ class Hooks:
             server.cfg.set("worker_class", _WORKER_CLASSES[kind])
             server.worker_class = server.cfg.worker_class
 
+    def _heed_worker_count(self, server: Any) -> None:
+        """Has workers know how many they are, where gunicorn's own settings say so, as by `-w 2`.
+
+        An HTTP server of the file is served accordingly.
+        """
+        if self.config.config is not None and server.cfg.workers != self.config.workers:
+            self.config = msgspec.structs.replace(self.config, workers=server.cfg.workers)
+            set_in_environment("workers", str(server.cfg.workers))
+
     def when_ready(self, server: Any) -> None:
         """Prints the banner once the sockets listen; a JSON log has the URLs in a line of it."""
         addresses = [str(listener) for listener in server.LISTENERS]
@@ -268,39 +409,116 @@ class Hooks:
             urls = server_urls(self.config, base_url(self.config, addresses))
             log.info("serving %s", urls, extra={"fields": {"servers": urls}})
         else:
-            self.begin_log().write(banner(self.config, addresses))
+            token = self._token if self.config.counts else ""
+            self.begin_log().write(banner(self.config, addresses, token))
+        if self._admin is not None:
+            log.info("metrics and probes at %s/metrics, /healthz and /readyz", self._admin.url)
 
     def pre_fork(self, server: Any, worker: Any) -> None:
-        """Chooses the worker's CPU, in the master, which knows the CPUs of the other workers."""
+        """Chooses the worker's CPU and slot, in the master, which knows those of the others."""
+        worker.slot_number = worker.metrics_slot = None
+        if self._metrics is not None:
+            others_have = (getattr(o, "metrics_slot", None) for o in server.WORKERS.values())
+            worker.metrics_slot = self._metrics.lowest_free(others_have)
+        if self._table is not None:
+            others = server.WORKERS.values()
+            worker.slot_number = self._table.lowest_free(map(_slot_number, others))
         cpus = cpus_to_share(self.config, server.cfg.workers)
         taken = [other.cpu for other in server.WORKERS.values() if other.cpu is not None]
         worker.cpu = least_used(cpus, taken, self._offset) if cpus else None
 
     def post_fork(self, server: Any, worker: Any) -> None:
-        """Has a worker that finds a mistake in the file of servers use what was in it before."""
-        use_one_arena()
-        if self.config.config is None or getattr(server, "good_servers", None) is None:
+        """Has a worker enter its slot, and know when another one is begun in its place."""
+        keep_heap_small()
+        if self._metrics is not None and getattr(worker, "metrics_slot", None) is not None:
+            metrics.use(self._metrics.take(worker.metrics_slot))
+        worker.has_kept_socket = getattr(server, "systemd", False)
+        if self._table is not None:
+            self._enter_slot(self._table, worker)
+        reloads = getattr(server, "reloads", None)  # None: somebody has taken the first hook away
+        if reloads is not None:
+            current = reloads[:]
+            worker.is_replaced = lambda: reloads[:] != current
+        self._read_keys(getattr(server, "last_keys", None))
+
+    def _read_keys(self, last: LastKeys | None) -> None:
+        """Has a worker that finds a mistake in the file of keys go by what was there before."""
+        if last is None:
             return
         try:
-            self.config.servers()
+            require_keys(self.config)
         except ConfigError as error:
-            log.error("%s; this worker starts with what was in the file before", error)
-            path = f"/proc/self/fd/{server.good_servers}"
-            set_in_environment("config", path)
-            self.config = msgspec.structs.replace(self.config, config=path)
+            log.error("%s; this worker starts with the keys that were there before", error)
+            set_in_environment("api_keys", last.path)
+            self.config = msgspec.structs.replace(self.config, api_keys=last.path)
+
+    def _enter_slot(self, table: SlotTable, worker: Any) -> None:
+        number = _slot_number(worker)
+        if number is None or not hasattr(worker, "slot"):
+            table.close()
+        else:
+            worker.slot = table.take(number)
 
     def post_worker_init(self, worker: Any) -> None:
-        """Sets up the worker, pins it to its CPU, and has SIGTERM drain its application."""
+        """Sets up the worker, pins it to its CPU, and has SIGTERM drain its application.
+
+        Servers are started ahead from now on: a user who asks for that wants the first session
+        to find one.
+        """
         start_writing()
         app = worker.wsgi
+        if hasattr(app, "follow"):  # it may have been made before the fork
+            app.follow()
         worker.max_header_bytes = self.config.max_header_bytes
         worker.max_body_bytes = self.config.max_body_bytes
         if worker.cpu is not None and hasattr(app, "parts"):
             app.parts.supervisor.cpu_affinity = frozenset(os.sched_getaffinity(0))
             pin(worker.cpu)
+        if getattr(worker, "slot", None) is not None:
+            worker.slot.serve(getattr(app, "nonce", ""))
+        self._bring_back(worker, getattr(app, "memory", None))
+        if hasattr(app, "keep_spares"):
+            app.keep_spares()
+        if metrics.current() is not None and hasattr(app, "monitoring"):
+            self._serve_operators(worker, app)
         if hasattr(app, "drain"):
-            worker.leaving = Leaving(worker, app)
+            worker.leaving = Leaving(worker, app, self._keep)
             worker.leaving.start()
+
+    def _serve_operators(self, worker: Any, app: Application) -> None:
+        monitoring = app.monitoring
+        monitoring.version = __version__
+        monitoring.token = self._token
+        monitoring.keep()
+        sockets = (
+            ("mcp-admin", self._admin, monitoring),
+            ("mcp-ctl", self._ctl, monitoring.serve_ctl),
+        )
+        for name, each, asked in sockets:
+            if each is not None:
+                may_leave, workers = monitoring.may_leave, app.parts.workers
+                AdminServer(name, each, asked, may_leave, worker.cfg, workers).start()
+                each.take_over()
+
+    def _bring_back(self, worker: Any, memory: Memory | None) -> None:
+        """Has the sessions that were there when the last worker of the slot, or all, ended."""
+        directory = self.config.session_dir
+        if directory is None or memory is None:
+            return
+        number = _slot_number(worker) or 0
+        with take(directory, number, worker.cfg.workers) as records:
+            ids = memory.put_in(records)
+            if getattr(worker, "slot", None) is not None:
+                worker.slot.inherit({minted_by(each) for each in ids})
+        if ids:
+            log.info("%d sessions are here again, from session_dir", len(ids))
+        wait_for_others(directory, number, worker.cfg.workers)
+
+    def _keep(self, worker: Any, records: bytes) -> None:
+        """Keeps the sessions that were in the memory of a worker that ends."""
+        directory = self.config.session_dir
+        if directory is not None:
+            store(directory, _slot_number(worker) or 0, records)
 
     def worker_int(self, worker: Any) -> None:
         """SIGINT or SIGQUIT: closes the application, and so its children, at once."""
@@ -312,258 +530,86 @@ class Hooks:
         if hasattr(worker, "leaving"):
             worker.leaving.wait()
 
+    def child_exit(self, server: Any, worker: Any) -> None:
+        """In the master: a worker has ended, and another one may come in its slot."""
+        number = _slot_number(worker)
+        if self._table is not None and number is not None:
+            self._table.free(number)
+        metrics_slot = getattr(worker, "metrics_slot", None)
+        if self._metrics is not None and metrics_slot is not None:
+            self._metrics.free(metrics_slot)
+
+
+def _slot_number(worker: Any) -> int | None:
+    """The slot of a worker; None where it has none, as where somebody has taken that hook away."""
+    number: int | None = getattr(worker, "slot_number", None)
+    return number
+
 
 # --- signals to the master -----------------------------------------------------------------------
 
 
-def _answer_signals(server: Any, config: ProxyConfig) -> None:
-    """Has SIGHUP and SIGTTIN refused, in a sentence, where gunicorn would end or harm sessions."""
-    reload, add_worker = server.handle_hup, server.handle_ttin
+def _answer_signals(
+    server: Any, config: ProxyConfig, table: SlotTable | None, reloading: Reloading | None
+) -> None:
+    """Has SIGHUP reload the file of servers, if there is one. Has SIGTTIN and SIGUSR2 refused, in a
+    sentence, where gunicorn would end or harm sessions.
+    """
+    reload, add_worker, begin_master = server.handle_hup, server.handle_ttin, server.handle_usr2
 
     def handle_hup() -> None:
-        try:
-            config.servers()
-        except ConfigError as error:
-            log.error("nothing is reloaded, and everything goes on as before: %s", error)
-            return
-        for sentence in config.ignored():
-            log.warning("%s", sentence)
-        before, server.good_servers = server.good_servers, _copy_of(config)
-        if before is not None:
-            os.close(before)  # workers have descriptors of their own
+        """Without a file of servers all workers are replaced."""
+        server.reloads[0] = (server.reloads[0] + 1) % 256
+        if table is not None:
+            table.page.replace_all()
         reload()
 
     def handle_ttin() -> None:
         try:
-            require_shared_sessions(config, server.num_workers + 1)
+            servers = None if reloading is None else reloading.servers
+            require_shared_sessions(
+                config, server.num_workers + 1, server.cfg.is_ssl, servers=servers
+            )
+            if table is not None:
+                table.require_room(server.num_workers + 1)
         except ConfigError as error:
             log.error("no worker is added: %s", error)
             return
         add_worker()
 
-    server.good_servers = _copy_of(config)
+    def handle_usr2() -> None:
+        try:
+            require_shared_sessions(config, 2 * server.num_workers, has_page=False)
+        except ConfigError as error:
+            log.error("no second master is begun: %s", error)
+            return
+        server.START_CTX["args"] = _command_line(server.START_CTX["args"])
+        begin_master()
+
+    server.reloads = mmap.mmap(-1, 1)  # how many there were, which workers see as it changes
     server.handle_hup, server.handle_ttin = handle_hup, handle_ttin
+    server.handle_usr2 = handle_usr2
+    if reloading is not None:
+        reloading.begin()
 
 
-def _copy_of(config: ProxyConfig) -> int | None:
-    """A file in memory with what is in the file of servers; None where there is none.
+def _command_line(started: list[str]) -> list[str]:
+    """The command line for a second master: after `python -m` by the name of the module, again.
 
-    It is inherited by workers, and by no child of theirs.
+    gunicorn would run its file, and the modules beside that would hide those that others mean.
     """
-    if config.config is None or not hasattr(os, "memfd_create"):
-        return None
-    try:
-        text = Path(config.config).read_bytes()
-    except OSError:  # it was there a moment ago
-        return None
-    descriptor = os.memfd_create("mcp-servers")
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(text)
-    return descriptor
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return started
+    return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
-# --- the limit of files --------------------------------------------------------------------------
+def _note_stop(server: Any, table: SlotTable) -> None:
+    """Has workers know that all of them are told to stop."""
 
+    def stop(handle: Callable[[], object]) -> None:
+        table.page.stop()
+        handle()
 
-def heartbeat_directory() -> str | None:
-    """Where gunicorn's workers have the files of their heartbeat; None: where temporary files are.
-
-    Raises ConfigError where nothing can be written.
-    """
-    try:
-        tempfile.gettempdir()
-    except OSError as error:
-        if os.access(_SHARED_MEMORY, os.W_OK):
-            return _SHARED_MEMORY
-        raise ConfigError(
-            "No directory for temporary files can be written to: set TMPDIR to one that can"
-        ) from error
-    return None
-
-
-def files_to_have() -> int:
-    """The files that a worker may have open, once the limit is raised as far as it may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-    return wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
-
-
-def connections(config: ProxyConfig) -> int:
-    """The connections of a worker: with threads half of the files, and more than it has threads."""
-    if config.worker_class == "gevent":
-        return GEVENT_CONNECTIONS
-    return max(config.threads + 1, min(_CONNECTIONS, (files_to_have() - _OTHER_FILES) // 2))
-
-
-def within_files(config: ProxyConfig) -> ProxyConfig:
-    """The configuration with as many sessions as half of the files are enough for."""
-    fit = max(1, (files_to_have() - _OTHER_FILES) // 2 // _FILES_OF_A_SESSION)
-    if config.target_url or config.max_sessions <= fit:
-        return config
-    return msgspec.structs.replace(config, max_sessions=fit)
-
-
-def use_one_arena() -> None:
-    """Has the threads of this process share one heap, unless the environment says otherwise.
-
-    glibc gives them up to eight for each CPU, and each keeps what its largest messages have taken:
-    a worker with 64 threads grew to twice its size. The interpreter runs one thread at a time, so
-    that they do not wait for each other here. Without glibc nothing happens.
-    """
-    if not is_malloc_told():
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
-def _allow_many_files() -> None:
-    """Raises the limit of open files: a stdio session takes four, and the usual limit is 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < files_to_have():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files_to_have(), hard))
-
-
-# --- the banner ----------------------------------------------------------------------------------
-
-
-def banner(config: ProxyConfig, addresses: list[str]) -> str:
-    """The URLs and a client configuration block for the servers at `addresses`."""
-    address = addresses[0] if addresses else config.bind
-    if address.startswith("unix:"):
-        return _unix_banner(config, address)
-    base = base_url(config, addresses)
-    urls = server_urls(config, base)
-    block = {"mcpServers": {name: _entry(url) for name, url in urls.items()}}
-    lines = [
-        *(f"  {name}: {url}" for name, url in urls.items()),
-        *_older(config, base),
-        "",
-        "  For a client's configuration:",
-        *(f"    {line}" for line in json.dumps(block, indent=2).splitlines()),
-        "",
-        f"  Health: {base}/healthz and {base}/readyz",
-        *_warnings(config, addresses),
-    ]
-    return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
-
-
-def _unix_banner(config: ProxyConfig, address: str) -> str:
-    """The same for a socket that no client can be given the URL of."""
-    paths = server_urls(config, "")
-    lines = [
-        *(f"  {name}: {path} on {address}" for name, path in paths.items()),
-        *_older(config, ""),
-        "",
-        "  Health: /healthz and /readyz",
-    ]
-    return "\n".join(["", "mcp-wsgi-proxy serves", *lines, ""])
-
-
-def _warnings(config: ProxyConfig, addresses: list[str]) -> list[str]:
-    """What whoever starts this should know, with an empty line before it."""
-    hosts = [host for host in map(url_host, addresses) if host and not is_loopback(host)]
-    if not hosts or config.allowed_hosts is not None:
-        return []
-    return [
-        "",
-        "  Every Host is served beyond this machine: a web page can reach this address under a",
-        "  name of its own (DNS rebinding). Set allowed_hosts to the names that clients use.",
-    ]
-
-
-def base_url(config: ProxyConfig, addresses: list[str]) -> str:
-    """The URL of the proxy that listens at `addresses`, without a path."""
-    return _reachable(addresses[0]) if addresses else f"http://{config.bind}"
-
-
-def server_urls(config: ProxyConfig, base: str) -> dict[str, str]:
-    """The MCP endpoint of each server under `base`, by the server's name."""
-    return {server.name: _url(config, base, server) for server in config.servers()}
-
-
-def _url(config: ProxyConfig, base: str, server: Server) -> str:
-    path = "/sse" if _is_old(config, server) else "/mcp"
-    return f"{_mount(config, base, server)}{path}"
-
-
-def _mount(config: ProxyConfig, base: str, server: Server) -> str:
-    return f"{base}/servers/{server.name}" if config.config else base
-
-
-def _is_old(config: ProxyConfig, server: Server) -> bool:
-    """Whether a server is served over HTTP+SSE (2024-11-05) only."""
-    return isinstance(server, StdioServer) and "streamable" not in config.stdio_transports
-
-
-def _older(config: ProxyConfig, base: str) -> list[str]:
-    """The HTTP+SSE URLs (2024-11-05) of servers that have both transports, one a line."""
-    if set(config.stdio_transports) != {"streamable", "sse"}:
-        return []
-    servers = [server for server in config.servers() if isinstance(server, StdioServer)]
-    urls = (f"{_mount(config, base, server)}/sse" for server in servers)
-    return [f"  {url} for clients of 2024-11-05 (HTTP+SSE)" for url in urls]
-
-
-def _entry(url: str) -> dict[str, str]:
-    return {"type": "sse" if url.endswith("/sse") else "http", "url": url}
-
-
-def _reachable(address: str) -> str:
-    """An address to connect to: the loopback one where it names all interfaces."""
-    return re.sub(r"//(0\.0\.0\.0|\[::\])", "//127.0.0.1", address)
-
-
-# --- one CPU for each gthread worker -------------------------------------------------------------
-#
-# A CPython process uses one core at a time; if the kernel spreads its threads over two, the
-# interpreter lock moves between cores at every system call. Pinned to one CPU a gthread worker
-# answers about twice as many small calls (`bench/throughput` measures it).
-#
-# On one CPU a thread that wakes another is often preempted by it at once, and the other then waits
-# for the interpreter lock. Under the kernel's batch policy (sched(7)) a woken thread waits for its
-# turn, which almost halves the switches. Children get all CPUs and the normal policy.
-
-_QUOTA_FILE = "/sys/fs/cgroup/cpu.max"
-
-
-def cpus_to_share(config: ProxyConfig, workers: int) -> tuple[int, ...]:
-    """The CPUs among which workers are spread; empty where workers are not pinned.
-
-    `auto` pins when each worker can have a CPU of its own and no CPU quota applies; otherwise the
-    kernel's freedom to move a worker is worth more.
-    """
-    if config.cpu_affinity == "off" or config.worker_class != "gthread":
-        return ()
-    if not hasattr(os, "sched_setaffinity"):
-        return ()
-    if config.cpu_affinity != "auto":
-        return config.cpus()
-    available = tuple(sorted(os.sched_getaffinity(0)))
-    return available if workers <= len(available) and not _has_quota(len(available)) else ()
-
-
-def least_used(cpus: tuple[int, ...], taken: Iterable[int], offset: int) -> int:
-    """The CPU with the fewest workers; among equals the first one from `offset` on.
-
-    A random offset keeps several small deployments on one machine from all choosing the first CPU.
-    """
-    used = list(taken)
-    turned = cpus[offset % len(cpus) :] + cpus[: offset % len(cpus)]
-    return min(turned, key=used.count)
-
-
-def pin(cpu: int) -> None:
-    """Binds this thread, and threads that it starts later, to one CPU under the batch policy."""
-    os.sched_setaffinity(0, {cpu})
-    if hasattr(os, "SCHED_BATCH"):
-        with contextlib.suppress(OSError):  # a sandbox may forbid it; that only costs speed
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _has_quota(cpus: int) -> bool:
-    """Whether this control group has a quota of less than `cpus` CPUs."""
-    try:
-        with open(_QUOTA_FILE, encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return False
-    return quota != "max" and int(quota) < cpus * int(period)
+    for name in ("handle_term", "handle_int", "handle_quit"):
+        setattr(server, name, partial(stop, getattr(server, name)))

@@ -15,7 +15,8 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import visible
 from mcp_proxy.redis.client import passwords_in
-from mcp_proxy.servers import HttpServer, shown_arguments
+from mcp_proxy.servers import HttpServer, UnservedServer
+from mcp_proxy.shown_commands import shown_arguments
 
 # A shorter value is no secret worth the name, and would be found everywhere.
 _SHORTEST_SECRET = 6
@@ -67,7 +68,10 @@ def _secrets(config: ProxyConfig) -> list[str]:
     urls = [*config.target_url, *config.allowed_backends]
     headers = [*config.forward_headers]
     told: list[str] = []
-    for server in config.servers():
+    for server in config.listed():
+        if isinstance(server, UnservedServer):
+            continue
+        told += server.secrets
         if isinstance(server, HttpServer):
             urls += server.urls
             headers += server.headers

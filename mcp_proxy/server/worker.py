@@ -13,38 +13,48 @@ What differs from `gunicorn.workers.gthread.ThreadWorker`:
   next request of a busy client then need not go through the main loop, its queues and its poller.
 - A request for which no thread is free waits for one, for `request_timeout` at most; a client that
   leaves meanwhile is forgotten. A worker without a free thread lets others accept first.
+- Beyond `worker_connections` connections are accepted all the same, and as many others closed that
+  have been silent for longest (`crowd`). Where requests alone are so many, the next are refused.
 - What an application `answers_at_once` is answered in the main thread, so that health is told
   whatever holds the threads.
 - A worker that has served `max_requests` goes on until it can end without harm to any call.
 - SIGQUIT and SIGINT end the worker in the main loop, not in the middle of something.
 - All threads are started before the first request, and a worker that gets fewer serves with those.
-- Where the system has no file for another connection, accepting pauses for a moment.
+- Where the system has no file for another connection, or none beside those that are kept back,
+  accepting pauses for a moment.
 - TLS handshakes are done in steps, by two threads that wait for no client; one that fails is a line
   in the log. Afterwards requests arrive as they do without TLS. HTTP/2 is not offered.
 - What is refused before the application sees it is a JSON-RPC error.
+- A request that another worker should answer is given to that, with its connection, where the
+  application asks for it (`passing`); this one takes what others give while it has a thread free.
 - Settings are plain attributes once the worker runs; gunicorn looks one up in a registry fifty
   times per request.
 
-A connection is *arriving*, *queued* (for a thread), *served*, *kept* or *closing*.
+A connection is *arriving*, *queued* (for a thread), *served*, *kept*, *given* (to another worker,
+which may not have begun) or *closing*.
 The main thread moves it from one to the next, and counts it in `nr_conns` until it is closed.
 
 It relies on this in gunicorn, 27.0 or later. The main loop calls `accept`, `enqueue_req`,
 `finish_request`, each time around `murder_pending`, and `set_accept_enabled` while the worker
-should accept and does not; it hands what happens on a socket to the callback with which that is
-registered in `poller`; a worker that stops waits for `nr_conns`. `keepalived_conns` are closed when
-their `timeout` is over. `handle` makes the socket blocking and calls `TConn.init`, then reads from
-`parser.unreader`, whose `take_buffered` gives what was read too far; it returns True for a
-connection that is to be kept, as `_keepalive_after` says, False for another. `handle_error` writes
-to the socket that it is given. `wsgi.create` takes a `response_class`, whose `write` sends head and
-body by `sock.sendall`; an attribute of `cfg` hides the setting of that name. `handle_request` is
-gunicorn's own with that class. gunicorn handles signals, timeouts and bad requests. `TConn.init`
-begins no handshake where there is a parser; `ssl_context` makes what gunicorn is set to.
+should accept and does not, which it should below `worker_connections`; it hands what happens on a
+socket to the callback with which that is registered in `poller`; a worker that stops waits for
+`nr_conns`. `keepalived_conns` are closed when their `timeout` is over. `handle` makes the socket
+blocking and calls `TConn.init`, then reads from `parser.unreader`, whose `take_buffered` gives what
+was read too far; it returns True for a connection that is to be kept, as `_keepalive_after` says,
+False for another. `handle_error` writes to the socket that it is given. `wsgi.create` takes a
+`response_class`, whose `write` sends head and body by `sock.sendall`; an attribute of `cfg` hides
+the setting of that name. `handle_request` is gunicorn's own with that class. gunicorn handles
+signals, timeouts and bad requests. `TConn.init` begins no handshake where there is a parser;
+`ssl_context` makes what gunicorn is set to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import selectors
+import signal
+import socket
 import ssl
 import sys
 import threading
@@ -60,18 +70,33 @@ from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
 from mcp_proxy.edge.forwarded import COOKIES_KNOWN
+from mcp_proxy.edge.request import ADMIT, PASS_TO, WAS_PASSED
 from mcp_proxy.errors import Overloaded, ProxyError
-from mcp_proxy.server.answers import PIECE, JoinedResponse, answer, refusal, refusal_of, send
+from mcp_proxy.server.answers import (
+    PIECE,
+    JoinedResponse,
+    answer,
+    not_read,
+    refusal,
+    refusal_of,
+    send,
+)
 from mcp_proxy.server.arriving import ArrivingRequest, Shape
 from mcp_proxy.server.connection import Connection
+from mcp_proxy.server.crowd import SURE, SWEEP, Bound
 from mcp_proxy.server.deadlines import require_deadlines, set_deadlines
+from mcp_proxy.server.giving import LOOK, Giving
+from mcp_proxy.server.passing import Held, Records, Taken, take
+from mcp_proxy.server.shares import Shares
+from mcp_proxy.server.slot import Slot
 from mcp_proxy.server.tls import HandshakeFailures
 
 # Seconds for which a connection that was shut down is read: closed with unread bytes it would be
 # reset, and the client might lose the end of its answer (RFC 9112 section 9.6).
 _CLOSING_TIME = 2.0
 
-# Seconds for which a worker does not accept when the system has no file for a connection.
+# Seconds for which a worker does not accept when the system has no file for a connection, unless
+# one is free sooner.
 _PAUSE = 0.5
 
 # Seconds for which a worker without a free thread leaves connections to others, and within which it
@@ -81,17 +106,14 @@ _YIELD = 0.05
 # Threads that do TLS handshakes, whose milliseconds of arithmetic are too long for the main loop.
 _HANDSHAKE_THREADS = 2
 
-# Seconds between two looks at which connections' time is over.
-_SWEEP = 0.25
-
-# Seconds for which a connection may be sure not to be closed in favour of another.
-_SURE = 1.0
-
 # Seconds after which a queued request is not begun if its client has ended its side.
 _HALF_CLOSED = 1.0
 
 # Seconds after which a call is old: a worker that has served `max_requests` waits for no other.
 _OLD = 5.0
+
+# Passed requests that are taken at once, before the main loop has another look.
+_TAKEN_AT_ONCE = 8
 
 _NO_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -130,12 +152,21 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.queued: dict[Connection, float] = {}
         #: The threads that there are.
         self.threads: int = self.cfg.threads
-        # When accepting goes on for which the system had no file, None if it had.
+        #: How many connections there may be; gunicorn's loop is to accept however many there are.
+        self.bound = Bound(self.cfg.worker_connections, self.log)
+        self.worker_connections = sys.maxsize
+        # When accepting goes on for which there was no file, None if there was one.
         self._pauses_until: float | None = None
+        # Whether the system had none.
+        self._found_no_file = False
         # When connections have been left to others for long enough, None if none are.
         self._yields_until: float | None = None
         # Whether the application answers a GET of a path without waiting for anything.
         self._answers_at_once: Callable[[str], bool] = lambda path: False
+        # How many standing streams there may still be.
+        self._free_streams: Callable[[], int] = lambda: 0
+        # How many there are.
+        self._open_streams: Callable[[], int] = lambda: 0
         # Whether it has had calls since before a time that came by no connection of ours.
         self._has_call_since: Callable[[float], bool] = lambda before: False
         #: Connections on which a request is arriving.
@@ -150,6 +181,20 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self._ends_at: float | None = None
         #: Connections that were shut down and are read until their time is over, oldest first.
         self.closing: dict[Connection, None] = {}
+        #: What this worker has to do with the others of its master; None where nothing is passed.
+        self.slot: Slot | None = None
+        self._reads_slot = False
+        #: What it gives to those, and may have to take back.
+        self.giving: Giving | None = None
+        #: What the calls of one session may have of the threads.
+        self.shares = Shares(self._most_calls, partial(self._defer, self._read_again))
+        # The sessions that are in memory, where workers move them; and the homes last shown of it.
+        self._memory: Any = None
+        self._homes_shown: Any = ()
+        self._session_count: Callable[[], int] = lambda: 0
+        self._is_draining: Callable[[], bool] = lambda: False
+        # Where this worker and the others of its master accept connections.
+        self._addresses: list[Any] = []
         self._handshakes = ThreadPoolExecutor(_HANDSHAKE_THREADS)
         self._handshake_failures = HandshakeFailures(self.log)
         if "h2" in self.cfg.http_protocols:
@@ -158,13 +203,27 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     # --- in the main thread ----------------------------------------------------------------------
 
+    def init_signals(self) -> None:
+        """As gunicorn's; SIGHUP is the master's, and one that reaches a worker does nothing.
+
+        It is not ignored: children of the worker would inherit that.
+        """
+        super().init_signals()
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+        signal.siginterrupt(signal.SIGHUP, False)
+
     def run(self) -> None:
         """Runs the main loop until the worker stops."""
         settings = (name for name in self.cfg.settings if not hasattr(type(self.cfg), name))
         self.cfg.__dict__.update({name: getattr(self.cfg, name) for name in settings})
+        self._addresses = [listener.getsockname() for listener in self.sockets]
         self._start_threads()
         self._answers_at_once = getattr(self.wsgi, "answers_at_once", self._answers_at_once)
+        self._free_streams = getattr(self.wsgi, "free_streams", self._free_streams)
+        self._open_streams = getattr(self.wsgi, "open_streams", self._open_streams)
         self._has_call_since = getattr(self.wsgi, "has_call_since", self._has_call_since)
+        if self.slot is not None:
+            self._begin_passing(self.slot)
         super().run()
 
     def _start_threads(self) -> None:
@@ -188,7 +247,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     def accept(self, listener: Any) -> None:
         """Accepts a connection, but after other workers where no thread is free.
 
-        Where the system has no file for it, accepting pauses.
+        Where there is no file for it, or for another one, accepting pauses.
         """
         if self._is_full and not self._has_yielded():
             return
@@ -196,13 +255,16 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             sock, address = listener.accept()
         except OSError as error:
             if error.errno in _NO_FILE:
-                self._pause(error)
+                self._pause_without_file(error)
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 raise
             return
-        if self._pauses_until is not None:
+        self._pauses_until = None
+        if self._found_no_file:
+            self._found_no_file = False
             self.log.info("Accepting goes on")
-            self._pauses_until = None
+        if not self.bound.has_files_after(sock.fileno()):
+            self._pause()
         self.nr_conns += 1
         limits = (self.client_timeout, self.max_header_bytes)
         conn = Connection(limits, self.cfg, sock, address, listener.getsockname())
@@ -231,15 +293,22 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         self.set_accept_enabled(False)
         return False
 
-    def _pause(self, error: OSError) -> None:
-        if self._pauses_until is None:
+    def _pause_without_file(self, error: OSError) -> None:
+        if not self._found_no_file:
             self.log.warning("Accepting pauses: %s", error)
+        self._found_no_file = self.bound.lacks_files = True
+        self._pause()
+
+    def _pause(self) -> None:
         self._pauses_until = time.monotonic() + _PAUSE
         self.set_accept_enabled(False)
 
     def enqueue_req(self, conn: Connection) -> None:
         """Hands a connection to a thread; without a free one its request is queued."""
         if self._is_full:
+            if self.busy + len(self.queued) + self.shares.waiting >= self.bound.connections:
+                self._give_no_thread(conn, "As many requests wait as there may be connections")
+                return
             self.queued[conn] = time.monotonic()
             if conn.is_followed:  # else what comes is not for us to read
                 self._watch(conn, self._look_at_queued)
@@ -262,7 +331,11 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             first = next(iter(self.queued))
             self._unqueue(first)
             self.enqueue_req(first)
-        if fs.cancelled() or fs.exception() or not fs.result():
+        if conn.offer is not None and self.giving is not None:
+            self.giving.add(conn, conn.offer)
+        elif conn.held is not None:
+            self._hold(conn, conn.held)
+        elif fs.cancelled() or fs.exception() or not fs.result():
             self._shut_down(conn)
         else:
             self._await_next(conn)
@@ -307,10 +380,15 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         return max(0.0, until - time.monotonic())
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        """Waits for what happens next; not beyond a pause in accepting, nor long with a queue."""
-        if self.queued:
-            timeout = min(timeout, _SWEEP)
-        super().wait_for_and_dispatch_events(self._pause_left() or timeout)
+        """Waits for what happens next; not beyond a pause in accepting, nor long in a crowd."""
+        if self.queued or self._is_crowded:
+            timeout = min(timeout, SWEEP)
+        if self.slot is not None:
+            self._show_state(self.slot)
+            self._read_slot(self.slot)
+        if self.giving:
+            timeout = min(timeout, LOOK)
+        super().wait_for_and_dispatch_events(min(self._pause_left() or timeout, timeout))
 
     def handle_quit(self, sig: int, frame: FrameType | None) -> None:
         """Ends at once, but in the main loop: what the signal has interrupted may hold a lock."""
@@ -343,6 +421,39 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             elif self._is_answered_here(conn.request):
                 self._unqueue(conn)
                 self._answer_here(conn, self.wsgi)
+
+    # --- requests that wait for calls of their session -------------------------------------------
+
+    def _most_calls(self) -> int:
+        """How many calls of one session may have a thread: half of what streams leave."""
+        return max(1, (self.threads - self._open_streams()) // 2)
+
+    def _hold(self, conn: Connection, held: Held) -> None:
+        size = self.shares.waiting_bytes + len(held.request.data)
+        others = self.busy + len(self.queued) + self.shares.waiting
+        if size <= self.max_arriving_bytes and others < self.bound.connections:
+            self.shares.add(conn, held)
+        else:
+            conn.take_back(held.request)
+            self._give_no_thread(conn, "Too many calls wait for others of their sessions")
+
+    def _defer(self, call: Callable[[Connection], object], conn: Connection) -> None:
+        self.method_queue.defer(call, conn)
+
+    def _read_again(self, conn: Connection) -> None:
+        assert conn.held is not None
+        has_waited = time.monotonic() > conn.held.since + _HALF_CLOSED
+        conn.take_back(conn.held.request)
+        if has_waited and conn.is_left():
+            self._close(conn)
+        else:
+            self._go_on(conn)
+
+    def _give_up_held(self, now: float) -> None:
+        for conn in self.shares.take_expired(now - self.request_timeout):
+            assert conn.held is not None
+            conn.take_back(conn.held.request)
+            self._give_no_thread(conn, "No call of its session ended in time")
 
     def _give_no_thread(self, conn: Connection, why: str) -> None:
         """Answers a request in place of a thread, and gives back what it has taken."""
@@ -478,24 +589,126 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         else:
             self._close(conn)
 
+    # --- requests that are passed from one worker to another -------------------------------------
+
+    def _begin_passing(self, slot: Slot) -> None:
+        limits = (self.client_timeout, self.max_header_bytes)
+        self.giving = Giving(slot, *limits, self._go_on, self._give_no_thread, self._close)
+        self._memory = getattr(self.wsgi, "memory", None)
+        self._session_count = getattr(self.wsgi, "session_count", self._session_count)
+        self._is_draining = getattr(self.wsgi, "is_draining", self._is_draining)
+
+    def _show_state(self, slot: Slot) -> None:
+        """Lets the other workers see whether this one can be given something."""
+        if not self.alive:
+            slot.leave()
+        line = slot.line
+        line.heartbeat = time.monotonic()
+        free = self.threads - self.busy - len(self.queued)
+        line.free_threads = 0 if self._pause_left() else max(0, free)
+        line.free_streams = max(0, self._free_streams())
+        line.connections = self.nr_conns
+        line.sessions = self._session_count()
+        if self._memory is not None:
+            homes = self._memory.homes()
+            if homes != self._homes_shown:
+                self._homes_shown = homes
+                slot.set_homes(homes)
+
+    def _read_slot(self, slot: Slot) -> None:
+        """Has the poller look at what others pass, while there is somebody to answer it.
+
+        A worker that leaves looks for requests of sessions that it still has in memory, and for
+        records, which it sends on.
+        """
+        is_open = not slot.is_leaving or self._memory is not None
+        wanted = is_open and not (self._is_full or self._pause_left())
+        if wanted == self._reads_slot:
+            return
+        self._reads_slot = wanted
+        if wanted:
+            self.poller.register(slot.reader, selectors.EVENT_READ, self._take_passed)
+        else:
+            self.poller.unregister(slot.reader)
+
+    def _take_passed(self, reader: socket.socket) -> None:
+        for _ in range(_TAKEN_AT_ONCE):
+            if self._is_full:
+                return
+            try:
+                taken = take(reader, begins=self._begins_passed)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._pause_without_file(error)
+                return
+            if isinstance(taken, Records):
+                self._inherit(taken)
+            elif taken is not None:
+                self._begin_passed(taken)
+
+    @property
+    def _begins_passed(self) -> bool:
+        """Whether this worker answers what others pass; one that leaves while it has sessions, and
+        does not only wait for the calls that are under way.
+        """
+        if self.slot is not None and not self.slot.is_leaving:
+            return True
+        has_sessions = self._memory is not None and self._memory.session_count > 0
+        return has_sessions and not self._is_draining()
+
+    def _inherit(self, records: Records) -> None:
+        """Has the sessions of a worker that leaves."""
+        if self._memory is not None:
+            ids = self._memory.put_in(records.data)
+            self.log.info("%d sessions of a worker that leaves are here now", len(ids))
+
+    def _begin_passed(self, taken: Taken) -> None:
+        """Answers a request of another worker as one that has arrived here."""
+        sock = socket.socket(fileno=taken.connection)
+        limits = (self.client_timeout, self.max_header_bytes)
+        try:
+            server = self._accepted_at(sock.getsockname())
+            conn = Connection(limits, self.cfg, sock, sock.getpeername(), server)
+        except OSError:  # the client has left
+            sock.close()
+            return
+        if not self.bound.has_files_after(taken.connection):
+            self._pause()
+        self.nr_conns += 1
+        conn.may_have_copies = True
+        conn.take_over(taken.passed)
+        self._go_on(conn)
+
+    def _accepted_at(self, own: Any) -> Any:
+        """The listener's address of a connection that another worker has accepted."""
+        if own in self._addresses or not isinstance(own, tuple):
+            return own
+        for address in self._addresses:
+            if isinstance(address, tuple) and address[1] == own[1]:
+                return address
+        return own
+
     # --- connections whose time is over ----------------------------------------------------------
 
     def murder_pending(self) -> None:
-        """Closes connections whose time is over, and the most idle one if there are too many."""
+        """Closes connections whose time is over, and the most idle ones if there are too many."""
         now = time.monotonic()
+        if self.giving is not None:
+            self.giving.look(now)
         if now < self._next_sweep:
             return
-        self._next_sweep = now + _SWEEP
+        self._next_sweep = now + SWEEP
         for conn in [conn for conn in self.arriving if self._is_over(conn, now)]:
             self._give_up(conn)
         self._look_through_queue(now)
+        self._give_up_held(now)
         self._handshake_failures.report()
         for conn in [conn for conn in self.closing if conn.timeout <= now]:
             self._drop(conn)
-        if self.nr_conns >= self.worker_connections:
-            self._make_room(now - _SURE)
+        self._make_room(now)
         if self._arriving_bytes > self.max_arriving_bytes:
-            self._spare_memory(now - _SURE)
+            self._spare_memory(now - SURE)
         if self._ends_at is not None and (now > self._ends_at or not self._has_old_call(now)):
             self.alive = False
 
@@ -516,17 +729,47 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             return conn.deadline <= now
         return bool(conn.progress + gthread.STOP_KEEPALIVE_LINGER <= now)
 
-    def _make_room(self, before: float) -> None:
-        """Closes the connection for longest without progress, unless that has come since."""
-        conn = min(self.arriving, key=lambda one: one.progress, default=None)
-        if conn is not None and conn.progress < before:
+    @property
+    def _is_crowded(self) -> bool:
+        count = self.nr_conns - len(self.closing)
+        return bool(count > self.bound.connections or self.bound.lacks_files)
+
+    def _make_room(self, now: float) -> None:
+        """Closes connections that are too many: of those without progress for a second the oldest.
+
+        Those that are closing take files, but do not count otherwise: they soon are gone.
+        """
+        lacks_files = self.bound.lacks_files
+        wanted = self.bound.excess(self.nr_conns - len(self.closing))
+        self._close_silent(wanted - len(self.closing) if lacks_files else wanted, now - SURE)
+        if lacks_files:
+            self._pauses_until = None
+            for conn in list(self.closing)[:wanted]:
+                self._drop(conn)
+
+    def _close_silent(self, count: int, before: float) -> None:
+        """Closes so many of the connections that have been silent since before that time."""
+        if count <= 0:
+            return
+        silent = [conn for conn in self.arriving if conn.progress < before]
+        silent.sort(key=lambda conn: conn.progress)
+        for conn in silent[:count]:
             self._give_up(conn)
-        elif self.keepalived_conns:
-            kept = self.keepalived_conns[0]
-            if kept.timeout - self.cfg.keepalive < before:
-                self.keepalived_conns.popleft()
-                self._unwatch(kept)
-                self._close(kept)
+        for _ in range(count - len(silent)):
+            if not self._close_longest_kept(before):
+                return
+
+    def _close_longest_kept(self, before: float) -> bool:
+        """Closes the connection that has been idle for longest, if it was before that time."""
+        if not self.keepalived_conns:
+            return False
+        kept = self.keepalived_conns[0]
+        if kept.timeout - self.cfg.keepalive >= before:
+            return False
+        self.keepalived_conns.popleft()
+        self._unwatch(kept)
+        self._close(kept)
+        return True
 
     def _watch(self, conn: Connection, callback: Callable[[Connection, Any], None]) -> None:
         self.poller.register(conn.sock, conn.waits_for, partial(callback, conn))
@@ -536,6 +779,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self.poller.unregister(conn.sock)
 
     def _close(self, conn: Connection) -> None:
+        self.shares.leave(conn)
         self.nr_conns -= 1
         conn.close()
 
@@ -549,6 +793,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def _shut_down(self, conn: Connection) -> None:
         """Ends our side of a connection; the poller reads the other side to its end."""
+        self.shares.leave(conn)
         conn.timeout = time.monotonic() + _CLOSING_TIME
         self.closing[conn] = None
         try:
@@ -616,6 +861,26 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def handle_request(self, req: Any, conn: Connection) -> bool:
         """Answers one request; whether the connection is to be kept."""
+        try:
+            return self._answer_request(req, conn)
+        except Exception:
+            if not conn.is_put_off:
+                raise
+            self.log.exception("Error after a request was put off")
+            return False
+
+    def _add_seams(
+        self, environ: dict[str, Any], req: Any, conn: Connection, response: Any
+    ) -> None:
+        """Tells the application what it can ask of this worker, and how the request has come."""
+        if conn.was_passed:
+            environ[WAS_PASSED] = True
+        if self.giving is not None and conn.is_plain:
+            environ[PASS_TO] = self.giving.seam(conn, req, response)
+        if conn.is_plain:
+            environ[ADMIT] = self.shares.seam(conn, req, response)
+
+    def _answer_request(self, req: Any, conn: Connection) -> bool:
         environ: dict[str, Any] = {}
         response: Any = None
         try:
@@ -630,24 +895,22 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             conn.on_late_body = response.force_close
             _join_cookies(req, environ)
             self._decide_on_keeping(response)
-            if getattr(req.body.reader, "length", None) == 0:
-                self._body_has_come(conn)
-            elif conn.counts_as_slow:
-                req.body.reader = _Noticed(req.body.reader, partial(self._body_has_come, conn))
+            self._add_seams(environ, req, conn, response)
+            self._notice_end_of_body(req, conn)
             body = self.wsgi(environ, response.start_response)
             self._body_has_come(conn)
             conn.is_standing = getattr(body, "is_standing", False)
             try:
                 send(body, response, environ)
             finally:
-                self.log.access(response, req, environ, datetime.now() - begin)
+                if not conn.is_put_off:
+                    self.log.access(response, req, environ, datetime.now() - begin)
                 if hasattr(body, "close"):
                     body.close()
-            return not response.should_close()
+            return not conn.is_put_off and not response.should_close()
         except TimeoutError:
-            if response is None or not response.headers_sent:
-                late = refusal("408 Request Timeout", "The body did not arrive in time")
-                conn.sock.sendall(late)
+            if not conn.is_put_off:
+                self._say_late(req, conn, response)
             raise StopIteration from None
         except OSError:
             raise
@@ -659,7 +922,27 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
                 self.log.exception("Error handling request")
             raise StopIteration from None
         finally:
-            self._call_post_request(req, environ, response)
+            self.shares.leave(conn)
+            if not conn.is_put_off:
+                self._call_post_request(req, environ, response)
+            else:
+                self.nr -= 1  # it is the other worker's, or comes again
+
+    def _say_late(self, req: Any, conn: Connection, response: Any) -> None:
+        """The client has not sent its body in time, or does not read."""
+        if response is not None and response.is_late:
+            line = not_read(req, conn.client, response.taken, self.client_timeout)
+            self.log.warning("%s", line)
+        elif response is None or not response.headers_sent:
+            late = refusal("408 Request Timeout", "The body did not arrive in time")
+            conn.sock.sendall(late)
+
+    def _notice_end_of_body(self, req: Any, conn: Connection) -> None:
+        """Has a request that counts as slow count so no longer once its body has come."""
+        if getattr(req.body.reader, "length", None) == 0:
+            self._body_has_come(conn)
+        elif conn.counts_as_slow:
+            req.body.reader = _Noticed(req.body.reader, partial(self._body_has_come, conn))
 
     def _body_has_come(self, conn: Connection) -> None:
         if conn.counts_as_slow:
@@ -697,13 +980,13 @@ class _Noticed:
     """The source of a body, which tells when it is at its end."""
 
     def __init__(self, reader: Any, on_end: Callable[[], None]) -> None:
-        self._reader = reader
+        self.inner = reader
         self._on_end = on_end
 
     def read(self, size: int) -> bytes:
         """What gunicorn's own reader gives."""
-        data: bytes = self._reader.read(size)
-        if not data or getattr(self._reader, "length", None) == 0:
+        data: bytes = self.inner.read(size)
+        if not data or getattr(self.inner, "length", None) == 0:
             self._on_end()
         return data
 

@@ -1,13 +1,9 @@
-"""The settings: what the environment and a file may say, and what is refused with a sentence."""
+"""The settings: what the environment may say, and what is refused with a sentence."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from mcp_proxy import config
 from mcp_proxy.config import ProxyConfig, ProxyOptions
 from mcp_proxy.edge.guard import Guard
 from mcp_proxy.errors import ConfigError, Forbidden
-from mcp_proxy.servers import HttpServer, StdioServer, read_servers
+from mcp_proxy.servers import StdioServer
 from tests.config.samples import NEED_COMMAND, SAMPLES
 
 
@@ -53,9 +49,9 @@ def test_the_samples_cover_the_table() -> None:
 def test_lists_and_secrets_are_marked() -> None:
     lists = {setting.name for setting in config.settings() if setting.is_list}
     assert lists == {
-        *("command", "env", "target_url", "allowed_origins", "allowed_hosts"),
+        *("command", "env", "env_from", "target_url", "allowed_origins", "allowed_hosts"),
         *("allowed_backends", "trusted_proxies", "forward_headers", "stdio_transports"),
-        "sticky_cookies",
+        *("sticky_cookies", "jwt_audience", "jwt_scopes"),
     }
     assert "redis_url" in {setting.name for setting in config.settings() if setting.secret}
 
@@ -101,9 +97,12 @@ def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
         *("session_ttl", "unknown_session_status", "failure_status", "request_timeout"),
         "connect_timeout",
         *("keepalive_interval", "sse_after", "max_body_bytes", "max_message_bytes"),
-        *("max_sessions", "evict_after", "idle_timeout", "keep_detached"),
+        *("max_sessions", "evict_after", "idle_timeout", "spare_children", "stateless_children"),
+        "bridge",
+        *("input_timeout", "keep_detached"),
         *("max_streams", "threads", "allowed_origins", "allowed_hosts"),
-        *("trusted_proxies", "forward_headers", "preserve_host", "backend_proxy", "sticky_cookies"),
+        *("trusted_proxies", "forward_headers", "preserve_host", "public_url", "api_keys"),
+        *("rate_limit", "backend_proxy", "sticky_cookies"),
     ]
     assert [setting for setting in config.settings() if setting in options] == list(options)
     assert isinstance(ProxyConfig(), ProxyOptions)
@@ -113,6 +112,18 @@ def test_the_options_of_a_transport_leave_the_program_alone() -> None:
     assert ProxyOptions(threads=8).stream_limit == ProxyConfig(threads=8).stream_limit == 6
     with pytest.raises(TypeError, match="bind"):
         ProxyOptions(bind="127.0.0.1:1")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("threads", "most"), [(4, 2), (8, 6), (64, 48)])
+def test_streams_leave_a_quarter_of_the_threads_to_calls(threads: int, most: int) -> None:
+    assert ProxyConfig(threads=threads, max_streams=most).stream_limit == most
+    assert refusal(threads=threads, max_streams=most + 1) == (
+        f"max_streams: expected at most {most} with {threads} threads, of which a quarter is "
+        f"for calls, got {most + 1}: raise threads, or choose worker_class gevent, whose streams "
+        "take none"
+    )
+    made = ProxyConfig(threads=threads, max_streams=most + 1, worker_class="gevent")
+    assert made.stream_limit == most + 1
 
 
 def test_the_options_of_a_transport_are_shown_by_their_own_name() -> None:
@@ -224,6 +235,7 @@ TOO_SMALL = {
     **dict.fromkeys(("session_ttl", "request_timeout", "connect_timeout", "sse_after"), "0"),
     "keepalive_interval": "-1",
     **dict.fromkeys(("max_body_bytes", "max_message_bytes", "max_sessions", "max_streams"), "0"),
+    "spare_children": "-1",
     "workers": "0",
     "threads": "3",
 }
@@ -255,6 +267,7 @@ def test_a_time_without_end_is_refused(name: str, text: str) -> None:
         ("log_format", "xml"),
         ("log_level", "loud"),
         ("worker_class", "sync"),
+        ("passing", "maybe"),
     ],
 )
 def test_what_a_setting_cannot_be_is_refused_by_its_name(name: str, text: str) -> None:
@@ -289,7 +302,7 @@ def test_a_command_and_a_file_contradict_each_other() -> None:
         from_env(command="server", config="servers.json")
 
 
-@pytest.mark.parametrize("setting", [{"env": "A=1"}, {"cwd": "/srv"}])
+@pytest.mark.parametrize("setting", [{"env": "A=1"}, {"env_from": "A=header:B"}, {"cwd": "/srv"}])
 @pytest.mark.parametrize("other", [{}, {"config": "servers.json"}])
 def test_env_and_cwd_need_a_command(setting: dict[str, str], other: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="belong to a command"):
@@ -630,6 +643,7 @@ def test_a_complaint_about_the_environment_of_a_server_does_not_show_it() -> Non
         ("redis_url", ["hunter2"]),
         ("env", "A=hunter2"),
         ("env", ["A=1", "hunter2"]),
+        ("env_from", "A=hunter2"),
         ("forward_headers", "Authorization: hunter2"),
         ("forward_headers", ["Authorization hunter2"]),
         ("target_url", "http://user:hunter2@host"),
@@ -639,7 +653,7 @@ def test_a_complaint_about_the_environment_of_a_server_does_not_show_it() -> Non
 )
 def test_a_complaint_does_not_show_what_may_be_a_secret(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{name}: .* \*\*\*$") as caught:
-        ProxyConfig(**{"command": ("x",) if name == "env" else (), name: value})
+        ProxyConfig(**{"command": ("x",) if name in ("env", "env_from") else (), name: value})
     shown = "".join(traceback.format_exception(caught.value, limit=0))
     assert "hunter2" not in shown
 
@@ -653,7 +667,7 @@ def test_streams_leave_a_quarter_of_the_threads_free(threads: int, limit: int) -
 
 
 def test_the_number_of_streams_can_be_given() -> None:
-    assert ProxyConfig(threads=64, max_streams=60).stream_limit == 60
+    assert ProxyConfig(threads=64, max_streams=40).stream_limit == 40
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("0", (0,)), ("0,2", (0, 2)), ("3,1,11", (3, 1, 11))])
@@ -689,369 +703,3 @@ def test_a_command_may_be_a_text_or_words() -> None:
 def test_an_empty_command_is_refused(command: Any) -> None:
     with pytest.raises(ConfigError, match="empty"):
         config.as_command(command)
-
-
-# --- the file ------------------------------------------------------------------------------------
-
-
-class File:
-    """A configuration file of the test."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, document: object) -> None:
-        """Puts a document into the file: bytes as they are, a text, or a value as JSON."""
-        if isinstance(document, bytes):
-            self.path.write_bytes(document)
-        else:
-            text = document if isinstance(document, str) else json.dumps(document)
-            self.path.write_text(text, encoding="utf-8")
-
-    def servers(self, servers: object, **environ: str) -> list[StdioServer]:
-        """What is read from a file with these servers."""
-        self.write({"mcpServers": servers})
-        return read_servers(self.path, environ)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> File:
-    """A file that does not exist yet."""
-    return File(tmp_path / "servers.json")
-
-
-def test_a_file_names_its_servers_in_their_order(file: File) -> None:
-    found = file.servers(
-        {
-            "time": {"command": "time-server"},
-            "a.b_C-1": {"command": "x", "args": ["-v", ""], "env": {"A": "1"}, "cwd": "/srv"},
-        }
-    )
-    assert found == [
-        StdioServer("time", ("time-server",)),
-        StdioServer("a.b_C-1", ("x", "-v", ""), {"A": "1"}, "/srv"),
-    ]
-
-
-def test_the_servers_of_a_configuration_come_from_its_file(
-    file: File, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PROGRAM", "from-the-environment")
-    file.write({"mcpServers": {"a": {"command": "${PROGRAM}"}}})
-    (server,) = from_env(config=str(file.path)).servers()
-    assert server == StdioServer("a", ("from-the-environment",))
-    assert read_servers(file.path, os.environ) == [server]
-
-
-def test_keys_of_other_programs_are_left_alone(file: File) -> None:
-    entry = {"command": "x", "type": "stdio", "autoApprove": ["${NO_SUCH}"]}
-    file.write({"mcpServers": {"a": entry}, "inputs": [{"id": "${NO_SUCH}"}], "theme": None})
-    assert read_servers(file.path, {}) == [StdioServer("a", ("x",))]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("${V}", "value"),
-        ("a-${V}-${V}-b", "a-value-value-b"),
-        ("${V:-other}", "value"),
-        ("${NO_SUCH:-other}", "other"),
-        ("${NO_SUCH:-}", ""),
-        ("${NO_SUCH:-a b:-c}", "a b:-c"),
-        ("${EMPTY}", ""),
-        ("$V", "$V"),
-        ("${}", "${}"),
-        ("${env:V}", "value"),
-        ("${env:NO_SUCH:-other}", "other"),
-        ("${NESTED}", "${V}"),
-    ],
-)
-def test_variables_are_expanded_wherever_a_server_has_text(
-    file: File, text: str, expected: str
-) -> None:
-    environ = {"V": "value", "EMPTY": "", "NESTED": "${V}"}
-    entry = {"command": f"c{text}", "args": [text], "env": {"K": text}, "cwd": f"/{text}"}
-    (server,) = file.servers({"a": entry}, **environ)
-    expanded = StdioServer("a", (f"c{expected}", expected), {"K": expected}, f"/{expected}")
-    assert server == expanded
-
-
-@pytest.mark.parametrize("where", ["command", "args", "env", "cwd"])
-def test_a_variable_that_is_not_set_is_refused_by_name(file: File, where: str) -> None:
-    values: dict[str, Any] = {"args": ["${NO_SUCH}"], "env": {"A": "${NO_SUCH}"}}
-    entry = {"command": "x", where: values.get(where, "${NO_SUCH}")}
-    with pytest.raises(ConfigError, match="NO_SUCH is not set") as caught:
-        file.servers({"weather": entry})
-    assert str(file.path) in str(caught.value)
-    assert "weather" in str(caught.value)
-
-
-def test_an_http_server_has_headers_and_every_server_a_time_limit(file: File) -> None:
-    url = "http://h/mcp"
-    entry = {"url": url, "headers": {"Authorization": "Bearer ${T}", "x-a": "1:2"}, "timeout": 5}
-    http, stdio = file.servers({"a": entry, "b": {"command": "x", "timeout": 2.5}}, T="secret")
-    assert http == HttpServer("a", (url,), ("Authorization: Bearer secret", "x-a: 1:2"), 5)
-    assert stdio == StdioServer("b", ("x",), timeout=2.5)
-    assert "secret" not in repr(http)
-    assert "secret" not in str(http)
-
-
-def test_comments_and_commas_that_are_too_many_are_skipped(file: File) -> None:
-    file.write(
-        """// my servers
-        {"mcpServers": { /* one
-          */ "a": {"command": "x", // it's "quoted"
-                   "args": ["//no", "/*no*/", ",]", "\\\\", "\\",}",],},
-        },}"""
-    )
-    (server,) = read_servers(file.path, {})
-    assert server == StdioServer("a", ("x", "//no", "/*no*/", ",]", "\\", '",}'))
-
-
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [("arg", "args"), ("Args", "args"), ("comand", "command"), ("header", "headers")],
-)
-def test_a_key_that_is_nearly_known_is_refused_with_what_is_meant(
-    file: File, key: str, meant: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"a: '{key}' is not known; '{meant}' is meant"):
-        file.servers({"a": {"command": "python", key: ["-m", "x"]}})
-
-
-def test_a_key_that_nobody_knows_is_named_with_its_line(file: File) -> None:
-    file.write('{"mcpServers": {\n"a": {"command": "x"},\n"b": {"command": "y",\n"color": 1}}}')
-    assert len(read_servers(file.path, {})) == 2
-    sentence = f"{file.path}, line 4: b: 'color' is not known and is ignored"
-    assert from_env(config=str(file.path)).ignored() == [sentence]
-
-
-def test_an_input_of_an_editor_is_refused(file: File) -> None:
-    with pytest.raises(ConfigError, match=r"a: \$\{input:token\} asks the user of an editor"):
-        file.servers({"a": {"command": "x", "env": {"T": "${input:token}"}}})
-
-
-@pytest.mark.parametrize("switch", [{"disabled": True}, {"enabled": False}])
-def test_a_server_can_be_switched_off(file: File, switch: dict[str, bool]) -> None:
-    off = {"command": "x", **switch}
-    assert file.servers({"a": {"command": "y"}, "b": off}) == [StdioServer("a", ("y",))]
-    with pytest.raises(ConfigError, match="no server is enabled"):
-        file.servers({"b": off})
-
-
-@pytest.mark.parametrize("switch", [{"disabled": False}, {"enabled": True}])
-def test_a_server_that_is_not_switched_off_is_on(file: File, switch: dict[str, bool]) -> None:
-    assert file.servers({"a": {"command": "x", **switch}}) == [StdioServer("a", ("x",))]
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [{"command": "${NO_SUCH}"}, {"url": "https://127.0.0.1/mcp"}, {"command": ""}],
-    ids=["a variable", "a url", "no command"],
-)
-def test_what_is_wrong_with_a_server_that_is_switched_off_does_not_matter(
-    file: File, entry: dict[str, str]
-) -> None:
-    servers = {"a": {"command": "x"}, "b": {**entry, "disabled": True}}
-    assert file.servers(servers) == [StdioServer("a", ("x",))]
-
-
-@pytest.mark.parametrize("name", ["", ".", ".."])
-def test_a_name_that_cannot_be_part_of_a_path_is_refused(file: File, name: str) -> None:
-    with pytest.raises(ConfigError, match="fit into a URL path"):
-        file.servers({name: {"command": "x"}})
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.b_C-1", "a.b_C-1"),
-        ("my server", "my-server"),
-        ("@scope/x", "-scope-x"),
-        ("a?b#c%20:d", "a-b-c-20-d"),
-        ("a\n", "a-"),
-        ("é", "c3a9"),
-        ("日本 1", "e697a5e69cac-1"),
-    ],
-)
-def test_a_name_has_a_form_that_fits_into_a_path(file: File, name: str, expected: str) -> None:
-    assert file.servers({name: {"command": "x"}}) == [StdioServer(expected, ("x",))]
-
-
-def test_two_names_with_one_path_are_refused(file: File) -> None:
-    entries = {"a b": {"command": "x"}, "a/b": {"command": "x"}}
-    with pytest.raises(ConfigError) as caught:
-        file.servers(entries)
-    assert str(caught.value) == (
-        f"{file.path}: 'a b' and 'a/b' would both be served at /servers/a-b: rename one of them"
-    )
-    file.servers({"a b": entries["a b"], "a/b": {**entries["a/b"], "disabled": True}})
-
-
-@given(st.dictionaries(st.text(min_size=1), st.just({"command": "x"}), min_size=1, max_size=4))
-def test_any_names_are_served_under_paths_of_their_own_or_refused(entries: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        file = File(Path(directory, "servers.json"))
-        with contextlib.suppress(ConfigError):
-            names = [server.name for server in file.servers(entries)]
-            assert len(set(names)) == len(entries)
-            assert all(re.fullmatch("[A-Za-z0-9_.-]+", name) for name in names)
-
-
-def test_the_servers_may_be_called_servers(file: File) -> None:
-    file.write({"servers": {"a": {"type": "stdio", "command": "x"}}, "inputs": []})
-    assert read_servers(file.path, {}) == [StdioServer("a", ("x",))]
-    file.write({"servers": {"a": {"command": "x"}}, "mcpServers": None})
-    assert read_servers(file.path, {}) == [StdioServer("a", ("x",))]
-
-
-def test_the_servers_have_one_name(file: File) -> None:
-    file.write({"servers": {"a": {"command": "x"}}, "mcpServers": {}})
-    with pytest.raises(ConfigError, match="mcpServers and servers: only one of them"):
-        read_servers(file.path, {})
-
-
-@pytest.mark.parametrize("name", ["url", "serverUrl", "httpUrl"])
-def test_a_url_has_three_names(file: File, name: str) -> None:
-    found = file.servers({"a": {name: "http://h/${V}", "url": "http://h/v"}}, V="v")
-    assert found == [HttpServer("a", ("http://h/v",))]
-    assert file.servers({"a": {name: "http://h/v"}}) == found
-
-
-def test_two_different_urls_are_refused(file: File) -> None:
-    with pytest.raises(ConfigError, match="a: url and httpUrl are different: only one is served"):
-        file.servers({"a": {"httpUrl": "http://h/b", "url": "http://h/a"}})
-
-
-def test_null_is_absent(file: File) -> None:
-    nothing = dict.fromkeys(["url", "serverUrl", "cwd", "timeout", "headers", "disabled"])
-    entry = {"command": "x", "args": None, "env": {"A": None, "B": "1"}, **nothing}
-    assert file.servers({"a": entry}) == [StdioServer("a", ("x",), {"B": "1"})]
-    with pytest.raises(ConfigError, match="a: a command is missing"):
-        file.servers({"a": nothing})
-
-
-def test_numbers_and_booleans_become_texts(file: File) -> None:
-    env = {"INT": 8080, "FLOAT": 1.5, "YES": True, "NO": False}
-    entry = {"command": "x", "args": ["--port", 8080, 0.5, True], "env": env}
-    (server,) = file.servers({"a": entry})
-    assert server.argv == ("x", "--port", "8080", "0.5", "true")
-    assert server.env == {"INT": "8080", "FLOAT": "1.5", "YES": "true", "NO": "false"}
-
-
-def test_a_working_directory_may_be_below_that_of_the_user(
-    file: File, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    for cwd, expected in [("~", "/home/me"), ("~/x", "/home/me/x"), ("a~", "a~")]:
-        (server,) = file.servers({"a": {"command": "x", "cwd": cwd}})
-        assert server.cwd == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        (
-            '{"mcpServers": {\n"a": {"command": "x"},\n"a": {"command": "y"}}}',
-            ", line 3: the server 'a' is there twice, first on line 2",
-        ),
-        (
-            '{"servers": {"a": {"command": "x",\n"env": {}, "args": [],\n\n"args": []}}}',
-            ", line 4: a: 'args' is there twice, first on line 2",
-        ),
-        (
-            '{"mcpServers": {"a": {"command": "x", "env": {\n"A": "1",\n"\\u0041": "2"}}}}',
-            ", line 3: a: 'A' is there twice, first on line 2",
-        ),
-        (
-            '{"mcpServers": {"a": {"command": "x"}},\n"mcpServers": {"b": {"command": "x"}}}',
-            ", line 2: 'mcpServers' is there twice, first on line 1",
-        ),
-    ],
-)
-def test_what_is_there_twice_is_refused_with_its_line(file: File, text: str, sentence: str) -> None:
-    file.write(text)
-    with pytest.raises(ConfigError) as caught:
-        read_servers(file.path, {})
-    assert str(caught.value) == f"{file.path}{sentence}"
-
-
-def test_equal_keys_of_different_objects_are_not_there_twice(file: File) -> None:
-    text = '{"mcpServers": {"a": {"command": "a", "x": [{"a": 1}, {"a": "\\"a\\":"}]}}}'
-    file.write(text)
-    assert read_servers(file.path, {}) == [StdioServer("a", ("a",))]
-
-
-def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
-    file.write('{"mcpServers": {\n  "a": {"command": "x" "args": []}}}')
-    with pytest.raises(ConfigError, match=", line 2, column 24: expecting ',' delimiter"):
-        read_servers(file.path, {})
-
-
-@pytest.mark.parametrize(
-    ("entry", "complaint"),
-    [
-        ({}, "command is missing"),
-        ({"command": ""}, "command is missing"),
-        ({"command": None}, "command is missing"),
-        ({"url": "/mcp"}, "url"),
-        ({"command": "x", "url": "https://127.0.0.1/mcp"}, "url"),
-        ({"command": ["x"]}, ": command: expected a text, got a list$"),
-        ({"command": "x", "args": "y"}, ": args: expected a list of texts, got a text$"),
-        ({"command": "x", "args": [None]}, ": args: .* list of texts, got one with null in it$"),
-        ({"command": "x", "env": ["A=1"]}, ": env: expected an object of texts, got a list$"),
-        ({"command": "x", "env": {"A": [1]}}, ": env: .* texts, got one with a list in it$"),
-        ({"command": "x", "disabled": "no"}, ": disabled: expected true or false, got 'no'$"),
-        ({"command": "x", "headers": {"A": "b"}}, "headers belong to a url"),
-        ({"url": "http://h", "headers": {"A": "b\r\nC: d"}}, "the header 'A'"),
-        ({"url": "http://h", "headers": {"A b": "c"}}, "the header 'A b'"),
-        ({"command": "x", "timeout": 0}, ": timeout: expected a number above 0 .*, got 0$"),
-        ({"command": "x", "timeout": "5"}, ": timeout: .*, got '5'$"),
-        ({"command": "x", "timeout": 1e300}, ": timeout: .* at most 315360000, got 1e\\+300$"),
-        ({"command": "x", "env": {"A=B": "c"}}, ": 'A=B' is no name of an environment variable"),
-        ({"command": "x", "args": ["\0"]}, "has a NUL character"),
-        (None, ": expected an object with a command or a url, got null$"),
-        ("x", ": expected an object with a command or a url, got a text$"),
-    ],
-)
-def test_a_server_that_cannot_be_served_is_refused_by_file_and_name(
-    file: File, entry: object, complaint: str
-) -> None:
-    with pytest.raises(ConfigError, match=complaint) as caught:
-        file.servers({"fine": {"command": "x"}, "weather": entry})
-    assert str(file.path) in str(caught.value)
-    assert "weather" in str(caught.value)
-
-
-def test_a_value_of_another_type_is_named_with_its_line_and_no_secret(file: File) -> None:
-    other = '{"x": {"a b": {"env": 1}}, '
-    file.write(
-        other + '"mcpServers": {"a b": {\n"command": "x",\n"env": {"K": {"swordfish": 1}}}}}'
-    )
-    with pytest.raises(ConfigError) as caught:
-        read_servers(file.path, {})
-    complaint = "env: expected an object of texts, got one with an object in it"
-    assert str(caught.value) == f"{file.path}, line 3: a b: {complaint}"
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        *(b"", b"{", b"[]", b"null", b"{}", b'{"mcpServers": []}', b'{"mcpServers": {}}'),
-        *(b"\xff\xfe{}", b"// a comment\n{}", b"[" * 100_000),
-    ],
-    ids=lambda document: repr(document[:20]),
-)
-def test_a_file_of_another_shape_is_refused_by_its_name(file: File, document: bytes) -> None:
-    file.write(document)
-    with pytest.raises(ConfigError) as caught:
-        read_servers(file.path, {})
-    assert str(file.path) in str(caught.value)
-
-
-def test_a_file_that_is_not_there_is_refused_by_its_name(file: File, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file") as caught:
-        from_env(config=str(file.path)).servers()
-    assert str(file.path) in str(caught.value)
-    with pytest.raises(ConfigError, match="directory"):
-        read_servers(tmp_path, {})

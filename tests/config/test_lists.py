@@ -43,6 +43,9 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
             ("allowed_hosts", "a.example", "::1"),
             ("trusted_proxies", "10.0.0.1", "fd00::/8"),
             ("sticky_cookies", "route", "MINE*"),
+            ("jwt_audience", "mcp", "https://a.example/mcp"),
+            ("jwt_scopes", "mcp:use", "b"),
+            ("env_from", "A=header:X-A", "B=claim:sub?"),
         ]
     },
 }

@@ -13,7 +13,8 @@ from mcp_proxy.errors import BackendNotStarted, ConfigError
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.replica import Replica
 from mcp_proxy.server.check import check
-from mcp_proxy.servers import StdioServer, shown_command
+from mcp_proxy.servers import StdioServer
+from mcp_proxy.shown_commands import shown_command
 
 TOKEN = "hunter2-of-mine"
 RANDOM = "q7Rk2mZx9LwPb4Tn8VsY"

@@ -23,6 +23,7 @@ from mcp_proxy.background import (
     QueueWorker,
     Reader,
     SelectorWorker,
+    TimerWorker,
     Worker,
     Workers,
 )
@@ -82,6 +83,10 @@ class Acting:
         elif kind == "queue":
             self.worker = calling = Calling("test", self.workers)
             self.call = calling.put
+        elif kind == "timer":
+            self.worker = timing = TimerWorker("test", self.workers)
+            timing.is_essential = True
+            self.call = partial(timing.call_later, 0.0)
         else:
             self.worker = selecting = SelectorWorker("test", self.workers)
             self.call = selecting.call
@@ -101,7 +106,10 @@ class Acting:
         assert done.wait(PATIENCE)
 
 
-@pytest.fixture(params=["periodic", "queue", "selector"])
+KINDS = ["periodic", "queue", "timer", "selector"]
+
+
+@pytest.fixture(params=KINDS)
 def acting(request: pytest.FixtureRequest) -> Iterator[Acting]:
     """A worker of each kind that there is, not started."""
     made = Acting(request.param)
@@ -126,7 +134,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_nothing_starts_in_a_constructor() -> None:
     before = threading.enumerate(), os.listdir("/proc/self/fd")
-    made: list[object] = [Acting(kind).worker for kind in ("periodic", "queue", "selector")]
+    made: list[object] = [Acting(kind).worker for kind in KINDS]
     made += [Reader("test", fail, fail), KeyedExecutor("test", 4), Stubborn(), Workers()]
     assert (threading.enumerate(), os.listdir("/proc/self/fd")) == before
 
@@ -238,6 +246,19 @@ def test_a_failing_loop_does_not_spin() -> None:
     eventually(lambda: worker.rounds == 3)
     assert time.monotonic() - began > 0.4
     worker.stop(PATIENCE)
+
+
+def test_a_timer_calls_each_at_its_time_and_in_order() -> None:
+    worker, called, is_done = TimerWorker("test"), [], threading.Event()
+    worker.call_later(0.2, is_done.set)
+    worker.call_later(NEVER, fail)
+    for number in range(3):
+        worker.call_later(0.1, partial(called.append, number))
+    worker.call_later(0.0, partial(called.append, "first"))
+    assert is_done.wait(PATIENCE)
+    assert called == ["first", 0, 1, 2]
+    worker.stop(PATIENCE)
+    assert not worker.is_running
 
 
 # --- ending unasked ------------------------------------------------------------------------------
@@ -840,7 +861,7 @@ def test_an_idle_thread_that_was_ended_is_not_counted_on() -> None:
     executor.submit("a", holding)
     assert holding.began.wait(PATIENCE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor._changed, "wait", end_thread)  # when it has nothing to do
+        patch.setattr(executor, "_next_key", end_thread)  # when it has nothing to do
         holding.free.set()
         eventually(lambda: "threads=0" in repr(executor))
     assert "busy=0" in repr(executor)

@@ -19,7 +19,9 @@ from tests.house.imports import FILES, MODULES, PACKAGE, ROOT, module_of
 #: The rooms from the top down; each row is one layer. Imports go down only.
 ORDER = (
     ("server", "__main__", "gunicorn_conf"),
-    ("app", "__init__", "wsgi"),
+    ("app", "__init__", "wsgi", "django"),
+    ("monitoring",),
+    ("mounts",),
     ("transparent",),
     ("transports",),
     ("ownership",),
@@ -29,10 +31,15 @@ ORDER = (
     ("backends",),
     ("processes",),
     ("edge",),
+    ("auth",),
     ("sessions",),
     ("redis",),
     ("storage",),
-    ("config", "servers", "replica", "background"),
+    (
+        *("config", "servers", "servers_file", "entry_values", "shown_commands", "server_table"),
+        *("replica", "background", "shared_page", "shared_text", "metrics", "rate_buckets"),
+    ),
+    ("recent", "shared_texts"),
     ("wire",),
     ("errors",),
 )
@@ -48,6 +55,7 @@ BARS = {
     "backends": {"edge", "sessions", "storage", "redis"},
     "processes": {"edge", "sessions", "storage", "redis", "wire"},
     "edge": {"sessions", "storage", "redis"},
+    "auth": {"sessions", "storage", "redis"},
 }
 
 #: What gunicorn and Python start by its name: nobody has to import it, and it may be short.
@@ -56,11 +64,14 @@ ENTRY_POINTS = {"__main__", "wsgi", "gunicorn_conf", "processes/guardian"}
 #: Modules of others, and the only places that may know them.
 SEAMS = {
     "redis": ("redis/",),
-    "requests": ("backends/http.py",),
-    "urllib3": ("backends/http.py",),
+    "requests": ("backends/http.py", "auth/issuer.py"),
+    "urllib3": ("backends/http.py", "auth/issuer.py"),
+    "jwt": ("auth/",),
     "subprocess": ("processes/",),
-    "werkzeug": ("transports/", "edge/", "app.py"),
+    "werkzeug": ("transports/", "edge/", "mounts.py"),
     "gunicorn": ("server/",),
+    "prometheus_client": ("edge/exposition.py",),
+    "django": ("django.py",),
 }
 
 _GONE = """

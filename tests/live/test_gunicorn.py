@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.server.ways_in import with_certificate
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import (
     COMMAND,
@@ -26,6 +27,7 @@ from tests.support.proxy_process import (
     is_alive,
 )
 from tests.support.redis_server import RedisServer
+from tests.support.tls import Certificates
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +122,7 @@ def test_the_banner_has_a_block_to_paste() -> None:
         eventually(lambda: "Health:" in process.log())
         block = re.search(r"^    \{.*?^    \}", process.log(), re.DOTALL | re.MULTILINE)
         assert block is not None
-        assert json.loads(block[0])["mcpServers"]["default"] == {
+        assert json.loads(block[0])["mcpServers"]["scripted"] == {
             "type": "http",
             "url": process.url,
         }
@@ -180,8 +182,9 @@ def test_several_servers_stand_under_their_names(tmp_path: Path) -> None:
         assert two.result("count")["calls"] == 1
         two.session = one.session
         assert two.call("count").status == 404
-        for path in ("/mcp", "/servers/off/mcp", "/servers/one/other", "/"):
+        for path in ("/mcp", "/servers/three/mcp", "/servers/one/other", "/"):
             assert client_of(process, path).initialize().status == 404
+        assert client_of(process, "/servers/off/mcp").initialize().failure == "disabled"
         ready = one.front.request("GET", "/readyz", {}, None)
         assert json.loads(ready.body())["checks"]["server two"] == {"state": "ok"}
 
@@ -189,16 +192,32 @@ def test_several_servers_stand_under_their_names(tmp_path: Path) -> None:
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def test_more_than_one_worker_is_refused_by_the_command() -> None:
-    refused = run("-m", "mcp_proxy", "--workers", "2", "--", *SCRIPTED)
-    assert refused.returncode == 2
-    assert "2 workers do not know each other's sessions" in refused.stderr
+#: What keeps workers from passing, and the options for it.
+REASONS = {
+    "passing is off": ("--passing", "off", "--", *SCRIPTED),
+    "worker_class is gevent": ("--worker-class", "gevent", "--", *SCRIPTED),
+    "there is an HTTP server": ("--target-url", "http://127.0.0.1:1/mcp"),
+}
 
 
-def test_more_than_one_worker_is_refused_by_our_gunicorn_configuration() -> None:
-    refused = run(*GUNICORN, "-w", "2", "-b", "127.0.0.1:0")
+def test_more_than_one_worker_is_refused_where_sessions_are_in_memory_and_stay() -> None:
+    for why, options in REASONS.items():
+        refused = run("-m", "mcp_proxy", "--workers", "2", *options)
+        assert refused.returncode == 2
+        assert "2 workers do not know each other's sessions" in refused.stderr
+        assert f"and {why}: set redis_url" in refused.stderr
+
+
+def test_more_than_one_worker_is_refused_by_our_gunicorn_configuration(
+    tmp_path: Path,
+) -> None:
+    refused = run(*GUNICORN, "-w", "2", "-b", "127.0.0.1:0", MCP_PROXY_PASSING="off")
     assert refused.returncode != 0
     assert "2 workers do not know each other's sessions" in refused.stderr
+    refused = run(
+        *GUNICORN, "-w", "2", "-b", "127.0.0.1:0", *with_certificate(Certificates(tmp_path))
+    )
+    assert "TLS is in the worker" in refused.stderr
 
 
 def test_a_bad_setting_is_one_sentence() -> None:
@@ -214,13 +233,17 @@ def test_check_prints_a_table(redis_server: RedisServer) -> None:
     good = run("-m", "mcp_proxy", "check", *store, "--", *SCRIPTED)
     assert good.returncode == 0, good.stdout + good.stderr
     assert re.search(r"ok +sessions +Redis \d+\.\d+", good.stdout)
-    assert re.search(r"ok +server default +scripted 1, revision 2025-11-25", good.stdout)
+    assert re.search(r"ok +server default +stdio +scripted 1, revision 2025-11-25", good.stdout)
 
 
-def test_check_says_that_workers_need_redis() -> None:
-    bad = run("-m", "mcp_proxy", "check", "--workers", "3", "--", *SCRIPTED)
+def test_check_says_when_workers_need_redis() -> None:
+    workers = ("-m", "mcp_proxy", "check", "--workers", "3")
+    bad = run(*workers, "--passing", "off", "--", *SCRIPTED)
     assert bad.returncode == 1
     assert re.search(r"FAIL +workers +3 workers do not know", bad.stdout)
+    good = run(*workers, "--", *SCRIPTED)
+    assert good.returncode == 0
+    assert re.search(r"ok +sessions +in the memory of the worker of each, which", good.stdout)
 
 
 def test_check_says_what_is_wrong() -> None:
@@ -229,7 +252,7 @@ def test_check_says_what_is_wrong() -> None:
     assert bad.returncode == 1
     assert re.search(r"ok +workers +3 with 64 threads", bad.stdout)
     assert re.search(r"FAIL +sessions", bad.stdout)
-    assert re.search(r"FAIL +server default +The server exited \(exit code 3\)", bad.stdout)
+    assert re.search(r"FAIL +server default +stdio +The server exited \(exit code 3\)", bad.stdout)
     assert "stderr: cannot find my database" in bad.stdout
 
 

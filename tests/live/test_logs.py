@@ -12,12 +12,14 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 
 import pytest
 
+from tests.live.connections import Connection
 from tests.support.front import SCRIPTED, HttpFront, McpClient
-from tests.support.proxy_process import ROOT, ProxyProcess
+from tests.support.proxy_process import ROOT, ProxyProcess, children_of
 from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
 
@@ -52,6 +54,12 @@ class Stalling:
             pass
         return self.output
 
+    def reload(self) -> None:
+        """Sends SIGHUP; returns when a new worker serves and the one before has ended."""
+        before = children_of(self._process.pid)
+        self._process.send_signal(signal.SIGHUP)
+        eventually(lambda: self.read_on() and is_replaced(self._process.pid, before), 30)
+
     def get(self, path: str) -> None:
         """Asks for a path that is not served."""
         with pytest.raises(urllib.error.HTTPError):
@@ -69,6 +77,12 @@ class Stalling:
         self._process.kill()
         self._process.wait()
         os.close(self._readable)
+
+
+def is_replaced(master: int, before: list[int]) -> bool:
+    """Whether a master has other children than those, and none of them."""
+    now = children_of(master)
+    return bool(now) and set(now).isdisjoint(before)
 
 
 @contextmanager
@@ -100,6 +114,36 @@ def test_a_reader_that_stalls_stops_no_request_and_no_end(kind: str) -> None:
     with stalling("--worker-class", kind) as proxy:
         ask_much(proxy, 400)
         assert proxy.terminate() < 30
+
+
+def test_a_reader_that_stalls_stops_nothing_after_a_reload() -> None:
+    """Each bad request is a line of gunicorn's; a head that is too long is one of the main loop."""
+    with stalling() as proxy:
+        for _ in range(2):
+            proxy.reload()
+        eventually(lambda: proxy.read_on().count(b"Booting worker") == 3, 20)
+        for request in (b"get /x HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000):
+            for _ in range(400):
+                with closing(Connection(int(proxy.base.rpartition(":")[2]))) as connection:
+                    connection.send_raw(request)
+                    assert connection.read().status in (400, 431)
+        assert proxy.terminate() < 30
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_each_line_of_gunicorns_stands_once_after_a_reload(log_format: str) -> None:
+    options = ["--log-format", log_format]
+    with ProxyProcess(options=options) as process:
+        for number in range(1, 3):
+            before = process.worker_pids()
+            os.kill(process.master_pid, signal.SIGHUP)
+            eventually(partial(is_replaced, process.master_pid, before), 30)
+            eventually(lambda: process.log().count("Booting worker") == number + 1)  # noqa: B023
+    lines = process.log().splitlines()
+    assert sum("Booting worker" in line for line in lines) == 3
+    assert sum("Shutting down: Master" in line for line in lines) == 1
+    if log_format == "json":
+        assert {json.loads(line)["level"] for line in lines} >= {"info"}
 
 
 def test_the_log_goes_on_and_its_last_line_comes_out() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mcp_proxy import ProxyConfig, create_app
+from mcp_proxy.server.banner import server_urls
 from mcp_proxy.server.check import check
-from mcp_proxy.server.gunicorn import server_urls
 from mcp_proxy.servers import path_name
-from tests.servers.http_backend import HttpBackend
+from tests.servers.http_backend import HttpBackend, reply
 from tests.support.front import SCRIPTED, McpClient
 from tests.support.transparent import LocalFront
 
@@ -58,6 +58,26 @@ def test_check_sends_the_headers_and_prints_none(
     assert check(config) == 0
     assert backend.seen[0].header("Authorization") == "Bearer of-the-file"
     assert "of-the-file" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("document", ["oauth-protected-resource", "ai-catalog.json"])
+@pytest.mark.parametrize("rest", ["/mcp", "/a/b", "/", ""])
+def test_a_document_about_a_server_is_that_servers(
+    backend: HttpBackend, config: ProxyConfig, document: str, rest: str
+) -> None:
+    """Its well-known name stands before the path that it is about."""
+    path = f"/.well-known/{document}{rest}"
+    backend.on("GET", path, reply(200, b"{}", "Content-Type: application/json"))
+    with closing(create_app(config)) as app, closing(LocalFront(app)) as front:
+        answer = front.request("GET", f"/.well-known/{document}/servers/http{rest}?a=1", {}, None)
+        assert (answer.status, answer.body()) == (200, b"{}")
+        assert backend.last.target == f"{path}?a=1"
+        for other in ("stdio", "none"):
+            answer = front.request("GET", f"/.well-known/{document}/servers/{other}", {}, None)
+            assert answer.status == 404
+        refused = LocalFront(app.overloaded)
+        answer = refused.request("GET", f"/.well-known/{document}/servers/http{rest}", {}, None)
+        assert answer.status == 503
 
 
 @pytest.mark.parametrize("name", ["my server", "@scope/x", "日本"])

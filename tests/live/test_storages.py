@@ -70,6 +70,7 @@ def test_a_stopped_redis_is_an_error_and_nothing_is_lost(
         client.open()
         pid = client.result("count")["pid"]
         redis.stop()
+        eventually(lambda: client.call("echo").failure == "store-unavailable")
         started = time.monotonic()
         answers = (client.call("count", key=7), client.listen())
         assert [answer.status for answer in answers] == [200, 503]

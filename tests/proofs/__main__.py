@@ -12,16 +12,24 @@ from functools import partial
 
 from tests.proofs import (
     backends,
+    both_eras,
     churn,
     clients,
     conformance,
     ended_parts,
     fuzz,
+    given_connections,
+    homes,
     hostile,
+    memory,
+    metrics,
     passing,
+    questions,
+    reload,
     replica_failures,
     replicas,
     sessions,
+    spares,
     sse,
     sse_transparent,
     sticky,
@@ -41,8 +49,12 @@ PROOFS: dict[str, Callable[[], None]] = {
     "replicas-frozen": replica_failures.frozen,
     "redis-outage": replica_failures.outage,
     "sse-load": sse.load,
+    "passing": given_connections.passing,
+    "memory": memory.memory,
+    "metrics": metrics.metrics,
     "sessions-churn": churn.sessions_churn,
     "conformance-replicas": conformance.through_replicas,
+    "conformance-clients": conformance.of_clients,
     "sse-transparent": sse_transparent.load,
     "routing-commands": passing.routing_commands,
     "large-response": passing.large_response,
@@ -55,6 +67,11 @@ PROOFS: dict[str, Callable[[], None]] = {
     "arbiter-killed": ended_parts.arbiter_killed,
     "redis-emptied": ended_parts.redis_emptied,
     "threads-ended": ended_parts.threads_ended,
+    "questions": questions.questions,
+    "both-eras": both_eras.both_eras,
+    "homes": homes.homes,
+    "spares": spares.spares,
+    "reload": reload.reload,
 }
 
 
@@ -65,15 +82,17 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROOFS))
     lasting: dict[str, Callable[[float], None]] = {
         "replicas-load": replicas.load,
+        "passing": given_connections.passing,
+        "memory": memory.memory,
         "hostile": hostile.hostile,
         "hostile-probes": hostile.hostile_probes,
+        "both-eras": both_eras.both_eras,
     }
     parser.add_argument(
         "--seconds",
         type=float,
-        default=60.0,
         metavar="S",
-        help=f"of {', '.join(lasting)} (%(default)s)",
+        help=f"of {', '.join(lasting)} (each has its own)",
     )
     parser.add_argument(
         "--cases", type=int, default=fuzz.CASES, metavar="N", help="of fuzz (%(default)s)"
@@ -81,7 +100,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, metavar="N", help="of fuzz (another one each time)")
     given = parser.parse_args()
     PROOFS["fuzz"] = partial(fuzz.fuzz, given.cases, given.seed)
-    PROOFS.update({name: partial(proof, given.seconds) for name, proof in lasting.items()})
+    if given.seconds is not None:
+        PROOFS.update({name: partial(proof, given.seconds) for name, proof in lasting.items()})
     names = given.names or list(PROOFS)
     failed = [name for name in names if not proves(name)]
     print(f"\n{len(names) - len(failed)} proved, {len(failed)} failed: {' '.join(failed)}")

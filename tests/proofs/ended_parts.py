@@ -112,6 +112,9 @@ def under_load(
         yield scene
 
 
+# Seconds for which the owner of a session may go on without its record, with some to spare.
+_KNOWN = 1.5
+
 # --- processes -----------------------------------------------------------------------------------
 
 
@@ -182,6 +185,7 @@ def redis_emptied() -> None:
             began = time.monotonic()
             seconds = _until_new_sessions_work(scene.proxy, began)
             ready = _until_ready(scene.proxy, began)
+            time.sleep(max(0.0, began + _KNOWN - time.monotonic()))
             statuses = Counter(_status(scene.proxy, session) for session in old)
             print(
                 f"  {what}: ready after {ready:.2f} s, a new session works after {seconds:.2f} s, "
@@ -247,7 +251,8 @@ def threads_ended() -> None:
             # refreshed in front of HTTP servers.
             workers = 2 if name.startswith("mcp-relay") else 1
             is_stdio = name != "mcp-session-refresher"
-            with under_load(workers, way, {"ENDING_FILE": str(file)}, is_stdio) as scene:
+            given = {"ENDING_FILE": str(file), "MCP_PROXY_PASSING": "off"}
+            with under_load(workers, way, given, is_stdio) as scene:
                 outcome, is_said = _end(scene, file, name)
         print(f"  {name:<22} {outcome}", flush=True)
         if not is_said:

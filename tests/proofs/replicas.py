@@ -28,7 +28,9 @@ LOOK = 0.25
 
 _TALLY = Path(__file__).resolve().parents[1] / "servers" / "tally.py"
 _PROGRAM = HERE / "replica_client.py"
-_WAY = ("-m", "gunicorn", "-c", "python:mcp_proxy.gunicorn_conf", "tests.proofs.labelled:app")
+
+#: How to start a proxy each of whose responses names its worker.
+LABELLED = ("-m", "gunicorn", "-c", "python:mcp_proxy.gunicorn_conf", "tests.proofs.labelled:app")
 
 # Each worker must have served at least this part of its fair share of the requests.
 _FAIR = 0.2
@@ -37,7 +39,8 @@ _FAIR = 0.2
 class Call(NamedTuple):
     """One call of a client. `owner` is the worker that held the session, None: not answered.
 
-    `requests` are the client's notes: method, its port, the worker that answered, status or error.
+    `requests` are the client's notes: method, its port, the worker that answered, status or
+    error, and whether it had been passed to that worker.
     """
 
     client: int
@@ -60,8 +63,13 @@ class Call(NamedTuple):
 
     @property
     def is_relayed(self) -> bool:
-        """Whether another worker than the owner got the call."""
+        """Whether another worker than the owner got the call, and answered it."""
         return self.is_answered and self.requests[0][2] != self.owner
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether another worker than the owner got the call, and passed it with its connection."""
+        return self.is_answered and not self.is_relayed and bool(self.requests[0][4])
 
     def overlaps(self, begin: float, end: float) -> bool:
         """Whether the call was under way at some moment of that time."""
@@ -99,8 +107,13 @@ class Scene:
 
 
 @contextmanager
-def replicas(*, workers: int = WORKERS, **settings: str) -> Iterator[Scene]:
-    """The scene; `settings` are further ones of the proxy."""
+def replicas(
+    *, workers: int = WORKERS, options: Sequence[str] = (), **settings: str
+) -> Iterator[Scene]:
+    """The scene; `settings` are further ones of the proxy, `options` of gunicorn.
+
+    What a worker does not have is relayed, unless they say otherwise.
+    """
     with tempfile.TemporaryDirectory(prefix="proof-") as folder, RedisServer() as redis:
         executions = Path(folder) / "executions"
         executions.touch()
@@ -108,10 +121,11 @@ def replicas(*, workers: int = WORKERS, **settings: str) -> Iterator[Scene]:
             "MCP_PROXY_WORKERS": str(workers),
             "MCP_PROXY_REDIS_URL": redis.url,
             "MCP_PROXY_LOG_LEVEL": "warning",
+            "MCP_PROXY_PASSING": "off",
             **{f"MCP_PROXY_{name.upper()}": value for name, value in settings.items()},
         }
         command = [sys.executable, "-I", "-S", str(_TALLY), "--executions", str(executions)]
-        with ProxyProcess(command, environment=environment, way=_WAY) as proxy:
+        with ProxyProcess(command, environment=environment, way=LABELLED, options=options) as proxy:
             try:
                 yield Scene(redis, proxy, executions)
             except BaseException as error:
@@ -183,7 +197,8 @@ def report(calls: Sequence[Call], seconds: float) -> None:
         f"{len(calls)} calls in {seconds:.1f} s ({len(calls) / seconds:.0f}/s): "
         f"{', '.join(f'{kinds[kind]} {kind}' for kind in sorted(kinds))}\n"
         f"  {failed} failed, {crossed} crossed\n"
-        f"  relayed: {sum(c.is_relayed for c in answered) / len(answered):.0%}; "
+        f"  passed: {sum(c.is_passed for c in answered) / len(answered):.1%}, "
+        f"relayed: {sum(c.is_relayed for c in answered) / len(answered):.1%}; "
         f"requests at each worker: {sorted(workers.values())}\n"
         f"  all              {quantiles(answered)}"
     )

@@ -120,7 +120,9 @@ def _call(line: Json) -> Call:
 def load(sessions: int = SESSIONS, workers: int = WORKERS, seconds: float = SECONDS) -> None:
     """A hundred sessions at once, equal ids everywhere: no call fails, no answer is another's."""
     with (
-        replicas(workers=workers, threads=_THREADS, keepalive_interval=_KEEPALIVE) as scene,
+        replicas(
+            workers=workers, threads=_THREADS, keepalive_interval=_KEEPALIVE, passing="off"
+        ) as scene,
         Sessions(scene, sessions) as crowd,
     ):
         begun = time.monotonic()

@@ -6,11 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from mcp_proxy.config import from_values
+from mcp_proxy.server.binding import wait_for_ports
 from mcp_proxy.server.check import check
 from tests.support.front import SCRIPTED
 
@@ -27,6 +29,31 @@ def checked(printed: Printed, bind: str) -> tuple[int, list[str]]:
     return code, [line for line in lines if line[6:].startswith("bind")]
 
 
+def test_a_start_at_a_port_in_use_ends_with_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-m", "mcp_proxy", "--bind", address],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    (_, said) = done.stderr.splitlines()  # the first one is gunicorn's, which is starting
+    assert said == f"mcp-wsgi-proxy: {address} is in use: a second one cannot listen there"
+
+
+def test_a_start_waits_for_who_is_about_to_end() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()
+        closing = threading.Timer(0.3, taken.close)
+        closing.start()
+        wait_for_ports([address])
+        closing.join()
+    socket.create_server(address).close()
+
+
 @pytest.mark.parametrize("bind", ["127.0.0.1:0", "localhost:0", ":0", "tcp://127.0.0.1:0"])
 def test_an_address_of_this_machine_is_in_order(capsys: Printed, bind: str) -> None:
     code, (line,) = checked(capsys, bind)
@@ -36,12 +63,13 @@ def test_an_address_of_this_machine_is_in_order(capsys: Printed, bind: str) -> N
 def test_each_of_several_addresses_has_a_line(capsys: Printed) -> None:
     code, lines = checked(capsys, f"127.0.0.1:0, {_NOT_OURS}")
     assert code == 1
-    assert [line[:4] for line in lines] == ["ok  ", "FAIL"]
+    assert [line[:4] for line in lines] == ["ok  ", "FAIL", "WARN"]
     assert "this machine does not have the address 192.0.2.1" in lines[1]
+    assert "nobody is asked who they are" in lines[2]
 
 
 def test_a_name_that_nobody_knows_fails(capsys: Printed) -> None:
-    code, (line,) = checked(capsys, "no-such-host.invalid:8080")
+    code, (line, _) = checked(capsys, "no-such-host.invalid:8080")  # and nobody is asked who
     assert code == 1
     assert line.startswith("FAIL")
     assert "no-such-host.invalid" in line

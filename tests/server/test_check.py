@@ -19,6 +19,7 @@ from mcp_proxy.server.check import check
 from tests.servers.http_backend import HttpBackend, Turn, reply, silent
 from tests.servers.old_server import OldServer
 from tests.support.front import SCRIPTED
+from tests.support.modern_client import server_of
 from tests.support.outbound import OutboundProxy
 from tests.support.sse_servers import SseServer, python_2
 from tests.support.tls import Certificates
@@ -43,7 +44,7 @@ def test_an_http_server_is_initialized_and_its_session_ended(
 ) -> None:
     code, said = checked(capsys, target_url=[f"{backend.url}/mcp"])
     assert code == 0
-    assert re.search(r"ok +server default +backend \S+, revision 2025-11-25 \(http://", said)
+    assert re.search(r"ok +server default +http +backend \S+, revision 2025-11-25 \(http://", said)
     assert len(backend.ended) == 1
     assert not backend.sessions
 
@@ -81,7 +82,7 @@ def test_a_certificate_that_is_refused_is_told(tmp_path: Path, capsys: Printed) 
     with HttpBackend(tls=Certificates(tmp_path).for_servers()) as backend:
         code, said = checked(capsys, target_url=[f"{backend.url}/mcp"])
     assert code == 1
-    assert re.search("FAIL +server default +The server's certificate or TLS", said)
+    assert re.search("FAIL +server default +http +The server's certificate or TLS", said)
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 0), (403, 1), (500, 1)])
@@ -141,6 +142,25 @@ def test_every_server_is_tried(backend: HttpBackend, capsys: Printed, tmp_path: 
         "good": "ok",
         "http": "ok",
     }
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize(
+    ("settings", "may_warn"),
+    [
+        ({"bind": "0.0.0.0:0"}, True),
+        ({"bind": "127.0.0.1:0"}, False),
+        ({"bind": "127.0.0.1:0", "allowed_hosts": ("www.example.com",)}, True),
+        ({"bind": "0.0.0.0:0", "stateless_children": "one"}, False),
+    ],
+)
+def test_who_falls_back_to_sessions_is_told(
+    capsys: Printed, era: str, settings: dict[str, object], may_warn: bool
+) -> None:
+    code, said = checked(capsys, command=server_of(era), **settings)
+    assert code == 0
+    warned = re.search(r"^WARN +server default +stdio +(knows sessions alone)", said, re.MULTILINE)
+    assert (warned is not None) is (may_warn and era == "legacy"), said
 
 
 # Says what it got, in lines that are no messages, and exits.
@@ -261,6 +281,26 @@ def test_a_store_that_takes_no_writes_is_no_store(capsys: Printed) -> None:
     assert code == 1
     assert "FAIL  sessions" in said
     assert "hunter22" not in said
+
+
+def test_memory_that_workers_do_not_share_is_not_in_order(
+    backend: HttpBackend, capsys: Printed
+) -> None:
+    code, said = checked(capsys, target_url=[f"{backend.url}/mcp"], workers=3)
+    assert code == 1
+    rows = [line.split(maxsplit=2) for line in said.splitlines()]
+    assert [verdict for verdict, what, _ in rows if what in ("workers", "sessions")] == ["FAIL"] * 2
+    assert "the one worker" not in said
+
+
+def test_a_directory_of_sessions_is_looked_at(tmp_path: Path, capsys: Printed) -> None:
+    kept = tmp_path / "sessions"
+    command = [sys.executable, "-c", ""]
+    assert "ok    session_dir " in checked(capsys, command=command, session_dir=str(kept))[1]
+    kept.chmod(0o755)
+    said = checked(capsys, command=command, session_dir=str(kept))[1]
+    assert "FAIL  session_dir " in said
+    assert f"chmod 700 {kept}" in said
 
 
 def test_a_configuration_shows_no_query_of_a_target() -> None:

@@ -207,7 +207,7 @@ def test_the_arguments_of_the_process_are_what_counts(
 def test_more_workers_than_can_share_their_sessions_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["--workers", "2"]) == 2
+    assert main(["--workers", "2", "--passing", "off"]) == 2
     assert capsys.readouterr().err.startswith("mcp-wsgi-proxy: 2 workers ")
 
 
@@ -235,10 +235,35 @@ def test_the_help_names_every_setting_and_its_default(
     assert (shown["--session-ttl"], shown["--idle-timeout"]) == ("SECONDS", "SECONDS")
     assert (shown["--max-body-bytes"], shown["--threads"]) == ("BYTES", "NUMBER")
     one_line = " ".join(printed.split())
-    assert "(7200)" in one_line
-    assert "(streamable,sse)" in one_line
-    assert "(off)" in one_line
+    assert "(default: 7200)" in one_line
+    assert "(default: streamable,sse)" in one_line
+    assert "(default: off)" in one_line
     assert "((" not in one_line
+
+
+def test_the_help_has_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    groups = dict(re.findall(r"^([a-zA-Z][\w ]+):\n((?:  .*\n)+)", printed, re.MULTILINE))
+    assert list(groups) == [
+        *("options", "servers", "sessions", "answers", "limits and processes", "who is served"),
+        *("HTTP servers", "access tokens", "log", "gunicorn"),
+    ]
+    for group, option in (
+        ("servers", "--target-url"),
+        ("servers", "--stdio-transports"),
+        ("sessions", "--session-ttl"),
+        ("answers", "--request-timeout"),
+        ("limits and processes", "--threads"),
+        ("who is served", "--trusted-proxies"),
+        ("HTTP servers", "--public-url"),
+        ("access tokens", "--jwt-issuer"),
+        ("log", "--log-level"),
+        ("gunicorn", "--workers"),
+    ):
+        assert f"  {option} " in groups[group]
+    assert "--" not in groups["options"].replace("--help", "").replace("--version", "")
 
 
 @pytest.mark.parametrize(

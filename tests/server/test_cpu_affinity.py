@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.server import gunicorn as affinity
-from mcp_proxy.server.gunicorn import cpus_to_share, least_used
+from mcp_proxy.server import machine as affinity
+from mcp_proxy.server.machine import cpus_to_share, least_used
 
 # --- least_used ----------------------------------------------------------------------------------
 

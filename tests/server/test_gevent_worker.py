@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import ssl
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from tests.server import test_worker
+from tests.server.test_crowds import CROWDS, WITH_FEW_FILES, crowd, probe_for
+from tests.server.test_limits import open_files
 from tests.server.test_slow_clients import HALF_BODY, HALF_HEAD, HEAD, slowest_answer
 from tests.server.test_worker import Held
 from tests.support.front import HttpFront, McpClient
@@ -97,6 +100,9 @@ def test_an_answer_that_nobody_reads_is_given_up(tmp_path: Path) -> None:
         with pytest.raises((EOFError, OSError)):
             connection.read_head().read()
         assert "Traceback" not in held.process.log()
+        told = r"The answer to POST /large was cut off after (\d+) bytes: 127\.0\.0\.1 did not read"
+        (taken,) = re.findall(told, held.process.log())
+        assert 0 < int(taken) < 8 * 1024 * 1024
 
 
 def test_what_is_refused_is_a_json_rpc_error(tmp_path: Path) -> None:
@@ -115,6 +121,29 @@ def test_a_worker_that_stops_does_not_wait_for_what_may_still_arrive(tmp_path: P
         os.kill(held.process.master_pid, signal.SIGTERM)
         held.process.wait(30)
         assert time.monotonic() - before < 15
+        assert "ERROR" not in held.process.log()
+
+
+@pytest.mark.parametrize("kind", CROWDS)
+def test_connections_that_are_silent_make_room_for_others(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, "--worker-connections", "8") as held, ExitStack() as stack:
+        crowd(held, stack, CROWDS[kind], 100)
+        assert probe_for(held, 2) < 2
+        assert held.process.log().count("The worker has more than 8 connections") == 1
+
+
+@pytest.mark.parametrize("kind", CROWDS)
+def test_files_are_kept_back_however_many_clients_come(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, way=("-c", WITH_FEW_FILES, *PLAIN[2:])) as held, ExitStack() as stack:
+        crowd(held, stack, CROWDS[kind], 400)
+        (worker,) = held.process.worker_pids()
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            assert open_files(worker) < 200 - 48
+            time.sleep(0.05)
+        assert probe_for(held, 1) < 2
+        assert "has no file for more connections" in held.process.log()
+        assert "Traceback" not in held.process.log()
 
 
 # --- TLS -----------------------------------------------------------------------------------------

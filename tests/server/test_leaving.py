@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,11 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 
+from mcp_proxy.server.leaving import Leaving
 from tests.server.test_worker import serving
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import GUNICORN, ProxyProcess
@@ -220,3 +223,57 @@ def test_nobody_is_left_waiting_for_workers_that_accept_no_more(
         eventually(is_refused)
         assert not long.done()
         assert long.result(_PATIENCE).failure == "draining"
+
+
+class _Stoppable:
+    """A worker and its application, as far as its end needs them."""
+
+    alive, ppid = True, os.getppid()
+    cfg = SimpleNamespace(graceful_timeout=8.0)
+    is_shared = True
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def drain(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        self.ended.set()
+
+
+class _Interrupted:
+    """An event that is set while the signal comes once more, as it may at any time."""
+
+    def __init__(self) -> None:
+        self._inner = threading.Event()
+        self._lock = threading.Lock()
+
+    def set(self) -> None:
+        assert self._lock.acquire(blocking=False), "the main thread would wait for itself"
+        with contextlib.closing(SimpleNamespace(close=self._lock.release)):
+            if not self._inner.is_set():
+                signal.raise_signal(signal.SIGTERM)
+            self._inner.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._inner.wait(timeout)
+
+
+def test_a_worker_that_is_told_to_stop_again_meanwhile_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """gunicorn repeats the signal to a worker that is one too many."""
+    worker = _Stoppable()
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # gunicorn's own
+    with monkeypatch.context() as patched:
+        ours = SimpleNamespace(Event=_Interrupted, Thread=threading.Thread)
+        patched.setattr("mcp_proxy.server.leaving.threading", ours)
+        leaving = Leaving(worker, worker)
+    try:
+        leaving.start()
+        signal.raise_signal(signal.SIGTERM)
+        assert worker.ended.wait(20)
+    finally:
+        signal.signal(signal.SIGTERM, before)

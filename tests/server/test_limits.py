@@ -12,7 +12,7 @@ import pytest
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server import answers, gunicorn
+from mcp_proxy.server import answers, gunicorn, machine
 from mcp_proxy.server.worker import KeepaliveWorker
 from tests.live.connections import Connection
 from tests.server.test_worker import WORKER, serving
@@ -88,23 +88,32 @@ def test_a_request_for_which_no_thread_can_be_started_is_refused(
 def test_sessions_and_connections_fit_into_the_limit_of_files(
     monkeypatch: pytest.MonkeyPatch, files: int, sessions: int, connections: int
 ) -> None:
-    monkeypatch.setattr(gunicorn, "files_to_have", lambda: files)
+    monkeypatch.setattr(machine, "files_to_have", lambda: files)
     config = ProxyConfig()
-    assert gunicorn.within_files(config).max_sessions == sessions
+    assert machine.within_files(config).max_sessions == sessions
+    assert gunicorn.gunicorn_settings(config)["worker_connections"] == connections
+
+
+@pytest.mark.parametrize(("files", "connections"), [(1024, 480), (16_384, 10_000), (128, 32)])
+def test_connections_of_greenlets_fit_into_the_limit_of_files(
+    monkeypatch: pytest.MonkeyPatch, files: int, connections: int
+) -> None:
+    monkeypatch.setattr(machine, "files_to_have", lambda: files)
+    config = ProxyConfig(worker_class="gevent")
     assert gunicorn.gunicorn_settings(config)["worker_connections"] == connections
 
 
 def test_a_file_system_that_cannot_be_written_to_is_met_with_memory_or_a_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert gunicorn.heartbeat_directory() is None
+    assert machine.heartbeat_directory() is None
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
-    monkeypatch.setattr(gunicorn, "_SHARED_MEMORY", str(tmp_path))
-    assert gunicorn.heartbeat_directory() == str(tmp_path)
-    monkeypatch.setattr(gunicorn, "_SHARED_MEMORY", "/no/such/directory")
+    monkeypatch.setattr(machine, "_SHARED_MEMORY", str(tmp_path))
+    assert machine.heartbeat_directory() == str(tmp_path)
+    monkeypatch.setattr(machine, "_SHARED_MEMORY", "/no/such/directory")
     with pytest.raises(ConfigError, match="set TMPDIR"):
-        gunicorn.heartbeat_directory()
+        machine.heartbeat_directory()
 
 
 def test_a_lower_limit_of_sessions_is_told_when_starting() -> None:

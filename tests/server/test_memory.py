@@ -1,13 +1,17 @@
-"""The heaps of a worker: one for all of its threads."""
+"""The heap of a worker: one for all of its threads, without large blocks."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.proxy_process import ProxyProcess
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of glibc's")
 
 # glibc's arenas but the first begin at multiples of this.
 _HEAP = 64 * 2**20
@@ -20,9 +24,31 @@ def arenas(pid: int) -> int:
     return sum(int(start, 16) % _HEAP == 0 for start, _ in places)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of glibc's")
+#: Prints whether a large block comes from the heap, after a larger one has been freed.
+ALLOCATE = """
+from pathlib import Path
+from mcp_proxy.server.machine import keep_heap_small
+keep_heap_small()
+larger = bytes(8 * 2**20)
+del larger
+block = bytes(2**20)
+lines = Path("/proc/self/maps").read_text().splitlines()
+(heap,) = [line.split()[0].split("-") for line in lines if line.endswith("[heap]")]
+print(int(heap[0], 16) <= id(block) < int(heap[1], 16))
+"""
+
+
 @pytest.mark.parametrize(("told", "expected"), [({}, 0), ({"MALLOC_ARENA_MAX": "4"}, 3)])
 def test_the_threads_of_a_worker_share_a_heap(told: dict[str, str], expected: int) -> None:
     with ProxyProcess(options=["--threads", "16"], environment=told) as process:
         (worker,) = process.worker_pids()
         assert arenas(worker) == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [({}, "False"), ({"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, "True")]
+)
+def test_large_blocks_go_back_to_the_system(told: dict[str, str], expected: str) -> None:
+    command = [sys.executable, "-c", ALLOCATE]
+    ran = subprocess.run(command, env=told, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == expected

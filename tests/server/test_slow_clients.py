@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.live.connections import Connection
 from tests.server.test_worker import Held, serving
 from tests.server.ways_in import WayIn, impatient
 from tests.support.proxy_process import GUNICORN, ProxyProcess
+from tests.support.waiting import eventually
 
 HALF_HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-"
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
@@ -199,3 +201,12 @@ def test_clients_that_do_not_read_hold_threads_for_the_time_of_one_piece(tmp_pat
         assert memory_of(worker) < 64 * 8 * 1024 * 1024 + 100 * 1024 * 1024
         assert held.process.worker_pids() == [worker]
         assert "Traceback" not in held.process.log()
+
+
+def test_an_answer_that_its_client_does_not_read_is_told(tmp_path: Path) -> None:
+    with impatient(tmp_path) as held, closing(held.connect()) as connection:
+        connection.send("/large?said=1")
+        told = r"The answer to POST /large was cut off after (\d+) bytes: 127\.0\.0\.1 did not read"
+        taken = eventually(lambda: re.search(told, held.process.log()), 20)
+        assert 0 < int(taken[1]) < 8 * 1024 * 1024
+        assert "did not read for 2 s" in held.process.log()

@@ -19,7 +19,22 @@ from mcp_proxy.wire import sse
 
 SCRIPTED = (sys.executable, "-I", str(Path(__file__).parents[1] / "servers" / "scripted.py"))
 
+#: A server that ends, or closes its input or its output, when a tool says so.
+MORTAL = (sys.executable, "-I", str(Path(__file__).parents[1] / "servers" / "mortal.py"))
+
 Json = dict[str, Any]
+
+#: What begins a session, whole: the id and the version are of no importance.
+INITIALIZE: Json = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "test", "version": "1"},
+    },
+}
 
 _PATIENCE = 30.0
 
@@ -108,16 +123,23 @@ class Front(Protocol):
 
 
 class WsgiFront:
-    """Calls the application directly."""
+    """Calls the application directly, from the loopback unless the environ says otherwise."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, environ: Mapping[str, Any] | None = None) -> None:
         self.app = app
+        self.environ = {"REMOTE_ADDR": "127.0.0.1", **(environ or {})}
 
     def request(self, method: str, path: str, headers: Json, body: bytes | None) -> Answer:
         headers = dict(headers)
         options = {"content_type": headers.pop("Content-Type", None)}
         response = Client(self.app).open(
-            path, method=method, headers=headers, data=body, buffered=False, **options
+            path,
+            method=method,
+            headers=headers,
+            data=body,
+            buffered=False,
+            environ_overrides=self.environ,
+            **options,
         )
         pieces = iter(response.response)
         return Answer(response.status_code, response.headers, pieces, response.close)
@@ -215,6 +237,15 @@ class McpClient:
     def listen(self, **headers: str) -> Answer:
         """Opens the standing stream."""
         return self.request("GET", None, **headers)
+
+    def require_streaming(self) -> None:
+        """Fails unless an event of the scripted server arrives before the next one is made."""
+        answer = self.call("hold", {"name": "h", "_meta": {"progressToken": "t"}})
+        messages = answer.stream()
+        assert next(messages)["params"]["progressToken"] == "t"
+        self.result("release", {"name": "h"})
+        assert next(messages)["result"]["held"] == "h"
+        answer.close()
 
     def delete(self) -> Answer:
         """Ends the session."""

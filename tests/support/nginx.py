@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 from pathlib import Path
 
-import pytest
 import requests
 
 from tests.support.startable import Startable
+from tests.support.system_programs import find_program
 from tests.support.waiting import eventually
-
-ROOT = Path(__file__).resolve().parents[2]
-
-#: Where `scripts/environment` unpacks Debian's package.
-UNPACKED = ROOT / ".nginx" / "usr" / "sbin" / "nginx"
 
 _STOP_TIME = 10.0
 
@@ -49,22 +43,11 @@ http {{
 """
 
 
-def find_nginx() -> str:
-    """The nginx to run; without one the test fails."""
-    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    if found is None and UNPACKED.exists():
-        found = str(UNPACKED)
-    return found or pytest.fail(
-        "nginx is missing: install it (`apt-get install nginx-light`), or let scripts/test unpack "
-        "Debian's package"
-    )
-
-
 class Nginx(Startable):
     """An nginx process that passes what is below `prefix` on to `target`, without the prefix."""
 
     def __init__(self, directory: Path, target: str, prefix: str, more: str = "") -> None:
-        self._program = find_nginx()
+        self._program = find_program("nginx", "nginx")
         self._directory = directory
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]

@@ -37,12 +37,26 @@ class OutboundProxy(ServerThread):
         self.asked: list[str] = []
         self.on_connect: Act | None = None
         self.is_over = False
+        self._open: set[object] = set()
 
     @property
     def url(self) -> str:
         """Its URL, with the password."""
         user = f"{self.password}@" if self.password else ""
         return f"http://{user}127.0.0.1:{self.port}"
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections of clients are open: one that is not counted has been closed."""
+        return len(self._open)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._open.discard(request)
 
     def close(self) -> None:
         self.is_over = True

@@ -29,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: The environment variable that marks everything one ProxyProcess started.
 MARK = "PROXY_PROCESS_OF_TEST"
 
+#: The environment variable with the kind of worker that proxies have unless a test names one.
+WORKER_CLASS = "WORKER_CLASS_OF_TEST"
+
 #: The three ways to start the proxy.
 COMMAND = ("-m", "mcp_proxy")
 GUNICORN = ("-m", "gunicorn", "-c", "python:mcp_proxy.gunicorn_conf", "mcp_proxy.wsgi:app")
@@ -119,6 +122,10 @@ class ProxyProcess(Startable):
         """gunicorn's workers: the master has no other children."""
         return children_of(self.master_pid)
 
+    def worker_files(self) -> list[int]:
+        """How many files each worker has open."""
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in self.worker_pids()]
+
     def server_pids(self) -> list[int]:
         """The stdio servers: what the workers have for children, their guardians apart."""
         children = [pid for worker in self.worker_pids() for pid in children_of(worker)]
@@ -165,7 +172,7 @@ class ProxyProcess(Startable):
                 return bool(answer.status == 200)
         except urllib.error.HTTPError:
             return True  # a transport on its own has no /healthz
-        except (urllib.error.URLError, ConnectionError):
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
     def _require_nothing_left(self) -> None:
@@ -229,8 +236,14 @@ def _stat(pid: int) -> tuple[str, str]:
 
 
 def _inherited() -> dict[str, str]:
-    """Our environment (coverage's variables are in it) without settings of the proxy."""
-    return {name: v for name, v in os.environ.items() if not name.startswith("MCP_PROXY_")}
+    """Our environment (coverage's variables are in it) without settings of the proxy.
+
+    But for its kind of worker, where all tests are to run with another one.
+    """
+    ours = {name: v for name, v in os.environ.items() if not name.startswith("MCP_PROXY_")}
+    if WORKER_CLASS in os.environ:
+        ours["MCP_PROXY_WORKER_CLASS"] = os.environ[WORKER_CLASS]
+    return ours
 
 
 def _as_settings(bind: str, command: Sequence[str]) -> dict[str, str]:

@@ -39,13 +39,14 @@ class Startable(ABC):
 
 
 class ServerThread(Startable, socketserver.ThreadingTCPServer):
-    """A TCP server on a port of 127.0.0.1, in a thread of this process."""
+    """A TCP server on a port of 127.0.0.1, in a thread of this process; 0 for any port."""
 
     daemon_threads = True
     request_queue_size = 128
+    allow_reuse_address = True
 
-    def __init__(self, handler: type[socketserver.BaseRequestHandler]) -> None:
-        super().__init__(("127.0.0.1", 0), handler)
+    def __init__(self, handler: type[socketserver.BaseRequestHandler], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(_POLL,))
 
     @property

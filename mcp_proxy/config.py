@@ -33,8 +33,10 @@ from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import LIMIT
 from mcp_proxy.servers import (
     MAX_SECONDS,
+    SCOPE,
     HttpServer,
     Seconds,
+    Served,
     Server,
     StdioServer,
     UnservedServer,
@@ -116,7 +118,7 @@ Host = Annotated[  # with a port too: the guard also compares the Host header as
 
 
 Limit = Annotated[str, _only("limits such as 20/second, 600/minute:50 or off", LIMIT)]
-Scope = Annotated[str, _only("scopes without blanks and quotes", r"[\x21\x23-\x5b\x5d-\x7e]+")]
+Scope = Annotated[str, _only("scopes without blanks and quotes", SCOPE)]
 Cookie = Annotated[
     str, _only("names of cookies, a * at the end stands for any more", r"[!#$%&'+.^`|~\w-]+\*?")
 ]
@@ -584,7 +586,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
     def _listed(self) -> list[Server]:
         if self.config:
-            return [*map(self._if_shared, read_servers(Path(self.config), os.environ))]
+            return [*map(self._if_possible, read_servers(Path(self.config), os.environ))]
         if self.command:
             env, env_from = (
                 dict(pair.split("=", 1) for pair in pairs) for pairs in (self.env, self.env_from)
@@ -595,13 +597,20 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             return [HttpServer("default", self.target_url)]
         return [demo_server()]
 
-    def _if_shared(self, server: Server) -> Server:
-        """A server of the file, unless the workers could not serve its sessions to each other."""
-        if not isinstance(server, HttpServer) or self.workers == 1 or self.redis_url is not None:
-            return server
-        return UnservedServer(
-            server.name, f"an HTTP server needs redis_url where there are {self.workers} workers"
-        )
+    def _if_possible(self, server: Server) -> Server:
+        """A server of the file, unless it needs a setting that is not there."""
+        reason = None
+        if isinstance(server, HttpServer) and self.workers > 1 and self.redis_url is None:
+            reason = f"an HTTP server needs redis_url where there are {self.workers} workers"
+        elif not isinstance(server, UnservedServer):
+            reason = self.reason_against(server)
+        return server if reason is None else UnservedServer(server.name, reason)
+
+    def reason_against(self, server: Served) -> str | None:
+        """Why a server would let in callers that it is not for; None where it would not."""
+        if server.jwt_scopes and self.jwt_issuer is None:
+            return "jwt_scopes needs jwt_issuer: without it nobody has to show a token"
+        return None
 
     def broken(self) -> list[UnservedServer]:
         """The servers in whose entries of the file something is wrong. Raises ConfigError."""

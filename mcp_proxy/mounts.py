@@ -26,7 +26,7 @@ from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import MethodNotAllowed, NotFound, ServerRemoved
+from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, ServerRemoved
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.server_table import is_other_process
@@ -283,7 +283,7 @@ class Mounts:
             parts=self._parts,
             tools=server.tools,
         )
-        proxy.server_name = server.name
+        proxy.server_name, proxy.scopes = server.name, server.jwt_scopes
         return {"": proxy}
 
     def _in_front_of_stdio(
@@ -354,26 +354,30 @@ class Mounts:
                 if request.method == "OPTIONS":  # the edge says what a page may send
                     return empty_reply(204, [("Allow", "GET, HEAD, OPTIONS")])
                 require_reading(request)
-                if not self._has_endpoint(endpoint):
+                scopes = self._scopes_at(endpoint)
+                if scopes is None:
                     raise NotFound
-                return json_reply(resource.document(environ, endpoint))
+                return json_reply(resource.document(environ, endpoint, scopes))
 
             return self._edge.serve(environ, start_response, handle, is_own=True)
 
         return serve
 
-    def _has_endpoint(self, path: str) -> bool:
-        """Whether clients may connect to a path: that of a server, or of one of its transports.
+    def _scopes_at(self, path: str) -> tuple[str, ...] | None:
+        """The scopes that the server at a path wants; None where clients cannot connect to it.
 
-        An HTTP server may have its endpoint anywhere.
+        They can at that of a server, or of one of its transports. An HTTP server may have its
+        endpoint anywhere.
         """
         for name, transports in self.current.transports.items():
             base = path_of(self._config, name)
             if f"{path}/".startswith(f"{base}/"):
                 known = {"", *transports, *([STREAM_PATH] if "" in transports else [])}
                 is_anywhere = isinstance(transports.get(""), TransparentProxy | UnservedProxy)
-                return is_anywhere or path.removeprefix(base) in known
-        return False
+                if is_anywhere or path.removeprefix(base) in known:
+                    return next(iter(transports.values())).scopes
+                return None
+        return None
 
     def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def handle(request: ClientRequest) -> Reply:
@@ -389,7 +393,10 @@ class Mounts:
 
 
 def _options_for(server: Served, config: ProxyConfig) -> ProxyConfig:
-    """The settings of one server, which may have some of its own."""
+    """The settings of one server, which may have some of its own. Raises ConfigError."""
+    reason = config.reason_against(server)
+    if reason is not None:
+        raise ConfigError(f"{server.name}: {reason}")
     if server.timeout is not None:
         config = replace(config, request_timeout=server.timeout)
     if server.rate_limit is not None:

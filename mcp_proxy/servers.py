@@ -32,6 +32,9 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 # A header as `Name: value`.
 _CHANGE = re.compile(r"\s*[^\s:]+\s*:[^\r\n\0]*")
 
+#: A scope of an access token (RFC 6749 section 3.3).
+SCOPE = r"[\x21\x23-\x5b\x5d-\x7e]+"
+
 # Where a variable of a caller comes from; a `?` at the end makes it optional.
 _SOURCE = re.compile(r"header:[!#$%&'*+.^_`|~0-9A-Za-z-]+\??|claim:[^\s?]+\??")
 
@@ -43,6 +46,7 @@ class StdioServer(msgspec.Struct, frozen=True, tag=True):
     take, in seconds; None: as the settings say. `secrets` are parts of its arguments that are not
     to be shown. `tools` says which of its tools are hidden; None: none is. `rate_limit` is how many
     requests a caller may have of it, as the setting is written; None: as the settings say.
+    `jwt_scopes` are scopes that an access token must have for it, beside those of the settings.
     `env_from` says which variables come from the caller, each `header:NAME` or `claim:NAME`, with a
     `?` at the end where it is optional. The constructor raises ConfigError.
     """
@@ -56,6 +60,7 @@ class StdioServer(msgspec.Struct, frozen=True, tag=True):
     tools: ToolFilter | None = None
     rate_limit: str | None = None
     env_from: dict[str, str] = {}
+    jwt_scopes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         force_setattr(self, "argv", as_command(self.argv))
@@ -78,8 +83,8 @@ class StdioServer(msgspec.Struct, frozen=True, tag=True):
 class HttpServer(msgspec.Struct, frozen=True, tag=True):
     """An MCP server that speaks HTTP: the URLs of its replicas.
 
-    `headers`, each as `Name: value`, are set on every request to it. `timeout`, `secrets`, `tools`
-    and `rate_limit` are as for a StdioServer. The constructor raises ConfigError.
+    `headers`, each as `Name: value`, are set on every request to it. `timeout`, `secrets`, `tools`,
+    `rate_limit` and `jwt_scopes` are as for a StdioServer. The constructor raises ConfigError.
     """
 
     name: str
@@ -89,14 +94,12 @@ class HttpServer(msgspec.Struct, frozen=True, tag=True):
     secrets: tuple[str, ...] = ()
     tools: ToolFilter | None = None
     rate_limit: str | None = None
+    jwt_scopes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.urls, str):
             force_setattr(self, "urls", (self.urls,))
-        for name in ("urls", "headers"):
-            value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-                force_setattr(self, name, tuple(value))
+        _make_tuples(self, "urls", "headers")
         _require_fields(self)
         if not self.urls or not all(map(parse_target, self.urls)):
             raise ConfigError(f"{self.name}: its URLs must be absolute http:// or https:// URLs")
@@ -132,9 +135,18 @@ Served = StdioServer | HttpServer
 Server = StdioServer | HttpServer | UnservedServer
 
 
+def _make_tuples(server: Served, *names: str) -> None:
+    """Has fields that were given as other lists be tuples."""
+    for name in names:
+        value = getattr(server, name)
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+            force_setattr(server, name, tuple(value))
+
+
 def _require_fields(server: Served) -> None:
     """Raises ConfigError where a field has a value of another type, or the name is empty."""
     kind = type(server)
+    _make_tuples(server, "jwt_scopes")
     try:
         require_types(kind, {name: getattr(server, name) for name in kind.__struct_fields__})
     except WrongValue as error:
@@ -146,6 +158,12 @@ def _require_fields(server: Served) -> None:
             rate_of(server.rate_limit)
         except ValueError as error:
             raise ConfigError(f"{server.name}: rate_limit: {error}") from None
+    for scope in server.jwt_scopes:
+        if not re.fullmatch(SCOPE, scope):
+            raise ConfigError(
+                f"{server.name}: jwt_scopes: a scope has no blanks, quotes and backslashes, "
+                f"got {scope!r}"
+            )
     if not server.name:
         raise ConfigError(f"{kind.__name__}: name: expected a text that is not empty")
 

@@ -82,6 +82,7 @@ class _Entry(msgspec.Struct):
     headers: dict[str, str] = {}
     timeout: Seconds | None = None
     rate_limit: str | None = None
+    jwt_scopes: list[str] = []
 
 
 class _Key(NamedTuple):
@@ -267,6 +268,7 @@ def _server(name: str, entry: Any, environ: Mapping[str, str]) -> Server:
         secrets=tuple(values.secrets),
         tools=_tools(given.get("tools")),
         rate_limit=_rate_limit(made.rate_limit),
+        jwt_scopes=made.jwt_scopes,
     )
 
 

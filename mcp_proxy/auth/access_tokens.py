@@ -85,24 +85,30 @@ class AccessTokens:
         """Ends the thread that fetches the keys."""
         self._verifier.keys.stop()
 
-    def caller(self, token: str | None, environ: WSGIEnvironment, server: str | None) -> Caller:
-        """Who has a token, None for none, for a request to `server`.
+    def caller(
+        self,
+        token: str | None,
+        environ: WSGIEnvironment,
+        server: str | None,
+        scopes: tuple[str, ...] = (),
+    ) -> Caller:
+        """Who has a token, None for none, for a request to `server`, which wants these scopes, too.
 
         Raises Unauthenticated, NotPermitted where the token lacks a scope, and KeysUnavailable.
         """
         if token is None:
-            raise Unauthenticated(challenge=self.resource.challenge(environ))
+            raise Unauthenticated(challenge=self.resource.challenge(environ, scopes))
         try:
             audiences = self._audiences or self.resource.audiences(environ, server)
             may_wait = AT_ONCE not in environ
             principal = self._verifier.principal_of(token, audiences, may_wait)
         except Unauthenticated as error:
             reason = error.message
-            challenge = self.resource.challenge(environ, "invalid_token", reason)
+            challenge = self.resource.challenge(environ, scopes, "invalid_token", reason)
             raise Unauthenticated(reason, challenge) from None
-        if missing := self._scopes - principal.scopes:
+        if missing := self._scopes.union(scopes) - principal.scopes:
             reason = f"The token lacks the scope {' '.join(sorted(missing))}"
-            challenge = self.resource.challenge(environ, "insufficient_scope", reason)
+            challenge = self.resource.challenge(environ, scopes, "insufficient_scope", reason)
             raise NotPermitted(reason, challenge)
         return until_expiry(principal)
 

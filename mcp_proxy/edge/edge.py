@@ -116,9 +116,11 @@ class Edge:
         handle: Handler,
         is_own: bool = False,
         server: str | None = None,
+        scopes: tuple[str, ...] = (),
     ) -> Iterable[bytes]:
         """Answers one request with the reply or the error of `handle`, if the guard allows it and
-        the caller may use `server`, which is None where the request is for none.
+        the caller may use `server`, which is None where the request is for none; an access token
+        needs these `scopes` for it.
 
         Our own endpoints (`is_own`) are served under any Host and to everybody, for health probes.
         """
@@ -129,7 +131,7 @@ class Edge:
         token = current_request.set(request.id)
         try:
             try:
-                reply = self._answer(request, handle, is_own, server)
+                reply = self._answer(request, handle, is_own, server, scopes)
             except Passed:
                 if request.take_back is not None:
                     request.take_back()
@@ -156,7 +158,12 @@ class Edge:
             current_request.reset(token)
 
     def _answer(
-        self, request: ClientRequest, handle: Handler, is_own: bool, server: str | None
+        self,
+        request: ClientRequest,
+        handle: Handler,
+        is_own: bool,
+        server: str | None,
+        scopes: tuple[str, ...],
     ) -> Reply:
         try:
             require_path(request.environ)
@@ -166,7 +173,7 @@ class Edge:
             if request.method == "OPTIONS" and "HTTP_ORIGIN" in request.environ:
                 return empty_reply(204, self._guard.preflight_headers())
             if self.authenticator is not None:
-                self._authenticate(self.authenticator, request, server)
+                self._authenticate(self.authenticator, request, server, scopes)
             return handle(request)
         except ProxyError as error:
             log.debug("%s: %s", type(error).__name__, error)
@@ -178,7 +185,11 @@ class Edge:
             return render(ProxyError(), request, self._failure_status)
 
     def _authenticate(
-        self, authenticator: Authenticator, request: ClientRequest, server: str | None
+        self,
+        authenticator: Authenticator,
+        request: ClientRequest,
+        server: str | None,
+        scopes: tuple[str, ...],
     ) -> None:
         """Has the request know its principal; raises Unauthenticated, NotPermitted.
 
@@ -188,7 +199,7 @@ class Edge:
         if request.path.startswith(_METADATA):
             raise NotFound
         try:
-            request.identify(authenticator.caller_of(request.environ, server))
+            request.identify(authenticator.caller_of(request.environ, server, scopes))
         except Unauthenticated:
             if self._refused.is_due():
                 log.warning(

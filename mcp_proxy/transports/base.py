@@ -54,25 +54,36 @@ class Transport(ABC):
     #: The name of the server, as callers' permissions and metrics have it.
     server_name: str = "default"
 
+    #: The scopes that an access token must have for it, beside those that each must have.
+    scopes: tuple[str, ...] = ()
+
     #: How many requests a caller may have; None: as many as it sends.
     rate_limit: CallerLimit | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not environ.get("PATH_INFO", "").startswith("/"):
             environ = with_path(environ)
-        return self.edge.serve(environ, start_response, self.handle, server=self.server_name)
+        return self.edge.serve(
+            environ, start_response, self.handle, server=self.server_name, scopes=self.scopes
+        )
 
     def overloaded(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Answers a request that has arrived and for which no thread is free; waits for nothing."""
         environ[AT_ONCE] = True
-        return self.edge.serve(environ, start_response, self.refuse, server=self.server_name)
+        return self.edge.serve(
+            environ, start_response, self.refuse, server=self.server_name, scopes=self.scopes
+        )
 
     def removed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answers a request for a server that has been removed."""
         return self.edge.serve(
-            environ, start_response, self.handle_removed, server=self.server_name
+            environ,
+            start_response,
+            self.handle_removed,
+            server=self.server_name,
+            scopes=self.scopes,
         )
 
     def __enter__(self) -> Self:

@@ -58,6 +58,8 @@ class StdioTransport(Transport):
         if options.asks:
             raise ConfigError("unknown_session_status=ask is for HTTP servers: take 400 or 404")
         server = as_server(command, name)
+        if server.jwt_scopes:
+            raise ConfigError("jwt_scopes is for a server that create_app serves, with jwt_issuer")
         if server.timeout is not None:
             options = replace(options, request_timeout=server.timeout)
         if server.rate_limit is not None:
@@ -84,6 +86,7 @@ class StdioTransport(Transport):
     def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
         self.owner = owner
         self.server_name = owner.server.name
+        self.scopes = owner.server.jwt_scopes
         self.manager = owner.manager
         self.edge = edge
         self.options = options
@@ -96,6 +99,7 @@ class StdioTransport(Transport):
         The owner has been changed before.
         """
         self.options = options
+        self.scopes = self.owner.server.jwt_scopes
         self.rate_limit = CallerLimit.of(options, str(self.owner.server))
 
     def end_unless_busy(self) -> bool:

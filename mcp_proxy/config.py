@@ -287,6 +287,13 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "with :BURST for how many may come at once (else N); none: off"
         ),
     ] = None
+    rate_limit_scope: Annotated[
+        Literal["host", "deployment"],
+        Meta(
+            description="who counts for `rate_limit`. host: the workers of a gunicorn together; "
+            "deployment: all that share the Redis, too (the extra `limits`)"
+        ),
+    ] = "host"
     backend_proxy: Annotated[
         str | None,
         Meta(
@@ -577,6 +584,8 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
     def listed(self) -> list[Server]:
         """As `servers`, also where none of them can be served. Raises ConfigError."""
         self._require_issuer()
+        if self.rate_limit_scope == "deployment" and self.redis_url is None:
+            raise ConfigError("rate_limit_scope=deployment needs redis_url, where all hosts count")
         servers = self._listed()
         if self.asks and all(isinstance(server, StdioServer) for server in servers):
             raise ConfigError(

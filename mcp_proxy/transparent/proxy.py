@@ -242,7 +242,8 @@ class TransparentProxy(Transport):
         self._targets = targets
         self._target = targets[0]
         calls = OwnCalls(self._client, targets[0], options.request_timeout)
-        self.rate_limit = CallerLimit.of(options, " ".join(target.url for target in targets))
+        served = " ".join(target.url for target in targets)
+        self.rate_limit = CallerLimit.of(options, served, manager.storage.rate_counter)
         self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
         self._warning = OnceAMinute()
         self._redirect_warning = OnceAMinute()

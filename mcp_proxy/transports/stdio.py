@@ -90,7 +90,9 @@ class StdioTransport(Transport):
         self.manager = owner.manager
         self.edge = edge
         self.options = options
-        self.rate_limit = CallerLimit.of(options, str(owner.server))
+        self.rate_limit = CallerLimit.of(
+            options, str(owner.server), owner.manager.storage.rate_counter
+        )
         self._load = owner.manager.load if owner.relay is None else owner.load
 
     def change(self, options: ProxyOptions, is_other: bool) -> None:
@@ -100,7 +102,9 @@ class StdioTransport(Transport):
         """
         self.options = options
         self.scopes = self.owner.server.jwt_scopes
-        self.rate_limit = CallerLimit.of(options, str(self.owner.server))
+        self.rate_limit = CallerLimit.of(
+            options, str(self.owner.server), self.manager.storage.rate_counter
+        )
 
     def end_unless_busy(self) -> bool:
         if self.owner.is_busy:

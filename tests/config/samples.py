@@ -64,6 +64,7 @@ SAMPLES: dict[str, Sample] = {
     "public_url": _one("https://a.example/x/", "https://a.example/x"),
     "api_keys": _one("/etc/mcp/keys", "/etc/mcp/keys"),
     "rate_limit": _one("600/minute:50", "600/minute:50"),
+    "rate_limit_scope": _one("deployment", "deployment"),
     "backend_proxy": _one("http://u:p@proxy:3128", "http://u:p@proxy:3128"),
     "sticky_cookies": Sample("route,MINE*", ("route", "MINE*"), ("route", "MINE*")),
     "jwt_issuer": _one("https://id.example/realms/a", "https://id.example/realms/a"),

@@ -67,6 +67,7 @@ SEAMS = {
     "requests": ("backends/http.py", "auth/issuer.py"),
     "urllib3": ("backends/http.py", "auth/issuer.py"),
     "jwt": ("auth/",),
+    "limits": ("redis/rate_counter.py",),
     "subprocess": ("processes/",),
     "werkzeug": ("transports/", "edge/", "mounts.py"),
     "gunicorn": ("server/",),

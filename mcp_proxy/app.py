@@ -71,7 +71,9 @@ class Application:
         #: What this process is to other replicas, and its children.
         self.parts = ReplicaParts(self._storage.mailboxes())
         workers = self.parts.workers
-        self._tokens = AccessTokens.of(config, partial(path_of, config), workers)
+        self._tokens = AccessTokens.of(
+            config, workers, config.ca_file or True, partial(path_of, config)
+        )
         is_alone = authenticate is None and config.api_keys is None
         self._weight_of_tokens = Weight.ESSENTIAL if is_alone else Weight.USEFUL
         authenticator = Authenticator.of(config, authenticate, workers, self._tokens)

@@ -306,6 +306,27 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tuple[Cookie, ...],
         Meta(description="cookies of a balancer that keep a session at one HTTP server"),
     ] = (*("AWSALB*", "AWSALBTG*", "GCLB", "ARRAffinity*", "INGRESSCOOKIE", "SERVERID", "route"),)
+    jwt_issuer: Annotated[
+        str | None,
+        Meta(
+            description="the issuer whose JWTs callers have to show; needs `public_url` and "
+            "the extra `auth`; none: no JWT is taken"
+        ),
+    ] = None
+    jwt_audience: Annotated[
+        tuple[Word, ...],
+        Meta(
+            description="what a JWT may be issued for, one of these; none: for the URL of its "
+            "endpoint below `public_url`"
+        ),
+    ] = ()
+    jwt_jwks_url: Annotated[
+        str | None,
+        Meta(description="where the keys of `jwt_issuer` are; none: its metadata say that"),
+    ] = None
+    jwt_scopes: Annotated[
+        tuple[Scope, ...], Meta(description="scopes that each JWT must have, all of them")
+    ] = ()
 
     def __post_init__(self) -> None:
         for setting in settings(type(self)):
@@ -341,6 +362,32 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def stream_limit(self) -> int:
         """Standing streams of one worker; the rest of the threads stays free for calls."""
         return self.max_streams or _most_streams(self.threads)
+
+    def require_issuer(self) -> None:
+        """Raises ConfigError where the settings for JWTs do not go together."""
+        if self.jwt_issuer is None:
+            if self.jwt_audience or self.jwt_scopes or self.jwt_jwks_url is not None:
+                raise ConfigError("jwt_audience, jwt_jwks_url and jwt_scopes belong to jwt_issuer")
+            return
+        if self.public_url is None:
+            raise ConfigError(
+                "jwt_issuer needs public_url: a token is issued for the URL that clients use, "
+                "and what a request says of its host proves nothing"
+            )
+        if self.asks:
+            raise ConfigError(
+                "unknown_session_status=ask does not go with jwt_issuer: whose session it is that "
+                "a server still knows, nobody can say; take 400 or 404"
+            )
+        _require_https("jwt_issuer", self.jwt_issuer, or_anywhere=self.jwt_jwks_url is not None)
+        if self.jwt_jwks_url is not None:
+            _require_https("jwt_jwks_url", self.jwt_jwks_url, or_anywhere=True)
+
+    def reason_against(self, server: Served) -> str | None:
+        """Why a server would let in callers that it is not for; None where it would not."""
+        if server.jwt_scopes and self.jwt_issuer is None:
+            return "jwt_scopes needs jwt_issuer: without it nobody has to show a token"
+        return None
 
 
 class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -397,27 +444,6 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(description="the Redis that has the sessions; none: in memory", extra=SECRET),
     ] = None
     redis_prefix: Annotated[str, Meta(description="prefix of every key in Redis")] = "mcp-proxy:"
-    jwt_issuer: Annotated[
-        str | None,
-        Meta(
-            description="the issuer whose JWTs callers have to show; needs `public_url` and "
-            "the extra `auth`; none: no JWT is taken"
-        ),
-    ] = None
-    jwt_audience: Annotated[
-        tuple[Word, ...],
-        Meta(
-            description="what a JWT may be issued for, one of these; none: for the URL of its "
-            "endpoint below `public_url`"
-        ),
-    ] = ()
-    jwt_jwks_url: Annotated[
-        str | None,
-        Meta(description="where the keys of `jwt_issuer` are; none: its metadata say that"),
-    ] = None
-    jwt_scopes: Annotated[
-        tuple[Scope, ...], Meta(description="scopes that each JWT must have, all of them")
-    ] = ()
     log_format: Annotated[Literal["text", "json"], Meta(description="form of the log lines")] = (
         "text"
     )
@@ -513,26 +539,6 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         """Whether the settings say who may call."""
         return self.api_keys is not None or self.jwt_issuer is not None
 
-    def _require_issuer(self) -> None:
-        """Raises ConfigError where the settings for JWTs do not go together."""
-        if self.jwt_issuer is None:
-            if self.jwt_audience or self.jwt_scopes or self.jwt_jwks_url is not None:
-                raise ConfigError("jwt_audience, jwt_jwks_url and jwt_scopes belong to jwt_issuer")
-            return
-        if self.public_url is None:
-            raise ConfigError(
-                "jwt_issuer needs public_url: a token is issued for the URL that clients use, "
-                "and what a request says of its host proves nothing"
-            )
-        if self.asks:
-            raise ConfigError(
-                "unknown_session_status=ask does not go with jwt_issuer: whose session it is that "
-                "a server still knows, nobody can say; take 400 or 404"
-            )
-        _require_https("jwt_issuer", self.jwt_issuer, or_anywhere=self.jwt_jwks_url is not None)
-        if self.jwt_jwks_url is not None:
-            _require_https("jwt_jwks_url", self.jwt_jwks_url, or_anywhere=True)
-
     @property
     def stream_limit(self) -> int:
         """As of the options; with gevent a stream takes no thread but one of its connections."""
@@ -583,7 +589,7 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
     def listed(self) -> list[Server]:
         """As `servers`, also where none of them can be served. Raises ConfigError."""
-        self._require_issuer()
+        self.require_issuer()
         if self.rate_limit_scope == "deployment" and self.redis_url is None:
             raise ConfigError("rate_limit_scope=deployment needs redis_url, where all hosts count")
         servers = self._listed()
@@ -614,12 +620,6 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         elif not isinstance(server, UnservedServer):
             reason = self.reason_against(server)
         return server if reason is None else UnservedServer(server.name, reason)
-
-    def reason_against(self, server: Served) -> str | None:
-        """Why a server would let in callers that it is not for; None where it would not."""
-        if server.jwt_scopes and self.jwt_issuer is None:
-            return "jwt_scopes needs jwt_issuer: without it nobody has to show a token"
-        return None
 
     def broken(self) -> list[UnservedServer]:
         """The servers in whose entries of the file something is wrong. Raises ConfigError."""

@@ -24,9 +24,9 @@ from mcp_proxy.auth.protected_resource import MOUNT, ProtectedResource
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
-from mcp_proxy.edge.reply import Reply, empty_reply, json_reply
+from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, ServerRemoved
+from mcp_proxy.errors import ConfigError, NotFound, ServerRemoved
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.server_table import is_other_process
@@ -349,17 +349,8 @@ class Mounts:
             endpoint = resource.endpoint_of(environ)
             if endpoint is None:
                 return front(environ, start_response)
-
-            def handle(request: ClientRequest) -> Reply:
-                if request.method == "OPTIONS":  # the edge says what a page may send
-                    return empty_reply(204, [("Allow", "GET, HEAD, OPTIONS")])
-                require_reading(request)
-                scopes = self._scopes_at(endpoint)
-                if scopes is None:
-                    raise NotFound
-                return json_reply(resource.document(environ, endpoint, scopes))
-
-            return self._edge.serve(environ, start_response, handle, is_own=True)
+            scopes = self._scopes_at(endpoint)
+            return self._edge.serve_metadata(environ, start_response, resource, endpoint, scopes)
 
         return serve
 
@@ -418,12 +409,6 @@ def _at_its_server(environ: WSGIEnvironment) -> WSGIEnvironment:
 def path_of(config: ProxyConfig, name: str) -> str:
     """The path of a server's mount."""
     return f"/servers/{name}" if config.config else ""
-
-
-def require_reading(request: ClientRequest) -> None:
-    """Raises MethodNotAllowed unless a request only reads."""
-    if request.method not in ("GET", "HEAD"):
-        raise MethodNotAllowed("GET, HEAD")
 
 
 def _removed(request: ClientRequest) -> Reply:

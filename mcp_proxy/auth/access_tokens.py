@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mcp_proxy.auth.tokens import TokenVerifier
     from mcp_proxy.background import Workers
-    from mcp_proxy.config import ProxyConfig
+    from mcp_proxy.config import ProxyOptions
 
 
 #: In the environ of a request that has to be answered at once: its thread is needed elsewhere.
@@ -48,27 +48,33 @@ class AccessTokens:
 
     @classmethod
     def of(
-        cls, config: ProxyConfig, path_of: Callable[[str], str], workers: Workers | None = None
+        cls,
+        options: ProxyOptions,
+        workers: Workers | None = None,
+        verify: bool | str = True,
+        path_of: Callable[[str], str] = lambda server: "",
     ) -> Self | None:
-        """What the settings ask for, None where no JWT is taken; the settings have been checked.
+        """What the settings ask for, None where no JWT is taken.
 
-        `path_of` is the path of a server's mount. Raises ConfigError where PyJWT is missing.
+        `path_of` is the path of a server's mount, `verify` what the issuer's certificate is checked
+        by, as in requests. Raises ConfigError where settings do not go together, or PyJWT is
+        missing.
         """
-        if config.jwt_issuer is None or config.public_url is None:
+        options.require_issuer()
+        if options.jwt_issuer is None or options.public_url is None:
             return None
         require_libraries()
         from mcp_proxy.auth.issuer import Issuer
         from mcp_proxy.auth.signing_keys import SigningKeys
         from mcp_proxy.auth.tokens import TokenVerifier
 
-        verify = config.ca_file or True
-        issuer = Issuer(config.jwt_issuer, config.jwt_jwks_url, verify, config.connect_timeout)
-        keys = SigningKeys(issuer, workers, max_waiting=config.threads // 4)
-        verifier = TokenVerifier(config.jwt_issuer, keys)
+        issuer = Issuer(options.jwt_issuer, options.jwt_jwks_url, verify, options.connect_timeout)
+        keys = SigningKeys(issuer, workers, max_waiting=options.threads // 4)
+        verifier = TokenVerifier(options.jwt_issuer, keys)
         resource = ProtectedResource(
-            config.public_url, config.jwt_issuer, config.jwt_scopes, path_of
+            options.public_url, options.jwt_issuer, options.jwt_scopes, path_of
         )
-        return cls(verifier, resource, config.jwt_audience, config.jwt_scopes)
+        return cls(verifier, resource, options.jwt_audience, options.jwt_scopes)
 
     def __repr__(self) -> str:
         return f"<AccessTokens {self._verifier!r}>"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mcp_proxy import metrics
 from mcp_proxy.auth.authenticator import Authenticator
+from mcp_proxy.auth.protected_resource import ProtectedResource
 from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import STREAM_LOOK, DisconnectWatcher
@@ -24,6 +25,7 @@ from mcp_proxy.errors import (
     INTERNAL_ERROR,
     ClientLeft,
     Draining,
+    MethodNotAllowed,
     NotFound,
     Overloaded,
     Passed,
@@ -156,6 +158,30 @@ class Edge:
             return [] if request.method == "HEAD" else [reply.body]
         finally:
             current_request.reset(token)
+
+    def serve_metadata(
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        resource: ProtectedResource,
+        endpoint: str,
+        scopes: tuple[str, ...] | None,
+    ) -> Iterable[bytes]:
+        """Answers who asks where to get a token for an endpoint, whoever that is.
+
+        `scopes` are those that its server wants besides; None: there is no such endpoint.
+        """
+
+        def handle(request: ClientRequest) -> Reply:
+            if request.method == "OPTIONS":  # the guard says what a page may send
+                return empty_reply(204, [("Allow", "GET, HEAD, OPTIONS")])
+            if request.method not in ("GET", "HEAD"):
+                raise MethodNotAllowed("GET, HEAD")
+            if scopes is None:
+                raise NotFound
+            return json_reply(resource.document(environ, endpoint, scopes))
+
+        return self.serve(environ, start_response, handle, is_own=True)
 
     def _answer(
         self,

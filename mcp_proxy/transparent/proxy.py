@@ -17,6 +17,7 @@ from functools import partial
 from typing import NamedTuple, Self
 
 from mcp_proxy import metrics
+from mcp_proxy.auth.access_tokens import AccessTokens
 from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.auth.principal import Authenticate
 from mcp_proxy.backends.exchange import no_answer
@@ -177,10 +178,12 @@ class TransparentProxy(Transport):
         )
         self._own_parts: ReplicaParts | None = ReplicaParts(storage.mailboxes())
         workers = self._own_parts.workers
+        self.tokens = AccessTokens.of(options, workers, verify or True)
+        authenticator = Authenticator.of(options, authenticate, workers, self.tokens)
         self._set_up(
             targets,
             manager,
-            Edge(options, workers, Authenticator.of(options, authenticate, workers)),
+            Edge(options, workers, authenticator),
             options,
             allowed_backends,
             verify,
@@ -289,6 +292,9 @@ class TransparentProxy(Transport):
         return f"<TransparentProxy calls={len(self._calls)} {self.balancer!r} {self.manager!r}>"
 
     # --- life ------------------------------------------------------------------------------------
+
+    def is_endpoint(self, path: str) -> bool:
+        return True  # an HTTP server may have it anywhere
 
     @property
     def is_busy(self) -> bool:

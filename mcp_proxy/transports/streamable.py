@@ -63,6 +63,9 @@ class StreamableProxy(StdioTransport):
     def __repr__(self) -> str:
         return f"<StreamableProxy {self.owner!r} {self.manager!r}>"
 
+    def is_endpoint(self, path: str) -> bool:
+        return path in _PATHS
+
     def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
         super()._set_up(owner, edge, options)
         self.stateless = StatelessFront(owner, edge, options)

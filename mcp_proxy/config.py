@@ -31,6 +31,7 @@ from msgspec.inspect import (
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import LIMIT
+from mcp_proxy.server_groups import ALL, SIGN, group_of_all
 from mcp_proxy.servers import (
     MAX_SECONDS,
     SCOPE,
@@ -411,6 +412,10 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
     config: Annotated[
         str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
     ] = None
+    aggregate: Annotated[
+        bool,
+        Meta(description="serve all servers of that file together, too: at /mcp, and at /sse"),
+    ] = False
     reload_on_change: Annotated[
         bool,
         Meta(
@@ -601,7 +606,10 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
     def _listed(self) -> list[Server]:
         if self.config:
-            return [*map(self._if_possible, read_servers(Path(self.config), os.environ))]
+            servers = [*map(self._if_possible, read_servers(Path(self.config), os.environ))]
+            return [*servers, group_of_all(servers)] if self.aggregate else servers
+        if self.aggregate:
+            raise ConfigError("aggregate serves the servers of a file together: set config, too")
         if self.command:
             env, env_from = (
                 dict(pair.split("=", 1) for pair in pairs) for pairs in (self.env, self.env_from)
@@ -621,6 +629,13 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             reason = self.reason_against(server)
         return server if reason is None else UnservedServer(server.name, reason)
 
+    def path_of(self, name: str) -> str:
+        """The path of the mount of a server, or of a group; "" for what is served at the root."""
+        if not self.config or name == ALL:
+            return ""
+        is_group = name.startswith(SIGN)
+        return f"/groups/{name.removeprefix(SIGN)}" if is_group else f"/servers/{name}"
+
     def broken(self) -> list[UnservedServer]:
         """The servers in whose entries of the file something is wrong. Raises ConfigError."""
         unserved = [each for each in self.listed() if isinstance(each, UnservedServer)]
@@ -635,7 +650,8 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
 #: The first rows of the table: the MCP servers and the session store.
 _FIRST = (
-    *("command", "target_url", "allowed_backends", "ca_file", "config", "reload_on_change"),
+    *("command", "target_url", "allowed_backends", "ca_file", "config", "aggregate"),
+    "reload_on_change",
     *("env", "env_from", "cwd", "stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
 )
 
@@ -663,6 +679,11 @@ class Setting(NamedTuple):
         if isinstance(self.default, tuple):
             return ",".join(self.default)
         return "" if self.default is None else str(self.default)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the value is on or off; the option alone means on."""
+        return isinstance(self.takes, BoolType)
 
     @property
     def placeholder(self) -> str:

@@ -19,12 +19,16 @@ from msgspec.structs import force_setattr
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import rate_of
 from mcp_proxy.shown_commands import shown_arguments, shown_command, without
+from mcp_proxy.wire.naming import MAX_PREFIX, is_prefix, same_prefix
 from mcp_proxy.wire.tools import ToolFilter
 from mcp_proxy.wire.urls import parse_target
 
 #: A time limit, in seconds, as servers and settings have it.
 MAX_SECONDS = 10 * 365 * 24 * 3600
 Seconds = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
+
+#: The most servers of a group.
+MAX_MEMBERS = 32
 
 # What a server's name has not where it stands in a URL.
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
@@ -131,8 +135,56 @@ class UnservedServer(msgspec.Struct, frozen=True, tag=True):
         return f"{self.name}: {self.reason}"
 
 
-Served = StdioServer | HttpServer
-Server = StdioServer | HttpServer | UnservedServer
+class GroupMember(msgspec.Struct, frozen=True):
+    """A server of a group: what its tools are called by, which of them are hidden there, and the
+    schemes of its resources.
+    """
+
+    server: str
+    prefix: str
+    tools: ToolFilter | None = None
+    schemes: tuple[str, ...] = ()
+
+
+class ServerGroup(msgspec.Struct, frozen=True, tag=True):
+    """Servers that one endpoint carries together, in the order of trust.
+
+    What is None here each server has for itself. The constructor raises ConfigError.
+    """
+
+    name: str
+    members: tuple[GroupMember, ...]
+    timeout: Seconds | None = None
+    secrets: tuple[str, ...] = ()
+    tools: ToolFilter | None = None
+    rate_limit: str | None = None
+    jwt_scopes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ConfigError(f"the group {self.name!r} has no servers")
+        if len(self.members) > MAX_MEMBERS:
+            raise ConfigError(f"the group {self.name!r} has more than {MAX_MEMBERS} servers")
+        prefixes: dict[str, str] = {}
+        for member in self.members:
+            if member.prefix and not is_prefix(member.prefix):
+                raise ConfigError(
+                    f"the group {self.name!r}: {member.prefix!r} is no prefix: a letter, then "
+                    f"letters, digits, - and _, {MAX_PREFIX} at most, no __ and no _ at the end"
+                )
+            other = prefixes.setdefault(same_prefix(member.prefix), member.server)
+            if other != member.server:
+                raise ConfigError(
+                    f"the group {self.name!r}: {other} and {member.server} would have the same "
+                    "prefix: give one of them another"
+                )
+
+    def __str__(self) -> str:
+        return ", ".join(member.server for member in self.members)
+
+
+Served = StdioServer | HttpServer | ServerGroup
+Server = Served | UnservedServer
 
 
 def _make_tuples(server: Served, *names: str) -> None:

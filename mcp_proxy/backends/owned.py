@@ -157,6 +157,16 @@ class OwnedBackend(Backend):
         """Ends the call that has waited longest; whether there was one."""
         return False
 
+    def say(self, message: bytes) -> bool:
+        """Puts a message of ours on the standing stream; False where there is none. Never waits."""
+        return False
+
+    def set_on_initialized(self, on_initialized: Callable[[], object]) -> None:
+        """Has `on_initialized`, which must be quick, called once: when initialize is answered, or
+        the backend is lost. At once where nothing starts.
+        """
+        on_initialized()
+
     @abstractmethod
     def note_session(self, session_id: str) -> None:
         """Has log lines name the session that this serves."""

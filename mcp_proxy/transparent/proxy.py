@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -56,7 +56,7 @@ from mcp_proxy.errors import (
     StorageUnavailable,
     in_seconds,
 )
-from mcp_proxy.ownership.owner import ReplicaParts
+from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
@@ -273,6 +273,15 @@ class TransparentProxy(Transport):
         self._hidden = None if tools is None else HiddenTools(tools)
         self._lock = threading.Lock()  # guards _calls
         self._calls: dict[HttpCall, bool] = {}  # running; whether each is a standing stream
+
+    @property
+    def bridge_owner(self) -> Owner | None:
+        """Who begins conversations with the server for others; None where nothing is bridged."""
+        return None if self._bridge is None else self._bridge.front.owner
+
+    def own_headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """A client's headers for the server, with those that the server is to have of us."""
+        return self._policy.changed(headers)
 
     def _new_bridge(self, parts: ReplicaParts, tools: ToolFilter | None) -> EraBridge:
         return EraBridge(

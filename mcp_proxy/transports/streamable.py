@@ -14,9 +14,8 @@ from functools import partial
 
 from msgspec import UNSET
 
-from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
-from mcp_proxy.backends.owned import caller_headers
+from mcp_proxy.backends.owned import OwnedBackend, caller_headers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import Edge
@@ -52,6 +51,12 @@ KIND = "streamable"
 
 _PATHS = frozenset({"", "/", "/mcp", "/mcp/"})
 _METHODS = "GET, POST, DELETE"
+
+# Clients fall back to initialize at that (MCP 2026-07-28, versioning, "Backward Compatibility").
+_SESSIONS_ONLY = (
+    f"Revision {revisions.FIRST_MODERN} is not served where several servers are served together; "
+    f"initialize at one of {', '.join(revisions.LEGACY)}"
+)
 
 
 class StreamableProxy(StdioTransport):
@@ -143,6 +148,8 @@ class StreamableProxy(StdioTransport):
         self.edge.require_open()
         if is_modern(request, message):
             self.require_values(request)
+            if self.owner.is_group:
+                raise InvalidRequest(_SESSIONS_ONLY)
             return self.stateless.answer(request, message)
         if message.method == INITIALIZE:
             return self._initialize(request, message)
@@ -387,7 +394,7 @@ class PendingSession:
     def __init__(
         self,
         owner: Owner,
-        bridge: Bridge,
+        bridge: OwnedBackend,
         session_id: str,
         message: Request,
         has_left: Callable[[], bool],

@@ -25,6 +25,7 @@ SAMPLES: dict[str, Sample] = {
     "allowed_backends": Sample("http://a:1", ("http://a:1",), ("http://a:1",)),
     "ca_file": _one("/etc/ca.pem", "/etc/ca.pem"),
     "config": _one("servers.json", "servers.json"),
+    "aggregate": _one("on", True),
     "reload_on_change": _one("on", True),
     "env": Sample("A=1, B=2=3", ("A=1", "B=2=3"), ("A=1", "B=2=3")),
     "env_from": Sample(

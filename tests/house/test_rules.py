@@ -37,7 +37,15 @@ ORDER = (
     ("storage",),
     (
         *("config", "servers", "servers_file", "entry_values", "shown_commands", "server_table"),
-        *("replica", "background", "shared_page", "shared_text", "metrics", "rate_buckets"),
+        *(
+            "server_groups",
+            "replica",
+            "background",
+            "shared_page",
+            "shared_text",
+            "metrics",
+            "rate_buckets",
+        ),
     ),
     ("recent", "shared_texts"),
     ("wire",),

@@ -42,9 +42,13 @@ class House:
     def serve(self, servers: Json, members: list[Any] | None = None, **settings: Any) -> McpClient:
         """A client of the group's endpoint, whose session has begun."""
         self.write(servers, members)
+        self.made(**settings)
+        return self.client().open()
+
+    def made(self, **settings: Any) -> None:
+        """Makes the application."""
         self.app = create_app(ProxyConfig(config=str(self._file), **settings))
         self._apps.append(self.app)
-        return self.client().open()
 
     def client(self, path: str = "/groups/g/mcp") -> McpClient:
         """Another client of the group's endpoint."""
@@ -325,6 +329,15 @@ def test_a_batch_is_split_and_joined(house: House) -> None:
     assert said(answers["two"]["result"])["name"] == "B"
     assert answers["none"]["error"]["code"] == -32602
     assert answers["ping"]["result"] == {}
+
+
+def test_a_token_needs_the_scopes_of_all_servers_of_a_group(house: House) -> None:
+    scoped = {**entry("A"), "jwt_scopes": ["read"]}
+    house.write({"one": scoped, "two": {**entry("B"), "jwt_scopes": ["write", "read"]}})
+    house.made(jwt_issuer="https://issuer.example", public_url="https://proxy.example")
+    (transport, *others) = house.app.mounts.current.transports["@g"].values()
+    assert transport.scopes == ("read", "write")
+    assert all(each.scopes == transport.scopes for each in others)
 
 
 def test_what_a_group_does_not_know_is_said(house: House) -> None:

@@ -410,6 +410,20 @@ class HttpCall:
         except (OSError, ValueError):
             return True  # reading will say what is wrong
 
+    def has_more(self) -> bool:
+        """Whether `pieces` would not wait: for a piece, for the end, or to say what is wrong."""
+        assert self._response is not None
+        return bool(self._ahead) or self._is_readable(self._response.raw, 0)
+
+    def fileno(self) -> int:
+        """The connection's file, to be watched while `has_more` is False; raises ValueError where
+        there is none any more.
+        """
+        sock = self._socket
+        if sock is None:
+            raise ValueError("the connection is closed")
+        return sock.fileno()
+
     def _acknowledge(self) -> None:
         """Has the kernel acknowledge the received bytes at once.
 

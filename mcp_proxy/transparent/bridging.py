@@ -112,7 +112,7 @@ class EraBridge:
         tools: ToolFilter | None = None,
     ) -> None:
         link = _Link(client, target, balancer, options)
-        self._upstreams = Upstreams(link)
+        self._upstreams = Upstreams(link, parts.workers)
         self._policy = policy
         self._name = target.address.url  # a path or query may have a secret in it
         server = HttpServer(self._name, urls, tools=tools)

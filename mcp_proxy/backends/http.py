@@ -222,6 +222,8 @@ class HttpCall:
         if not target.startswith("/"):
             raise InvalidRequest("The path of a request must begin with /")
         self.address = address
+        #: The backend that was asked at first: a redirect may have led on from there.
+        self.tried = address
         self.method = method
         self.target = target
         self.request_headers = headers
@@ -494,6 +496,7 @@ class HttpCall:
         call = HttpCall(
             self._client, address, self.method, target, self.request_headers, self.request_body
         )
+        call.tried = self.tried
         call._hops = self._hops + 1
         call._until = self._until
         return call

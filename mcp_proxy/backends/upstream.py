@@ -25,7 +25,10 @@ from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.backends.owned import caller_headers
 from mcp_proxy.background import KeyedExecutor, Workers
 from mcp_proxy.errors import (
+    HEADER_MISMATCH,
+    INVALID_PARAMS,
     PROXY_ERROR,
+    UNSUPPORTED_REVISION,
     BackendError,
     BackendLost,
     BackendUnreached,
@@ -35,7 +38,7 @@ from mcp_proxy.errors import (
     RequestId,
 )
 from mcp_proxy.servers import Served
-from mcp_proxy.wire import cookies, headers, jsonrpc, modern, param_headers, refusals, sse
+from mcp_proxy.wire import cookies, headers, jsonrpc, modern, param_headers, refusals, results, sse
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 from mcp_proxy.wire.param_headers import Path
@@ -74,6 +77,11 @@ _CLOSE_TIME = 2.0
 
 _OURS = {"Accept": f"{headers.JSON}, {headers.EVENT_STREAM}", "Content-Type": headers.JSON}
 _SET_LEVEL = "logging/setLevel"
+_PING = jsonrpc.encode(Request("mcp-proxy-ping", "ping"))
+
+# How a modern server refuses a request without metadata.
+_MISSES_METADATA = frozenset({INVALID_PARAMS, HEADER_MISMATCH, UNSUPPORTED_REVISION})
+_ANSWERS = (200, 400, 404)
 
 
 class Link(Protocol):
@@ -292,7 +300,7 @@ class Upstream:
                 self._session_id = call.header(headers.SESSION_ID)
                 names = self._link.sticky_cookies
                 self._cookies = cookies.kept("", call.headers, names, time.time())
-            if self._has_forgotten(call):
+            if self._has_forgotten(call) or self._is_another(request, call, own):
                 with self._lock:
                     self.untaken.add(request.id)
                 self._end(_FORGOTTEN)
@@ -312,6 +320,27 @@ class Upstream:
     def _has_forgotten(self, call: HttpCall) -> bool:
         """Whether an answer says that the session is over: nothing was done then."""
         return call.status == 404 and self._session_id is not None
+
+    def _is_another(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> bool:
+        """Whether a modern server has taken the place of a legacy one.
+
+        It misses what modern requests say of themselves, and knows neither sessions nor `ping`.
+        """
+        is_legacy = self._version is not None and request.meta.protocol_version is UNSET
+        if not is_legacy or call.status not in _ANSWERS or call.media_type != headers.JSON:
+            return False
+        try:
+            answer = jsonrpc.parse_message(jsonrpc.one_line(call.read(_MAX_ANSWER)))
+        except ClientError:
+            return False
+        error = answer.error if isinstance(answer, Response) else UNSET
+        if error is UNSET or results.code_of(error) not in _MISSES_METADATA:
+            return False
+        ping = self._sent("POST", _PING, own, self._session_headers(), TAKE_TIME)
+        try:
+            return ping.status in _ANSWERS and not list(_results(ping))
+        finally:
+            self._done(ping)
 
     def _read(self, answer: _Answer, call: HttpCall) -> None:
         """Takes a stream up to the answer, by whichever thread is there when something comes."""

@@ -131,6 +131,8 @@ class EventReader:
 class _Watcher(SelectorWorker):
     """Waits until there is something to read of a response, or until its connection has ended."""
 
+    is_essential = False
+
     def watch(self, call: HttpCall, act: Callable[[], object]) -> None:
         """Has `act` called once, by this thread, when reading would not wait.
 

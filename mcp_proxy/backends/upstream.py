@@ -336,11 +336,14 @@ class Upstream:
         error = answer.error if isinstance(answer, Response) else UNSET
         if error is UNSET or results.code_of(error) not in _MISSES_METADATA:
             return False
-        ping = self._sent("POST", _PING, own, self._session_headers(), TAKE_TIME)
         try:
-            return ping.status in _ANSWERS and not list(_results(ping))
-        finally:
-            self._done(ping)
+            ping = self._sent("POST", _PING, own, self._session_headers(), TAKE_TIME)
+            try:
+                return ping.status in _ANSWERS and not list(_results(ping))
+            finally:
+                self._done(ping)
+        except ProxyError:  # nothing says so
+            return False
 
     def _read(self, answer: _Answer, call: HttpCall) -> None:
         """Takes a stream up to the answer, by whichever thread is there when something comes."""

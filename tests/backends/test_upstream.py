@@ -438,6 +438,27 @@ def test_the_standing_stream_learns_that_the_session_is_forgotten(
     assert eventually(lambda: new.ends) == ["it does not know the session any more"]
 
 
+def _misses_metadata(turn: Turn) -> None:
+    turn.error(400, -32602, "_meta lacks the protocol version")
+
+
+def test_a_modern_server_in_the_place_of_a_legacy_one_has_taken_nothing(
+    new: Conversation, backend: HttpBackend
+) -> None:
+    new.open()
+    backend.on("POST", "/mcp", _misses_metadata)
+    new.write({"id": 1, "method": "tools/call", "params": {}})
+    assert eventually(lambda: new.ends) == ["it does not know the session any more"]
+    assert new.upstream.untaken == {1}
+
+
+def test_a_legacy_server_may_refuse_params(new: Conversation, backend: HttpBackend) -> None:
+    backend.rpc["tools/call"] = _misses_metadata
+    assert new.open().ask("tools/call", 1)["error"]["code"] == -32602
+    assert "result" in new.ask("tools/list", 2)
+    assert not new.ends
+
+
 def test_a_server_that_is_away_has_taken_nothing(new: Conversation, backend: HttpBackend) -> None:
     backend.on("GET", "/mcp", reply(405))
     new.open()

@@ -532,7 +532,8 @@ class TransparentProxy(Transport):
             return bridge.answer(inbound.request, message)
         with closed_on_error(call):
             if bridge.is_refusal_of_modern(call):
-                if isinstance(message, Notification):  # which needs no server on the other side
+                # A notification needs no server there; a task may have led to one that is known.
+                if isinstance(message, Notification) or bridge.is_legacy(call.tried):
                     call.close()
                     return bridge.answer(inbound.request, message)
                 if bridge.is_for_others(inbound.request, message, call):
@@ -565,7 +566,7 @@ class TransparentProxy(Transport):
         def act(address: Address) -> HttpCall:
             return self._call(inbound, Route(address, None))
 
-        return self._tasks.asked(inbound.message, act) or self.balancer.first_reached(act, but)
+        return self._tasks.asked(inbound.message, act, but) or self.balancer.first_reached(act, but)
 
     def _in_sse_session(self, inbound: Inbound) -> Reply | None:
         """Sends a message of 2024-11-05 to the backend that holds its session's stream; None where

@@ -372,6 +372,21 @@ def test_a_legacy_client_goes_to_the_legacy_one_of_several(
         assert len(new.requests("initialize")) <= 2  # its refusals, before that is known
 
 
+def test_tasks_are_asked_for_at_those_that_may_have_them(
+    both: tuple[EraServerProcess, EraServerProcess],
+) -> None:
+    old, new = both
+    with proxied([old.url, new.url]) as front:
+        client = ModernClient(front)
+        while not old.requests("tools/call"):
+            client.told("echo", text="hi")
+        before = len(old.requests("tasks/get"))
+        for _ in range(4):
+            assert not client.call("tasks/get", {"taskId": "none"}).has_succeeded
+        assert len(new.requests("tasks/get")) == 4
+        assert len(old.requests("tasks/get")) == before
+
+
 def test_while_the_one_of_its_era_is_away_a_client_is_bridged(
     both: tuple[EraServerProcess, EraServerProcess],
 ) -> None:

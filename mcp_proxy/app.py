@@ -26,7 +26,7 @@ from mcp_proxy.errors import ConfigError, NoThread, ProxyError
 from mcp_proxy.metrics import Metric
 from mcp_proxy.monitoring.endpoints import About, Monitoring, alive
 from mcp_proxy.monitoring.front_page import front_page, is_for_browser
-from mcp_proxy.monitoring.orders import Orders, Outcome
+from mcp_proxy.monitoring.orders import Order, Orders, Outcome, Result, Task
 from mcp_proxy.mounts import Mounts, path_of
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import ReplicaParts
@@ -100,7 +100,7 @@ class Application:
             self.readiness,
             self._gauges,
             self._about,
-            Orders(self._end_session),
+            self._orders(),
             workers,
         )
         self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {
@@ -373,19 +373,53 @@ class Application:
             **metrics.of_process(),
         }
 
-    def _end_session(self, session_id: str, is_told: bool) -> Outcome:
+    # --- what an operator tells ------------------------------------------------------------------
+
+    def _orders(self) -> Orders:
+        return Orders(
+            {
+                Task.END: self._end_session,
+                Task.RESTART: self._restart,
+                Task.RELOAD: self._take_reload,
+            }
+        )
+
+    def _end_session(self, order: Order, is_told: bool) -> Result:
         """Ends a session as its client would by DELETE, whichever server has it.
 
         Sessions that all workers reach are ended by the one that `is_told`.
         """
         if self._storage.is_shared and not is_told:
-            return Outcome.UNKNOWN
+            return Result(Outcome.UNKNOWN)
         try:
-            ended = [proxy.end_session(session_id) for proxy in self.proxies.values()]
+            ended = [proxy.end_session(order.about) for proxy in self.proxies.values()]
         except ProxyError as error:
             log.warning("a session could not be ended: %s", error)
-            return Outcome.FAILED
-        return Outcome.ENDED if any(ended) else Outcome.UNKNOWN
+            return Result(Outcome.FAILED, str(error))
+        return Result(Outcome.ENDED if any(ended) else Outcome.UNKNOWN)
+
+    def _restart(self, order: Order, is_told: bool) -> Result:
+        """Has other processes of a stdio server take the place of those that this worker has."""
+        if order.about not in self.mounts.current.servers:
+            return Result(Outcome.UNKNOWN)
+        try:
+            self.mounts.restart(order.about)
+        except ConfigError as error:
+            return Result(Outcome.FAILED, str(error))
+        log.info("[%s] its processes are replaced, as an operator wants", order.about)
+        return Result(Outcome.DONE)
+
+    def _take_reload(self, order: Order, is_told: bool) -> Result:
+        """Has the master read the file of servers, and serves what it has published then."""
+        text = self._text
+        if text is None:
+            return Result(Outcome.FAILED, "there is no file of servers")
+        if text.looked_at() < order.at:
+            text.want(order.at)
+            return Result(Outcome.PENDING)
+        self._take_published(text)
+        failure = self._table.failure
+        return Result(Outcome.DONE) if failure is None else Result(Outcome.FAILED, failure)
 
     # --- our own endpoints -----------------------------------------------------------------------
 

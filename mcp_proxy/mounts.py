@@ -26,7 +26,7 @@ from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import MethodNotAllowed, NotFound, ServerRemoved
+from mcp_proxy.errors import ConfigError, MethodNotAllowed, NotFound, ServerRemoved
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.server_table import is_other_process
@@ -183,6 +183,21 @@ class Mounts:
             self._let_leave(before, made)
         if self._keeps_spares:
             self.keep_spares()
+
+    def restart(self, name: str) -> None:
+        """Has other processes of a server take the place of those that there are.
+
+        Each ends between two calls and is brought back as after a crash. Raises ConfigError for
+        what is no stdio server that is served here.
+        """
+        with self._lock:
+            owner = self.current.owners.get(name)
+            if owner is None:
+                raise ConfigError(f"{name!r} is no stdio server that is served")
+            owner.restart()
+            for transport in self.current.transports[name].values():
+                assert isinstance(transport, StdioTransport)
+                transport.change(transport.options, is_other=True)
 
     def end_leaving(self) -> None:
         """Ends what is served no more, where no call needs it any longer."""

@@ -27,7 +27,7 @@ from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
 from mcp_proxy.metrics import Counters, Health, Metric
 from mcp_proxy.monitoring import status
-from mcp_proxy.monitoring.orders import Orders
+from mcp_proxy.monitoring.orders import Orders, Task
 from mcp_proxy.recent import shortened
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _INTERVAL = 1.0  # seconds between two writes
 _ASKED = 60.0  # seconds after a question for which workers say how they are
+_LONGEST_ABOUT = 512  # characters of what an operator names: a session, a server
 
 _HEALTH = {
     "ready": Health.READY,
@@ -250,16 +251,21 @@ class Monitoring:
         return require
 
     def _order(self, request: ClientRequest) -> Reply:
-        """Tells all workers to end the session that the query names."""
+        """Tells all workers to do the task that the query names."""
         counters = _counters()
-        session_id = _named(request, "session")
-        order_id = self._orders.end(counters.page, counters.number, session_id)
+        task = _named(request, "task")
+        if task not in list(Task):
+            raise InvalidRequest("no such task")
+        about = "" if task == Task.RELOAD else _named(request, "about")
+        if len(about) > _LONGEST_ABOUT:
+            raise InvalidRequest("about is too long")
+        order_id = self._orders.give(counters.page, counters.number, Task(task), about)
         return json_reply(msgspec.json.encode({"order": order_id}), 202)
 
     def _outcome(self, request: ClientRequest) -> Reply:
         """What became of the order that the query names."""
-        outcome = Orders.outcome(_counters().page, _named(request, "order"))
-        return json_reply(msgspec.json.encode({"outcome": outcome}))
+        result = Orders.result(_counters().page, _named(request, "order"))
+        return json_reply(msgspec.json.encode(result))
 
     def _state_of_all(self, counters: Counters, own: State) -> State:
         """The workers are parts, those left out that have not looked at themselves yet."""

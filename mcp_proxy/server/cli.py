@@ -33,7 +33,7 @@ _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --config FILE
        mcp-wsgi-proxy check [--offline] [options] [-- COMMAND ARG...]
        mcp-wsgi-proxy key add|list|remove [options]
-       mcp-wsgi-proxy ctl [--ctl-socket PATH] status | end SESSION"""
+       mcp-wsgi-proxy ctl [--ctl-socket PATH] status | end SESSION | restart SERVER | reload"""
 
 _EPILOG = """Without a command and without a file the bundled demo server is served. Every option
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
@@ -52,6 +52,9 @@ _GROUPS = {
     "log_format": "log",
     "bind": "gunicorn",
 }
+
+# What `ctl` is told, and how many words follow each.
+_CTL_WORDS = {"status": 0, "reload": 0, "end": 1, "restart": 1}
 
 # The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "env_from", "cwd")
@@ -107,11 +110,11 @@ def _ctl(arguments: list[str]) -> int:
 
 def split_ctl(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The options of `ctl`, and what it is told; raises ConfigError where that is nothing."""
-    count = 1 if arguments[-1:] == ["status"] else 2
-    options, words = arguments[:-count], arguments[-count:]
-    if words != ["status"] and words[:-1] != ["end"]:
-        raise ConfigError("ctl takes status, or end SESSION, behind the options")
-    return options, words
+    for count in (2, 1):
+        options, words = arguments[:-count], arguments[-count:]
+        if len(words) == count and _CTL_WORDS.get(words[0]) == count - 1:
+            return options, words
+    raise ConfigError("ctl takes status, end SESSION, restart SERVER or reload, behind the options")
 
 
 def _require_readable_url(config: ProxyConfig) -> None:

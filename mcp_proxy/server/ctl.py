@@ -10,7 +10,7 @@ import json
 import socket
 import time
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import visible
@@ -24,15 +24,21 @@ _WRITTEN = 3.0
 
 _POLL = 0.1
 
-_SENTENCES = {
-    "ended": "the session is ended",
-    "unknown": "no such session",
-    "failed": "the session could not be ended; the log of the proxy says why",
-    "pending": "not all workers have answered in time",
+_DID = {
+    "end": "the session is ended",
+    "restart": "the server's processes are replaced, each as soon as no call needs it",
+    "reload": "all workers serve what is in the file of servers",
 }
+_UNKNOWN = {"end": "no such session", "restart": "no such server"}
+_FAILED = {
+    "end": "the session could not be ended",
+    "restart": "nothing is restarted",
+    "reload": "the file of servers is not served as it is",
+}
+_PENDING = "not all workers have done it in time"
 
 
-def ctl(config: ProxyConfig, word: str, session_id: str = "") -> int:
+def ctl(config: ProxyConfig, word: str, about: str = "") -> int:
     """Does what the command says and prints what came of it; the exit code.
 
     Raises ConfigError where the proxy cannot be reached.
@@ -43,13 +49,28 @@ def ctl(config: ProxyConfig, word: str, session_id: str = "") -> int:
     if word == "status":
         _show(_status(proxy))
         return 0
-    order = proxy.ask("POST", f"/orders?session={quote(session_id, safe='')}")["order"]
-    until, outcome = time.monotonic() + _DONE, "pending"
-    while outcome == "pending" and time.monotonic() < until:
+    return _order(proxy, word, about)
+
+
+def _order(proxy: _Proxy, word: str, about: str) -> int:
+    """Tells all workers to do something, waits for that, and prints what came of it."""
+    query = urlencode({"task": word, "about": about})
+    order = proxy.ask("POST", f"/orders?{query}")["order"]
+    until, result = time.monotonic() + _DONE, {"outcome": "pending"}
+    while result["outcome"] == "pending" and time.monotonic() < until:
         time.sleep(_POLL)
-        outcome = proxy.ask("GET", f"/orders?order={order}")["outcome"]
-    print(_SENTENCES[outcome])
-    return 0 if outcome == "ended" else 1
+        result = proxy.ask("GET", f"/orders?order={order}")
+    match result["outcome"]:
+        case "ended" | "done":
+            print(_DID[word])
+            return 0
+        case "unknown":
+            print(_UNKNOWN[word])
+        case "failed":
+            _line(f"{_FAILED[word]}: {result['reason']}")
+        case _:
+            print(_PENDING)
+    return 1
 
 
 def _status(proxy: _Proxy) -> Any:

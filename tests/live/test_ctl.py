@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ import pytest
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import ROOT, ProxyProcess
 from tests.support.redis_server import RedisServer
+from tests.support.reloads import ENTRY, client_of, write
 from tests.support.waiting import eventually
+
+REPLACED = "the server's processes are replaced, each as soon as no call needs it"
+SERVED = "all workers serve what is in the file of servers"
 
 
 @pytest.fixture
@@ -36,6 +41,22 @@ def process(
         yield made
 
 
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file with the servers `one` and `two`."""
+    made = tmp_path / "servers.json"
+    write(made, one=ENTRY, two=ENTRY)
+    return made
+
+
+@pytest.fixture
+def proxy(path: Path, file: Path) -> Iterator[ProxyProcess]:
+    """A proxy of two workers with that file."""
+    options = ["--ctl-socket", str(path), "--workers", "2", "--config", str(file)]
+    with ProxyProcess(options=options) as made:
+        yield made
+
+
 def ctl(path: Path, *words: str) -> tuple[int, str]:
     """The exit code of the command, and what it says."""
     done = subprocess.run(
@@ -47,6 +68,12 @@ def ctl(path: Path, *words: str) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def pid_of(client: McpClient) -> int:
+    """The process that serves a session."""
+    pid: int = client.result("count")["pid"]
+    return pid
 
 
 def test_a_session_is_ended_whichever_worker_has_it(process: ProxyProcess, path: Path) -> None:
@@ -89,6 +116,92 @@ def test_the_socket_is_for_the_user_alone_and_what_is_left_of_one_is_replaced(pa
 def test_what_cannot_be_asked_is_said_in_a_sentence(path: Path) -> None:
     code, text = ctl(path, "status")
     assert (code, f"no proxy answers at {path}" in text) == (2, True)
-    for words in ((), ("stop",), ("end",), ("end", "a", "b"), ("status", "now")):
+    for words in ((), ("stop",), ("end",), ("restart",), ("end", "a", "b"), ("status", "now")):
         code, text = ctl(path, *words)
-        assert (code, "ctl takes status, or end SESSION" in text) == (2, True), words
+        assert code == 2, words
+        assert "ctl takes status, end SESSION" in text or "unrecognized arguments" in text, words
+
+
+# --- a server is restarted -----------------------------------------------------------------------
+
+
+def test_the_processes_of_a_server_are_replaced_and_its_sessions_stay(
+    proxy: ProxyProcess, path: Path
+) -> None:
+    clients = [client_of(proxy, "one").open() for _ in range(4)]
+    other = client_of(proxy, "two").open()
+    before = [pid_of(client) for client in clients]
+    untouched = pid_of(other)
+    code, text = ctl(path, "restart", "one")
+    assert (code, text) == (0, f"{REPLACED}\n")
+    eventually(lambda: not set(before) & {pid_of(client) for client in clients}, 20)
+    assert pid_of(other) == untouched
+    assert ctl(path, "restart", "three") == (1, "no such server\n")
+
+
+def test_a_call_that_runs_ends_before_its_process_is_replaced(
+    proxy: ProxyProcess, path: Path
+) -> None:
+    client = client_of(proxy, "one").open()
+    before = pid_of(client)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.result, "sleep", {"seconds": 4})
+        eventually(lambda: "calls=" in ctl(path, "status")[1])
+        assert ctl(path, "restart", "one")[0] == 0
+        assert call.result()["slept"] == 4
+    eventually(lambda: pid_of(client) != before, 20)
+
+
+def test_processes_that_were_started_ahead_are_replaced_too(path: Path, file: Path) -> None:
+    options = ["--ctl-socket", str(path), "--config", str(file), "--spare-children", "1"]
+    with ProxyProcess(options=options) as process:
+        eventually(lambda: len(process.server_pids()) == 2, 20)
+        before = set(process.server_pids())
+        assert ctl(path, "restart", "one")[0] == 0
+        eventually(lambda: len(set(process.server_pids()) - before) == 1, 20)
+        eventually(lambda: len(process.server_pids()) == 2, 20)
+        assert len(before & set(process.server_pids())) == 1
+
+
+def test_a_server_that_the_proxy_has_not_started_is_not_restarted(path: Path, file: Path) -> None:
+    write(file, one=ENTRY, web={"url": "http://127.0.0.1:9/mcp"})
+    with ProxyProcess(options=["--ctl-socket", str(path), "--config", str(file)]):
+        code, text = ctl(path, "restart", "web")
+        assert (code, text) == (
+            1,
+            "nothing is restarted: 'web' is no stdio server that is served\n",
+        )
+
+
+# --- the file of servers -------------------------------------------------------------------------
+
+
+def test_reload_returns_when_every_worker_serves_what_is_in_the_file(
+    proxy: ProxyProcess, path: Path, file: Path
+) -> None:
+    kept = client_of(proxy, "one").open()
+    pid = pid_of(kept)
+    for name in ("three", "four"):
+        write(file, one=ENTRY, **{name: ENTRY})
+        assert ctl(path, "reload") == (0, f"{SERVED}\n")
+        answers = [client_of(proxy, name).initialize().status for _ in range(8)]
+        assert answers == [200] * 8
+        assert client_of(proxy, "two").initialize().status == 404
+    assert pid_of(kept) == pid
+
+
+def test_reload_says_what_is_wrong_in_the_file(proxy: ProxyProcess, path: Path, file: Path) -> None:
+    file.write_text('{"mcpServers": {"one": {"comm')
+    code, text = ctl(path, "reload")
+    assert (code, "not served as it is" in text, "line 1" in text) == (1, True, True)
+    write(file, one=ENTRY, two={"command": 3})
+    code, text = ctl(path, "reload")
+    assert (code, "served as it was before" in text) == (1, True)
+    write(file, one=ENTRY, two=ENTRY)
+    assert ctl(path, "reload")[0] == 0
+
+
+def test_without_a_file_there_is_nothing_to_reload(path: Path) -> None:
+    with ProxyProcess(SCRIPTED, options=["--ctl-socket", str(path)]):
+        code, text = ctl(path, "reload")
+        assert (code, "there is no file of servers" in text) == (1, True)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.last_uses import LastUses
 from mcp_proxy.recent import Recent
 from mcp_proxy.shared_texts import SharedTexts
 
@@ -187,6 +188,8 @@ class MetricsPage:
         #: What workers are told to do, and what came of it.
         self.orders = SharedTexts(slot_count)
         self.outcomes = SharedTexts(slot_count)
+        #: When the API keys were last used.
+        self.key_uses = LastUses()
 
     def __repr__(self) -> str:
         taken = sum(health is not Health.FREE for health in self.health().values())

@@ -105,6 +105,7 @@ class Monitoring:
             ("GET", "/status"): self.status,
             ("POST", "/orders"): self._order,
             ("GET", "/orders"): self._outcome,
+            ("GET", "/keys"): self._key_uses,
         }
 
     def __repr__(self) -> str:
@@ -266,6 +267,10 @@ class Monitoring:
         """What became of the order that the query names."""
         result = Orders.result(_counters().page, _named(request, "order"))
         return json_reply(msgspec.json.encode(result))
+
+    def _key_uses(self, request: ClientRequest) -> Reply:
+        """When the API keys were last used."""
+        return json_reply(msgspec.json.encode(_counters().page.key_uses.read()))
 
     def _state_of_all(self, counters: Counters, own: State) -> State:
         """The workers are parts, those left out that have not looked at themselves yet."""

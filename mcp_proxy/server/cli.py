@@ -33,7 +33,7 @@ _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --config FILE
        mcp-wsgi-proxy check [--offline] [options] [-- COMMAND ARG...]
        mcp-wsgi-proxy key add|list|remove [options]
-       mcp-wsgi-proxy ctl [--ctl-socket PATH] status | end SESSION | restart SERVER | reload"""
+       mcp-wsgi-proxy ctl [options] status | end SESSION | restart SERVER | reload | keys"""
 
 _EPILOG = """Without a command and without a file the bundled demo server is served. Every option
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
@@ -54,7 +54,7 @@ _GROUPS = {
 }
 
 # What `ctl` is told, and how many words follow each.
-_CTL_WORDS = {"status": 0, "reload": 0, "end": 1, "restart": 1}
+_CTL_WORDS = {"status": 0, "reload": 0, "keys": 0, "end": 1, "restart": 1}
 
 # The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "env_from", "cwd")
@@ -102,10 +102,12 @@ def _check(arguments: list[str]) -> int:
 
 def _ctl(arguments: list[str]) -> int:
     """The exit code of `ctl` with these arguments; raises ConfigError for what is none."""
+    from mcp_proxy.server import keys
     from mcp_proxy.server.ctl import ctl
 
     options, words = split_ctl(arguments)
-    return ctl(read_config(options), *words)
+    config = read_config(options)
+    return keys.show(config) if words == ["keys"] else ctl(config, *words)
 
 
 def split_ctl(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -114,7 +116,9 @@ def split_ctl(arguments: list[str]) -> tuple[list[str], list[str]]:
         options, words = arguments[:-count], arguments[-count:]
         if len(words) == count and _CTL_WORDS.get(words[0]) == count - 1:
             return options, words
-    raise ConfigError("ctl takes status, end SESSION, restart SERVER or reload, behind the options")
+    raise ConfigError(
+        "ctl takes status, end SESSION, restart SERVER, reload or keys, behind the options"
+    )
 
 
 def _require_readable_url(config: ProxyConfig) -> None:

@@ -9,6 +9,7 @@ import http.client
 import json
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
@@ -50,6 +51,15 @@ def ctl(config: ProxyConfig, word: str, about: str = "") -> int:
         _show(_status(proxy))
         return 0
     return _order(proxy, word, about)
+
+
+def key_uses(path: str) -> Mapping[str, float]:
+    """When the API keys of the proxy at that socket were last used, by their digests.
+
+    Raises ConfigError where it cannot be reached.
+    """
+    uses: Mapping[str, float] = _Proxy(path).ask("GET", "/keys")
+    return uses
 
 
 def _order(proxy: _Proxy, word: str, about: str) -> int:

@@ -39,7 +39,7 @@ ORDER = (
         *("config", "servers", "servers_file", "entry_values", "shown_commands", "server_table"),
         *("replica", "background", "shared_page", "shared_text", "metrics", "rate_buckets"),
     ),
-    ("recent", "shared_texts"),
+    ("recent", "shared_texts", "last_uses"),
     ("wire",),
     ("errors",),
 )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
+import signal
 import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.support.callers import KeyFile, Knowing
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import ROOT, ProxyProcess
 from tests.support.redis_server import RedisServer
@@ -58,9 +63,14 @@ def proxy(path: Path, file: Path) -> Iterator[ProxyProcess]:
 
 
 def ctl(path: Path, *words: str) -> tuple[int, str]:
+    """The exit code of `ctl`, and what it says."""
+    return run("ctl", "--ctl-socket", str(path), *words)
+
+
+def run(*arguments: str) -> tuple[int, str]:
     """The exit code of the command, and what it says."""
     done = subprocess.run(
-        [sys.executable, "-m", "mcp_proxy", "ctl", "--ctl-socket", str(path), *words],
+        [sys.executable, "-m", "mcp_proxy", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -116,6 +126,8 @@ def test_the_socket_is_for_the_user_alone_and_what_is_left_of_one_is_replaced(pa
 def test_what_cannot_be_asked_is_said_in_a_sentence(path: Path) -> None:
     code, text = ctl(path, "status")
     assert (code, f"no proxy answers at {path}" in text) == (2, True)
+    code, text = ctl(path, "keys")
+    assert (code, "needs the settings api_keys" in text) == (2, True)
     for words in ((), ("stop",), ("end",), ("restart",), ("end", "a", "b"), ("status", "now")):
         code, text = ctl(path, *words)
         assert code == 2, words
@@ -205,3 +217,38 @@ def test_without_a_file_there_is_nothing_to_reload(path: Path) -> None:
     with ProxyProcess(SCRIPTED, options=["--ctl-socket", str(path)]):
         code, text = ctl(path, "reload")
         assert (code, "there is no file of servers" in text) == (1, True)
+
+
+# --- API keys ------------------------------------------------------------------------------------
+
+
+def test_keys_are_shown_with_their_last_use_whichever_worker_was_used(
+    path: Path, tmp_path: Path
+) -> None:
+    keys = KeyFile(tmp_path / "keys")
+    shown = {name: keys.add(name) for name in ("alice", "bob")}
+    options = ["--ctl-socket", str(path), "--api-keys", keys.text, "--workers", "2"]
+    with ProxyProcess(SCRIPTED, options=options) as process:
+        began = time.time()
+        McpClient(Knowing(HttpFront(process.base), shown["alice"])).open()
+        code, text = ctl(path, "--api-keys", keys.text, "keys")
+        assert code == 0
+        for key in shown.values():
+            assert key not in text
+        uses = used_at(text)
+        assert uses["bob"] == "-"
+        used = datetime.datetime.fromisoformat(uses["alice"]).timestamp()
+        assert began - 60 <= used <= time.time()
+        (worker, _) = process.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+        listed = run("key", "list", "--api-keys", keys.text, "--ctl-socket", str(path))
+        assert used_at(listed[1]) == uses
+    code, text = run("key", "list", "--api-keys", keys.text, "--ctl-socket", str(path))
+    assert (code, "no proxy answers" in text) == (0, True)
+    assert used_at(text) == {"alice": "-", "bob": "-"}
+
+
+def used_at(text: str) -> dict[str, str]:
+    """The column LAST USE of the list, by the names."""
+    rows = [re.split(r"\s{2,}", line) for line in text.splitlines() if "sha256" not in line]
+    return {row[0]: row[4] for row in rows if len(row) == 6 and row[0] != "NAME"}

@@ -27,6 +27,7 @@ from mcp_proxy.metrics import Metric
 from mcp_proxy.monitoring.endpoints import About, Monitoring, alive
 from mcp_proxy.monitoring.front_page import front_page, is_for_browser
 from mcp_proxy.monitoring.orders import Order, Orders, Outcome, Result, Task
+from mcp_proxy.monitoring.status import note_of
 from mcp_proxy.mounts import Mounts, path_of
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import ReplicaParts
@@ -35,6 +36,7 @@ from mcp_proxy.servers import Server, UnservedServer
 from mcp_proxy.shared_text import SharedText
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transports.base import SHUTTING_DOWN, Transport, drain, store_reason
+from mcp_proxy.transports.unserved import UnservedProxy
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -381,6 +383,7 @@ class Application:
                 Task.END: self._end_session,
                 Task.RESTART: self._restart,
                 Task.RELOAD: self._take_reload,
+                Task.SHOW: self._show_session,
             }
         )
 
@@ -397,6 +400,27 @@ class Application:
             log.warning("a session could not be ended: %s", error)
             return Result(Outcome.FAILED, str(error))
         return Result(Outcome.ENDED if any(ended) else Outcome.UNKNOWN)
+
+    def _show_session(self, order: Order, is_told: bool) -> Result:
+        """What this worker knows of a session.
+
+        A record that all workers reach is read by the one that `is_told`.
+        """
+        counters = metrics.current()
+        for name, transport in self.proxies.items():
+            if counters is None or isinstance(transport, UnservedProxy):
+                continue
+            note = counters.recent.session(order.about, name)
+            try:
+                reads = is_told or not self._storage.is_shared
+                record = transport.manager.peek(order.about) if reads else None
+            except ProxyError as error:
+                return Result(Outcome.FAILED, str(error))
+            if record is not None:
+                note = note_of(record, name, note)
+            if note is not None:
+                return Result(Outcome.DONE, session=note)
+        return Result(Outcome.UNKNOWN)
 
     def _restart(self, order: Order, is_told: bool) -> Result:
         """Has other processes of a stdio server take the place of those that this worker has."""

@@ -222,7 +222,10 @@ class Monitoring:
         return json_reply(state.body(self._edge.allows_host(request.environ)), state.status)
 
     def status(self, request: ClientRequest) -> Reply:
-        """/status.json: what all workers are doing, which they write from now on for a while."""
+        """/status.json: what all workers are doing, which they write from now on for a while.
+
+        Of a session whose id is in the header it says what they know, too, once all have looked.
+        """
         self._edge.require_allowed(request.environ)
         counters = metrics.current()
         if counters is None:
@@ -230,7 +233,11 @@ class Monitoring:
         counters.page.look(time.monotonic())
         self.write()
         never_kept = [("Cache-Control", "no-store")]
-        return json_reply(status.document(counters.page, self.version), 200, never_kept)
+        asked = None
+        if request.session_id:
+            order = self._orders.show(counters.page, counters.number, request.session_id)
+            asked = Orders.shown(counters.page, order)
+        return json_reply(status.document(counters.page, self.version, asked), 200, never_kept)
 
     def page(self, request: ClientRequest) -> Reply:
         """/status: a page that shows the same."""

@@ -7,6 +7,7 @@ waits in between: whoever gave the order asks again for its outcome.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import threading
 import time
@@ -17,7 +18,11 @@ from enum import StrEnum
 import msgspec
 
 from mcp_proxy.metrics import MetricsPage
-from mcp_proxy.recent import shortened
+from mcp_proxy.recent import SessionNote, shortened
+from mcp_proxy.shared_texts import LONGEST
+
+# Seconds after which a session is looked at anew for who asks again.
+_SHOWN = 10.0
 
 # Seconds for which an order stands, and for which workers look for more after one.
 _STANDS = 20.0
@@ -35,6 +40,8 @@ class Task(StrEnum):
     RESTART = "restart"
     #: To serve what is in the file of servers.
     RELOAD = "reload"
+    #: To say what is known of a session, whose id is given.
+    SHOW = "show"
 
 
 class Outcome(StrEnum):
@@ -53,10 +60,11 @@ class Outcome(StrEnum):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What came of an order; `reason` says why it has failed."""
+    """What came of an order; `reason` says why it has failed, `session` what one worker knows."""
 
     outcome: Outcome
     reason: str = ""
+    session: SessionNote | None = None
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -91,14 +99,29 @@ class Orders:
 
     def give(self, page: MetricsPage, slot: int, task: Task, about: str = "") -> str:
         """Tells all workers to do something; the id of the order. Waits for nothing."""
+        order_id = secrets.token_hex(8)
+        self._give(page, slot, Order(order_id, time.monotonic(), slot, task, about))
+        return order_id
+
+    def show(self, page: MetricsPage, slot: int, session_id: str) -> str:
+        """As `give`, for what is known of a session.
+
+        Who asks again soon, here or at another worker, gives the same order.
+        """
         now = time.monotonic()
-        order = Order(secrets.token_hex(8), now, slot, task, about)
+        text = f"{Task.SHOW} {session_id} {now // _SHOWN:.0f}"
+        order_id = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+        if not any(order.id == order_id for order in self._given):
+            self._give(page, slot, Order(order_id, now, slot, Task.SHOW, session_id))
+        return order_id
+
+    def _give(self, page: MetricsPage, slot: int, order: Order) -> None:
+        now = order.at
         with self._lock:
             self._given = [each for each in self._given if each.at > now - _STANDS][-_MOST + 1 :]
             self._given.append(order)
             page.orders.write(slot, msgspec.json.encode(self._given))
             page.note_order(now)
-        return order.id
 
     def look(self, page: MetricsPage, slot: int) -> None:
         """Does what is to be done at this worker."""
@@ -118,20 +141,17 @@ class Orders:
         result = self._tasks[order.task](order, order.slot == slot)
         if result.outcome is Outcome.PENDING:
             return
-        result = Result(result.outcome, shortened(result.reason))
+        result = Result(result.outcome, shortened(result.reason), result.session)
         with self._lock:
             self._done[order.id] = result
-            if len(self._done) > _MOST:
+            while len(self._done) > _MOST or len(text := msgspec.json.encode(self._done)) > LONGEST:
                 self._done.popitem(last=False)
-            page.outcomes.write(slot, msgspec.json.encode(self._done))
+            page.outcomes.write(slot, text)
 
     @staticmethod
     def result(page: MetricsPage, order_id: str) -> Result:
         """What became of an order: what one worker is enough for, else what all have said."""
-        found = []
-        for slot in page.health():
-            text = page.outcomes.read(slot)
-            found.append(_results.decode(text).get(order_id) if text else None)
+        found = _found(page, order_id)
         answers = {each.outcome: each for each in found if each is not None}
         if Outcome.ENDED not in answers and None in found:
             return Result(Outcome.PENDING)
@@ -139,3 +159,33 @@ class Orders:
             if outcome in answers:
                 return answers[outcome]
         return Result(Outcome.UNKNOWN)
+
+    @staticmethod
+    def shown(page: MetricsPage, order_id: str) -> Result:
+        """What became of an order to show a session: what the workers know of it, put together.
+
+        Nobody knows a session that has no record.
+        """
+        found = _found(page, order_id)
+        notes = [each.session for each in found if each is not None and each.session is not None]
+        record = next((note for note in notes if note.backend), None)
+        if record is None:
+            return Result(Outcome.PENDING if None in found else Outcome.UNKNOWN)
+        last = max(notes, key=lambda note: note.last)
+        session = msgspec.structs.replace(
+            record,
+            last=last.last,
+            calls=sum(note.calls for note in notes),
+            client=record.client or last.client,
+            error=last.error,
+        )
+        return Result(Outcome.DONE, session=session)
+
+
+def _found(page: MetricsPage, order_id: str) -> list[Result | None]:
+    """What each worker has made of an order; None where it has not said so yet."""
+    found = []
+    for slot in page.health():
+        text = page.outcomes.read(slot)
+        found.append(_results.decode(text).get(order_id) if text else None)
+    return found

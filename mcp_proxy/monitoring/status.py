@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from mcp_proxy.errors import ClientError
 from mcp_proxy.metrics import (
     BOUNDS,
     CHILDREN,
@@ -31,9 +32,13 @@ from mcp_proxy.metrics import (
     Metric,
     MetricsPage,
 )
-from mcp_proxy.recent import FailureNote, SessionNote
+from mcp_proxy.monitoring.orders import Result
+from mcp_proxy.recent import FailureNote, SessionNote, shortened
 from mcp_proxy.shared_texts import LONGEST
+from mcp_proxy.storage.session import INIT_BODY, Session
+from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.headers import Headers
+from mcp_proxy.wire.jsonrpc import Request
 
 #: Seconds after a look for which workers write.
 LOOKED = 10.0
@@ -84,6 +89,27 @@ def write(counters: Counters, part: WorkerPart) -> None:
             return
 
 
+def note_of(record: Session, server: str, note: SessionNote | None) -> SessionNote:
+    """What is known of a session with this record; `note` is what this worker has noted of it."""
+    client = "" if note is None else note.client
+    try:
+        asked = jsonrpc.parse(record.metadata.get(INIT_BODY, "").encode())
+    except ClientError:  # a kind of session that begins with something else
+        asked = None
+    if not client and isinstance(asked, Request):
+        client = shortened(jsonrpc.names_in(asked.params)[1])
+    return SessionNote(
+        record.id[-8:],
+        server,
+        record.created_at,
+        record.created_at if note is None else note.last,
+        client,
+        0 if note is None else note.calls,
+        "" if note is None else note.error,
+        shortened(record.backend_url or "-"),
+    )
+
+
 def numbers_of(gauges: Mapping[Metric, float]) -> dict[str, float]:
     """The gauges that the page shows, by short names."""
     names = {SESSIONS: "sessions", STREAMS: "streams", STREAMS_LEFT: "streams_left"}
@@ -91,10 +117,11 @@ def numbers_of(gauges: Mapping[Metric, float]) -> dict[str, float]:
     return {name: gauges.get(metric, 0) for metric, name in names.items()}
 
 
-def document(page: MetricsPage, version: str) -> bytes:
+def document(page: MetricsPage, version: str, asked: Result | None = None) -> bytes:
     """Everything that the workers say, and what they have counted so far, as JSON.
 
     `silent` is how many have not said how they are: workers look once somebody has begun to.
+    `asked` is what they know of one session.
     """
     parts: dict[int, WorkerPart] = {}
     healths = page.health()
@@ -124,6 +151,8 @@ def document(page: MetricsPage, version: str) -> bytes:
         "sessions": sessions[:_SHOWN_AT_ONCE],
         "failures": failures[:_SHOWN_AT_ONCE],
     }
+    if asked is not None:
+        told["asked"] = asked
     return msgspec.json.encode(told)
 
 

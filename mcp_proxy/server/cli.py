@@ -33,7 +33,8 @@ _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --config FILE
        mcp-wsgi-proxy check [--offline] [options] [-- COMMAND ARG...]
        mcp-wsgi-proxy key add|list|remove [options]
-       mcp-wsgi-proxy ctl [options] status | end SESSION | restart SERVER | reload | keys"""
+       mcp-wsgi-proxy ctl [options] status [SESSION] | end SESSION | restart SERVER
+       mcp-wsgi-proxy ctl [options] reload | keys"""
 
 _EPILOG = """Without a command and without a file the bundled demo server is served. Every option
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
@@ -53,8 +54,9 @@ _GROUPS = {
     "bind": "gunicorn",
 }
 
-# What `ctl` is told, and how many words follow each.
-_CTL_WORDS = {"status": 0, "reload": 0, "keys": 0, "end": 1, "restart": 1}
+# What `ctl` is told: alone, and about something.
+_CTL_ALONE = ("status", "reload", "keys")
+_CTL_ABOUT = ("status", "end", "restart")
 
 # The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "env_from", "cwd")
@@ -112,12 +114,13 @@ def _ctl(arguments: list[str]) -> int:
 
 def split_ctl(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The options of `ctl`, and what it is told; raises ConfigError where that is nothing."""
-    for count in (2, 1):
+    for known in (_CTL_ABOUT, _CTL_ALONE):
+        count = 2 if known is _CTL_ABOUT else 1
         options, words = arguments[:-count], arguments[-count:]
-        if len(words) == count and _CTL_WORDS.get(words[0]) == count - 1:
+        if len(words) == count and words[0] in known:
             return options, words
     raise ConfigError(
-        "ctl takes status, end SESSION, restart SERVER, reload or keys, behind the options"
+        "ctl takes status [SESSION], end SESSION, restart SERVER, reload or keys behind the options"
     )
 
 

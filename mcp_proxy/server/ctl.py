@@ -48,8 +48,9 @@ def ctl(config: ProxyConfig, word: str, about: str = "") -> int:
         raise ConfigError("ctl needs the setting ctl_socket, as the proxy has it")
     proxy = _Proxy(config.ctl_socket)
     if word == "status":
-        _show(_status(proxy))
-        return 0
+        told = _status(proxy, about)
+        _show(told)
+        return 1 if about and not told["asked"]["session"] else 0
     return _order(proxy, word, about)
 
 
@@ -83,12 +84,15 @@ def _order(proxy: _Proxy, word: str, about: str) -> int:
     return 1
 
 
-def _status(proxy: _Proxy) -> Any:
-    """What goes on, as all workers say, or as many as do in time."""
+def _status(proxy: _Proxy, session_id: str) -> Any:
+    """What goes on, as all workers say, or as many as do in time; of a session, if it is named."""
     until = time.monotonic() + _WRITTEN
-    while (told := proxy.ask("GET", "/status"))["silent"] and time.monotonic() < until:
+    while True:
+        told = proxy.ask("GET", "/status", {"Mcp-Session-Id": session_id})
+        is_complete = not told["silent"] and told.get("asked", {}).get("outcome") != "pending"
+        if is_complete or time.monotonic() > until:
+            return told
         time.sleep(_POLL)
-    return told
 
 
 class _Proxy:
@@ -97,11 +101,11 @@ class _Proxy:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def ask(self, method: str, target: str) -> Any:
+    def ask(self, method: str, target: str, headers: Mapping[str, str] = {}) -> Any:
         """What it answers; raises ConfigError where that is nothing of use."""
         connection = _UnixConnection(self._path)
         try:
-            connection.request(method, target, headers={"Content-Length": "0"})
+            connection.request(method, target, headers={"Content-Length": "0", **headers})
             answer = connection.getresponse()
             body = answer.read()
             if answer.status >= 300:
@@ -126,8 +130,17 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def _show(told: Any) -> None:
-    """Prints what goes on, a line for each thing; what others say of themselves cannot hide any."""
+    """Prints what goes on, a line for each thing; what others say of themselves cannot hide any.
+
+    Of a session that was asked for that alone is printed.
+    """
     now = told["now"]
+    if (asked := told.get("asked")) is not None:
+        if asked["session"]:
+            _show_session(asked["session"], now)
+        else:
+            print(_PENDING if asked["outcome"] == "pending" else _UNKNOWN["end"])
+        return
     for each in told["servers"]:
         reason = f": {each['reason']}" if each["reason"] else ""
         _line(f"server  {each['name']}  {each['state']}{reason}  calls={each['calls']:.0f}")
@@ -138,14 +151,20 @@ def _show(told: Any) -> None:
             f"children={each['children']:.0f}"
         )
     for each in told["sessions"]:
-        _line(
-            f"session ...{each['id']}  {each['server']}  {each['client']}  "
-            f"calls={each['calls']} used {now - each['last']:.0f} s ago  {each['error']}"
-        )
+        _show_session(each, now)
     for each in told["failures"]:
         _line(f"failure {each['server']}  {now - each['at']:.0f} s ago: {each['reason']}")
         for line in each["stderr"]:
             _line(f"        {line}")
+
+
+def _show_session(session: Any, now: float) -> None:
+    where = f"at {session['backend']}  " if session["backend"] else ""
+    _line(
+        f"session ...{session['id']}  {session['server']}  {session['client']}  {where}"
+        f"began {now - session['began']:.0f} s ago  calls={session['calls']} "
+        f"used {now - session['last']:.0f} s ago  {session['error']}"
+    )
 
 
 def _line(text: str) -> None:

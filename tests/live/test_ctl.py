@@ -128,10 +128,31 @@ def test_what_cannot_be_asked_is_said_in_a_sentence(path: Path) -> None:
     assert (code, f"no proxy answers at {path}" in text) == (2, True)
     code, text = ctl(path, "keys")
     assert (code, "needs the settings api_keys" in text) == (2, True)
-    for words in ((), ("stop",), ("end",), ("restart",), ("end", "a", "b"), ("status", "now")):
+    for words in ((), ("stop",), ("end",), ("restart",), ("end", "a", "b"), ("status", "a", "b")):
         code, text = ctl(path, *words)
         assert code == 2, words
-        assert "ctl takes status, end SESSION" in text or "unrecognized arguments" in text, words
+        assert (
+            "ctl takes status [SESSION], end SESSION" in text or "unrecognized arguments" in text
+        ), words
+
+
+def test_a_session_that_is_not_among_the_latest_is_shown_by_its_whole_id(
+    process: ProxyProcess, path: Path
+) -> None:
+    client = McpClient(HttpFront(process.base)).open()
+    client.call("ping")
+    session = client.session or ""
+    for _ in range(4):
+        code, text = ctl(path, "status", session)
+        assert code == 0, text
+        assert text.startswith(f"session ...{session[-8:]}  default  ")
+        assert text.count("\n") == 1
+        assert " at worker://" in text
+        assert "calls=3" in text
+        assert session not in text
+    assert ctl(path, "status", session[-8:]) == (1, "no such session\n")
+    client.delete()
+    eventually(lambda: ctl(path, "status", session) == (1, "no such session\n"), 30)
 
 
 # --- a server is restarted -----------------------------------------------------------------------

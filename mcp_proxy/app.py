@@ -103,6 +103,7 @@ class Application:
             self._gauges,
             self._about,
             self._orders(),
+            self._storage,
             workers,
         )
         self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {

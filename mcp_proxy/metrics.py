@@ -15,6 +15,7 @@ import enum
 import importlib.util
 import mmap
 import os
+import secrets
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,9 @@ _SLOT = _HEAD + _ROWS * _ROW
 # Before the slots: when somebody last asked for what workers write for that alone: whether they are
 # ready, and what they are doing.
 _PAGE_HEAD = 16
+
+# The bytes of what other hosts say of themselves: sixteen texts.
+_HOSTS = 512 * 1024
 
 _BETWEEN = "\x1f"
 
@@ -188,6 +192,9 @@ class MetricsPage:
         #: What workers are told to do, and what came of it.
         self.orders = SharedTexts(slot_count)
         self.outcomes = SharedTexts(slot_count)
+        #: What others know this gunicorn by, and what they say of themselves.
+        self.id = secrets.token_hex(8)
+        self.hosts = SharedTexts(slot_count, _HOSTS)
         #: When the API keys were last used.
         self.key_uses = LastUses()
 
@@ -267,6 +274,14 @@ class MetricsPage:
         """Has workers say what they do for a while from now on."""
         self.numbers[1] = now
 
+    def looked_from_afar_at(self) -> float:
+        """As `looked_at`, of somebody who looks at another gunicorn that shares the store."""
+        return float(self.numbers[3])
+
+    def look_from_afar(self, now: float) -> None:
+        """As `look`, for somebody who looks at another gunicorn."""
+        self.numbers[3] = now
+
     def ordered_at(self) -> float:
         """When the workers were last told to do something, by the machine's monotonic clock."""
         return float(self.numbers[2])
@@ -322,7 +337,7 @@ class Counters:
                 self._clients.add(labels[1])
         for metric in METRICS:
             self._row_of(metric, (metric.name, *[OTHER] * len(metric.labels)))
-        for texts in (self.page.texts, self.page.orders, self.page.outcomes):
+        for texts in (self.page.texts, self.page.orders, self.page.outcomes, self.page.hosts):
             texts.clear(self.number)
         self._cells[self._start + _STATE] = Health.UNKNOWN
 

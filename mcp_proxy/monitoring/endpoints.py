@@ -27,8 +27,10 @@ from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
 from mcp_proxy.metrics import Counters, Health, Metric
 from mcp_proxy.monitoring import status
+from mcp_proxy.monitoring.hosts import Hosts
 from mcp_proxy.monitoring.orders import Orders, Task
 from mcp_proxy.recent import shortened
+from mcp_proxy.storage.records import Storage
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -77,6 +79,7 @@ class Monitoring:
         gauges: Gauges,
         about: Callable[[], About],
         orders: Orders,
+        storage: Storage,
         workers: Workers | None = None,
     ) -> None:
         #: The version of the package, for the page.
@@ -91,6 +94,7 @@ class Monitoring:
         self._began = time.time()
         self._thread = Periodic("mcp-monitoring", _INTERVAL, self._look, workers)
         self._thread.is_essential = False
+        self._hosts = Hosts(storage, self._shown_to_others, workers) if storage.is_shared else None
         self._writing = threading.Lock()  # held while the text of this worker is written
         self._endpoints: dict[str, Handler] = {
             "/metrics": self.metrics,
@@ -138,10 +142,14 @@ class Monitoring:
     def keep(self) -> None:
         """Has other workers see how this one is, from now on."""
         self._thread.start()
+        if self._hosts is not None:
+            self._hosts.start()
 
     def close(self) -> None:
-        """Ends the thread; harmless when repeated."""
+        """Ends the threads; harmless when repeated."""
         self._thread.stop()
+        if self._hosts is not None:
+            self._hosts.stop()
 
     def may_leave(self) -> bool:
         """Whether this worker is ending, and another one can answer in its place."""
@@ -167,7 +175,8 @@ class Monitoring:
         for metric, value in gauges.items():
             counters.set(metric, value)
         now = time.monotonic()
-        is_looked_at = now - counters.page.looked_at() < status.LOOKED
+        looked_at = max(counters.page.looked_at(), counters.page.looked_from_afar_at())
+        is_looked_at = now - looked_at < status.LOOKED
         is_asked = is_looked_at or now - counters.page.asked_at() < _ASKED
         state = self._readiness.current() if is_asked or self._edge.is_draining else None
         counters.say(Health.UNKNOWN if state is None else _HEALTH[state.summary])
@@ -196,6 +205,9 @@ class Monitoring:
         )
         with self._writing:
             status.write(counters, part)
+
+    def _shown_to_others(self) -> bytes:
+        return status.for_others(_counters().page, self.version)
 
     # --- the endpoints ---------------------------------------------------------------------------
 

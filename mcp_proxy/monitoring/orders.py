@@ -68,11 +68,10 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True):
-    """`slot` is that of the worker that was told; `at` is on the machine's monotonic clock."""
+    """`at` is on the machine's monotonic clock."""
 
     id: str
     at: float
-    slot: int
     task: Task
     about: str = ""
 
@@ -100,7 +99,7 @@ class Orders:
     def give(self, page: MetricsPage, slot: int, task: Task, about: str = "") -> str:
         """Tells all workers to do something; the id of the order. Waits for nothing."""
         order_id = secrets.token_hex(8)
-        self._give(page, slot, Order(order_id, time.monotonic(), slot, task, about))
+        self._give(page, slot, Order(order_id, time.monotonic(), task, about))
         return order_id
 
     def show(self, page: MetricsPage, slot: int, session_id: str) -> str:
@@ -112,7 +111,7 @@ class Orders:
         text = f"{Task.SHOW} {session_id} {now // _SHOWN:.0f}"
         order_id = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
         if not any(order.id == order_id for order in self._given):
-            self._give(page, slot, Order(order_id, now, slot, Task.SHOW, session_id))
+            self._give(page, slot, Order(order_id, now, Task.SHOW, session_id))
         return order_id
 
     def _give(self, page: MetricsPage, slot: int, order: Order) -> None:
@@ -138,7 +137,8 @@ class Orders:
                 page.orders.clear(slot)  # a session id is a credential
 
     def _do(self, page: MetricsPage, slot: int, order: Order) -> None:
-        result = self._tasks[order.task](order, order.slot == slot)
+        is_told = any(given.id == order.id for given in self._given)  # several may be told the same
+        result = self._tasks[order.task](order, is_told)
         if result.outcome is Outcome.PENDING:
             return
         result = Result(result.outcome, shortened(result.reason), result.session)
@@ -169,7 +169,7 @@ class Orders:
         found = _found(page, order_id)
         notes = [each.session for each in found if each is not None and each.session is not None]
         record = next((note for note in notes if note.backend), None)
-        if record is None:
+        if record is None or None in found:
             return Result(Outcome.PENDING if None in found else Outcome.UNKNOWN)
         last = max(notes, key=lambda note: note.last)
         session = msgspec.structs.replace(

@@ -146,7 +146,7 @@ def _show(told: Any) -> None:
         _line(f"server  {each['name']}  {each['state']}{reason}  calls={each['calls']:.0f}")
     for each in told["workers"]:
         _line(
-            f"worker  {each['worker']}  {each['health']}  pid={each['pid']} "
+            f"worker  {each['host']}/{each['worker']}  {each['health']}  pid={each['pid']} "
             f"sessions={each['sessions']:.0f} streams={each['streams']:.0f} "
             f"children={each['children']:.0f}"
         )

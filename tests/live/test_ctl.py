@@ -112,6 +112,27 @@ def test_status_shows_servers_workers_and_sessions(process: ProxyProcess, path: 
     assert "exited (exit code 1)" in text
 
 
+def test_status_shows_the_workers_of_all_hosts_that_share_a_redis(
+    tmp_path: Path, redis_server: RedisServer, redis_prefix: str
+) -> None:
+    redis = ["--redis-url", redis_server.url, "--redis-prefix", redis_prefix]
+    one, other = tmp_path / "one.sock", tmp_path / "other.sock"
+    with (
+        ProxyProcess(SCRIPTED, options=[*redis, "--ctl-socket", str(one)]) as first,
+        ProxyProcess(SCRIPTED, options=[*redis, "--ctl-socket", str(other)]) as second,
+    ):
+        McpClient(HttpFront(second.base)).open()
+        pids = {first.worker_pids()[0], second.worker_pids()[0]}
+        for path in (one, other):
+            eventually(lambda at=path: pids_in(ctl(at, "status")[1]) == pids, 30)
+            eventually(lambda at=path: ctl(at, "status")[1].count("session ...") == 1, 30)
+
+
+def pids_in(text: str) -> set[int]:
+    """The processes of the workers that are shown."""
+    return set(map(int, re.findall(r"^worker .* pid=(\d+)", text, re.MULTILINE)))
+
+
 def test_the_socket_is_for_the_user_alone_and_what_is_left_of_one_is_replaced(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))

@@ -13,7 +13,7 @@ class Worker:
         self.page, self.slot = page, slot
         self.sessions = set(sessions)
         self.asked: list[tuple[str, bool]] = []
-        self.orders = Orders({Task.END: self.end, Task.RELOAD: self.reload})
+        self.orders = Orders({Task.END: self.end, Task.RELOAD: self.reload, Task.SHOW: self.end})
         #: Whether the file can be served here by now, and why not.
         self.reloaded = Result(Outcome.PENDING)
         page.take(slot)
@@ -121,3 +121,14 @@ def test_one_worker_that_fails_says_why_once_all_have_tried() -> None:
     assert result.outcome is Outcome.FAILED
     assert result.reason.startswith("a mistake")
     assert len(result.reason) < 400
+
+
+def test_of_workers_that_are_asked_for_a_session_the_first_one_knows_that_it_was_told() -> None:
+    page = MetricsPage(2)
+    other, first = Worker(page, 0), Worker(page, 1)
+    order = first.orders.show(page, 1, "a")
+    other.look()
+    assert other.orders.show(page, 0, "a") == first.orders.show(page, 1, "a") == order
+    first.look()
+    other.look()
+    assert (other.asked, first.asked) == ([("a", False)], [("a", True)])

@@ -365,7 +365,9 @@ class Application:
         """The numbers of this worker as they are now."""
         streams = self.edge.streams
         reachabilities = (getattr(proxy, "reachability", None) for proxy in self.proxies.values())
+        reloaded = {metrics.RELOADED: self._table.failure is None} if self.config.config else {}
         return {
+            **reloaded,
             metrics.SESSIONS: self.session_count(),
             metrics.STREAMS: streams.open,
             metrics.STREAMS_LEFT: streams.free,

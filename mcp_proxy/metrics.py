@@ -139,6 +139,11 @@ CHILDREN = Metric("mcp_proxy_children", Kind.GAUGE, "Processes of stdio servers 
 TARGETS_LEFT_OUT = Metric(
     "mcp_proxy_targets_left_out", Kind.GAUGE, "Addresses of HTTP servers that are left out for now"
 )
+RELOADED = Metric(
+    "mcp_config_last_reload_successful",
+    Kind.GAUGE,
+    "Whether the file of servers is served as it is",
+)
 RESIDENT = Metric("mcp_proxy_worker_resident_bytes", Kind.GAUGE, "Memory of the worker")
 THREADS = Metric("mcp_proxy_worker_threads", Kind.GAUGE, "Threads of the worker, of every purpose")
 FILES = Metric("mcp_proxy_worker_open_files", Kind.GAUGE, "Files that the worker has open")
@@ -147,7 +152,17 @@ FILES = Metric("mcp_proxy_worker_open_files", Kind.GAUGE, "Files that the worker
 METRICS = (
     *(OPERATIONS, SESSIONS_ENDED, CALLS, SESSIONS_STARTED, REFUSED, BACKEND_ERRORS),
     *(CHILDREN_STARTED, RESTARTED, STORE_COMMANDS, STORE_ERRORS),
-    *(SESSIONS, STREAMS, STREAMS_LEFT, CHILDREN, TARGETS_LEFT_OUT, RESIDENT, THREADS, FILES),
+    *(
+        SESSIONS,
+        STREAMS,
+        STREAMS_LEFT,
+        CHILDREN,
+        TARGETS_LEFT_OUT,
+        RELOADED,
+        RESIDENT,
+        THREADS,
+        FILES,
+    ),
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS}

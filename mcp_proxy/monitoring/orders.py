@@ -22,7 +22,7 @@ from mcp_proxy.recent import SessionNote, shortened
 from mcp_proxy.shared_texts import LONGEST
 
 # Seconds after which a session is looked at anew for who asks again.
-_SHOWN = 10.0
+_SHOWN = 5.0
 
 # Seconds for which an order stands, and for which workers look for more after one.
 _STANDS = 20.0

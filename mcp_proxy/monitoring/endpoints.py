@@ -246,7 +246,7 @@ class Monitoring:
         self.write()
         never_kept = [("Cache-Control", "no-store")]
         asked = None
-        if request.session_id:
+        if request.session_id and len(request.session_id) <= _LONGEST_ABOUT:
             order = self._orders.show(counters.page, counters.number, request.session_id)
             asked = Orders.shown(counters.page, order)
         return json_reply(status.document(counters.page, self.version, asked), 200, never_kept)

@@ -169,8 +169,11 @@ class Orders:
         found = _found(page, order_id)
         notes = [each.session for each in found if each is not None and each.session is not None]
         record = next((note for note in notes if note.backend), None)
-        if record is None or None in found:
-            return Result(Outcome.PENDING if None in found else Outcome.UNKNOWN)
+        if None in found:
+            return Result(Outcome.PENDING)
+        if record is None:
+            failed = (each for each in found if each and each.outcome is Outcome.FAILED)
+            return next(failed, Result(Outcome.UNKNOWN))
         last = max(notes, key=lambda note: note.last)
         session = msgspec.structs.replace(
             record,

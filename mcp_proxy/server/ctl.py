@@ -50,7 +50,7 @@ def ctl(config: ProxyConfig, word: str, about: str = "") -> int:
     if word == "status":
         told = _status(proxy, about)
         _show(told)
-        return 1 if about and not told["asked"]["session"] else 0
+        return 1 if about and not told.get("asked", {}).get("session") else 0
     return _order(proxy, word, about)
 
 
@@ -139,7 +139,8 @@ def _show(told: Any) -> None:
         if asked["session"]:
             _show_session(asked["session"], now)
         else:
-            print(_PENDING if asked["outcome"] == "pending" else _UNKNOWN["end"])
+            sentences = {"pending": _PENDING, "unknown": _UNKNOWN["end"]}
+            _line(sentences.get(asked["outcome"], asked["reason"]))
         return
     for each in told["servers"]:
         reason = f": {each['reason']}" if each["reason"] else ""

@@ -132,3 +132,13 @@ def test_of_workers_that_are_asked_for_a_session_the_first_one_knows_that_it_was
     first.look()
     other.look()
     assert (other.asked, first.asked) == ([("a", False)], [("a", True)])
+
+
+def test_a_session_is_not_called_unknown_where_its_record_cannot_be_read() -> None:
+    page = MetricsPage(2)
+    one, two = Worker(page, 0), Worker(page, 1)
+    order = one.orders.show(page, 0, "stuck")
+    one.look()
+    assert Orders.shown(page, order).outcome is Outcome.PENDING
+    two.look()
+    assert Orders.shown(page, order) == Result(Outcome.FAILED, "it is stuck")

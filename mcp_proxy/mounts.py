@@ -204,6 +204,21 @@ class Mounts:
         if self._keeps_spares:
             self.keep_spares()
 
+    def restart(self, name: str) -> None:
+        """Has other processes of a server take the place of those that there are.
+
+        Each ends between two calls and is brought back as after a crash. Raises ConfigError for
+        what is no stdio server that is served here.
+        """
+        with self._lock:
+            owner = self.current.owners.get(name)
+            if owner is None:
+                raise ConfigError(f"{name!r} is no stdio server that is served")
+            owner.restart()
+            for transport in self.current.transports[name].values():
+                assert isinstance(transport, StdioTransport)
+                transport.change(transport.options, is_other=True)
+
     def end_leaving(self) -> None:
         """Ends what is served no more, where no call needs it any longer."""
         for leaving in self._leaving:

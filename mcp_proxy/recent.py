@@ -22,7 +22,10 @@ _MAX_LINES = 10
 
 
 class SessionNote(msgspec.Struct):
-    """What is known of a session. Times are in seconds since 1970."""
+    """What is known of a session. Times are in seconds since 1970.
+
+    `backend` is where its requests go, for one whose record was looked at.
+    """
 
     id: str
     server: str
@@ -31,6 +34,7 @@ class SessionNote(msgspec.Struct):
     client: str = ""
     calls: int = 0
     error: str = ""
+    backend: str = ""
 
 
 class FailureNote(msgspec.Struct):
@@ -85,6 +89,12 @@ class Recent:
         with self._lock:
             latest = list(self._sessions.values())[-count:]
             return [msgspec.structs.replace(note) for note in reversed(latest)]
+
+    def session(self, session_id: str, server: str) -> SessionNote | None:
+        """What is known of one session; None where nothing is."""
+        with self._lock:
+            note = self._sessions.get((server, session_id[-8:]))
+            return None if note is None else msgspec.structs.replace(note)
 
     def failures(self) -> list[FailureNote]:
         """The failures, the latest first."""

@@ -19,9 +19,11 @@ from mcp_proxy.errors import ConfigError
 #: The most bytes of a text. Memory that is not written to takes none.
 MAX_BYTES = 1024 * 1024
 
-# The bytes of a cell, and the cells before the halves: the generation, and the bytes of each half.
+# The bytes of a cell, and the cells before the halves: the generation, the bytes of each half, and
+# two times.
 _CELL = 8
-_CELLS = 3
+_CELLS = 5
+_WANTED, _LOOKED = 3, 4
 
 
 class Published(NamedTuple):
@@ -35,12 +37,13 @@ class SharedText:
     """The memory of one text; to be made before the first fork.
 
     The master alone publishes. Every other method may be called from any thread and process, and
-    waits for nobody.
+    waits for nobody. Times are in seconds by the machine's monotonic clock.
     """
 
     def __init__(self) -> None:
         memory = memoryview(mmap.mmap(-1, _CELLS * _CELL + 2 * MAX_BYTES))
         self._cells = memory[: _CELLS * _CELL].cast("Q")
+        self._times = memory[: _CELLS * _CELL].cast("d")
         begin = _CELLS * _CELL
         self._halves = (
             memory[begin : begin + MAX_BYTES],
@@ -75,6 +78,26 @@ class SharedText:
             data = bytes(self._halves[half][: self._cells[1 + half]])
             if self.generation == generation:
                 return Published(generation, data)
+
+    # --- what workers want of the master ---------------------------------------------------------
+
+    def want(self, at: float) -> None:
+        """Has the master make the text anew, from what there is at that time or later."""
+        if self._times[_WANTED] < at:
+            self._times[_WANTED] = at
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody wants what is newer than the master's last look."""
+        return bool(self._times[_WANTED] > self._times[_LOOKED])
+
+    def looked_at(self) -> float:
+        """When the master last began to look at what it makes the text of, and has published it."""
+        return float(self._times[_LOOKED])
+
+    def note_look(self, at: float) -> None:
+        """In the master: what there was at that time is published, or why it is not."""
+        self._times[_LOOKED] = at
 
 
 _current: SharedText | None = None

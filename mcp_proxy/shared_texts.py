@@ -12,7 +12,6 @@ import mmap
 #: The bytes that a text may have.
 LONGEST = 32 * 1024 - 16
 
-_HALF = 32 * 1024
 _CELL = 8
 _HEAD = 2 * _CELL  # the number, and room
 _ATTEMPTS = 4
@@ -21,11 +20,14 @@ _ATTEMPTS = 4
 class SharedTexts:
     """The texts of so many slots; to be made before the fork of those who share them.
 
-    What is never written costs nothing but addresses.
+    Each may have `longest` bytes, a multiple of eight. What is never written costs nothing but
+    addresses.
     """
 
-    def __init__(self, slot_count: int) -> None:
-        self._size = _HEAD + 2 * _HALF
+    def __init__(self, slot_count: int, longest: int = LONGEST) -> None:
+        self._longest = longest
+        self._half_size = longest + _CELL
+        self._size = _HEAD + 2 * self._half_size
         self._bytes = memoryview(mmap.mmap(-1, slot_count * self._size))
         self._cells = self._bytes.cast("Q")
 
@@ -33,8 +35,8 @@ class SharedTexts:
         return f"<SharedTexts {len(self._bytes) // self._size}>"
 
     def write(self, slot: int, text: bytes) -> None:
-        """Shows a text of at most `LONGEST` bytes. For one thread of the worker of the slot."""
-        if len(text) > LONGEST:
+        """Shows a text that is not too long. For one thread of the worker of the slot."""
+        if len(text) > self._longest:
             raise ValueError(f"a text of {len(text)} bytes is too long")
         cell = slot * self._size // _CELL
         number = self._cells[cell] + 1
@@ -54,7 +56,7 @@ class SharedTexts:
         for _ in range(_ATTEMPTS):
             number = self._cells[cell]
             at = self._half(slot, number)
-            length = min(LONGEST, self._cells[at // _CELL])
+            length = min(self._longest, self._cells[at // _CELL])
             text = bytes(self._bytes[at + _CELL : at + _CELL + length])
             if self._cells[cell] == number:
                 return text
@@ -62,4 +64,4 @@ class SharedTexts:
 
     def _half(self, slot: int, number: int) -> int:
         """Where the half with this number begins."""
-        return slot * self._size + _HEAD + number % 2 * _HALF
+        return slot * self._size + _HEAD + number % 2 * self._half_size

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 
+from mcp_proxy import metrics
 from mcp_proxy.auth.principal import Caller, Principal
 from mcp_proxy.background import Periodic, Workers
 from mcp_proxy.errors import ConfigError, NotPermitted
@@ -220,6 +221,9 @@ class ApiKeys:
             return None
         if found.servers is not None and server not in found.servers:
             raise NotPermitted("The API key is not for this server")
+        counters = metrics.current()
+        if counters is not None:
+            counters.page.key_uses.note(digest, time.time())
         return Caller(found.principal, lambda: self._still_has(digest, found, server))
 
     def _found(self, digest: str) -> Key | None:

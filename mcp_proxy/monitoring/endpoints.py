@@ -27,14 +27,17 @@ from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
 from mcp_proxy.metrics import Counters, Health, Metric
 from mcp_proxy.monitoring import status
-from mcp_proxy.monitoring.orders import Orders
+from mcp_proxy.monitoring.hosts import Hosts
+from mcp_proxy.monitoring.orders import Orders, Task
 from mcp_proxy.recent import shortened
+from mcp_proxy.storage.records import Storage
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 _INTERVAL = 1.0  # seconds between two writes
 _ASKED = 60.0  # seconds after a question for which workers say how they are
+_LONGEST_ABOUT = 512  # characters of what an operator names: a session, a server
 
 _HEALTH = {
     "ready": Health.READY,
@@ -76,6 +79,7 @@ class Monitoring:
         gauges: Gauges,
         about: Callable[[], About],
         orders: Orders,
+        storage: Storage,
         workers: Workers | None = None,
     ) -> None:
         #: The version of the package, for the page.
@@ -90,6 +94,7 @@ class Monitoring:
         self._began = time.time()
         self._thread = Periodic("mcp-monitoring", _INTERVAL, self._look, workers)
         self._thread.is_essential = False
+        self._hosts = Hosts(storage, self._shown_to_others, workers) if storage.is_shared else None
         self._writing = threading.Lock()  # held while the text of this worker is written
         self._endpoints: dict[str, Handler] = {
             "/metrics": self.metrics,
@@ -104,6 +109,7 @@ class Monitoring:
             ("GET", "/status"): self.status,
             ("POST", "/orders"): self._order,
             ("GET", "/orders"): self._outcome,
+            ("GET", "/keys"): self._key_uses,
         }
 
     def __repr__(self) -> str:
@@ -136,10 +142,14 @@ class Monitoring:
     def keep(self) -> None:
         """Has other workers see how this one is, from now on."""
         self._thread.start()
+        if self._hosts is not None:
+            self._hosts.start()
 
     def close(self) -> None:
-        """Ends the thread; harmless when repeated."""
+        """Ends the threads; harmless when repeated."""
         self._thread.stop()
+        if self._hosts is not None:
+            self._hosts.stop()
 
     def may_leave(self) -> bool:
         """Whether this worker is ending, and another one can answer in its place."""
@@ -165,7 +175,8 @@ class Monitoring:
         for metric, value in gauges.items():
             counters.set(metric, value)
         now = time.monotonic()
-        is_looked_at = now - counters.page.looked_at() < status.LOOKED
+        looked_at = max(counters.page.looked_at(), counters.page.looked_from_afar_at())
+        is_looked_at = now - looked_at < status.LOOKED
         is_asked = is_looked_at or now - counters.page.asked_at() < _ASKED
         state = self._readiness.current() if is_asked or self._edge.is_draining else None
         counters.say(Health.UNKNOWN if state is None else _HEALTH[state.summary])
@@ -195,6 +206,9 @@ class Monitoring:
         with self._writing:
             status.write(counters, part)
 
+    def _shown_to_others(self) -> bytes:
+        return status.for_others(_counters().page, self.version)
+
     # --- the endpoints ---------------------------------------------------------------------------
 
     def metrics(self, request: ClientRequest) -> Reply:
@@ -220,7 +234,10 @@ class Monitoring:
         return json_reply(state.body(self._edge.allows_host(request.environ)), state.status)
 
     def status(self, request: ClientRequest) -> Reply:
-        """/status.json: what all workers are doing, which they write from now on for a while."""
+        """/status.json: what all workers are doing, which they write from now on for a while.
+
+        Of a session whose id is in the header it says what they know, too, once all have looked.
+        """
         self._edge.require_allowed(request.environ)
         counters = metrics.current()
         if counters is None:
@@ -228,7 +245,11 @@ class Monitoring:
         counters.page.look(time.monotonic())
         self.write()
         never_kept = [("Cache-Control", "no-store")]
-        return json_reply(status.document(counters.page, self.version), 200, never_kept)
+        asked = None
+        if request.session_id and len(request.session_id) <= _LONGEST_ABOUT:
+            order = self._orders.show(counters.page, counters.number, request.session_id)
+            asked = Orders.shown(counters.page, order)
+        return json_reply(status.document(counters.page, self.version, asked), 200, never_kept)
 
     def page(self, request: ClientRequest) -> Reply:
         """/status: a page that shows the same."""
@@ -250,16 +271,25 @@ class Monitoring:
         return require
 
     def _order(self, request: ClientRequest) -> Reply:
-        """Tells all workers to end the session that the query names."""
+        """Tells all workers to do the task that the query names."""
         counters = _counters()
-        session_id = _named(request, "session")
-        order_id = self._orders.end(counters.page, counters.number, session_id)
+        task = _named(request, "task")
+        if task not in list(Task):
+            raise InvalidRequest("no such task")
+        about = "" if task == Task.RELOAD else _named(request, "about")
+        if len(about) > _LONGEST_ABOUT:
+            raise InvalidRequest("about is too long")
+        order_id = self._orders.give(counters.page, counters.number, Task(task), about)
         return json_reply(msgspec.json.encode({"order": order_id}), 202)
 
     def _outcome(self, request: ClientRequest) -> Reply:
         """What became of the order that the query names."""
-        outcome = Orders.outcome(_counters().page, _named(request, "order"))
-        return json_reply(msgspec.json.encode({"outcome": outcome}))
+        result = Orders.result(_counters().page, _named(request, "order"))
+        return json_reply(msgspec.json.encode(result))
+
+    def _key_uses(self, request: ClientRequest) -> Reply:
+        """When the API keys were last used."""
+        return json_reply(msgspec.json.encode(_counters().page.key_uses.read()))
 
     def _state_of_all(self, counters: Counters, own: State) -> State:
         """The workers are parts, those left out that have not looked at themselves yet."""

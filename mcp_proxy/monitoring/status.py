@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from mcp_proxy.errors import ClientError
 from mcp_proxy.metrics import (
     BOUNDS,
     CHILDREN,
@@ -31,9 +32,13 @@ from mcp_proxy.metrics import (
     Metric,
     MetricsPage,
 )
-from mcp_proxy.recent import FailureNote, SessionNote
+from mcp_proxy.monitoring.orders import Result
+from mcp_proxy.recent import FailureNote, SessionNote, shortened
 from mcp_proxy.shared_texts import LONGEST
+from mcp_proxy.storage.session import INIT_BODY, Session
+from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.headers import Headers
+from mcp_proxy.wire.jsonrpc import Request
 
 #: Seconds after a look for which workers write.
 LOOKED = 10.0
@@ -84,6 +89,27 @@ def write(counters: Counters, part: WorkerPart) -> None:
             return
 
 
+def note_of(record: Session, server: str, note: SessionNote | None) -> SessionNote:
+    """What is known of a session with this record; `note` is what this worker has noted of it."""
+    client = "" if note is None else note.client
+    try:
+        asked = jsonrpc.parse(record.metadata.get(INIT_BODY, "").encode())
+    except ClientError:  # a kind of session that begins with something else
+        asked = None
+    if not client and isinstance(asked, Request):
+        client = shortened(jsonrpc.names_in(asked.params)[1])
+    return SessionNote(
+        record.id[-8:],
+        server,
+        record.created_at,
+        record.created_at if note is None else note.last,
+        client,
+        0 if note is None else note.calls,
+        "" if note is None else note.error,
+        shortened(record.backend_url or "-"),
+    )
+
+
 def numbers_of(gauges: Mapping[Metric, float]) -> dict[str, float]:
     """The gauges that the page shows, by short names."""
     names = {SESSIONS: "sessions", STREAMS: "streams", STREAMS_LEFT: "streams_left"}
@@ -91,40 +117,132 @@ def numbers_of(gauges: Mapping[Metric, float]) -> dict[str, float]:
     return {name: gauges.get(metric, 0) for metric, name in names.items()}
 
 
-def document(page: MetricsPage, version: str) -> bytes:
+def document(page: MetricsPage, version: str, asked: Result | None = None) -> bytes:
     """Everything that the workers say, and what they have counted so far, as JSON.
 
-    `silent` is how many have not said how they are: workers look once somebody has begun to.
+    Those of other gunicorns that share the store are in it. `silent` is how many of this one have
+    not said how they are: workers look once somebody has begun to. `asked` is what they know of one
+    session.
     """
+    told = _own(page, version, _SHOWN_AT_ONCE)
+    others = _others(page)
+    shown = [told, *others]
+    everything: dict[str, Any] = {
+        **told,
+        "hosts": [each["host"] for each in shown],
+        "workers": [worker for each in shown for worker in each["workers"]],
+        "servers": _merged([server for each in shown for server in each["servers"]]),
+    }
+    for name, moment in (("sessions", "last"), ("failures", "at")):
+        notes = [note for each in shown for note in each[name]]
+        notes.sort(key=lambda note: float(note[moment]), reverse=True)
+        everything[name] = notes[:_SHOWN_AT_ONCE]
+    if asked is not None:
+        everything["asked"] = asked
+    return msgspec.json.encode(everything)
+
+
+def for_others(page: MetricsPage, version: str) -> bytes:
+    """What this gunicorn shows to others: as much as there is room for."""
+    for shown in _SHOWN:
+        text = msgspec.json.encode(_own(page, version, shown))
+        if len(text) <= LONGEST:
+            return text
+    return b"{}"
+
+
+def note_others(page: MetricsPage, slot: int, texts: list[str]) -> None:
+    """Has all workers know what others have shown, but for a text that is too long to be ours."""
+    short = [text for text in texts if len(text.encode()) <= LONGEST]
+    page.hosts.write(slot, msgspec.msgpack.encode(_Others(time.monotonic(), short)))
+
+
+class _Others(msgspec.Struct):
+    """The texts of other gunicorns, and when they were read by the machine's monotonic clock."""
+
+    at: float
+    texts: list[str]
+
+
+def _others(page: MetricsPage) -> list[dict[str, Any]]:
+    """What other gunicorns have shown lately; their times are those of this machine."""
+    read = [
+        msgspec.msgpack.decode(text, type=_Others)
+        for text in map(page.hosts.read, page.health())
+        if text
+    ]
+    latest = max(read, key=lambda each: each.at, default=None)
+    passed = 0.0 if latest is None else time.monotonic() - latest.at
+    if latest is None or passed > LOOKED:
+        return []
+    found = [_as_of_here(text, time.time() - passed) for text in latest.texts]
+    return sorted(filter(None, found), key=lambda told: str(told["host"]))
+
+
+def _as_of_here(text: str, read_at: float) -> dict[str, Any] | None:
+    """What another gunicorn has shown, its times by the clock of this machine, where that is when
+    it was read. None for what another version has shown in another form.
+    """
+    rows = (("workers", "began"), ("sessions", "began"), ("sessions", "last"), ("failures", "at"))
+    try:
+        told: dict[str, Any] = msgspec.json.decode(text)
+        late = read_at - told["now"]
+        for name, moment in rows:
+            for row in told[name]:
+                row[moment] += late
+        _merged(told["servers"])
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return None
+    return told
+
+
+def _own(page: MetricsPage, version: str, shown: int) -> dict[str, Any]:
+    """What the workers of this gunicorn say."""
     parts: dict[int, WorkerPart] = {}
     healths = page.health()
     for slot in healths:
         if text := page.texts.read(slot):
             parts[slot] = _parts.decode(text)
-    workers = [_worker(slot, healths[slot], part) for slot, part in sorted(parts.items())]
+    host = socket.gethostname()
     sessions = [
-        {"worker": slot, **msgspec.structs.asdict(note)}
+        {"host": host, "worker": slot, **msgspec.structs.asdict(note)}
         for slot, part in parts.items()
         for note in part.sessions
     ]
     sessions.sort(key=lambda note: note["last"], reverse=True)
     failures = [
-        {"worker": slot, **msgspec.structs.asdict(note)}
+        {"host": host, "worker": slot, **msgspec.structs.asdict(note)}
         for slot, part in parts.items()
         for note in part.failures
     ]
     failures.sort(key=lambda note: note["at"], reverse=True)
-    told = {
-        "host": socket.gethostname(),
+    return {
+        "host": host,
         "version": version,
         "now": time.time(),
-        "workers": workers,
+        "workers": [
+            {"host": host, **_worker(slot, healths[slot], part)}
+            for slot, part in sorted(parts.items())
+        ],
         "silent": sum(healths[slot] is Health.UNKNOWN or slot not in parts for slot in healths),
         "servers": _servers(parts, _counted(page)),
-        "sessions": sessions[:_SHOWN_AT_ONCE],
-        "failures": failures[:_SHOWN_AT_ONCE],
+        "sessions": sessions[:shown],
+        "failures": failures[:shown],
     }
-    return msgspec.json.encode(told)
+
+
+def _merged(servers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each server once, in its worst state, with the counts of all gunicorns."""
+    found: dict[str, dict[str, Any]] = {}
+    for server in servers:
+        known = found.setdefault(server["name"], server)
+        if known is server:
+            continue
+        if known["state"] == "ok":
+            known |= {name: server[name] for name in ("state", "reason")}
+        for name in ("calls", "errors"):
+            known[name] += server[name]
+    return list(found.values())
 
 
 def _worker(slot: int, health: Health, part: WorkerPart) -> dict[str, Any]:

@@ -254,8 +254,15 @@ class Owner:
         self.server, self._options = server, options
         self.caller_env = CallerEnv.of(server, self._env_for)
         self.spares.change(server, options)
-        if not is_other:
-            return
+        if is_other:
+            self._replace_children()
+
+    def restart(self) -> None:
+        """Has other processes take the place of those that there are, as `change` does."""
+        self.spares.restart()
+        self._replace_children()
+
+    def _replace_children(self) -> None:
         self.backoff.forget_all()
         with self._lock:
             self._form += 1

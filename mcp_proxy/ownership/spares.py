@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,7 @@ class Spares(Periodic):
         self._adopt(server, options)
         self._lock = lock  # guards what follows
         self._waiting: deque[_Spare] = deque()  # for somebody to take them, the oldest first
+        self._generation = 0
         self._under_way = 0
         self._has_failed = False  # to start: the next attempt is made after a session's own
         self._is_logged = False  # that they exit; until one is of use
@@ -120,6 +121,16 @@ class Spares(Periodic):
             if self.was_started:
                 outdated = [one for one in self._waiting if is_other_process(one.server, server)]
                 self._waiting = deque(one for one in self._waiting if one not in outdated)
+        self._end(outdated)
+
+    def restart(self) -> None:
+        """Ends those that there are; others are started in their place."""
+        with self._lock:
+            self._generation += 1
+            outdated, self._waiting = self._waiting, deque()
+        self._end(outdated)
+
+    def _end(self, outdated: Iterable[_Spare]) -> None:
         for spare in outdated:
             spare.stop()
         self._has_failed = False
@@ -231,6 +242,7 @@ class Spares(Periodic):
             if not self._has_room():
                 return
             self._under_way += 1
+            generation = self._generation
         spare = None
         try:
             if self._turns.take_ahead():
@@ -241,15 +253,17 @@ class Spares(Periodic):
         finally:
             with self._lock:
                 self._under_way -= 1
-                is_kept = spare is not None and self._is_wanted(spare)
+                is_kept = spare is not None and self._is_wanted(spare, generation)
                 if spare is not None and is_kept:
                     self._waiting.append(spare)
         if spare is not None and not is_kept:
             spare.stop()
 
-    def _is_wanted(self, spare: _Spare) -> bool:
-        """Whether one that has been started is of use. The lock is held."""
+    def _is_wanted(self, spare: _Spare, generation: int) -> bool:
+        """Whether one that was started in this generation is of use. The lock is held."""
         if self.is_stopping or spare.has_ended or self._server is None:
+            return False
+        if generation != self._generation:
             return False
         return not is_other_process(spare.server, self._server)
 

@@ -135,6 +135,12 @@ class RedisStorage(Storage):
             found = self.connection.client.get(f"{self.prefix}kept:{name}")
         return None if found is None else as_bytes(found).decode()
 
+    def put(self, name: str, value: str, ttl: float) -> str:
+        milliseconds = max(1, math.ceil(ttl * 1000))
+        with self.connection.mapped_errors(Use.GROW):
+            self.connection.client.set(f"{self.prefix}kept:{name}", value.encode(), px=milliseconds)
+        return value
+
     def check(self) -> None:
         key = f"{self.prefix}check"
         with self.connection.mapped_errors(Use.GROW):

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from mcp_proxy.background import SelectorWorker, Workers
-from mcp_proxy.config import take_from_environment
+from mcp_proxy.config import given_sockets, set_given_sockets, take_from_environment
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.replica import Replica, has_ended
 from mcp_proxy.server.answers import answer, refusal
@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 #: Where a new master finds the descriptors of a socket, and of its news, in its environment.
 ADMIN_VARIABLE = "MCP_ADMIN_SOCKET"
 CTL_VARIABLE = "MCP_CTL_SOCKET"
+
+# The name of the admin socket among those that systemd hands over, and the descriptor of the first
+# of these (sd_listen_fds(3)).
+_GIVEN_NAME = "admin"
+_FIRST_GIVEN = 3
 
 # Seconds for which a client may take to send its request and to read the answer.
 _TIME_LIMIT = 5.0
@@ -82,8 +87,7 @@ class AdminSocket:
         """The address for those who ask."""
         if self.listener.family == socket.AF_UNIX:
             return f"unix:{self.listener.getsockname()}"
-        host, port = self.listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://{address_of(self.listener)}"
 
     def hand_on(self, environ: dict[str, str]) -> None:
         """In the process that becomes a new master: leaves it the socket."""
@@ -109,6 +113,33 @@ class AdminSocket:
         with contextlib.suppress(OSError):
             self.news.recv(_LONGEST_ID)
         return False
+
+
+def address_of(listener: socket.socket) -> str:
+    """HOST:PORT of a TCP socket."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def given_by_systemd() -> socket.socket | None:
+    """The socket that systemd hands over under the name `admin`; None where there is none.
+
+    gunicorn would take it for one for clients, so it is taken out, and those behind it move up.
+    Raises ConfigError where it is no TCP socket.
+    """
+    names = given_sockets()
+    if _GIVEN_NAME not in names:
+        return None
+    at = names.index(_GIVEN_NAME)
+    given = socket.socket(fileno=os.dup(_FIRST_GIVEN + at))
+    for number in range(_FIRST_GIVEN + at, _FIRST_GIVEN + len(names) - 1):
+        os.dup2(number + 1, number, inheritable=False)
+    os.close(_FIRST_GIVEN + len(names) - 1)
+    set_given_sockets(names[:at] + names[at + 1 :])
+    if given.family not in (socket.AF_INET, socket.AF_INET6):
+        given.close()
+        raise ConfigError("the socket that systemd hands over as admin is no TCP socket")
+    return given
 
 
 def listening_at(address: str) -> socket.socket:

@@ -33,7 +33,8 @@ _USAGE = """mcp-wsgi-proxy [options] -- COMMAND ARG...
        mcp-wsgi-proxy [options] --config FILE
        mcp-wsgi-proxy check [--offline] [options] [-- COMMAND ARG...]
        mcp-wsgi-proxy key add|list|remove [options]
-       mcp-wsgi-proxy ctl [--ctl-socket PATH] status | end SESSION"""
+       mcp-wsgi-proxy ctl [options] status [SESSION] | end SESSION | restart SERVER
+       mcp-wsgi-proxy ctl [options] reload | keys"""
 
 _EPILOG = """Without a command and without a file the bundled demo server is served. Every option
 is also an environment variable: --session-ttl is MCP_PROXY_SESSION_TTL. "check" tries everything
@@ -52,6 +53,10 @@ _GROUPS = {
     "log_format": "log",
     "bind": "gunicorn",
 }
+
+# What `ctl` is told: alone, and about something.
+_CTL_ALONE = ("status", "reload", "keys")
+_CTL_ABOUT = ("status", "end", "restart")
 
 # The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "env_from", "cwd")
@@ -99,19 +104,24 @@ def _check(arguments: list[str]) -> int:
 
 def _ctl(arguments: list[str]) -> int:
     """The exit code of `ctl` with these arguments; raises ConfigError for what is none."""
+    from mcp_proxy.server import keys
     from mcp_proxy.server.ctl import ctl
 
     options, words = split_ctl(arguments)
-    return ctl(read_config(options), *words)
+    config = read_config(options)
+    return keys.show(config) if words == ["keys"] else ctl(config, *words)
 
 
 def split_ctl(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The options of `ctl`, and what it is told; raises ConfigError where that is nothing."""
-    count = 1 if arguments[-1:] == ["status"] else 2
-    options, words = arguments[:-count], arguments[-count:]
-    if words != ["status"] and words[:-1] != ["end"]:
-        raise ConfigError("ctl takes status, or end SESSION, behind the options")
-    return options, words
+    for known in (_CTL_ABOUT, _CTL_ALONE):
+        count = 2 if known is _CTL_ABOUT else 1
+        options, words = arguments[:-count], arguments[-count:]
+        if len(words) == count and words[0] in known:
+            return options, words
+    raise ConfigError(
+        "ctl takes status [SESSION], end SESSION, restart SERVER, reload or keys behind the options"
+    )
 
 
 def _require_readable_url(config: ProxyConfig) -> None:

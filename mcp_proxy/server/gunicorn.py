@@ -11,6 +11,7 @@ import mmap
 import os
 import random
 import secrets
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,6 +36,8 @@ from mcp_proxy.server.admin import (
     CTL_VARIABLE,
     AdminServer,
     AdminSocket,
+    address_of,
+    given_by_systemd,
     listening_at,
     listening_for_user,
 )
@@ -299,6 +302,7 @@ class Hooks:
                 *(lowered, self.config.max_sessions, files_to_have()),
             )
         try:
+            given = self._given_admin_socket()
             require_shared_sessions(self.config, server.cfg.workers, server.cfg.is_ssl)
             require_directory_and_cpus(self.config)
             require_keys(self.config)
@@ -309,7 +313,7 @@ class Hooks:
             for broken in self.config.broken():
                 log.error("%s: %s", self.config.config, broken)
             self._share_callers(server)
-            self._begin_counting(server)
+            self._begin_counting(server, given)
             if self.config.config is not None:
                 self._reloading = Reloading(self.config, server)
         except ConfigError as error:
@@ -323,24 +327,43 @@ class Hooks:
             _note_stop(server, self._table)
         _answer_signals(server, self.config, self._table, self._reloading)
 
-    def _begin_counting(self, server: Any) -> None:
-        """Makes what workers share of metrics, and the admin socket; raises ConfigError."""
+    def _given_admin_socket(self) -> socket.socket | None:
+        """The admin socket that systemd hands over; its address is that of the setting, too.
+
+        Raises ConfigError.
+        """
+        given = given_by_systemd()
+        if given is not None:
+            address = address_of(given)
+            self.config = msgspec.structs.replace(self.config, admin_bind=address)
+            set_in_environment("admin_bind", address)
+        return given
+
+    def _begin_counting(self, server: Any, given: socket.socket | None) -> None:
+        """Makes what workers share of metrics, and the admin socket, unless that is given.
+
+        Raises ConfigError.
+        """
         if not self.config.counts:
             return
         metrics.require_library()
         self._metrics = metrics.MetricsPage(max(_COUNTING, 2 * server.cfg.workers))
         if self.config.admin_bind is not None:
-            listen = partial(listening_at, self.config.admin_bind)
-            self._admin = AdminSocket(listen, ADMIN_VARIABLE)
+            address = self.config.admin_bind
+            self._admin = AdminSocket(lambda: given or listening_at(address), ADMIN_VARIABLE)
         if self.config.ctl_socket is not None:
             listen = partial(listening_for_user, self.config.ctl_socket)
             self._ctl = AdminSocket(listen, CTL_VARIABLE)
 
     def pre_exec(self, server: Any) -> None:
         """In the process that becomes a second master, which gets the sockets for operators."""
+        environ = server.cfg.env_orig
+        environ.pop("LISTEN_FDNAMES", None)  # they are not those that gunicorn hands on
+        if self.config.admin_bind is not None:
+            environ[f"{PREFIX}ADMIN_BIND"] = self.config.admin_bind
         for each in (self._admin, self._ctl):
             if each is not None:
-                each.hand_on(server.cfg.env_orig)
+                each.hand_on(environ)
 
     def _share_callers(self, server: Any) -> None:
         """Has all workers know and count callers alike, also those that come later.

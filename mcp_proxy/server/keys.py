@@ -9,16 +9,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 from mcp_proxy.auth.key_file import Unwritable, add, line_numbers, line_of, remove
 from mcp_proxy.auth.keys import Key, digest_of, new_key, parse_line, read, seconds_of
-from mcp_proxy.config import value_in_environment
+from mcp_proxy.config import ProxyConfig, value_in_environment
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.last_uses import last_use_of
+from mcp_proxy.server.ctl import key_uses
 
 _EPILOG = """The file is that of --api-keys, or of MCP_PROXY_API_KEYS. A running proxy notices each
-change within a second. Several keys of one name are one caller, so that a key can be replaced while
-its sessions go on: add the new one, then take the old line out."""
+change within a second; when a key was last used it says at --ctl-socket, or MCP_PROXY_CTL_SOCKET.
+Several keys of one name are one caller, so that a key can be replaced while its sessions go on: add
+the new one, then take the old line out."""
 
 _COLUMNS = ("NAME", "SERVERS", "SCOPES", "EXPIRES", "LAST USE", "DIGEST")
 
@@ -36,7 +40,29 @@ def run(arguments: Sequence[str]) -> int:
         return _add(path, given)
     if given.action == "remove":
         return _remove(path, given.name)
-    return _list(path)
+    socket = given.ctl_socket or value_in_environment("ctl_socket")
+    return _list(path, _uses_at(socket))
+
+
+def show(config: ProxyConfig) -> int:
+    """Prints the keys of a running proxy, each with its last use, and returns the exit code.
+
+    Raises ConfigError where there are none, or the proxy cannot be reached.
+    """
+    if config.api_keys is None or config.ctl_socket is None:
+        raise ConfigError("ctl keys needs the settings api_keys and ctl_socket of the proxy")
+    return _list(config.api_keys, key_uses(config.ctl_socket))
+
+
+def _uses_at(socket: str | None) -> Mapping[str, float]:
+    """The last uses of keys; none where no proxy can say."""
+    if socket is None:
+        return {}
+    try:
+        return key_uses(socket)
+    except ConfigError as error:
+        print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
+        return {}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -61,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     listing = actions.add_parser("list", help="who has keys; no key is shown")
     removing = actions.add_parser("remove", help="remove all keys of NAME")
     removing.add_argument("name", metavar="NAME", help="who loses them")
+    listing.add_argument(
+        "--ctl-socket", metavar="PATH", help="where a running proxy says when they were last used"
+    )
     for each in (adding, listing, removing):
         each.add_argument("--api-keys", metavar="FILE", help="the file of the keys")
     return parser
@@ -104,8 +133,9 @@ def _remove(path: str, name: str) -> int:
     return 0
 
 
-def _list(path: str) -> int:
-    rows = [_COLUMNS, *map(_row, sorted(read(path), key=lambda key: key.name))]
+def _list(path: str, uses: Mapping[str, float]) -> int:
+    keys = sorted(read(path), key=lambda key: key.name)
+    rows = [_COLUMNS, *(_row(key, last_use_of(key.digest, uses)) for key in keys)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -113,14 +143,18 @@ def _list(path: str) -> int:
     return 0
 
 
-def _row(key: Key) -> tuple[str, ...]:
-    """A line of the table. When a key was last used, only running workers could say."""
+def _row(key: Key, last_use: float | None) -> tuple[str, ...]:
+    """A line of the table."""
     servers = "all" if key.servers is None else ",".join(sorted(key.servers))
     expires = "never"
     if key.expires is not None:
-        moment = datetime.datetime.fromtimestamp(key.expires, datetime.UTC)
-        expires = moment.strftime("%Y-%m-%dT%H:%MZ")
-        if moment <= datetime.datetime.now(datetime.UTC):
+        expires = _as_text(key.expires)
+        if key.expires <= time.time():
             expires += " (over)"
+    used = "-" if last_use is None else _as_text(last_use)
     scopes = ",".join(sorted(key.scopes)) or "-"
-    return key.name, servers, scopes, expires, "-", key.digest[:_SHOWN_DIGITS]
+    return key.name, servers, scopes, expires, used, key.digest[:_SHOWN_DIGITS]
+
+
+def _as_text(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%MZ")

@@ -2,9 +2,9 @@
 
 The master alone reads the file, and what that names, and checks it. It publishes the servers to all
 workers (`shared_text`), also to those that start later: a mistake in the file is no worker's end.
-No worker is replaced. With `reload_on_change` the master reads the file when that has changed, too:
-it looks once a second, in a turn of gunicorn's own loop, since a thread of ours in the master would
-be there when it forks.
+No worker is replaced. The master reads the file, too, when an operator has told a worker that it is
+to, and with `reload_on_change` when it has changed: it looks once a second, in a turn of gunicorn's
+own loop, since a thread of ours in the master would be there when it forks.
 
 It relies on this in gunicorn, 27.0 or later: the arbiter's loop calls `maybe_promote_master` once a
 turn, a turn takes about a second at most, and a signal is answered by the method `handle_<name>` in
@@ -66,11 +66,10 @@ class Reloading:
         return self._table.servers
 
     def begin(self) -> None:
-        """Answers SIGHUP from now on, and looks at the file where that is wanted."""
+        """Answers SIGHUP from now on, and whatever else has the file read."""
         self._arbiter.handle_hup = self._on_hup
-        if self._config.reload_on_change:
-            self._in_each_turn = self._arbiter.maybe_promote_master
-            self._arbiter.maybe_promote_master = self._take_turn
+        self._in_each_turn = self._arbiter.maybe_promote_master
+        self._arbiter.maybe_promote_master = self._take_turn
 
     def _on_hup(self) -> None:
         if _has_log_files(self._arbiter.log):
@@ -78,10 +77,12 @@ class Reloading:
         self.reload()
 
     def _take_turn(self) -> None:
-        """What the loop does once a turn, and a look at the files once a second."""
+        """What the loop does once a turn, what an operator wants, and a look at the files."""
         self._in_each_turn()
+        if self._text.is_wanted:
+            self._on_hup()
         now = time.monotonic()
-        if now >= self._next_look:
+        if self._config.reload_on_change and now >= self._next_look:
             self._next_look = now + _LOOK
             if self._files.have_changed():
                 log.info("the file of servers has changed")
@@ -92,6 +93,13 @@ class Reloading:
 
         Where that cannot be read everything stays as it is, but for the reason why.
         """
+        began = time.monotonic()
+        try:
+            self._read_and_publish()
+        finally:
+            self._text.note_look(began)
+
+    def _read_and_publish(self) -> None:
         self._files.look()
         before = self._table
         try:

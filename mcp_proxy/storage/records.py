@@ -82,6 +82,10 @@ class Storage(ABC):
         """The text of that name, None where there is none, or no longer."""
         return None
 
+    def put(self, name: str, value: str, ttl: float) -> str:
+        """As `keep`, but the last writer's stands."""
+        return value
+
     @abstractmethod
     def event_log(self) -> EventLog:
         """The event log of this store's sessions; processes that share the store share it."""
@@ -245,11 +249,19 @@ class LocalStorage(Storage):
             kept, until = self._kept.get(name, (value, 0.0))
             if until > now:
                 return kept
-            self._kept[name] = (value, now + ttl)
-            self._kept.move_to_end(name)
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-            return value
+            return self._keep(name, value, now + ttl)
+
+    def put(self, name: str, value: str, ttl: float) -> str:
+        with self._lock:
+            return self._keep(name, value, self._clock() + ttl)
+
+    def _keep(self, name: str, value: str, until: float) -> str:
+        """The lock is held."""
+        self._kept[name] = (value, until)
+        self._kept.move_to_end(name)
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return value
 
     def kept(self, name: str) -> str | None:
         with self._lock:

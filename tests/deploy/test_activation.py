@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,24 +26,37 @@ _STOP_TIME = 30.0
 
 
 class Service(Startable):
-    """What systemd does: it keeps a socket, and starts the proxy with it."""
+    """What systemd does: it keeps sockets, by their names, and starts the proxy with them."""
 
-    def __init__(self, directory: Path, workers: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        workers: int,
+        names: Sequence[str] = ("mcp-wsgi-proxy.socket",),
+    ) -> None:
         self._directory = directory
         self.workers = workers
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self._sockets = {
+            name: socket.create_server(("127.0.0.1", 0), backlog=2048) for name in names
+        }
         self._process: subprocess.Popen[bytes] | None = None
-        self.base = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        (self.base,) = [self.base_of(name) for name in names if name != "admin"]
+
+    def base_of(self, name: str) -> str:
+        """The address of a socket."""
+        return f"http://127.0.0.1:{self._sockets[name].getsockname()[1]}"
 
     def start(self) -> None:
+        given = {name: each.fileno() for name, each in self._sockets.items()}
+        told = ",".join(f"{name}={number}" for name, number in given.items())
         with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, _ACTIVATOR, str(self._socket.fileno())),
+                    *(sys.executable, _ACTIVATOR, told),
                     *(sys.executable, "-m", "mcp_proxy", "--workers", str(self.workers)),
                     *("--session-dir", str(self._directory / "sessions"), "--", *SCRIPTED),
                 ],
-                pass_fds=[self._socket.fileno()],
+                pass_fds=list(given.values()),
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "MCP_PROXY_BIND": "127.0.0.1:1"},  # which nobody could bind
@@ -58,7 +71,8 @@ class Service(Startable):
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self.stop()
-        self._socket.close()
+        for each in self._sockets.values():
+            each.close()
 
     def log(self) -> str:
         return (self._directory / "log").read_text(errors="replace")
@@ -135,3 +149,22 @@ def test_who_connects_while_nothing_runs_is_answered_afterwards(service: Service
         service.start()
         early.settimeout(20)
         assert early.recv(64).startswith(b"HTTP/1.1 200 ")
+
+
+# --- the admin socket ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("admin", "main"), ("main", "admin")], ids=str)
+def test_the_admin_socket_of_systemd_is_known_by_its_name(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    with Service(tmp_path, 1, names) as service:
+        admin = service.base_of("admin")
+        eventually(lambda: requests.get(f"{service.base}/readyz", timeout=20).ok)
+        for _ in range(2):
+            assert requests.get(f"{admin}/metrics", timeout=20).ok
+            assert requests.get(f"{admin}/mcp", timeout=20).status_code == 404
+            assert requests.get(f"{service.base}/metrics", timeout=20).status_code == 404
+            assert f"metrics and probes at {admin}/metrics" in service.log()
+            service.stop()
+            service.start()

@@ -47,7 +47,7 @@ ORDER = (
             "rate_buckets",
         ),
     ),
-    ("recent", "shared_texts"),
+    ("recent", "shared_texts", "last_uses"),
     ("wire",),
     ("errors",),
 )

@@ -19,6 +19,7 @@ from mcp_proxy.metrics import MetricsPage
 from mcp_proxy.monitoring.status import WorkerPart, document, html, html_headers, write
 from mcp_proxy.recent import MAX_FAILURES, MAX_SESSIONS, Recent
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
+from tests.support.waiting import eventually
 
 HOSTILE = '</script><img src=x onerror="alert(1)">\x1b[31m\u202e'
 
@@ -63,6 +64,33 @@ def test_it_shows_servers_workers_and_sessions(app: Application) -> None:
     assert shown["calls"] == 3
     client.delete()
     assert status_of(app)["sessions"] == []
+
+
+def test_a_session_is_shown_by_its_whole_id_alone(app: Application, page: MetricsPage) -> None:
+    client = McpClient(WsgiFront(app), "/mcp").open()
+    session = client.session or ""
+    for number in range(MAX_SESSIONS):
+        metrics.use_own().recent.note_call(f"other-{number:08d}", "default")
+
+    def asked(session_id: str) -> Any:
+        def look() -> Any:
+            headers = {"Mcp-Session-Id": session_id}
+            answer = Client(app.monitoring).get(
+                "/status.json", base_url="http://127.0.0.1", headers=headers
+            )
+            found = answer.json["asked"]  # type: ignore[index]
+            return found if found["outcome"] != "pending" else None
+
+        return eventually(look, 20)
+
+    app.monitoring.keep()
+    shown = asked(session)["session"]
+    assert (shown["id"], shown["server"]) == (session[-8:], "default")
+    assert shown["backend"].startswith("worker://")
+    assert "test" in shown["client"]
+    for unknown in (session[-8:], "never-issued", session + "0"):
+        assert asked(unknown) == {"outcome": "unknown", "reason": "", "session": None}
+    assert "asked" not in status_of(app)
 
 
 def test_a_server_that_exits_is_a_failure_with_the_end_of_its_stderr(app: Application) -> None:

@@ -23,6 +23,7 @@ from tests.proofs import (
     hostile,
     memory,
     metrics,
+    pages,
     passing,
     questions,
     reload,
@@ -72,6 +73,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "homes": homes.homes,
     "spares": spares.spares,
     "reload": reload.reload,
+    "pages": pages.pages,
 }
 
 

@@ -57,3 +57,18 @@ def test_there_is_none_unless_one_is_set() -> None:
         assert shared_text.current() is text
     finally:
         shared_text.set_current(None)
+
+
+def test_what_was_wanted_before_the_master_began_to_look_has_been_done() -> None:
+    text = SharedText()
+    assert not text.is_wanted
+    text.want(5.0)
+    text.want(4.0)
+    assert text.is_wanted
+    text.note_look(4.5)
+    assert text.is_wanted
+    text.note_look(5.5)
+    assert not text.is_wanted
+    assert text.looked_at() == 5.5
+    text.want(5.2)  # somebody was slow to say so
+    assert not text.is_wanted

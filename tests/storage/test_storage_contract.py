@@ -507,6 +507,14 @@ class TestKeep:
         assert house.storage.keep("n", "third", 10) == "third"
         assert house.storage.kept("n") == "third"
 
+    def test_what_is_put_stands_in_place_of_what_was_kept(self, house: House) -> None:
+        assert house.storage.keep("n", "first", 10) == "first"
+        assert house.storage.put("n", "é 2", 20) == "é 2"
+        house.pass_time(11)
+        assert house.storage.kept("n") == "é 2"
+        house.pass_time(10)
+        assert house.storage.kept("n") is None
+
     def test_of_many_at_once_one_stands(self, storage: Storage) -> None:
         values = [str(number) for number in range(THREADS)]
         found = run_together([partial(storage.keep, "n", value, 60.0) for value in values])

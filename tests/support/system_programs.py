@@ -29,5 +29,6 @@ def with_libraries(program: str) -> dict[str, str]:
     if root.parent != ROOT:
         return dict(os.environ)
     found = [str(path) for path in (*root.glob("usr/lib/*-linux-gnu*"), root / "usr/lib/systemd")]
-    found += [str(path) for path in root.glob("usr/lib/*-linux-gnu*/systemd")]
+    for folder in ("systemd", "pulseaudio"):
+        found += [str(path) for path in root.glob(f"usr/lib/*-linux-gnu*/{folder}")]
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(found)}

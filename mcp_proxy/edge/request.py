@@ -29,7 +29,14 @@ from mcp_proxy.errors import (
     ProxyError,
 )
 from mcp_proxy.wire import headers
-from mcp_proxy.wire.jsonrpc import Batch, Message
+from mcp_proxy.wire.jsonrpc import (
+    CANCELLED,
+    Batch,
+    Message,
+    Notification,
+    Request,
+    cancelled_id_of,
+)
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -56,6 +63,9 @@ _NEVER_HELD = frozenset({"ping", "tasks/get", "tasks/cancel"})
 
 #: Where it has what counts the calls of a session that have a thread.
 ADMIT = "mcp_proxy.admit"
+
+#: Where it has what cancels a call that waits to have one.
+CANCEL = "mcp_proxy.cancel"
 
 #: What our worker class says of a request that another worker has given to it.
 WAS_PASSED = "mcp_proxy.was_passed"
@@ -242,13 +252,23 @@ class ClientRequest:
         """Raises Passed where calls of this session have as many threads as those of one may have.
 
         The request then comes again, when one of them has ended; Overloaded is raised for one that
-        cannot. To be called for a request that waits for an answer, before anything is done.
+        cannot, Cancelled for one that was cancelled until then. To be called for a request that
+        waits for an answer, before anything is done.
         """
         admit = None if self.rpc in _NEVER_HELD else self.environ.pop(ADMIT, None)
-        if admit is not None and not admit(session_id, self.body, self.id):
-            raise Passed
+        if admit is not None:
+            call = self.message.id if isinstance(self.message, Request) else None
+            if not admit(session_id, self.body, self.id, call):
+                raise Passed
         if PASS_TO not in self.environ:
             self.body = b""
+
+    def cancels_waiting(self, session_id: str, notification: Notification) -> bool:
+        """Whether a notification has cancelled a call of its session that was put off (`admit`), of
+        which the server has nothing.
+        """
+        cancel = self.environ.get(CANCEL) if notification.method == CANCELLED else None
+        return cancel is not None and cancel(session_id, cancelled_id_of(notification))
 
     def stay(self) -> None:
         """From now on the request is neither another worker's nor put off."""

@@ -70,7 +70,7 @@ from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
 from mcp_proxy.edge.forwarded import COOKIES_KNOWN
-from mcp_proxy.edge.request import ADMIT, PASS_TO, WAS_PASSED
+from mcp_proxy.edge.request import ADMIT, CANCEL, PASS_TO, WAS_PASSED
 from mcp_proxy.errors import Overloaded, ProxyError
 from mcp_proxy.server.answers import (
     PIECE,
@@ -879,6 +879,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             environ[PASS_TO] = self.giving.seam(conn, req, response)
         if conn.is_plain:
             environ[ADMIT] = self.shares.seam(conn, req, response)
+            environ[CANCEL] = self.shares.cancel
 
     def _answer_request(self, req: Any, conn: Connection) -> bool:
         environ: dict[str, Any] = {}

@@ -644,9 +644,12 @@ class TransparentProxy(Transport):
     # --- in a session ----------------------------------------------------------------------------
 
     def _in_session(self, inbound: Inbound, session: Session) -> Reply:
-        if inbound.message is not None and _has_request(inbound.message):
-            inbound.request.admit(session.id)
-        if inbound.request.method == "DELETE":
+        request, message = inbound.request, inbound.message
+        if message is not None and _has_request(message):
+            request.admit(session.id)
+        if isinstance(message, Notification) and request.cancels_waiting(session.id, message):
+            return empty_reply(202)
+        if request.method == "DELETE":
             return self._delete(inbound, session)
         for _ in range(_ATTEMPTS - 1):
             try:

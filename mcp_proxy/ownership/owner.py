@@ -225,6 +225,7 @@ class Owner:
         self._pending = 0  # children that are about to be held
         self._form = 0  # how often what starts a process has changed
         self._is_closing = False
+        self._has_given_way = False
         self._owners = parts.owners
         self._owners.append(self)  # until it is closed
 
@@ -261,9 +262,18 @@ class Owner:
             self._sweeper.start()
         self._sweeper.wake()
 
+    def give_way(self) -> None:
+        """Has another owner of this replica take over the sessions: their children end with this
+        one, they do not.
+        """
+        self._has_given_way = True
+
     def end_all(self) -> None:
-        """Ends every session that has its child here, for good: the server was removed."""
-        for url, held in self._held_copy().items():
+        """Ends every session that has its child here, for good: the server was removed. If another
+        owner has the sessions by now, only what is here ends.
+        """
+        ending = {} if self._has_given_way else self._held_copy()
+        for url, held in ending.items():
             try:
                 self.manager.end(held.session_id)
             except StorageError as error:  # it expires

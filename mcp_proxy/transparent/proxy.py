@@ -328,6 +328,10 @@ class TransparentProxy(Transport):
         self.shut_down()
         return True
 
+    def give_way(self) -> None:
+        if self._bridge is not None:
+            self._bridge.front.give_way()
+
     def shut_down(self) -> None:
         """Aborts the running calls, stops the threads and closes idle connections."""
         self.refresher.stop()

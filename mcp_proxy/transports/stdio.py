@@ -104,6 +104,9 @@ class StdioTransport(Transport):
         self.owner.end_all()
         return True
 
+    def give_way(self) -> None:
+        self.owner.give_way()
+
     @property
     def is_shared(self) -> bool:
         return self.owner.relay is not None

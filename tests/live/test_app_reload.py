@@ -188,6 +188,24 @@ def test_a_removed_server_has_no_process_and_may_come_back_without_its_sessions(
     assert client_at("two").initialize().status == 404
 
 
+def test_sessions_go_on_where_a_removed_server_is_back_before_they_have_ended(
+    app: Application, file: Path, client_at: Callable[[str], McpClient]
+) -> None:
+    client, idle = client_at("one").open(), client_at("one").open()
+    pid = client.result("count")["pid"]
+    write(file, two=ENTRY)
+    app.reload()
+    assert client.call("count").status == 404
+    write(file, one=ENTRY)
+    app.reload()
+    again = client.result("count")
+    assert again["pid"] != pid
+    eventually(lambda: "leaving=0" in repr(app.mounts))
+    eventually(lambda: not is_alive(pid))
+    assert client.result("count") == {"calls": 2, "pid": again["pid"]}
+    assert idle.result("count")["calls"] == 1
+
+
 def test_servers_can_be_given(app: Application, client_at: Callable[[str], McpClient]) -> None:
     client = client_at("one").open()
     pid = client.result("count")["pid"]

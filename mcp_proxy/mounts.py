@@ -247,6 +247,8 @@ class Mounts:
                 continue  # it has nothing that would have to end
             if name in made or name not in after:
                 is_removed = type(server) is not type(after.get(name))
+                if not is_removed:
+                    _give_way(transports)
                 leaving = _Leaving(server, transports, is_removed, now)
                 self._leaving = (*self._leaving, leaving)
         for leaving in self._leaving:
@@ -260,8 +262,7 @@ class Mounts:
         """
         if type(leaving.server) is not type(self.current.servers[leaving.server.name]):
             return leaving
-        for transport in leaving.transports.values():
-            transport.give_way()
+        _give_way(leaving.transports)
         return leaving._replace(is_removed=False)
 
     def _drop_records(self, name: str) -> None:
@@ -404,6 +405,11 @@ class Mounts:
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         return self._edge.serve(environ, start_response, _removed)
+
+
+def _give_way(transports: _Transports) -> None:
+    for transport in transports.values():
+        transport.give_way()
 
 
 def _is_unserved(composition: Composition, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 from mcp_proxy import Application, ConfigError, HttpServer, ProxyConfig, StdioServer, create_app
 from mcp_proxy.eras.legacy_home import LegacyHome
 from tests.servers.http_backend import HttpBackend
+from tests.support.era_servers import EraServerProcess
 from tests.support.front import SCRIPTED, McpClient
-from tests.support.modern_client import ModernClient, server_of
+from tests.support.modern_client import SAMPLED, ModernClient, called, server_of
 from tests.support.proxy_process import is_alive
 from tests.support.redis_server import RedisServer
 from tests.support.reloads import ENTRY, write
@@ -309,6 +310,59 @@ def test_urls_of_servers_that_are_given() -> None:
         app.reload([HttpServer("default", (backend.url,), ("X-Key: a",))])
         assert client.call("tools/call").has_succeeded
         assert backend.last.header("X-Key") == "a"
+
+
+@pytest.fixture
+def modern() -> Iterator[EraServerProcess]:
+    with EraServerProcess("modern") as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "redis", "relayed"])
+def replicas(
+    request: pytest.FixtureRequest, file: Path, redis_server: RedisServer, redis_prefix: str
+) -> Iterator[list[Application]]:
+    """An application that sweeps often, perhaps with another one that relays to it."""
+    settings: dict[str, Any] = {"config": str(file), "input_timeout": 1.0}
+    if request.param != "memory":
+        settings |= {"redis_url": redis_server.url, "redis_prefix": redis_prefix}
+    with ExitStack() as stack:
+        count = 2 if request.param == "relayed" else 1
+        yield [stack.enter_context(create_app(ProxyConfig(**settings))) for _ in range(count)]
+
+
+def test_calls_in_flight_over_a_bridge_end_well_and_later_ones_go_to_the_changed_server(
+    replicas: list[Application], file: Path, modern: EraServerProcess
+) -> None:
+    def reload(form: str, apps: list[Application]) -> None:
+        write(file, web={"url": modern.url, "headers": {"X-Form": form}})
+        for app in apps:
+            app.reload()
+
+    def form_of_last(rpc: str) -> str:
+        form: str = modern.requests(rpc)[-1]["x-form"]
+        return form
+
+    reload("1", replicas)
+    with ExitStack() as stack:
+        owner, other = (stack.enter_context(closing(LocalFront(replicas[at]))) for at in (0, -1))
+        client = McpClient(owner, "/servers/web/mcp").open("2025-11-25")
+        relayed = client.at(other)
+        asking = client.call("tools/call", called("ask", kind="sampling")).stream()
+        question = next(asking)
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        slow = pool.submit(relayed.result, "tools/call", called("slow", seconds=4))
+        modern.await_line("started")
+        reload("2", replicas[:1])
+        assert not relayed.result("tools/call", called("pid")).get("isError")
+        reload("2", replicas)
+        assert not client.result("tools/call", called("pid")).get("isError")
+        assert form_of_last("tools/call") == "2"
+        assert not slow.done()
+        assert slow.result()["structuredContent"]["label"] == ""
+        client.post({"jsonrpc": "2.0", "id": question["id"], "result": SAMPLED})
+        assert next(asking)["result"]["structuredContent"]["answers"]["sampling"] == SAMPLED
+        eventually(lambda: all("leaving=0" in repr(app.mounts) for app in replicas))
 
 
 def test_a_server_that_changes_while_it_is_asked_what_it_speaks_is_asked_anew(

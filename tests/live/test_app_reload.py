@@ -11,8 +11,19 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy import Application, ConfigError, HttpServer, ProxyConfig, StdioServer, create_app
+from mcp_proxy import (
+    Application,
+    ConfigError,
+    HttpServer,
+    ProxyConfig,
+    StdioServer,
+    create_app,
+    shared_text,
+)
 from mcp_proxy.eras.legacy_home import LegacyHome
+from mcp_proxy.server_table import ServerTable, encode
+from mcp_proxy.servers import Server
+from mcp_proxy.shared_text import SharedText
 from tests.servers.http_backend import HttpBackend
 from tests.support.era_servers import EraServerProcess
 from tests.support.front import SCRIPTED, McpClient
@@ -20,6 +31,7 @@ from tests.support.modern_client import SAMPLED, ModernClient, called, server_of
 from tests.support.proxy_process import is_alive
 from tests.support.redis_server import RedisServer
 from tests.support.reloads import ENTRY, write
+from tests.support.tls import Certificates
 from tests.support.transparent import LocalFront
 from tests.support.waiting import eventually
 
@@ -229,6 +241,40 @@ def test_what_is_served_without_a_file_keeps_its_name() -> None:
             app.reload([SERVER])
         app.reload()
         assert client.result("count")["calls"] == 1
+
+
+@pytest.fixture
+def published() -> Iterator[SharedText]:
+    """What a master would publish to the applications of this process."""
+    text = SharedText()
+    shared_text.set_current(text)
+    yield text
+    shared_text.set_current(None)
+
+
+def test_servers_that_could_not_be_served_are_tried_again(
+    file: Path, published: SharedText, tmp_path: Path
+) -> None:
+    authorities = tmp_path / "own-ca.pem"
+    good = Path(Certificates(tmp_path).path("ca.pem")).read_bytes()
+    authorities.write_bytes(good)
+
+    def publish(*names: str) -> None:
+        servers: list[Server] = [StdioServer(name, SCRIPTED, timeout=50) for name in names]
+        published.publish(encode(ServerTable(str(file), servers)))
+
+    publish("one")
+    config = ProxyConfig(config=str(file), ca_file=str(authorities))
+    with create_app(config) as app, closing(LocalFront(app)) as front:
+        client = McpClient(front, "/servers/one/mcp").open()
+        other = McpClient(front, "/servers/two/mcp")
+        authorities.write_text("nonsense")
+        publish("one", "two")
+        assert other.initialize().status == 404
+        assert client.result("count")["calls"] == 1
+        authorities.write_bytes(good)
+        eventually(lambda: other.initialize().status == 200)
+        assert client.result("count")["calls"] == 2
 
 
 # --- HTTP servers --------------------------------------------------------------------------------

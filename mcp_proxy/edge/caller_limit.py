@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Self
 
 from mcp_proxy import rate_buckets
@@ -51,7 +51,8 @@ class CallerLimit:
         """Counts the requests in what a POST carries to the server of this name; raises RateLimited
         where its caller may have no more of them.
 
-        Notifications and responses are free. Of a batch all are counted, or none.
+        Notifications and responses are free. Of a batch all are counted, or none. Who has read a
+        request before, as another worker that has passed it, has counted it.
         """
         if isinstance(message, Request):
             self.take(name, request, 1)
@@ -62,14 +63,15 @@ class CallerLimit:
 
     def take(self, name: str, request: ClientRequest, count: int) -> None:
         """As `count`, for so many requests."""
+        if request.is_counted:
+            return
         rate = self._rate
         if count > rate.burst:
             raise RateLimited(
                 f"A batch of {count} requests is too large: {rate.burst} may come at once"
             )
         key = key_of(name, self._server, self._caller_of(request))
-        buckets = rate_buckets.current()
-        wait = buckets.take(key, rate, count, time.monotonic())
+        wait = rate_buckets.current().take(key, rate, count, time.monotonic())
         if wait:
             seconds = math.ceil(wait)
             raise RateLimited(
@@ -77,7 +79,7 @@ class CallerLimit:
                 f"{in_seconds(seconds)}",
                 seconds,
             )
-        request.take_back = partial(buckets.give_back, key, rate, count)
+        request.is_counted = True
 
     def _caller_of(self, request: ClientRequest) -> str:
         if request.principal_name is not None:

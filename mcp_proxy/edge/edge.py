@@ -131,8 +131,6 @@ class Edge:
             try:
                 reply = self._answer(request, handle, is_own, server)
             except Passed:
-                if request.take_back is not None:
-                    request.take_back()
                 start_response(STATUS_LINES[202], [])  # nobody gets it
                 return []
             try:

@@ -70,6 +70,9 @@ CANCEL = "mcp_proxy.cancel"
 #: What our worker class says of a request that another worker has given to it.
 WAS_PASSED = "mcp_proxy.was_passed"
 
+#: What it says of one that was counted for its caller (`rate_limit`) when it was read before.
+WAS_COUNTED = "mcp_proxy.was_counted"
+
 # Where servers tell the whole target: gunicorn and werkzeug, and uWSGI and mod_wsgi.
 _WHOLE_TARGETS = ("RAW_URI", "REQUEST_URI")
 
@@ -126,6 +129,7 @@ class ClientRequest:
         "failure",
         "id",
         "is_answered_elsewhere",
+        "is_counted",
         "is_encoded",
         "is_relayed",
         "is_standing",
@@ -144,7 +148,6 @@ class ClientRequest:
         "session",
         "session_id",
         "started",
-        "take_back",
     )
 
     def __init__(self, environ: WSGIEnvironment, ids: RequestIds, server: str = "") -> None:
@@ -176,8 +179,8 @@ class ClientRequest:
         self.failure: ProxyError | None = None
         #: What the request asks for, where that is counted, once there is an answer.
         self.operations: Operations | None = None
-        #: Has it count for nothing, where it was counted: it comes again, here or elsewhere.
-        self.take_back: Callable[[], None] | None = None
+        #: Whether it was counted for its caller, here or where it was read before.
+        self.is_counted = WAS_COUNTED in environ
         self.lacks: ClientError | None = None
         self.principal: Principal | None = None
         self.principal_name: str | None = None
@@ -243,7 +246,9 @@ class ClientRequest:
         of reach, or better relayed to, nothing happens, then and later.
         """
         give = self.environ.pop(PASS_TO, None)
-        if give is not None and give(replica_id, session_id, self.body, self.id, is_stream):
+        if give is not None and give(
+            replica_id, session_id, self.body, self.id, is_stream, self.is_counted
+        ):
             raise Passed
         if ADMIT not in self.environ:
             self.body = b""
@@ -258,7 +263,7 @@ class ClientRequest:
         admit = None if self.rpc in _NEVER_HELD else self.environ.pop(ADMIT, None)
         if admit is not None:
             call = self.message.id if isinstance(self.message, Request) else None
-            if not admit(session_id, self.body, self.id, call):
+            if not admit(session_id, self.body, self.id, self.is_counted, call):
                 raise Passed
         if PASS_TO not in self.environ:
             self.body = b""

@@ -17,8 +17,9 @@ from mcp_proxy.server.answers import Gathering
 from mcp_proxy.server.connection import Connection
 from mcp_proxy.server.passing import Held, can_be_passed, rebuilt
 
-# What the application calls: (session, body, id of the request, id of the call, None for a batch).
-Admit = Callable[[str, bytes, str, RequestId | None], bool]
+# What the application calls: (session, body, id of the request, is counted, id of the call). A batch
+# has no id.
+Admit = Callable[[str, bytes, str, bool, RequestId | None], bool]
 
 
 class Shares:
@@ -59,6 +60,7 @@ class Shares:
         session: str,
         body: bytes,
         request_id: str,
+        is_counted: bool,
         call: RequestId | None,
     ) -> bool:
         """Whether a call may go on; else nobody gets what the application answers.
@@ -74,7 +76,8 @@ class Shares:
         is_whole = len(head) <= conn.max_header_bytes and can_be_passed(req, len(body))
         if response.headers_sent or not is_whole:
             raise Overloaded("The session has as many calls under way as it may have at once")
-        conn.held = Held(conn.to_read_again(head + body, session), time.monotonic())
+        again = conn.to_read_again(head + body, session, is_counted)
+        conn.held = Held(again, time.monotonic())
         with self._lock:
             self._put_off[conn] = (session, call)
         response.sock = Gathering()

@@ -17,8 +17,8 @@ from mcp_proxy.server.answers import Gathering
 from mcp_proxy.server.connection import Connection
 from mcp_proxy.server.passing import Held, can_be_passed, rebuilt
 
-# What the application calls: (session, body, id of the request, is counted, id of the call). A batch
-# has no id.
+# What the application calls: (session, body, id of the request, is counted, id of the call). A
+# batch has none.
 Admit = Callable[[str, bytes, str, bool, RequestId | None], bool]
 
 

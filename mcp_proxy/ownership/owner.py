@@ -252,7 +252,7 @@ class Owner:
             self._form += 1
             others = [*self._starting, *(held.backend for held in self._held.values())]
             for backend in others:
-                backend.is_outdated = True
+                backend.outdate(options.request_timeout)
         if others:
             self._hasten_sweep()
 
@@ -776,7 +776,8 @@ class Owner:
             try:
                 self._hold(url, claimed, backend)
                 with self._lock:
-                    backend.is_outdated = backend.is_outdated or form != self._form
+                    if form != self._form:
+                        backend.outdate(self._options.request_timeout)
                 result = {BACKEND_URL: url, **self._binding_of(backend)}
                 is_settled = claims.settle(self.manager, claimed, **result)
             finally:
@@ -844,7 +845,8 @@ class Owner:
         bridge.on_close = partial(self.spawned, bridge)
         with self._lock:
             self._starting.add(bridge)
-            bridge.is_outdated = form != self._form
+            if form != self._form:
+                bridge.outdate(self._options.request_timeout)
         if self._is_closing:  # `close` may not have seen this one
             self._end_start(bridge)
             raise Draining

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,30 @@ def test_a_process_is_replaced_where_another_one_would_be_started(
     after = client.result("count")
     assert (after["pid"] != before) == is_new
     assert is_alive(before) != is_new or eventually(lambda: not is_alive(before))
+
+
+def test_a_process_whose_calls_always_overlap_is_replaced_in_the_time_of_a_call(
+    app: Application, file: Path, client_at: Callable[[str], McpClient]
+) -> None:
+    write(file, one={**ENTRY, "timeout": 3})
+    app.reload()
+    client = client_at("one").open()
+    before = client.result("count")["pid"]
+    calls: list[Future[Any]] = []
+    with ThreadPoolExecutor(16) as pool:
+
+        def is_new() -> bool:
+            calls.append(pool.submit(client.result, "sleep", {"seconds": 1}))
+            time.sleep(0.1)  # the last one is under way, and nine others
+            return client.result("environment")["environ"].get("A") == "new"
+
+        assert not is_new()
+        write(file, one={**ENTRY, "timeout": 3, "env": {"A": "new"}})
+        app.reload()
+        eventually(is_new, 20)
+        assert len(calls) > 3
+        assert [call.result()["slept"] for call in calls] == [1] * len(calls)
+    eventually(lambda: not is_alive(before))
 
 
 def test_spares_of_another_command_end(file: Path) -> None:

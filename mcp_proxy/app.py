@@ -83,9 +83,8 @@ class Application:
         self.edge = Edge(config, workers, authenticator)
         self._reloading = threading.Lock()  # guards changes of what follows
         self._generation = 0  # of the published text that was taken, or tried, last
-        # The pause before that is tried again, and when it ends (monotonic); None: it was taken.
-        self._pause = _FIRST_PAUSE
-        self._next_try: float | None = None
+        self._pause = _FIRST_PAUSE  # before it is tried again
+        self._next_try: float | None = None  # monotonic; None: it was taken
         self._text = self._published()
         self._has_begun = False
         self._table = self._first_table()

@@ -224,8 +224,7 @@ class Owner:
         self._ended: set[str] = set()
         self._pending = 0  # children that are about to be held
         self._form = 0  # how often what starts a process has changed
-        self._is_closing = False
-        self._has_given_way = False
+        self._is_closing = self._has_given_way = False
         self._owners = parts.owners
         self._owners.append(self)  # until it is closed
 

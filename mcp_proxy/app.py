@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -45,6 +46,10 @@ log = logging.getLogger(__name__)
 # Seconds between two looks at what the master has published, and at what is about to end.
 _LOOK = 1.0
 
+# Seconds before servers that could not be served are tried again: at first, and at most.
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 60.0
+
 
 class Application:
     """The proxy as one WSGI application: `/mcp` or `/servers/<name>/mcp`, and health.
@@ -78,7 +83,9 @@ class Application:
         authenticator = Authenticator.of(config, authenticate, workers, self._tokens)
         self.edge = Edge(config, workers, authenticator)
         self._reloading = threading.Lock()  # guards changes of what follows
-        self._generation = 0  # of the published text that is served
+        self._generation = 0  # of the published text that was taken, or tried, last
+        self._pause = _FIRST_PAUSE  # before it is tried again
+        self._next_try: float | None = None  # monotonic; None: it was taken
         self._text = self._published()
         self._has_begun = False
         self._table = self._first_table()
@@ -326,18 +333,27 @@ class Application:
     def _take_published(self, text: SharedText) -> None:
         """Serves what the master has published; others that have come for the same wait for it.
 
-        What cannot be served here changes nothing, and /readyz says why.
+        What cannot be served here changes nothing, and /readyz says why. It is tried again later,
+        after longer and longer pauses, not at each request, which would meet the same failure.
         """
         with self._reloading:
             generation, data = text.read()
-            if generation == self._generation:
+            if generation != self._generation:
+                self._pause = _FIRST_PAUSE
+            elif self._next_try is None or time.monotonic() < self._next_try:
                 return
             try:
                 self._serve(decode(data))
-            except ConfigError as error:
-                log.error("the servers stay as they are here: %s", error)
+            except Exception as error:
+                is_foreseen = isinstance(error, ConfigError)
+                sentence = "the servers stay as they are here, for now: %s"
+                log.error(sentence, error, exc_info=not is_foreseen)
                 self._table = self._table.failed(error)
-            finally:  # else every request would meet the same failure
+                self._next_try = time.monotonic() + self._pause
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            else:
+                self._next_try = None
+            finally:  # not before: requests look at it, and wait here
                 self._generation = generation
 
     def _serve(self, table: ServerTable) -> None:

@@ -94,9 +94,12 @@ class Composition(NamedTuple):
 
 
 class _Leaving(NamedTuple):
-    """The transports of a server that has others now or, where it `is_removed`, none."""
+    """The transports of a server that has others now or, where it `is_removed`, none.
 
-    name: str
+    One that was removed and is back, as the same kind of server, has others: its sessions go on.
+    """
+
+    server: Server
     transports: _Transports
     is_removed: bool
     since: float  # monotonic
@@ -228,10 +231,11 @@ class Mounts:
                 continue
             with self._lock:
                 self._leaving = tuple(each for each in self._leaving if each is not leaving)
-                if leaving.is_removed and self._is_unserved(leaving.name):
-                    self._drop_records(leaving.name)
+                if leaving.is_removed and _is_unserved(self.current, leaving.server.name):
+                    self._drop_records(leaving.server.name)
             if leaving.is_removed:
-                log.info("[%s] the server was removed, and its sessions have ended", leaving.name)
+                name = leaving.server.name
+                log.info("[%s] the server was removed, and its sessions have ended", name)
 
     def _goes_on(self, server: Server) -> bool:
         """Whether the transports of a server stay."""
@@ -278,19 +282,34 @@ class Mounts:
         """Has those end that were replaced or removed. The lock is held."""
         now = time.monotonic()
         after = self.current.servers
+        was_unserved = [name for name in made if _is_unserved(before, name)]
+        self._leaving = tuple(
+            self._given_way(each) if each.server.name in was_unserved else each
+            for each in self._leaving
+        )
         for name, transports in before.transports.items():
-            if isinstance(before.servers[name], UnservedServer):
+            server = before.servers[name]
+            if isinstance(server, UnservedServer):
                 continue  # it has nothing that would have to end
             if name in made or name not in after:
-                is_removed = type(before.servers[name]) is not type(after.get(name))
-                leaving = _Leaving(name, transports, is_removed, now)
+                is_removed = type(server) is not type(after.get(name))
+                if not is_removed:
+                    _give_way(transports)
+                leaving = _Leaving(server, transports, is_removed, now)
                 self._leaving = (*self._leaving, leaving)
         for leaving in self._leaving:
-            if leaving.is_removed and leaving.name in made and not self._is_unserved(leaving.name):
-                self._drop_records(leaving.name)  # they are not for a server of another kind
+            name = leaving.server.name
+            if leaving.is_removed and name in made and not _is_unserved(self.current, name):
+                self._drop_records(name)  # they are not for a server of another kind
 
-    def _is_unserved(self, name: str) -> bool:
-        return isinstance(self.current.servers.get(name, None), UnservedServer | None)
+    def _given_way(self, leaving: _Leaving) -> _Leaving:
+        """One whose server is back, perhaps as one of another kind, which has no use for its
+        sessions.
+        """
+        if type(leaving.server) is not type(self.current.servers[leaving.server.name]):
+            return leaving
+        _give_way(leaving.transports)
+        return leaving._replace(is_removed=False)
 
     def _drop_records(self, name: str) -> None:
         """The sessions of a server that was removed have ended; in a shared store they expire."""
@@ -460,6 +479,16 @@ class Mounts:
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         return self._edge.serve(environ, start_response, _removed)
+
+
+def _give_way(transports: _Transports) -> None:
+    for transport in transports.values():
+        transport.give_way()
+
+
+def _is_unserved(composition: Composition, name: str) -> bool:
+    """Whether a server is not served, since it is disabled, described wrongly, or not there."""
+    return isinstance(composition.servers.get(name), UnservedServer | None)
 
 
 def _options_for(server: Served, config: ProxyConfig) -> ProxyConfig:

@@ -149,13 +149,6 @@ class RateBuckets:
                     self._times[at] = full_at
                     return wait
 
-    def give_back(self, key: Key, rate: Rate, count: int) -> None:
-        """Puts back what was taken for nothing."""
-        with self._lock:
-            at = self._find(key)
-            if at is not None:
-                self._times[at] -= count / rate.per_second
-
     def _find(self, key: Key) -> int | None:
         """The cell with the time of a key's bucket; None where there is none."""
         low, high = key

@@ -6,7 +6,8 @@ long that takes says nothing of any key.
 
 The file is looked at twice a second by a thread, and read again when it has changed. One that
 cannot be read, or has a line that cannot, changes nothing: the last good one holds, and the log
-says so. No message repeats what stands in the file: a key may stand there by mistake.
+says so. A worker of gunicorn also starts meanwhile, with the copy that its master has (`use_copy`).
+No message repeats what stands in the file: a key may stand there by mistake.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 # Seconds between two looks at the file: streams end within two of the removal of their key, and the
 # thread that ends them looks once in one.
 _LOOK = 0.5
+
+_DOUBT = "their file cannot be read; those from before count"
 
 _PREFIX = "mcpk_"
 _BYTES = 32
@@ -163,6 +166,23 @@ def read(path: str) -> list[Key]:
         raise ConfigError(f"api_keys {path}: it is no text in UTF-8") from None
 
 
+# --- the last good keys ---------------------------------------------------------------------------
+
+
+class _Process:
+    """What a worker has of the master's."""
+
+    copy: str | None = None
+
+
+_process = _Process()
+
+
+def use_copy(path: str) -> None:
+    """Has this process begin with the keys there, where it finds a mistake in the file."""
+    _process.copy = path
+
+
 # --- the keys of a running proxy -----------------------------------------------------------------
 
 
@@ -179,10 +199,21 @@ class ApiKeys:
         #: What is wrong with the file, None where nothing is; the keys are those from before.
         self.doubt: str | None = None
         self._look = Periodic("mcp-keys", _LOOK, self.look, workers)
-        self.use(read(path))
+        self.use(self._first())
 
     def __repr__(self) -> str:
         return f"<ApiKeys {len(self._keys)}>"
+
+    def _first(self) -> list[Key]:
+        """What is in the file, or was when it was good last; raises ConfigError."""
+        try:
+            return read(self._path)
+        except ConfigError as error:
+            if _process.copy is None:
+                raise
+            self.doubt = _DOUBT
+            log.error("%s; this worker starts with the keys that were there before", error)
+            return read(_process.copy)
 
     def start(self) -> None:
         """Has changes of the file noticed; harmless when repeated, and quick."""
@@ -205,7 +236,7 @@ class ApiKeys:
         try:
             self.use(read(self._path))
         except ConfigError as error:
-            self.doubt = "their file cannot be read; those from before count"
+            self.doubt = _DOUBT
             log.error("%s; the keys stay as they were", error)
         else:
             self.doubt = None

@@ -87,8 +87,10 @@ class Bridge(OwnedBackend):
         self._tools = tools or _all_tools
         self._starter = starter
         self._on_lost = on_lost
-        self._lock = threading.Lock()  # guards _switchboard and _lost
+        self._lock = threading.Lock()  # guards _switchboard, _held_back and _lost
         self._switchboard = Switchboard() if switchboard is None else switchboard
+        # What waits for the calls in flight to end, and is for another backend then.
+        self._held_back: dict[Exchange, None] = {}
         self._lost: str | None = None  # why the backend is lost
         self._is_closed = False
         self._was_reported = False  # whether on_lost was called
@@ -119,7 +121,7 @@ class Bridge(OwnedBackend):
 
     @property
     def is_busy(self) -> bool:
-        return self._switchboard.has_posts
+        return self._switchboard.has_posts or bool(self._held_back)
 
     @property
     def is_watched(self) -> bool:
@@ -166,8 +168,8 @@ class Bridge(OwnedBackend):
         exchange.attach(self, self.log if exchange.accepts_stream else None)
         lines: list[bytes] = []
         with self._lock:
-            if not self.is_alive:
-                raise BackendExited(self._lost)
+            if (self.is_outdated or not self.is_alive) and self._holds_back(exchange):
+                return
             # Of several calls each can be cancelled, so each has the deadline for itself.
             deadline = exchange.deadline if len(exchange.requests) > 1 else None
             told = self._initialized_before(requests) if self._is_initializing else []
@@ -194,6 +196,16 @@ class Bridge(OwnedBackend):
             # The exit status is a better reason than the closed input. The owner looks elsewhere.
             self._has_exited.wait(_NOTICE)
             raise BackendExited(self._lost or str(error)) from error
+
+    def _holds_back(self, exchange: Exchange) -> bool:
+        """Whether an exchange waits for the calls in flight to end, as those have overlapped for so
+        long. Raises BackendExited where the backend is lost. The lock is held.
+        """
+        self._require_alive()
+        if time.monotonic() < self.waits_until or not self._switchboard.is_calling:
+            return False
+        self._held_back[exchange] = None
+        return True
 
     def submit(
         self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
@@ -285,10 +297,14 @@ class Bridge(OwnedBackend):
 
     def _cancel(self, notification: Notification, has_left: Callable[[], bool] | None) -> None:
         """Passes a cancellation on under the child's id for the newest call with that id."""
+        request_id = jsonrpc.cancelled_id_of(notification)
         with self._lock:
-            call = self._switchboard.newest(jsonrpc.cancelled_id_of(notification))
+            call = self._switchboard.newest(request_id)
             if call is not None and not call.is_at_child:
                 self._switchboard.pop(call.wire_id)
+            held = [one for one in self._held_back if [r.id for r in one.requests] == [request_id]]
+        for exchange in held:
+            self._answer_held_back(exchange, Cancelled())
         if call is None or call.method == INITIALIZE:
             return  # answered already, or never to be cancelled (MCP 2025-11-25, cancellation)
         if not call.is_at_child:
@@ -308,6 +324,16 @@ class Bridge(OwnedBackend):
         exchange = call.exchange  # of which a second cancellation does not lengthen the time
         earlier = until if exchange.deadline is None else exchange.deadline
         exchange.set_deadline(min(until, earlier), Cancelled)
+
+    def _answer_held_back(self, exchange: Exchange, failure: BackendError) -> None:
+        """Ends an exchange that waits for the calls in flight; does nothing to any other."""
+        with self._lock:
+            if exchange not in self._held_back:
+                return
+            del self._held_back[exchange]
+        for request in exchange.requests:
+            data = jsonrpc.encode_error(PROXY_ERROR, failure.message, request.id)
+            exchange.offer(ServerMessage(data, is_response=True, failure=failure))
 
     def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
         self.last_used = time.monotonic()
@@ -364,7 +390,7 @@ class Bridge(OwnedBackend):
 
     def hand_over(self) -> bool:
         with self._lock:
-            if self._switchboard.has_posts:
+            if self._switchboard.has_posts or self._held_back:
                 return False
             self._set_lost("The session goes to another replica")
         self.close()
@@ -399,8 +425,10 @@ class Bridge(OwnedBackend):
         self._is_closed = True
         if on_close is not None:
             on_close()
-        self._fail_all(failure or BackendLost("The session has ended and the server was stopped"))
+        reason = failure or BackendLost("The session has ended and the server was stopped")
+        untaken = self._fail_all(reason)
         self._starter.stop_child(self._child)
+        _send_elsewhere(untaken, reason)
 
     def set_on_initialized(self, on_initialized: Callable[[], object]) -> None:
         """Has `on_initialized`, which must be quick, called once: when initialize is answered, or
@@ -593,8 +621,10 @@ class Bridge(OwnedBackend):
         if self._is_closed:
             return
         log.error("[%s] the server has closed its output; stopping it", self.name)
-        self._fail_all(BackendLost("The server closed its output"))
+        failure = BackendLost("The server closed its output")
+        untaken = self._fail_all(failure)
         self._report_lost()
+        _send_elsewhere(untaken, failure)
 
     def _on_exit(self, how: str) -> None:
         self._noise.flush()
@@ -607,11 +637,11 @@ class Bridge(OwnedBackend):
         if not self._is_closed:
             log.warning("[%s] %s (%s)", self.name, self._child.end_in_log, how)
         self._report_lost()
-        for exchange in untaken:  # now that another backend can be found
-            exchange.refuse(BackendUnreached(failure.message))
+        _send_elsewhere(untaken, failure)  # now that another backend can be found
 
     def _fail_all(self, failure: BackendLost, spared: Collection[RequestId] = ()) -> list[Exchange]:
-        """Ends every exchange but those of the calls with these ids, which it returns.
+        """Ends every exchange but those that are held back, and those of the calls with these ids:
+        it returns them.
 
         From now on the backend is lost.
         """
@@ -619,7 +649,7 @@ class Bridge(OwnedBackend):
             self._set_lost(failure.message)
             self._note_initialized()
             calls, stream = self._switchboard.clear()
-        untaken: list[Exchange] = []
+            untaken, self._held_back = list(self._held_back), {}
         for call in calls:
             if call.wire_id in spared and len(call.exchange.requests) == 1:
                 untaken.append(call.exchange)
@@ -633,6 +663,7 @@ class Bridge(OwnedBackend):
 
     def expire(self, exchange: Exchange, failure: BackendError) -> None:
         """Answers the overdue calls with `failure`, and cancels them at the child."""
+        self._answer_held_back(exchange, failure)
         with self._lock:
             overdue = self._switchboard.pop_overdue(exchange, time.monotonic())
             due = self._switchboard.next_deadline(exchange)
@@ -649,6 +680,7 @@ class Bridge(OwnedBackend):
         """Cancels the calls of an exchange whose client wants no answer any more."""
         with self._lock:
             self.last_used = time.monotonic()
+            self._held_back.pop(exchange, None)
             calls = self._switchboard.pop_exchange(exchange)
         for call in calls:
             self._cancel_at_child(call, "The client has left")
@@ -673,6 +705,7 @@ class Bridge(OwnedBackend):
             return
         with self._lock:
             self.last_used = time.monotonic()
+            self._held_back.pop(exchange, None)
             self._switchboard.leave(exchange)
             dropped = self._switchboard.overflow()
         self._give_up(dropped)
@@ -709,6 +742,12 @@ class Bridge(OwnedBackend):
         if line:
             with contextlib.suppress(BackendError, ClientLeft):
                 self._write(line, has_left)
+
+
+def _send_elsewhere(exchanges: Iterable[Exchange], failure: BackendLost) -> None:
+    """Has exchanges of which the child got nothing sent to another backend."""
+    for exchange in exchanges:
+        exchange.refuse(BackendUnreached(failure.message))
 
 
 def _all_tools() -> None:

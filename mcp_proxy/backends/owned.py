@@ -114,14 +114,24 @@ class OwnedBackend(Backend):
         self.idle_limit: float | None = None
         #: Whether another one has taken its place, so that it ends when nobody needs it.
         self.is_superseded = False
-        #: Whether its server has another command by now, so that it ends between two calls.
+        #: Whether its server has another command by now, so that it ends between two calls, and
+        #: when it has waited for that long enough (monotonic).
         self.is_outdated = False
+        self.waits_until = math.inf
         #: Whose calls come here; empty for the client of a session.
         self.caller = ""
         #: Variables that it has of its caller; None: none, or not known.
         self.caller_values: Mapping[str, str] | None = None
         #: Called once, by `close`.
         self.on_close: Callable[[], object] | None = None
+
+    def outdate(self, seconds: float) -> None:
+        """Its server has another command: it ends between two calls, for which it waits so long.
+
+        Then what is sent waits for the calls that are under way, and goes to another backend.
+        """
+        self.waits_until = time.monotonic() + seconds
+        self.is_outdated = True
 
     @property
     @abstractmethod

@@ -11,7 +11,7 @@ import ipaddress
 import math
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Self
 
 from mcp_proxy import rate_buckets
@@ -74,7 +74,8 @@ class CallerLimit:
         """Counts the requests in what a POST carries to the server of this name; raises RateLimited
         where its caller may have no more of them.
 
-        Notifications and responses are free. Of a batch all are counted, or none.
+        Notifications and responses are free. Of a batch all are counted, or none. Who has read a
+        request before, as another worker that has passed it, has counted it.
         """
         if isinstance(message, Request):
             self.take(name, request, 1)
@@ -85,6 +86,8 @@ class CallerLimit:
 
     def take(self, name: str, request: ClientRequest, count: int) -> None:
         """As `count`, for so many requests."""
+        if request.is_counted:
+            return
         rate = self._rate
         if count > rate.burst:
             raise RateLimited(
@@ -92,40 +95,24 @@ class CallerLimit:
             )
         caller = self._caller_of(request)
         key = key_of(name, self._server, caller)
-        buckets = rate_buckets.current()
-        wait = buckets.take(key, rate, count, time.monotonic())
+        wait = rate_buckets.current().take(key, rate, count, time.monotonic())
+        if not wait and self._everywhere is not None:
+            wait = self._counted_everywhere(self._everywhere, key_of(name, caller), count)
         if wait:
-            raise self._refusal(wait)
-        give_back = partial(buckets.give_back, key, rate, count)
-        if self._everywhere is None:
-            request.take_back = give_back
-            return
-        wait = self._counted_everywhere(key_of(name, caller), count)
-        if wait:
-            give_back()
-            raise self._refusal(wait)
+            seconds = math.ceil(wait)
+            raise RateLimited(
+                f"Too many requests: {self._text.partition(':')[0]} are allowed; try again in "
+                f"{in_seconds(seconds)}",
+                seconds,
+            )
+        request.is_counted = True
 
-        def take_back() -> None:
-            give_back()
-            self._counted_everywhere(key_of(name, caller), -count)
-
-        request.take_back = take_back
-
-    def _counted_everywhere(self, key: Key, count: int) -> float:
+    def _counted_everywhere(self, everywhere: CountEverywhere, key: Key, count: int) -> float:
         """How long to wait by the deployment's count, in seconds; 0 while Redis is away."""
-        assert self._everywhere is not None
         try:
-            return self._everywhere(key, self._rate, count)
+            return everywhere(key, self._rate, count)
         except StorageUnavailable:
             return 0.0
-
-    def _refusal(self, wait: float) -> RateLimited:
-        seconds = math.ceil(wait)
-        return RateLimited(
-            f"Too many requests: {self._text.partition(':')[0]} are allowed; try again in "
-            f"{in_seconds(seconds)}",
-            seconds,
-        )
 
     def _caller_of(self, request: ClientRequest) -> str:
         if request.principal_name is not None:

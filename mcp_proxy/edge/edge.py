@@ -135,8 +135,6 @@ class Edge:
             try:
                 reply = self._answer(request, handle, is_own, server, scopes)
             except Passed:
-                if request.take_back is not None:
-                    request.take_back()
                 start_response(STATUS_LINES[202], [])  # nobody gets it
                 return []
             try:

@@ -29,7 +29,14 @@ from mcp_proxy.errors import (
     ProxyError,
 )
 from mcp_proxy.wire import headers
-from mcp_proxy.wire.jsonrpc import Batch, Message
+from mcp_proxy.wire.jsonrpc import (
+    CANCELLED,
+    Batch,
+    Message,
+    Notification,
+    Request,
+    cancelled_id_of,
+)
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -57,8 +64,14 @@ _NEVER_HELD = frozenset({"ping", "tasks/get", "tasks/cancel"})
 #: Where it has what counts the calls of a session that have a thread.
 ADMIT = "mcp_proxy.admit"
 
+#: Where it has what cancels a call that waits to have one.
+CANCEL = "mcp_proxy.cancel"
+
 #: What our worker class says of a request that another worker has given to it.
 WAS_PASSED = "mcp_proxy.was_passed"
+
+#: What it says of one that was counted for its caller (`rate_limit`) when it was read before.
+WAS_COUNTED = "mcp_proxy.was_counted"
 
 # Where servers tell the whole target: gunicorn and werkzeug, and uWSGI and mod_wsgi.
 _WHOLE_TARGETS = ("RAW_URI", "REQUEST_URI")
@@ -116,6 +129,7 @@ class ClientRequest:
         "failure",
         "id",
         "is_answered_elsewhere",
+        "is_counted",
         "is_encoded",
         "is_relayed",
         "is_standing",
@@ -134,7 +148,6 @@ class ClientRequest:
         "session",
         "session_id",
         "started",
-        "take_back",
     )
 
     def __init__(self, environ: WSGIEnvironment, ids: RequestIds, server: str = "") -> None:
@@ -166,8 +179,8 @@ class ClientRequest:
         self.failure: ProxyError | None = None
         #: What the request asks for, where that is counted, once there is an answer.
         self.operations: Operations | None = None
-        #: Has it count for nothing, where it was counted: it comes again, here or elsewhere.
-        self.take_back: Callable[[], None] | None = None
+        #: Whether it was counted for its caller, here or where it was read before.
+        self.is_counted = WAS_COUNTED in environ
         self.lacks: ClientError | None = None
         self.principal: Principal | None = None
         self.principal_name: str | None = None
@@ -233,7 +246,9 @@ class ClientRequest:
         of reach, or better relayed to, nothing happens, then and later.
         """
         give = self.environ.pop(PASS_TO, None)
-        if give is not None and give(replica_id, session_id, self.body, self.id, is_stream):
+        if give is not None and give(
+            replica_id, session_id, self.body, self.id, is_stream, self.is_counted
+        ):
             raise Passed
         if ADMIT not in self.environ:
             self.body = b""
@@ -242,13 +257,23 @@ class ClientRequest:
         """Raises Passed where calls of this session have as many threads as those of one may have.
 
         The request then comes again, when one of them has ended; Overloaded is raised for one that
-        cannot. To be called for a request that waits for an answer, before anything is done.
+        cannot, Cancelled for one that was cancelled until then. To be called for a request that
+        waits for an answer, before anything is done.
         """
         admit = None if self.rpc in _NEVER_HELD else self.environ.pop(ADMIT, None)
-        if admit is not None and not admit(session_id, self.body, self.id):
-            raise Passed
+        if admit is not None:
+            call = self.message.id if isinstance(self.message, Request) else None
+            if not admit(session_id, self.body, self.id, self.is_counted, call):
+                raise Passed
         if PASS_TO not in self.environ:
             self.body = b""
+
+    def cancels_waiting(self, session_id: str, notification: Notification) -> bool:
+        """Whether a notification has cancelled a call of its session that was put off (`admit`), of
+        which the server has nothing.
+        """
+        cancel = self.environ.get(CANCEL) if notification.method == CANCELLED else None
+        return cancel is not None and cancel(session_id, cancelled_id_of(notification))
 
     def stay(self) -> None:
         """From now on the request is neither another worker's nor put off."""

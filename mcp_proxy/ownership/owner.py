@@ -224,7 +224,7 @@ class Owner:
         self._ended: set[str] = set()
         self._pending = 0  # children that are about to be held
         self._form = 0  # how often what starts a process has changed
-        self._is_closing = False
+        self._is_closing = self._has_given_way = False
         self._owners = parts.owners
         self._owners.append(self)  # until it is closed
 
@@ -269,7 +269,7 @@ class Owner:
             others = [*self._starting, *self._lent]
             others += [held.backend for held in self._held.values()]
             for backend in others:
-                backend.is_outdated = True
+                backend.outdate(options.request_timeout)
         if others:
             self._hasten_sweep()
 
@@ -279,9 +279,19 @@ class Owner:
             self._sweeper.start()
         self._sweeper.wake()
 
+    def give_way(self) -> None:
+        """Has another owner of this replica take over the sessions.
+
+        Calls in flight end here, as long as what is here is not closed, and nothing begins.
+        """
+        self._has_given_way = True
+
     def end_all(self) -> None:
-        """Ends every session that has its child here, for good: the server was removed."""
-        for url, held in self._held_copy().items():
+        """Ends every session that has its child here, for good: the server was removed. If another
+        owner has the sessions by now, only what is here ends.
+        """
+        ending = {} if self._has_given_way else self._held_copy()
+        for url, held in ending.items():
             try:
                 self.manager.end(held.session_id)
             except StorageError as error:  # it expires
@@ -563,17 +573,33 @@ class Owner:
     def on_living_backend(self, session: Session, act: Callable[[Backend], object]) -> None:
         """Does `act` to the session's backend; one that is lost is not brought back for it.
 
-        Raises BackendUnreached where it is lost.
+        It may be about a call that goes on at the owner which was here before this one. Raises
+        BackendUnreached where it is lost.
         """
-        backend = self._known(session, None)
-        if backend is None:
+        backend, former = self._known(session, None), self._former_backend(session.id)
+        if former is not None:
+            act(former)
+        elif backend is None:
             raise BackendExited("The server that this was for has exited")
-        act(backend)
+        if backend is not None:
+            act(backend)
+
+    def _former_backend(self, session_id: str) -> OwnedBackend | None:
+        """Where calls of a session are in flight at an owner that has given way; None where none
+        are.
+        """
+        former = [owner for owner in self._owners if owner._has_given_way]
+        for held in (held for owner in former for held in owner._held_copy().values()):
+            if held.session_id == session_id and held.backend.is_busy:
+                return held.backend
+        return None
 
     def _known(self, session: Session, lost: str | None) -> Backend | None:
         """The session's child where the record says that it is; None where it is certainly lost."""
         url = session.metadata.get(BACKEND_URL, "")
         held = self._held.get(url)
+        if held is None and self._has_given_way:  # it is not lost, but another owner's
+            held = next((its for one in self._owners if (its := one._held.get(url))), None)
         if held is not None and held.backend.is_outdated and held.backend.end_between_calls():
             return None
         if held is not None and held.backend.is_alive:
@@ -610,8 +636,12 @@ class Owner:
             return self.find(child) is None
         return self.relay.is_gone(url.replica)
 
-    def find(self, child: str) -> Backend | None:
-        """The child of this replica that has this id."""
+    def find(self, child: str, begins: bool = False) -> Backend | None:
+        """The child of this replica that has this id; None where a call or a stream `begins`, and
+        another owner has its session.
+        """
+        if begins and self._has_given_way:
+            return None
         held = self._held.get(str(WorkerUrl(self.replica.id, child)))
         if held is not None and held.backend.is_outdated and held.backend.end_between_calls():
             return None
@@ -631,6 +661,9 @@ class Owner:
         self.backoff.forget(session.id)
         url = session.backend_url or ""
         found = parse_worker_url(url)
+        former = self._former_backend(session.id)
+        if former is not None:
+            former.close()
         if url in self._held:
             self._release(url)
         elif self.relay is not None and found is not None and not self._has_ended(found):
@@ -790,7 +823,8 @@ class Owner:
             try:
                 self._hold(url, claimed, backend)
                 with self._lock:
-                    backend.is_outdated = backend.is_outdated or form != self._form
+                    if form != self._form:
+                        backend.outdate(self._options.request_timeout)
                 result = {BACKEND_URL: url, **self._binding_of(backend)}
                 is_settled = claims.settle(self.manager, claimed, **result)
             finally:
@@ -858,7 +892,8 @@ class Owner:
         bridge.on_close = partial(self.spawned, bridge)
         with self._lock:
             self._starting.add(bridge)
-            bridge.is_outdated = form != self._form
+            if form != self._form:
+                bridge.outdate(self._options.request_timeout)
         if self._is_closing:  # `close` may not have seen this one
             self._end_start(bridge)
             raise Draining
@@ -993,6 +1028,8 @@ class Owner:
             return False
         if session is None:
             return False
+        if self._has_given_way and held.backend.is_busy:
+            return True  # its calls end here
         return session.backend_url == url or CLAIM in session.metadata
 
     # --- the end ---------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class RateCounter:
 
     def __call__(self, key: Key, rate: Rate, count: int) -> float:
         """Takes so many requests; returns how long to wait for them, in seconds, 0 where they were
-        there. A number below zero puts back what was taken for nothing.
+        there.
 
         Raises StorageUnavailable, for some seconds after an outage without asking.
         """

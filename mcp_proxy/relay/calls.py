@@ -51,6 +51,10 @@ from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 log = logging.getLogger(__name__)
 
+#: The child of an id, None where there is none of that id; for a call or a stream that begins, or
+#: for what is about one.
+Find = Callable[[str, bool], Backend | None]
+
 # Seconds beyond its own deadline in which the owner is expected to say that it has passed.
 _GRACE = 5.0
 
@@ -74,7 +78,7 @@ class Calls:
     `own` is this replica's id; `find` knows its children by their ids. Thread-safe.
     """
 
-    def __init__(self, own: str, sender: Sender, find: Callable[[str], Backend | None]) -> None:
+    def __init__(self, own: str, sender: Sender, find: Find) -> None:
         self.find = find
         self._own = own
         self._sender = sender
@@ -477,7 +481,8 @@ class InboundCall(Call):
                 if self._is_done:  # refused, or nobody listens any more
                     return
                 self._has_begun = True
-            backend = self._calls.find(received.child)
+            begins = isinstance(received, (SendRequests, Listen))
+            backend = self._calls.find(received.child, begins)
             if backend is None:
                 raise BackendUnreached("The server of the session is not here any more")
             self._pass_on(backend, received)

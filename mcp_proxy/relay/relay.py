@@ -20,7 +20,7 @@ from mcp_proxy.backends.exchange import Backend
 from mcp_proxy.background import Worker, Workers
 from mcp_proxy.errors import StorageUnavailable
 from mcp_proxy.relay import protocol
-from mcp_proxy.relay.calls import Calls, InboundCall, RemoteBackend
+from mcp_proxy.relay.calls import Calls, Find, InboundCall, RemoteBackend
 from mcp_proxy.relay.lease import Lease
 from mcp_proxy.relay.protocol import Channel, Delivered, Frame, Kind
 from mcp_proxy.relay.sender import Call, Sender
@@ -40,10 +40,6 @@ _WAIT = 2.0
 _PAUSE = 0.25
 
 
-# The child of an id, None where there is none of that id.
-_Find = Callable[[str], Backend | None]
-
-
 def _never() -> bool:
     return False
 
@@ -59,7 +55,7 @@ class Relay:
         self._workers = workers
         # What is served: how its children are found, and who wants to know of a lapse. Replaced as
         # a whole, so no lock guards those who read.
-        self._served: tuple[tuple[_Find, Callable[[], None]], ...] = ()
+        self._served: tuple[tuple[Find, Callable[[], None]], ...] = ()
         self._lock = threading.Lock()  # guards changes of _served, _running and _failures
         self._failures = 0  # to open the mailbox
         self._running: _Running | None = None
@@ -68,7 +64,7 @@ class Relay:
     def __repr__(self) -> str:
         return f"<Relay {self._running!r}>"
 
-    def serve(self, find: _Find, on_lapse: Callable[[], None]) -> None:
+    def serve(self, find: Find, on_lapse: Callable[[], None]) -> None:
         """Has children that `find` knows by their ids served to other replicas.
 
         `on_lapse` is called when this replica may have been declared dead.
@@ -76,7 +72,7 @@ class Relay:
         with self._lock:
             self._served = (*self._served, (find, on_lapse))
 
-    def serve_no_more(self, find: _Find) -> None:
+    def serve_no_more(self, find: Find) -> None:
         """Has nothing that `find` knows served any more; harmless when repeated."""
         with self._lock:
             self._served = tuple(each for each in self._served if each[0] != find)
@@ -150,9 +146,9 @@ class Relay:
             raise
         return running
 
-    def _find(self, child: str) -> Backend | None:
+    def _find(self, child: str, begins: bool) -> Backend | None:
         for find, _ in self._served:
-            found = find(child)
+            found = find(child, begins)
             if found is not None:
                 return found
         return None
@@ -169,7 +165,7 @@ class _Running(Worker):
         self,
         mailboxes: Mailboxes,
         own: str,
-        find: Callable[[str], Backend | None],
+        find: Find,
         on_lapse: Callable[[], None],
         workers: Workers | None,
     ) -> None:

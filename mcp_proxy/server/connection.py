@@ -99,6 +99,8 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.stays = False
         #: Whether another worker has passed the request here.
         self.was_passed = False
+        #: Whether it was counted for its caller when it was read before, here or there.
+        self.was_counted = False
         self.since = self.progress = time.monotonic()
         self._body_since: float | None = None
         self._body_until: float | None = None
@@ -173,10 +175,10 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         """Whether the thread that has read the request does not answer it."""
         return self.offer is not None or self.held is not None
 
-    def to_read_again(self, request: bytes, session: str) -> Passed:
+    def to_read_again(self, request: bytes, session: str, is_counted: bool) -> Passed:
         """A request that was read, to be read once more, with what has come behind it."""
         ahead = self.parser.unreader.take_buffered()
-        return Passed(request + ahead, session, self.changes)
+        return Passed(request + ahead, session, self.changes, is_counted)
 
     def names(self, session: str) -> bool:
         """The request names a session; whether the connection may go where that lives.
@@ -194,6 +196,7 @@ class Connection(gthread.TConn):  # type: ignore[misc]
         self.begin(passed.data)
         self.session, self.changes = passed.session, passed.changes
         self.stays = self.was_passed = True
+        self.was_counted = passed.is_counted
 
     def take_back(self, passed: Passed) -> None:
         """Begins once more with a request that nobody else has begun."""

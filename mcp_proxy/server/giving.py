@@ -27,8 +27,9 @@ LOOK = 0.02
 # Seconds between two offers of a request that could not be given.
 _PAUSE = 0.05
 
-# What the application calls: (replica or None, session, body, id of the request, is a stream).
-Give = Callable[[str | None, str, bytes, str, bool], bool]
+# What the application calls: (replica or None, session, body, id of the request, is a stream, is
+# counted).
+Give = Callable[[str | None, str, bytes, str, bool, bool], bool]
 
 
 class Giving:
@@ -78,6 +79,7 @@ class Giving:
         body: bytes,
         request_id: str,
         is_stream: bool,
+        is_counted: bool,
     ) -> bool:
         """Gives a request to the worker that is a replica, or has the session; whether it was.
 
@@ -99,7 +101,7 @@ class Giving:
             if is_only_way:
                 raise Unpassable
             return False
-        passed = conn.to_read_again(head + body, session)
+        passed = conn.to_read_again(head + body, session, is_counted)
         offer = Offer(passed, is_stream, is_only_way, time.monotonic() + self._client_timeout)
         self._send(conn, offer, number)
         if offer.receipt is None and not is_only_way:

@@ -22,10 +22,13 @@ import msgspec
 from mcp_proxy import __version__, metrics, rate_buckets
 from mcp_proxy.auth.access_tokens import require_libraries
 from mcp_proxy.auth.authenticator import Authenticator
+from mcp_proxy.auth.keys import read as read_keys
+from mcp_proxy.auth.keys import use_copy
 from mcp_proxy.config import (
     PREFIX,
     ProxyConfig,
     has_given_sockets,
+    require_certificates,
     set_in_environment,
 )
 from mcp_proxy.edge.log_writer import LogWriter
@@ -44,7 +47,7 @@ from mcp_proxy.server.admin import (
 from mcp_proxy.server.banner import banner, base_url, server_urls
 from mcp_proxy.server.binding import wait_for_ports
 from mcp_proxy.server.deadlines import DEADLINES
-from mcp_proxy.server.last_keys import LastKeys
+from mcp_proxy.server.last_good import LastGood
 from mcp_proxy.server.leaving import Leaving
 from mcp_proxy.server.machine import (
     allow_many_files,
@@ -377,9 +380,16 @@ class Hooks:
         if self.config.rate_limit_scope == "deployment":
             rate_buckets.require_library()
         process_key()  # before the first fork: it is the same in all workers
-        if self.config.api_keys is not None and hasattr(os, "memfd_create"):
-            server.last_keys = LastKeys(self.config.api_keys)
+        if not hasattr(os, "memfd_create"):
+            return
+        if self.config.api_keys is not None:
+            server.last_keys = LastGood(self.config.api_keys, read_keys, "mcp-keys")
             server.last_keys.look_each_turn(server)
+        ca_file, is_used = self.config.ca_file, self.config.target_url or self.config.config
+        if ca_file is not None and is_used and os.path.isfile(ca_file):
+            require = partial(require_certificates, "ca_file")
+            server.last_certificates = LastGood(ca_file, require, "mcp-certificates")
+            server.last_certificates.look_each_turn(server)
 
     def _passes(self, server: Any) -> bool:
         """Whether workers pass requests to one another.
@@ -464,18 +474,20 @@ class Hooks:
         if reloads is not None:
             current = reloads[:]
             worker.is_replaced = lambda: reloads[:] != current
-        self._read_keys(getattr(server, "last_keys", None))
+        self._take_last_good(server)
 
-    def _read_keys(self, last: LastKeys | None) -> None:
-        """Has a worker that finds a mistake in the file of keys go by what was there before."""
-        if last is None:
-            return
-        try:
-            require_keys(self.config)
-        except ConfigError as error:
-            log.error("%s; this worker starts with the keys that were there before", error)
-            set_in_environment("api_keys", last.path)
-            self.config = msgspec.structs.replace(self.config, api_keys=last.path)
+    def _take_last_good(self, server: Any) -> None:
+        """Has a worker start although there is a mistake in a file that it needs.
+
+        Of certificates the copy is used at any rate: nobody looks at their file later.
+        """
+        keys: LastGood | None = getattr(server, "last_keys", None)
+        if keys is not None:
+            use_copy(keys.path)
+        certificates: LastGood | None = getattr(server, "last_certificates", None)
+        if certificates is not None:
+            self.config = msgspec.structs.replace(self.config, ca_file=certificates.path)
+            set_in_environment("ca_file", certificates.path)
 
     def _enter_slot(self, table: SlotTable, worker: Any) -> None:
         number = _slot_number(worker)

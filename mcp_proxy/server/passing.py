@@ -47,6 +47,7 @@ class _Envelope(msgspec.Struct, array_like=True):
     session: str = ""
     changes: int = 0
     has_records: bool = False
+    is_counted: bool = False
 
 
 _decoder = msgspec.msgpack.Decoder(_Envelope)
@@ -56,12 +57,14 @@ _encoder = msgspec.msgpack.Encoder()
 class Passed(NamedTuple):
     """A request as it is passed: its bytes, and what came behind it on the connection.
 
-    `session` is the session that it names, `changes` how often the connection had changed that.
+    `session` is the session that it names, `changes` how often the connection had changed that;
+    `is_counted` says that its caller had it counted.
     """
 
     data: bytes
     session: str
     changes: int
+    is_counted: bool = False
 
 
 class Receipt:
@@ -124,7 +127,7 @@ def is_possible() -> bool:
 
 def give(writer: socket.socket, connection: int, passed: Passed) -> Receipt | None:
     """Sends a request with its connection; None where that is not possible now. Never waits."""
-    envelope = _encoder.encode(_Envelope(passed.session, passed.changes))
+    envelope = _encoder.encode(_Envelope(passed.session, passed.changes, False, passed.is_counted))
     head = len(envelope).to_bytes(_LENGTH, "big") + envelope
     with contextlib.ExitStack() as stack:
         try:
@@ -285,7 +288,7 @@ def _read(data: bytes, descriptors: list[int]) -> Passed | Records | None:
                 return None
     except (msgspec.MsgspecError, OSError, ValueError):
         return None
-    return Passed(request, envelope.session, envelope.changes)
+    return Passed(request, envelope.session, envelope.changes, envelope.is_counted)
 
 
 def _sealed(file: int) -> bytes:

@@ -1,7 +1,7 @@
 """The share of one session: however many calls it makes at once, threads are left to the others.
 
 A call that is over the share goes back to the main loop, with its body. It is read once more when a
-call of its session has ended.
+call of its session has ended, or when it was cancelled itself, which the application then learns.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from mcp_proxy.errors import Overloaded
+from mcp_proxy.errors import Cancelled, Overloaded, RequestId
 from mcp_proxy.server.answers import Gathering
 from mcp_proxy.server.connection import Connection
 from mcp_proxy.server.passing import Held, can_be_passed, rebuilt
 
-# What the application calls: (session, body, id of the request).
-Admit = Callable[[str, bytes, str], bool]
+# What the application calls: (session, body, id of the request, is counted, id of the call). A
+# batch has none.
+Admit = Callable[[str, bytes, str, bool, RequestId | None], bool]
 
 
 class Shares:
@@ -34,6 +35,10 @@ class Shares:
         self._lock = threading.Lock()  # guards the fields below
         self._calls: dict[str, int] = {}
         self._waiting: dict[str, dict[Connection, Held]] = {}
+        # The calls that were put off, by session and id, until they are read once more.
+        self._put_off: dict[Connection, tuple[str, RequestId | None]] = {}
+        # Those of them that were cancelled. Each operation is atomic.
+        self._cancelled: set[Connection] = set()
         #: How many requests wait, and their size.
         self.waiting = 0
         self.waiting_bytes = 0
@@ -48,21 +53,59 @@ class Shares:
         return partial(self._admit, conn, req, response)
 
     def _admit(
-        self, conn: Connection, req: Any, response: Any, session: str, body: bytes, request_id: str
+        self,
+        conn: Connection,
+        req: Any,
+        response: Any,
+        session: str,
+        body: bytes,
+        request_id: str,
+        is_counted: bool,
+        call: RequestId | None,
     ) -> bool:
         """Whether a call may go on; else nobody gets what the application answers.
 
-        Raises Overloaded for one that cannot be read once more.
+        Raises Overloaded for one that cannot be read once more, Cancelled for one that was
+        cancelled while it waited.
         """
+        if (self._put_off or self._cancelled) and self._was_cancelled(conn):
+            raise Cancelled
         if conn.share is not None or self._counts(conn, session):
             return True
         head = rebuilt(req, len(body), request_id)
         is_whole = len(head) <= conn.max_header_bytes and can_be_passed(req, len(body))
         if response.headers_sent or not is_whole:
             raise Overloaded("The session has as many calls under way as it may have at once")
-        conn.held = Held(conn.to_read_again(head + body, session), time.monotonic())
+        again = conn.to_read_again(head + body, session, is_counted)
+        conn.held = Held(again, time.monotonic())
+        with self._lock:
+            self._put_off[conn] = (session, call)
         response.sock = Gathering()
         return False
+
+    def _was_cancelled(self, conn: Connection) -> bool:
+        """Whether a call was cancelled while it was put off; from now on it no longer is."""
+        with self._lock:
+            self._put_off.pop(conn, None)
+            was_cancelled = conn in self._cancelled
+            self._cancelled.discard(conn)
+        return was_cancelled
+
+    def cancel(self, session: str, call: RequestId | None) -> bool:
+        """Has the call of that id be answered as a cancelled one; False where none is put off."""
+        with self._lock:
+            wanted = (session, call)
+            conn = next((one for one, its in self._put_off.items() if its == wanted), None)
+            if call is None or conn is None:
+                return False
+            del self._put_off[conn]
+            self._cancelled.add(conn)
+            waits = conn in self._waiting.get(session, ())
+            if waits:
+                self._take_out(conn, session)
+        if waits:
+            self._resume(conn)
+        return True
 
     def _counts(self, conn: Connection, session: str) -> bool:
         with self._lock:
@@ -76,6 +119,8 @@ class Shares:
     def leave(self, conn: Connection) -> None:
         """A request has been answered; the oldest one that waits gets the place of a call."""
         session, conn.share = conn.share, None
+        if (self._put_off or self._cancelled) and conn.held is None:
+            self._was_cancelled(conn)  # nobody asks any more
         if session is None:
             return
         with self._lock:
@@ -108,7 +153,9 @@ class Shares:
         session = held.request.session
         with self._lock:
             count = self._calls.get(session, 0)
-            if is_full := count >= self._limit():
+            if conn in self._cancelled:  # it needs no place
+                is_full = False
+            elif is_full := count >= self._limit():
                 self._waiting.setdefault(session, {})[conn] = held
                 self.waiting += 1
                 self.waiting_bytes += len(held.request.data)

@@ -70,7 +70,7 @@ from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
 from mcp_proxy.edge.forwarded import COOKIES_KNOWN
-from mcp_proxy.edge.request import ADMIT, PASS_TO, WAS_PASSED
+from mcp_proxy.edge.request import ADMIT, CANCEL, PASS_TO, WAS_COUNTED, WAS_PASSED
 from mcp_proxy.errors import Overloaded, ProxyError
 from mcp_proxy.server.answers import (
     PIECE,
@@ -875,10 +875,13 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """Tells the application what it can ask of this worker, and how the request has come."""
         if conn.was_passed:
             environ[WAS_PASSED] = True
+        if conn.was_counted:
+            environ[WAS_COUNTED] = True
         if self.giving is not None and conn.is_plain:
             environ[PASS_TO] = self.giving.seam(conn, req, response)
         if conn.is_plain:
             environ[ADMIT] = self.shares.seam(conn, req, response)
+            environ[CANCEL] = self.shares.cancel
 
     def _answer_request(self, req: Any, conn: Connection) -> bool:
         environ: dict[str, Any] = {}

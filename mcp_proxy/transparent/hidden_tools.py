@@ -37,6 +37,10 @@ Transform = Callable[[bytes], bytes]
 _NOT_SENT = "Nothing of the batch was sent, since it calls a tool that is not there"
 
 
+# Headers that repeat what a modern request says, as they stand in the environ.
+_MIRRORING = ("HTTP_MCP_METHOD", "HTTP_MCP_NAME", "HTTP_MCP_PARAM_")
+
+
 class Found(NamedTuple):
     """An answer on its way: its headers, what changes its pieces, and what that has made of the
     first of them.
@@ -69,6 +73,7 @@ class HiddenTools:
         except ClientError as error:
             if not (isinstance(message, Request) and may_name_session(request)):
                 return self._refusal(request, message, error)
+            _drop_mirrored(request)
             admitted = _called_in_vain(message)
         if admitted is None:
             return empty_reply(202)
@@ -189,6 +194,12 @@ def _called_in_vain(request: Request) -> Request:
     """
     params = {"name": f"no-such-tool-{secrets.token_hex(8)}", "arguments": {}}
     return Request(request.id, CALL, jsonrpc.as_payload(params))
+
+
+def _drop_mirrored(request: ClientRequest) -> None:
+    """A server that knows the tool from a header, in place of the body, does not learn it there."""
+    for name in [name for name in request.environ if name.startswith(_MIRRORING)]:
+        del request.environ[name]
 
 
 def _is_call(message: Message) -> bool:

@@ -344,6 +344,10 @@ class TransparentProxy(Transport):
         self.shut_down()
         return True
 
+    def give_way(self) -> None:
+        if self._bridge is not None:
+            self._bridge.front.give_way()
+
     def shut_down(self) -> None:
         """Aborts the running calls, stops the threads and closes idle connections."""
         self.refresher.stop()
@@ -695,9 +699,12 @@ class TransparentProxy(Transport):
     # --- in a session ----------------------------------------------------------------------------
 
     def _in_session(self, inbound: Inbound, session: Session) -> Reply:
-        if inbound.message is not None and _has_request(inbound.message):
-            inbound.request.admit(session.id)
-        if inbound.request.method == "DELETE":
+        request, message = inbound.request, inbound.message
+        if message is not None and _has_request(message):
+            request.admit(session.id)
+        if isinstance(message, Notification) and request.cancels_waiting(session.id, message):
+            return empty_reply(202)
+        if request.method == "DELETE":
             return self._delete(inbound, session)
         for _ in range(_ATTEMPTS - 1):
             try:

@@ -183,6 +183,12 @@ class Transport(ABC):
         No new requests reach it any more. Harmless when repeated.
         """
 
+    @abstractmethod
+    def give_way(self) -> None:
+        """Has the sessions go on at others that stand in the place of this transport: they do not
+        end with it.
+        """
+
     @property
     def has_sessions(self) -> bool:
         """Whether sessions go on here although no new one can be expected to begin."""

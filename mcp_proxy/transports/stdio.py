@@ -115,6 +115,9 @@ class StdioTransport(Transport):
         self.owner.end_all()
         return True
 
+    def give_way(self) -> None:
+        self.owner.give_way()
+
     @property
     def is_shared(self) -> bool:
         return self.owner.relay is not None
@@ -227,7 +230,8 @@ class StdioTransport(Transport):
         if isinstance(message, Response):
             self.owner.on_living_backend(session, lambda to: to.respond(message, has_left))
         elif message.method == jsonrpc.CANCELLED:
-            self.owner.on_living_backend(session, lambda to: to.notify(message, has_left))
+            if not request.cancels_waiting(session.id, message):
+                self.owner.on_living_backend(session, lambda to: to.notify(message, has_left))
         else:
             self.owner.on_backend(session, lambda to: to.notify(message, has_left), has_left)
 

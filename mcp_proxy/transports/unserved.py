@@ -64,6 +64,9 @@ class UnservedProxy(Transport):
     def end_unless_busy(self) -> bool:
         return True
 
+    def give_way(self) -> None:
+        """There are no sessions."""
+
     def shut_down(self) -> None:
         """Nothing was started."""
 

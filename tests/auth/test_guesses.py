@@ -13,10 +13,13 @@ from pathlib import Path
 import redis
 
 from tests.auth.deployments import EVERYWHERE, deployed
-from tests.support.front import SCRIPTED, McpClient
+from tests.support.callers import KeyFile, Knowing
+from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.monitor import recorded_commands
-from tests.support.proxy_process import ProxyProcess
+from tests.support.proxy_process import GUNICORN, ProxyProcess, is_alive
 from tests.support.redis_server import RedisServer
+from tests.support.reloads import ENTRY, write
+from tests.support.tls import Certificates
 from tests.support.waiting import eventually
 
 GUESSES = 10_000
@@ -91,6 +94,51 @@ def test_a_worker_that_starts_while_the_file_has_a_mistake_knows_the_last_keys(
         assert "hunter2" not in proxy.log()
         keys.write("")
         eventually(lambda: {late.initialize().status for _ in range(EVERYWHERE)} == {401})
+
+
+def test_a_worker_starts_although_keys_and_certificates_break_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """They break once the worker is there, and before it reads them."""
+    keys, authorities, servers = (
+        tmp_path / name for name in ("keys", "own-ca.pem", "servers.json")
+    )
+    alice = KeyFile(keys).add("alice")
+    authorities.write_bytes(Path(Certificates(tmp_path).path("ca.pem")).read_bytes())
+    write(servers, one=ENTRY)
+    environment = {
+        "MCP_PROXY_CONFIG": str(servers),
+        "MCP_PROXY_API_KEYS": str(keys),
+        "MCP_PROXY_CA_FILE": str(authorities),
+        "BROKEN_AT_IMPORT": str(tmp_path / "broken"),
+    }
+    way = (*GUNICORN[:-1], "tests.live.breaking:app")
+    with ProxyProcess(way=way, environment=environment) as proxy:
+        client = McpClient(Knowing(HttpFront(proxy.base), alice), "/servers/one/mcp")
+        assert client.initialize().status == 200
+        (tmp_path / "new").mkdir()
+        for name in ("keys", "own-ca.pem"):
+            (tmp_path / "new" / name).write_text("nonsense hunter2\n")
+        (tmp_path / "new").rename(tmp_path / "broken")
+        for _ in range(2):
+            kill_worker(proxy)
+            eventually(lambda: has_begun(client), 20)
+        assert proxy.log().count("this worker starts with the keys that were there before") == 2
+        assert "hunter2" not in proxy.log()
+
+
+def kill_worker(proxy: ProxyProcess) -> None:
+    (worker,) = proxy.worker_pids()
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: not is_alive(worker))
+
+
+def has_begun(client: McpClient) -> bool:
+    """Whether a session begins, also where nobody listens yet."""
+    try:
+        return client.initialize().status == 200
+    except OSError:
+        return False
 
 
 def test_sessions_that_outlive_a_restart_are_still_their_callers(tmp_path: Path) -> None:

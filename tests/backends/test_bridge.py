@@ -333,6 +333,30 @@ def test_ending_the_stream_ends_only_that(bridge: Bridge) -> None:
     assert bridge.is_alive
 
 
+def test_what_is_held_back_from_an_outdated_server_can_be_cancelled_and_left(
+    bridge: Bridge,
+) -> None:
+    sent(bridge, [request("sleep", seconds=600)], False, 600)
+    bridge.outdate(0)
+    cancelled, left, overdue, other = (
+        sent(bridge, [request("count", key=key)], False, seconds)
+        for key, seconds in ((2, 600), (3, 600), (4, 0.1), (5, 600))
+    )
+    bridge.notify(Notification("notifications/cancelled", jsonrpc.as_payload({"requestId": 2})))
+    left.close()
+    for exchange, kind in ((cancelled, Cancelled), (overdue, BackendTimeout)):
+        message = exchange.receive(10)
+        assert message is not None
+        assert isinstance(message.failure, kind)
+    assert not bridge.end_between_calls()
+    again: list[Exchange] = []
+    left.resend = other.resend = again.append
+    bridge.close()
+    other.receive(10)
+    left.receive(0)
+    assert again == [other]
+
+
 def test_initialize_is_never_cancelled(make_bridge: MakeBridge) -> None:
     bridge = make_bridge("--slow-start", "60")
     opening = sent(bridge, [Request("i", "initialize")], False, 0.1)

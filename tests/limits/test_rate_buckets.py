@@ -133,16 +133,6 @@ def test_each_key_has_a_bucket_of_its_own(names: list[str]) -> None:
         assert allowed.count(name) == min(5, names.count(name))
 
 
-def test_what_was_taken_for_nothing_comes_back() -> None:
-    buckets, rate, key = RateBuckets(), Rate(1 / 60, 2), key_of("a")
-    assert buckets.take(key, rate, 2, NOW) == 0
-    assert buckets.take(key, rate, 1, NOW) == pytest.approx(60)
-    buckets.give_back(key, rate, 1)
-    assert buckets.take(key, rate, 1, NOW) == 0
-    assert buckets.take(key, rate, 1, NOW) == pytest.approx(60)
-    buckets.give_back(key_of("unknown"), rate, 1)
-
-
 def test_a_flood_of_keys_frees_nobody_who_is_at_the_limit() -> None:
     """Each of 100,000 strangers calls once, 24 of them for each row that there is."""
     buckets, rate, key = RateBuckets(), Rate(1, 50), key_of("busy")

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mcp_proxy import Application, ConfigError, HttpServer, ProxyConfig, StdioServer, create_app
+from mcp_proxy import (
+    Application,
+    ConfigError,
+    HttpServer,
+    ProxyConfig,
+    StdioServer,
+    create_app,
+    shared_text,
+)
 from mcp_proxy.eras.legacy_home import LegacyHome
+from mcp_proxy.server_table import ServerTable, encode
+from mcp_proxy.servers import Server
+from mcp_proxy.shared_text import SharedText
 from tests.servers.http_backend import HttpBackend
+from tests.support.era_servers import EraServerProcess
 from tests.support.front import SCRIPTED, McpClient
-from tests.support.modern_client import ModernClient, server_of
+from tests.support.modern_client import SAMPLED, ModernClient, called, server_of
 from tests.support.proxy_process import is_alive
 from tests.support.redis_server import RedisServer
 from tests.support.reloads import ENTRY, write
+from tests.support.tls import Certificates
 from tests.support.transparent import LocalFront
 from tests.support.waiting import eventually
 
@@ -89,6 +103,30 @@ def test_a_process_is_replaced_where_another_one_would_be_started(
     after = client.result("count")
     assert (after["pid"] != before) == is_new
     assert is_alive(before) != is_new or eventually(lambda: not is_alive(before))
+
+
+def test_a_process_whose_calls_always_overlap_is_replaced_in_the_time_of_a_call(
+    app: Application, file: Path, client_at: Callable[[str], McpClient]
+) -> None:
+    write(file, one={**ENTRY, "timeout": 3})
+    app.reload()
+    client = client_at("one").open()
+    before = client.result("count")["pid"]
+    calls: list[Future[Any]] = []
+    with ThreadPoolExecutor(16) as pool:
+
+        def is_new() -> bool:
+            calls.append(pool.submit(client.result, "sleep", {"seconds": 1}))
+            time.sleep(0.1)  # the last one is under way, and nine others
+            return client.result("environment")["environ"].get("A") == "new"
+
+        assert not is_new()
+        write(file, one={**ENTRY, "timeout": 3, "env": {"A": "new"}})
+        app.reload()
+        eventually(is_new, 20)
+        assert len(calls) > 3
+        assert [call.result()["slept"] for call in calls] == [1] * len(calls)
+    eventually(lambda: not is_alive(before))
 
 
 def test_spares_of_another_command_end(file: Path) -> None:
@@ -188,6 +226,24 @@ def test_a_removed_server_has_no_process_and_may_come_back_without_its_sessions(
     assert client_at("two").initialize().status == 404
 
 
+def test_sessions_go_on_where_a_removed_server_is_back_before_they_have_ended(
+    app: Application, file: Path, client_at: Callable[[str], McpClient]
+) -> None:
+    client, idle = client_at("one").open(), client_at("one").open()
+    pid = client.result("count")["pid"]
+    write(file, two=ENTRY)
+    app.reload()
+    assert client.call("count").status == 404
+    write(file, one=ENTRY)
+    app.reload()
+    again = client.result("count")
+    assert again["pid"] != pid
+    eventually(lambda: "leaving=0" in repr(app.mounts))
+    eventually(lambda: not is_alive(pid))
+    assert client.result("count") == {"calls": 2, "pid": again["pid"]}
+    assert idle.result("count")["calls"] == 1
+
+
 def test_servers_can_be_given(app: Application, client_at: Callable[[str], McpClient]) -> None:
     client = client_at("one").open()
     pid = client.result("count")["pid"]
@@ -210,6 +266,40 @@ def test_what_is_served_without_a_file_keeps_its_name() -> None:
             app.reload([SERVER])
         app.reload()
         assert client.result("count")["calls"] == 1
+
+
+@pytest.fixture
+def published() -> Iterator[SharedText]:
+    """What a master would publish to the applications of this process."""
+    text = SharedText()
+    shared_text.set_current(text)
+    yield text
+    shared_text.set_current(None)
+
+
+def test_servers_that_could_not_be_served_are_tried_again(
+    file: Path, published: SharedText, tmp_path: Path
+) -> None:
+    authorities = tmp_path / "own-ca.pem"
+    good = Path(Certificates(tmp_path).path("ca.pem")).read_bytes()
+    authorities.write_bytes(good)
+
+    def publish(*names: str) -> None:
+        servers: list[Server] = [StdioServer(name, SCRIPTED, timeout=50) for name in names]
+        published.publish(encode(ServerTable(str(file), servers)))
+
+    publish("one")
+    config = ProxyConfig(config=str(file), ca_file=str(authorities))
+    with create_app(config) as app, closing(LocalFront(app)) as front:
+        client = McpClient(front, "/servers/one/mcp").open()
+        other = McpClient(front, "/servers/two/mcp")
+        authorities.write_text("nonsense")
+        publish("one", "two")
+        assert other.initialize().status == 404
+        assert client.result("count")["calls"] == 1
+        authorities.write_bytes(good)
+        eventually(lambda: other.initialize().status == 200)
+        assert client.result("count")["calls"] == 2
 
 
 # --- HTTP servers --------------------------------------------------------------------------------
@@ -291,6 +381,59 @@ def test_urls_of_servers_that_are_given() -> None:
         app.reload([HttpServer("default", (backend.url,), ("X-Key: a",))])
         assert client.call("tools/call").has_succeeded
         assert backend.last.header("X-Key") == "a"
+
+
+@pytest.fixture
+def modern() -> Iterator[EraServerProcess]:
+    with EraServerProcess("modern") as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "redis", "relayed"])
+def replicas(
+    request: pytest.FixtureRequest, file: Path, redis_server: RedisServer, redis_prefix: str
+) -> Iterator[list[Application]]:
+    """An application that sweeps often, perhaps with another one that relays to it."""
+    settings: dict[str, Any] = {"config": str(file), "input_timeout": 1.0}
+    if request.param != "memory":
+        settings |= {"redis_url": redis_server.url, "redis_prefix": redis_prefix}
+    with ExitStack() as stack:
+        count = 2 if request.param == "relayed" else 1
+        yield [stack.enter_context(create_app(ProxyConfig(**settings))) for _ in range(count)]
+
+
+def test_calls_in_flight_over_a_bridge_end_well_and_later_ones_go_to_the_changed_server(
+    replicas: list[Application], file: Path, modern: EraServerProcess
+) -> None:
+    def reload(form: str, apps: list[Application]) -> None:
+        write(file, web={"url": modern.url, "headers": {"X-Form": form}})
+        for app in apps:
+            app.reload()
+
+    def form_of_last(rpc: str) -> str:
+        form: str = modern.requests(rpc)[-1]["x-form"]
+        return form
+
+    reload("1", replicas)
+    with ExitStack() as stack:
+        owner, other = (stack.enter_context(closing(LocalFront(replicas[at]))) for at in (0, -1))
+        client = McpClient(owner, "/servers/web/mcp").open("2025-11-25")
+        relayed = client.at(other)
+        asking = client.call("tools/call", called("ask", kind="sampling")).stream()
+        question = next(asking)
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        slow = pool.submit(relayed.result, "tools/call", called("slow", seconds=4))
+        modern.await_line("started")
+        reload("2", replicas[:1])
+        assert not relayed.result("tools/call", called("pid")).get("isError")
+        reload("2", replicas)
+        assert not client.result("tools/call", called("pid")).get("isError")
+        assert form_of_last("tools/call") == "2"
+        assert not slow.done()
+        assert slow.result()["structuredContent"]["label"] == ""
+        client.post({"jsonrpc": "2.0", "id": question["id"], "result": SAMPLED})
+        assert next(asking)["result"]["structuredContent"]["answers"]["sampling"] == SAMPLED
+        eventually(lambda: all("leaving=0" in repr(app.mounts) for app in replicas))
 
 
 def test_a_server_that_changes_while_it_is_asked_what_it_speaks_is_asked_anew(

@@ -252,6 +252,23 @@ def test_a_header_that_names_a_hidden_tool_is_a_call_of_it(
     assert backend.seen == []
 
 
+@pytest.mark.parametrize("named", ["echo", "pid"])
+@pytest.mark.parametrize("mirrored", ["echo", "pid"])
+def test_a_call_in_vain_names_no_tool_in_its_header(
+    backend: HttpBackend, tmp_path: Path, named: str, mirrored: str
+) -> None:
+    """What may be for a stream of 2024-11-05, whose server refuses it there."""
+    with served(tmp_path, {"url": f"{backend.url}/mcp"}) as front:
+        client = McpClient(front, "/servers/one/messages?session_id=x")
+        params = {**called(named), "arguments": {"secret": 1}}
+        client.call("tools/call", params, Mcp_Name=mirrored, Mcp_Method="tools/call").body()
+    is_refused = "pid" in (named, mirrored)
+    sent = json.loads(backend.last.body)["params"]
+    assert (sent["name"] == named) is not is_refused
+    assert (sent["arguments"] == {}) is is_refused
+    assert backend.last.header("Mcp-Name") == (None if is_refused else mirrored)
+
+
 # --- the answers of HTTP servers -----------------------------------------------------------------
 
 ENTRY = b'{"name": "echo", "inputSchema": {"type":"object", "x": 1.0, "y": "\\u00e9"}}'

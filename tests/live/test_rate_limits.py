@@ -75,6 +75,23 @@ def test_a_request_that_is_passed_counts_once() -> None:
         assert json.loads(refused.body)["error"]["code"] == -32000
 
 
+def test_the_last_request_that_is_allowed_is_served_where_it_is_passed() -> None:
+    """Also where the worker that has given it is slow to go on."""
+    way = (*LABELLED[:-1], "tests.live.slow_giving:app")
+    variables = {"MCP_PROXY_WORKERS": "2", "MCP_PROXY_RATE_LIMIT": "1/minute:3"}
+    with (
+        ProxyProcess(SCRIPTED, way=way, environment=variables) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
+        pair = Pair(proxy, stack)
+        session, owner = pair.open()
+        for _ in range(2):
+            told = pair.at(pair.other(owner)).call("ping", session=session)
+            assert (told.is_passed, told.result) == (True, {})
+        refused = pair.at(owner).call("ping", session=session)
+        assert json.loads(refused.body)["error"]["code"] == -32000
+
+
 @pytest.mark.parametrize("store", ["memory", "redis"])
 def test_whichever_worker_gets_it_a_refusal_is_said_on_the_stream(
     store: str, redis_server: RedisServer

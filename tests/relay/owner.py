@@ -42,7 +42,7 @@ def main(url: str, prefix: str, lease: str) -> None:
     connection = Connection(url)
     relay = Relay(RedisMailboxes(connection, prefix, float(lease)), replica)
     child = PrintingBackend(wait=silent)
-    relay.serve({"child": child}.get, lambda: None)
+    relay.serve(lambda child_id, begins: {"child": child}.get(child_id), lambda: None)
     relay.start()
     print(replica.id, flush=True)
     sys.stdin.read()

@@ -27,7 +27,7 @@ class Node:
         self.relay = Relay(mailboxes, self.replica, self.workers)
         self.children: dict[str, ScriptedBackend] = {"child": ScriptedBackend()}
         self.lapsed = threading.Event()
-        self.relay.serve(self.children.get, self.lapsed.set)
+        self.relay.serve(lambda child_id, begins: self.children.get(child_id), self.lapsed.set)
 
     @property
     def child(self) -> ScriptedBackend:

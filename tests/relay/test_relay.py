@@ -355,7 +355,7 @@ def test_a_replica_is_not_gone_while_its_relay_is_open(client: Node, owner: Node
 
 def test_a_child_is_found_by_whoever_has_it(client: Node, owner: Node) -> None:
     second = type(owner.child)()
-    owner.relay.serve({"second": second}.get, lambda: None)
+    owner.relay.serve(lambda child_id, begins: {"second": second}.get(child_id), lambda: None)
     assert client.ask(owner, call("add"), "second") == "add"
     assert client.ask(owner, call("add")) == "add"
     assert (second.executed, owner.child.executed) == ({"add": 1}, {"add": 1})

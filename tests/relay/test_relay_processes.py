@@ -303,7 +303,7 @@ url, prefix, lease = sys.argv[1], sys.argv[2], float(sys.argv[3])
 connection, replica = Connection(url), Replica()
 mailboxes = RedisMailboxes(connection, prefix, lease)
 relay, child = Relay(mailboxes, replica), ScriptedBackend()
-relay.serve({"child": child}.get, lambda: None)
+relay.serve(lambda child_id, begins: {"child": child}.get(child_id), lambda: None)
 if sys.argv[4] == "used":
     relay.start()
     parent = replica.id

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.live.connections import Connection
 from tests.support.front import HttpFront, Json, McpClient
-from tests.support.proxy_process import ProxyProcess
+from tests.support.proxy_process import ROOT, ProxyProcess
 from tests.support.waiting import eventually
 
 # Long enough for a test to look on meanwhile, in seconds.
 PAUSE = 0.5
+
+# Seconds for which the calls last that others wait for.
+LONG = 4
 
 SHARED = {"threads": ("--threads", "4"), "without passing": ("--threads", "4", "--passing", "off")}
 
@@ -43,6 +49,16 @@ def count(client: McpClient, key: int, to: int = 1) -> Json:
     arguments = {"to": to, "pause": PAUSE}
     answer = client.call("tools/call", {"name": "count", "arguments": arguments}, key)
     return answer.message()
+
+
+def as_bytes(client: McpClient, body: bytes) -> bytes:
+    """A POST in the session of a client."""
+    head = (
+        f"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Accept: application/json\r\nMcp-Session-Id: {client.session}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 def counting(pool: ThreadPoolExecutor, client: McpClient, keys: Sequence[int]) -> list[Future[Any]]:
@@ -91,6 +107,80 @@ def test_what_calls_may_wait_for_does_not_wait(
     assert client.delete().status == 204
 
 
+class Tally:
+    """A server that writes down which calls it has begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self._executions = folder / "executions"
+        server = str(ROOT / "tests" / "servers" / "tally.py")
+        self.command = (sys.executable, "-I", "-S", server, "--executions", str(self._executions))
+
+    def begun(self) -> set[int]:
+        """The numbers of these calls."""
+        if not self._executions.exists():
+            return set()
+        return {int(line.split()[1]) for line in self._executions.read_text().splitlines()}
+
+
+def plain(number: int, seconds: float = 0) -> Json:
+    """The parameters of a call that the server counts."""
+    arguments = {"token": "t", "number": number, "seconds": seconds}
+    return {"name": "plain", "arguments": arguments}
+
+
+def fill_share(pool: ThreadPoolExecutor, client: McpClient, tally: Tally) -> list[Future[Any]]:
+    """Calls that have the whole share for a while."""
+    running = [
+        pool.submit(lambda key: client.call("tools/call", plain(key, LONG), key).message(), key)
+        for key in (1, 2)
+    ]
+    eventually(lambda: tally.begun() == {1, 2})
+    return running
+
+
+@pytest.mark.parametrize("is_http", [False, True], ids=["stdio", "http"])
+def test_a_call_that_is_cancelled_while_it_waits_is_not_made(
+    pool: ThreadPoolExecutor, tmp_path: Path, is_http: bool
+) -> None:
+    tally = Tally(tmp_path)
+    with ExitStack() as stack:
+        if is_http:
+            server = stack.enter_context(ProxyProcess(tally.command, options=("--threads", "32")))
+            options = (*SHARED["threads"], "--target-url", server.url)
+            proxy = stack.enter_context(ProxyProcess(options=options))
+        else:
+            proxy = stack.enter_context(ProxyProcess(tally.command, options=SHARED["threads"]))
+        client = session_of(proxy)
+        running = fill_share(pool, client, tally)
+        waiting = pool.submit(client.call, "tools/call", plain(3), 3)
+        while not waiting.done():
+            assert client.notify("notifications/cancelled", {"requestId": 3}).status == 202
+        assert not any(call.done() for call in running)
+        assert waiting.result().status == 200
+        answer = waiting.result().message()
+        assert (answer["id"], answer["error"]["code"]) == (3, -32000)
+        assert "cancelled" in answer["error"]["message"]
+        assert all("result" in call.result() for call in running)
+        assert "result" in client.call("tools/call", plain(4), 3).message()
+        assert tally.begun() == {1, 2, 4}
+
+
+def test_a_call_whose_client_leaves_while_it_waits_is_not_made(
+    pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    tally = Tally(tmp_path)
+    with ProxyProcess(tally.command, options=SHARED["threads"]) as proxy:
+        client = session_of(proxy)
+        running = fill_share(pool, client, tally)
+        message = {"jsonrpc": "2.0", "id": 3, "method": "tools/call", "params": plain(3)}
+        with closing(Connection(proxy.port)) as connection:
+            connection.send_raw(as_bytes(client, json.dumps(message).encode()))
+        waiting = pool.submit(client.call, "tools/call", plain(4), 4)
+        assert all("result" in call.result() for call in running)
+        assert waiting.result().has_succeeded
+        assert tally.begun() == {1, 2, 4}
+
+
 def test_a_batch_is_a_call_of_its_session(proxy: ProxyProcess, pool: ThreadPoolExecutor) -> None:
     client, other = session_of(proxy, "2025-03-26"), session_of(proxy)
     params = {"name": "count", "arguments": {"to": 1, "pause": PAUSE}}
@@ -113,13 +203,7 @@ def test_a_call_that_waits_keeps_its_connection(pool: ThreadPoolExecutor) -> Non
         body = b'{"jsonrpc":"2.0","id":%d,"method":"%s"}'
         with closing(Connection(proxy.port)) as connection:
             for key, method in ((7, b"tools/list"), (8, b"ping")):
-                data = body % (key, method)
-                head = (
-                    f"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                    f"Accept: application/json\r\nMcp-Session-Id: {client.session}\r\n"
-                    f"Content-Length: {len(data)}\r\n\r\n"
-                )
-                connection.send_raw(head.encode() + data)
+                connection.send_raw(as_bytes(client, body % (key, method)))
             assert b'"id":7' in connection.read_head().read()
             assert b'"id":8' in connection.read_head().read()
         assert {call.result()["id"] for call in calls} == {1, 2}

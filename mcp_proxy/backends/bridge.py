@@ -111,6 +111,11 @@ class Bridge(OwnedBackend):
     def name(self) -> str:
         return self._child.label
 
+    @property
+    def location(self) -> str:
+        """What access lines call the server: its process, or its URL."""
+        return f"pid:{self._child.pid}" if self._child.pid else self._child.label
+
     def note_session(self, session_id: str) -> None:
         self._child.session = session_id
 
@@ -164,6 +169,7 @@ class Bridge(OwnedBackend):
         if exchange.headers:
             self._child.headers = exchange.headers
         exchange.attach(self, self.log if exchange.accepts_stream else None)
+        exchange.backend = self.location
         lines: list[bytes] = []
         with self._lock:
             if not self.is_alive:

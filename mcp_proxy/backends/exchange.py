@@ -139,8 +139,9 @@ class Exchange:
         self.is_over = False
         #: Whether the client has stopped listening, and nobody reads in its place.
         self.is_closed = False
-        #: Whether the backend is another replica's.
+        #: Whether the backend is another replica's, and what the log calls it.
         self.is_relayed = False
+        self.backend = ""
         #: Called with each request whose answer is to come on this stream, before it is sent.
         self.on_submit: Callable[[Request], object] | None = None
         #: Whether this was a standing stream whose place a newer one took.

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Raw, UnsetType
@@ -19,7 +19,7 @@ from werkzeug.wsgi import get_input_stream
 from mcp_proxy import metrics
 from mcp_proxy.auth.principal import Caller, Principal
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.edge.operations import Operations, count_failure
+from mcp_proxy.edge.operations import Operations, count_failure, kind_of
 from mcp_proxy.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -30,6 +30,7 @@ from mcp_proxy.errors import (
 )
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.jsonrpc import Batch, Message
+from mcp_proxy.wire.outcomes import Outcome, outcomes_in
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -93,9 +94,11 @@ class ClientRequest:
     is compressed, say. `message` is what a POST carried, once it was read, if the answer to it
     leaves on this response: failures then do as well.
 
-    Five are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
-    is the JSON-RPC method and `params` are its parameters, `session` is the session that was named
-    or opened, and `reason` says why the request was refused or failed, each once it is known.
+    Others are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`;
+    `rpc` is the JSON-RPC method and `params` are its parameters, `session` is the session that was
+    named or opened, `record` is what the store has of it, `backend` is what has answered, and
+    `reason` says why the request was refused or failed, each once it is known. Where `is_logged`,
+    `outcome` is how a call of a stream has ended, of several the first that failed.
     `is_standing` is for the server: the answer is a standing stream. `principal` is who calls, and
     `principal_name` what the caller's sessions are bound to; None where callers are unknown.
     `lacks` is why no child can be started with what the request says of its caller, if that is so.
@@ -110,6 +113,7 @@ class ClientRequest:
         "_is_known",
         "accepts_json",
         "accepts_stream",
+        "backend",
         "body",
         "content_type",
         "environ",
@@ -117,18 +121,21 @@ class ClientRequest:
         "id",
         "is_answered_elsewhere",
         "is_encoded",
+        "is_logged",
         "is_relayed",
         "is_standing",
         "lacks",
         "message",
         "method",
         "operations",
+        "outcome",
         "params",
         "path",
         "principal",
         "principal_name",
         "protocol_version",
         "reason",
+        "record",
         "rpc",
         "server",
         "session",
@@ -160,6 +167,10 @@ class ClientRequest:
         self.rpc: str | None = None
         self.params: Raw | UnsetType = UNSET
         self.session = self.session_id
+        self.record: Mapping[str, str] | None = None
+        self.backend = ""
+        self.is_logged = False
+        self.outcome: Outcome | None = None
         self.is_standing = False
         self.server = server
         self.is_relayed = self.is_answered_elsewhere = False
@@ -199,6 +210,16 @@ class ClientRequest:
         """
         if self.operations is not None:
             self.operations.answered(data, failure)
+        if self.is_logged:
+            self.note_outcome(data, failure)
+
+    def note_outcome(self, data: bytes, failure: ProxyError | None = None) -> None:
+        """Has the access line say how this has ended, unless something has failed before."""
+        if self.outcome is not None and self.outcome.error_type:
+            return
+        outcomes = outcomes_in(data)
+        found = next((each for each in outcomes if each.error_type), outcomes[0])
+        self.outcome = found if failure is None else found._replace(error_type=kind_of(failure))
 
     @property
     def way(self) -> str:

@@ -384,6 +384,7 @@ class RemoteBackend(Backend):
         # The owner applies the time limit; only where it is silent itself this side does.
         exchange.attach(call, on_read=call.note_read, grace=_GRACE)
         exchange.is_relayed = True
+        exchange.backend = f"worker:{self._replica}"
         self._calls.send(call)
 
     def submit(

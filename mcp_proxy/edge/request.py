@@ -29,11 +29,13 @@ from mcp_proxy.errors import (
     ProxyError,
 )
 from mcp_proxy.wire import headers
-from mcp_proxy.wire.jsonrpc import Batch, Message
+from mcp_proxy.wire.jsonrpc import Batch, Message, Request
 from mcp_proxy.wire.outcomes import Outcome, outcomes_in
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+    from mcp_proxy.spans import CallSpans, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ log = logging.getLogger(__name__)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 _MAX_REQUEST_ID = 128
+
+#: Characters of a session's id that are shown: the whole is a credential.
+SHOWN_OF_ID = 8
 
 # Seconds for which a client that has closed its sending side is taken to wait for the answer.
 _HALF_CLOSED = 1.0
@@ -140,6 +145,7 @@ class ClientRequest:
         "server",
         "session",
         "session_id",
+        "spans",
         "started",
         "take_back",
     )
@@ -171,6 +177,8 @@ class ClientRequest:
         self.backend = ""
         self.is_logged = False
         self.outcome: Outcome | None = None
+        #: The spans of what it asks for, where that is traced and known.
+        self.spans: CallSpans | None = None
         self.is_standing = False
         self.server = server
         self.is_relayed = self.is_answered_elsewhere = False
@@ -212,6 +220,27 @@ class ClientRequest:
             self.operations.answered(data, failure)
         if self.is_logged:
             self.note_outcome(data, failure)
+        if self.spans is not None:
+            self.spans.answered(data, kind_of(failure))
+
+    def begin_spans(self, tracer: Tracer, message: Message | Batch | None) -> None:
+        """Has what a POST asks for traced; to be called once it is known."""
+        parts = message if isinstance(message, list) else [message]
+        requests = [part for part in parts if isinstance(part, Request)]
+        if requests:
+            attributes: dict[str, str | int] = {
+                "network.transport": "tcp",
+                "network.protocol.name": "http",
+                "mcp_proxy.server": self.server,
+            }
+            known = {
+                "client.address": self.environ.get("REMOTE_ADDR"),
+                "mcp.protocol.version": self.protocol_version,
+                "mcp.session.id": self.session_id and self.session_id[-SHOWN_OF_ID:],
+                "enduser.id": self.principal_name,
+            }
+            attributes |= {name: value for name, value in known.items() if value}
+            self.spans = tracer.spans(requests, attributes, self.environ, self.started)
 
     def note_outcome(self, data: bytes, failure: ProxyError | None = None) -> None:
         """Has the access line say how this has ended, unless something has failed before."""

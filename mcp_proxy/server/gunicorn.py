@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcp_proxy import __version__, metrics, rate_buckets
+from mcp_proxy import __version__, metrics, rate_buckets, traces
 from mcp_proxy.auth.access_tokens import require_libraries
 from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.config import (
@@ -310,6 +310,8 @@ class Hooks:
                 log.error("%s: %s", self.config.config, broken)
             self._share_callers(server)
             self._begin_counting(server)
+            if self.config.traces:
+                traces.require_library()
             if self.config.config is not None:
                 self._reloading = Reloading(self.config, server)
         except ConfigError as error:

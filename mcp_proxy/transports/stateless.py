@@ -164,7 +164,7 @@ class StatelessFront:
             cancels=True,
             headers={**caller_headers.get(), **_param_headers(request)},
         )
-        exchange.has_left = request.has_left
+        exchange.has_left, exchange.spans = request.has_left, request.spans
         if is_standing:
             request.is_standing = True
             self._edge.streams.acquire()

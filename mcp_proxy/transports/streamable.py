@@ -41,6 +41,7 @@ from mcp_proxy.resumption.replay import Replay
 from mcp_proxy.resumption.writing import child_of, is_standing
 from mcp_proxy.sessions import handshake
 from mcp_proxy.storage.session import MOVED, PROTOCOL_VERSION, Session
+from mcp_proxy.traces import Tracing
 from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.stateless import StatelessFront, is_modern
 from mcp_proxy.transports.stdio import StdioTransport, pass_by_id, pass_new, pass_to_owner
@@ -117,6 +118,8 @@ class StreamableProxy(StdioTransport):
             raise NotAcceptable
         message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
         request.message = message
+        if Tracing.tracer is not None:
+            request.begin_spans(Tracing.tracer, message)
         if self.rate_limit is not None:
             self.rate_limit.count(self.server_name, request, message)
         return self.answer(request, message)
@@ -222,7 +225,7 @@ class StreamableProxy(StdioTransport):
             self.options.request_timeout,
             headers=caller_headers.get(),
         )
-        exchange.has_left = request.has_left
+        exchange.has_left, exchange.spans = request.has_left, request.spans
         return exchange
 
     # --- the answer ------------------------------------------------------------------------------

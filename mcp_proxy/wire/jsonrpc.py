@@ -498,6 +498,14 @@ def _edited(payload: Raw, change: Callable[[dict[str, Raw]], object]) -> Raw:
     return as_payload(fields)
 
 
+def with_params(body: bytes, params: Raw | UnsetType) -> bytes:
+    """The message in `body` with other params; whatever else it has keeps its bytes."""
+    whole = Raw(body.strip())
+    if params is UNSET or not is_object(whole):
+        return body
+    return bytes(edited(whole, lambda fields: fields.update(params=params)))
+
+
 def one_line(encoded: bytes) -> bytes:
     """`encoded` with a space for each CR and LF."""
     return encoded.replace(b"\n", b" ").replace(b"\r", b" ")

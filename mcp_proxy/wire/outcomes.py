@@ -13,6 +13,9 @@ from mcp_proxy.errors import RequestId
 #: What stands for an error where a tool says that it has failed, as OpenTelemetry has it.
 TOOL_ERROR = "tool_error"
 
+#: What stands for an error where nobody was there any more to be answered.
+CLIENT_LEFT = "client-left"
+
 #: What stands for an error whose code is no number.
 OTHER_ERROR = "other"
 

@@ -38,6 +38,7 @@ ORDER = (
     (
         *("config", "servers", "servers_file", "entry_values", "shown_commands", "server_table"),
         *("replica", "background", "shared_page", "shared_text", "metrics", "rate_buckets"),
+        *("traces", "spans"),
     ),
     ("recent", "shared_texts"),
     ("wire",),
@@ -71,6 +72,7 @@ SEAMS = {
     "werkzeug": ("transports/", "edge/", "mounts.py"),
     "gunicorn": ("server/",),
     "prometheus_client": ("edge/exposition.py",),
+    "opentelemetry": ("spans.py",),
     "django": ("django.py",),
 }
 
@@ -228,7 +230,7 @@ def test_importing_the_package_loads_no_client_library() -> None:
     code = (
         "import sys, mcp_proxy, mcp_proxy.server.cli, mcp_proxy.server.gunicorn, "
         "mcp_proxy.server.worker\n"
-        "print(sorted({'redis', 'requests', 'urllib3'} & set(sys.modules)))"
+        "print(sorted({'opentelemetry', 'redis', 'requests', 'urllib3'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60

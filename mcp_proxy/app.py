@@ -59,6 +59,9 @@ class Application:
     published (`shared_text`): the file is read here only where no master has.
     """
 
+    #: Whether this has begun to have calls traced, and is to end it.
+    _is_traced = False
+
     def __init__(
         self,
         config: ProxyConfig,
@@ -114,7 +117,6 @@ class Application:
             metrics.use_own()
         if config.traces:
             traces.require_library()
-        self._is_traced = False
         if config.metrics:
             self._endpoints["/metrics"] = self.monitoring.metrics
         if config.counts and config.is_for_one_machine:

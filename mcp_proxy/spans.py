@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -127,6 +127,14 @@ class Tracer:
         return _with_context(request, carrier) if carrier and not _carrier_of(request) else request
 
 
+class _OpenSpan(NamedTuple):
+    """A span that has not ended, and what both spans of its request say of that."""
+
+    span: Span
+    name: str
+    about: Attributes
+
+
 class CallSpans:
     """The spans of requests whose answers come together, by their ids. Thread-safe.
 
@@ -143,8 +151,9 @@ class CallSpans:
         self._attributes = attributes
         self._ends_when_received = ends_when_received
         self._lock = threading.Lock()  # guards what follows
-        self._server: dict[RequestId, Span] = {}
-        self._client: dict[RequestId, Span] = {}
+        self._is_single = True  # whether there was one request, so that an answer is its own
+        self._server: dict[RequestId, _OpenSpan] = {}
+        self._client: dict[RequestId, _OpenSpan] = {}
 
     def __repr__(self) -> str:
         return f"<CallSpans {self.trace_id} server={len(self._server)} client={len(self._client)}>"
@@ -155,17 +164,13 @@ class CallSpans:
         """A request has come: its server span begins, as a child of what its `_meta` names."""
         parent, links = _parent_of(request, around)
         began = None if since is None else time.time_ns() - int((time.monotonic() - since) * 1e9)
-        span = self._tracer.start_span(
-            _name_of(request),
-            parent,
-            SpanKind.SERVER,
-            {**_attributes_of(request), **self._attributes},
-            links,
-            began,
-        )
+        name, about = _described(request)
+        attributes = {**about, **self._attributes}
+        span = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes, links, began)
         self.trace_id = self.trace_id or f"{span.get_span_context().trace_id:032x}"
         with self._lock:
-            self._server[request.id] = span
+            self._is_single = self._is_single and not self._server
+            self._server[request.id] = _OpenSpan(span, name, about)
 
     # --- what goes on ----------------------------------------------------------------------------
 
@@ -175,9 +180,9 @@ class CallSpans:
         Those that went to another backend before, in vain, end.
         """
         with self._lock:
-            in_vain = [span for each in requests if (span := self._client.pop(each.id, None))]
-        for span in in_vain:
-            _end(span, Outcome(None, _SENT_AGAIN))
+            in_vain = [each for one in requests if (each := self._client.pop(one.id, None))]
+        for each in in_vain:
+            _end(each, Outcome(None, _SENT_AGAIN))
         return [self._sent(request, attributes) for request in requests]
 
     def _sent(self, request: Request, attributes: Attributes) -> Request:
@@ -185,32 +190,29 @@ class CallSpans:
             server = self._server.get(request.id)
         if server is None:
             return request
-        span = self._tracer.start_span(
-            _name_of(request),
-            trace.set_span_in_context(server),
-            SpanKind.CLIENT,
-            {**_attributes_of(request), **attributes},
-        )
+        span, name, about = server
+        parent = trace.set_span_in_context(span, _NO_CONTEXT)
+        span = self._tracer.start_span(name, parent, SpanKind.CLIENT, {**about, **attributes})
         with self._lock:
-            self._client[request.id] = span
+            self._client[request.id] = _OpenSpan(span, name, about)
         return _with_context(request, _carried(span))
 
     def headers(self) -> dict[str, str]:
         """The headers of an HTTP request by which the first of these calls goes on."""
         with self._lock:
-            span = next(iter(self._client.values()), None)
-        return {} if span is None else _carried(span)
+            first = next(iter(self._client.values()), None)
+        return {} if first is None else _carried(first.span)
 
     # --- what comes back -------------------------------------------------------------------------
 
     def received(self, data: bytes, failure: str) -> None:
         """A response has come from where a request went; `failure` is why the proxy has made it."""
         with self._lock:
-            ended = _popped(self._client, data)
+            ended = self._popped(self._client, data)
             if self._ends_when_received:
-                ended += _popped(self._server, data)
-        for span, outcome in ended:
-            _end(span, outcome, failure)
+                ended += self._popped(self._server, data)
+        for each, outcome in ended:
+            _end(each, outcome, failure)
 
     def answered(self, data: bytes, failure: str, status: int = 200) -> None:
         """A response, or an array of them, is about to leave for the client.
@@ -218,32 +220,37 @@ class CallSpans:
         The HTTP `status` counts where neither `failure` nor the response says what went wrong.
         """
         with self._lock:
-            ended = _popped(self._client, data) + _popped(self._server, data)
-        for span, outcome in ended:
-            _end(span, outcome, failure, "" if status < 400 else str(status))
+            ended = self._popped(self._client, data) + self._popped(self._server, data)
+        for each, outcome in ended:
+            _end(each, outcome, failure, "" if status < 400 else str(status))
 
     def close(self, error_type: str) -> None:
         """What is not answered by now has ended in this way."""
         with self._lock:
-            spans = [*self._client.values(), *self._server.values()]
+            left = [*self._client.values(), *self._server.values()]
             self._client, self._server = {}, {}
-        for span in spans:
-            _end(span, Outcome(None, error_type))
+        for each in left:
+            _end(each, Outcome(None, error_type))
+
+    def _popped(
+        self, spans: dict[RequestId, _OpenSpan], data: bytes
+    ) -> list[tuple[_OpenSpan, Outcome]]:
+        """Those that `data` answers, which are taken out, each with how it has ended.
+
+        The lock is held.
+        """
+        if not spans:
+            return []
+        outcomes = outcomes_in(data, needs_id=not self._is_single)
+        if self._is_single:
+            return [(spans.popitem()[1], outcomes[0])]
+        named = ((spans.pop(each.id, None), each) for each in outcomes if each.id is not None)
+        return [(found, outcome) for found, outcome in named if found is not None]
 
 
-def _popped(spans: dict[RequestId, Span], data: bytes) -> list[tuple[Span, Outcome]]:
-    """The spans of what `data` answers, which are taken out, each with how it has ended."""
-    if not spans:
-        return []
-    outcomes = outcomes_in(data, needs_id=len(spans) > 1)
-    if len(spans) == len(outcomes) == 1:
-        return [(spans.popitem()[1], outcomes[0])]
-    named = ((spans.pop(each.id, None), each) for each in outcomes if each.id is not None)
-    return [(span, outcome) for span, outcome in named if span is not None]
-
-
-def _end(span: Span, outcome: Outcome, failure: str = "", otherwise: str = "") -> None:
+def _end(ended: _OpenSpan, outcome: Outcome, failure: str = "", otherwise: str = "") -> None:
     """Ends a span: with `failure`, with what its answer says, or else with `otherwise`."""
+    span = ended.span
     error_type = failure or outcome.error_type or otherwise
     if error_type:
         span.set_attribute("error.type", error_type)
@@ -253,36 +260,30 @@ def _end(span: Span, outcome: Outcome, failure: str = "", otherwise: str = "") -
     span.end()
 
 
-# --- names and attributes ------------------------------------------------------------------------
+# --- what clients say ------------------------------------------------------------------------
 
 
 def _shown(text: str) -> str:
     """A client's word: visible, and not too long."""
-    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_SHOWN])
+    shown = text[:_MAX_SHOWN]
+    return shown if shown.isprintable() else "".join(c if c.isprintable() else "?" for c in shown)
 
 
-def _target_of(request: Request) -> str:
-    """The tool or the prompt that a request names; empty for other methods."""
-    if request.method not in ("tools/call", "prompts/get"):
-        return ""
-    return _shown(jsonrpc.names_in(request.params)[0])
-
-
-def _name_of(request: Request) -> str:
-    return f"{_shown(request.method)} {_target_of(request)}".rstrip()
-
-
-def _attributes_of(request: Request) -> dict[str, str | int]:
-    found: dict[str, str | int] = {
-        "mcp.method.name": _shown(request.method),
+def _described(request: Request) -> tuple[str, Attributes]:
+    """The name of the spans of a request, and what both say of it."""
+    method = _shown(request.method)
+    about: dict[str, str | int] = {
+        "mcp.method.name": method,
         "jsonrpc.request.id": _shown(str(request.id)),
     }
-    target = _target_of(request)
-    if request.method == "tools/call":
-        found |= {"gen_ai.tool.name": target, "gen_ai.operation.name": "execute_tool"}
-    elif target:
-        found["gen_ai.prompt.name"] = target
-    return found
+    if method not in ("tools/call", "prompts/get"):
+        return method, about
+    target = _shown(jsonrpc.names_in(request.params)[0])
+    if method == "tools/call":
+        about |= {"gen_ai.tool.name": target, "gen_ai.operation.name": "execute_tool"}
+    else:
+        about["gen_ai.prompt.name"] = target
+    return f"{method} {target}", about
 
 
 # --- the context ---------------------------------------------------------------------------------

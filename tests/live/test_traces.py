@@ -27,6 +27,7 @@ from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan
 from tests.support.proxy_process import ProxyProcess
 from tests.support.redis_server import RedisServer
 from tests.support.sse_client import SseClient
+from tests.support.transparent import LocalFront
 from tests.support.waiting import eventually
 
 
@@ -278,8 +279,11 @@ def test_an_http_server_gets_the_context_in_header_and_meta(
     with HttpBackend() as backend:
         backend.rpc["tools/call"] = act
         url = f"http://127.0.0.1:{backend.port}/mcp"
-        with traced(receiver, monkeypatch, target_url=(url,)) as app:
-            client = McpClient(WsgiFront(app)).open()
+        with (
+            traced(receiver, monkeypatch, target_url=(url,)) as app,
+            closing(LocalFront(app)) as front,
+        ):
+            client = McpClient(front).open()
             parent = Parent()
             got = client.result("tools/call", {"name": "x", **parent.meta})
             server, below = receiver.of_trace(parent.trace, 2)
@@ -299,8 +303,9 @@ def test_a_bridged_http_server_gets_the_context_too(
     with (
         EraServerProcess("modern") as upstream,
         traced(receiver, monkeypatch, target_url=(upstream.url,)) as app,
+        closing(LocalFront(app)) as front,
     ):
-        client = McpClient(WsgiFront(app)).open()
+        client = McpClient(front).open()
         parent = Parent()
         client.result("tools/list", parent.meta)
         chain = receiver.of_trace(parent.trace, 2)

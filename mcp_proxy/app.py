@@ -7,7 +7,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -27,7 +26,7 @@ from mcp_proxy.metrics import Metric
 from mcp_proxy.monitoring.endpoints import About, Monitoring, alive
 from mcp_proxy.monitoring.front_page import front_page, is_for_browser
 from mcp_proxy.monitoring.orders import Orders, Outcome
-from mcp_proxy.mounts import Mounts, path_of
+from mcp_proxy.mounts import Mounts
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import ReplicaParts
 from mcp_proxy.server_table import ServerTable, decode, require_servers
@@ -75,7 +74,7 @@ class Application:
         #: What this process is to other replicas, and its children.
         self.parts = ReplicaParts(self._storage.mailboxes())
         workers = self.parts.workers
-        self._tokens = AccessTokens.of(config, partial(path_of, config), workers)
+        self._tokens = AccessTokens.of(config, workers, config.ca_file or True, config.path_of)
         is_alone = authenticate is None and config.api_keys is None
         self._weight_of_tokens = Weight.ESSENTIAL if is_alone else Weight.USEFUL
         authenticator = Authenticator.of(config, authenticate, workers, self._tokens)
@@ -304,6 +303,7 @@ class Application:
             stack.callback(self.monitoring.close)
             stack.callback(self.edge.close)
             stack.callback(self.parts.close)
+            stack.callback(self.mounts.close)
             for transport in self.mounts.transports:
                 stack.callback(transport.shut_down)
             stack.callback(self._looker.stop)
@@ -414,7 +414,7 @@ class Application:
         """/ in a browser on this machine."""
         self.edge.require_allowed(request.environ)
         paths = {
-            name: [f"{path_of(self.config, name)}{path}{at.endpoint}" for path, at in of.items()]
+            name: [f"{self.config.path_of(name)}{path}{at.endpoint}" for path, at in of.items()]
             for name, of in self.mounts.current.transports.items()
             if name in self.proxies
         }

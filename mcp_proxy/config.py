@@ -31,10 +31,13 @@ from msgspec.inspect import (
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import LIMIT
+from mcp_proxy.server_groups import ALL, SIGN, group_of_all
 from mcp_proxy.servers import (
     MAX_SECONDS,
+    SCOPE,
     HttpServer,
     Seconds,
+    Served,
     Server,
     StdioServer,
     UnservedServer,
@@ -116,7 +119,7 @@ Host = Annotated[  # with a port too: the guard also compares the Host header as
 
 
 Limit = Annotated[str, _only("limits such as 20/second, 600/minute:50 or off", LIMIT)]
-Scope = Annotated[str, _only("scopes without blanks and quotes", r"[\x21\x23-\x5b\x5d-\x7e]+")]
+Scope = Annotated[str, _only("scopes without blanks and quotes", SCOPE)]
 Cookie = Annotated[
     str, _only("names of cookies, a * at the end stands for any more", r"[!#$%&'+.^`|~\w-]+\*?")
 ]
@@ -285,6 +288,13 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "with :BURST for how many may come at once (else N); none: off"
         ),
     ] = None
+    rate_limit_scope: Annotated[
+        Literal["host", "deployment"],
+        Meta(
+            description="who counts for `rate_limit`. host: the workers of a gunicorn together; "
+            "deployment: all that share the Redis, too (the extra `limits`)"
+        ),
+    ] = "host"
     backend_proxy: Annotated[
         str | None,
         Meta(
@@ -297,6 +307,27 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tuple[Cookie, ...],
         Meta(description="cookies of a balancer that keep a session at one HTTP server"),
     ] = (*("AWSALB*", "AWSALBTG*", "GCLB", "ARRAffinity*", "INGRESSCOOKIE", "SERVERID", "route"),)
+    jwt_issuer: Annotated[
+        str | None,
+        Meta(
+            description="the issuer whose JWTs callers have to show; needs `public_url` and "
+            "the extra `auth`; none: no JWT is taken"
+        ),
+    ] = None
+    jwt_audience: Annotated[
+        tuple[Word, ...],
+        Meta(
+            description="what a JWT may be issued for, one of these; none: for the URL of its "
+            "endpoint below `public_url`"
+        ),
+    ] = ()
+    jwt_jwks_url: Annotated[
+        str | None,
+        Meta(description="where the keys of `jwt_issuer` are; none: its metadata say that"),
+    ] = None
+    jwt_scopes: Annotated[
+        tuple[Scope, ...], Meta(description="scopes that each JWT must have, all of them")
+    ] = ()
 
     def __post_init__(self) -> None:
         for setting in settings(type(self)):
@@ -333,6 +364,32 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Standing streams of one worker; the rest of the threads stays free for calls."""
         return self.max_streams or _most_streams(self.threads)
 
+    def require_issuer(self) -> None:
+        """Raises ConfigError where the settings for JWTs do not go together."""
+        if self.jwt_issuer is None:
+            if self.jwt_audience or self.jwt_scopes or self.jwt_jwks_url is not None:
+                raise ConfigError("jwt_audience, jwt_jwks_url and jwt_scopes belong to jwt_issuer")
+            return
+        if self.public_url is None:
+            raise ConfigError(
+                "jwt_issuer needs public_url: a token is issued for the URL that clients use, "
+                "and what a request says of its host proves nothing"
+            )
+        if self.asks:
+            raise ConfigError(
+                "unknown_session_status=ask does not go with jwt_issuer: whose session it is that "
+                "a server still knows, nobody can say; take 400 or 404"
+            )
+        _require_https("jwt_issuer", self.jwt_issuer, or_anywhere=self.jwt_jwks_url is not None)
+        if self.jwt_jwks_url is not None:
+            _require_https("jwt_jwks_url", self.jwt_jwks_url, or_anywhere=True)
+
+    def reason_against(self, server: Served) -> str | None:
+        """Why a server would let in callers that it is not for; None where it would not."""
+        if server.jwt_scopes and self.jwt_issuer is None:
+            return "jwt_scopes needs jwt_issuer: without it nobody has to show a token"
+        return None
+
 
 class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings: those of a transport, the MCP servers, the store, the log and gunicorn."""
@@ -355,6 +412,10 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
     config: Annotated[
         str | None, Meta(description='a file with {"mcpServers": {...}}: several servers')
     ] = None
+    aggregate: Annotated[
+        bool,
+        Meta(description="serve all servers of that file together, too: at /mcp, and at /sse"),
+    ] = False
     reload_on_change: Annotated[
         bool,
         Meta(
@@ -388,27 +449,6 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(description="the Redis that has the sessions; none: in memory", extra=SECRET),
     ] = None
     redis_prefix: Annotated[str, Meta(description="prefix of every key in Redis")] = "mcp-proxy:"
-    jwt_issuer: Annotated[
-        str | None,
-        Meta(
-            description="the issuer whose JWTs callers have to show; needs `public_url` and "
-            "the extra `auth`; none: no JWT is taken"
-        ),
-    ] = None
-    jwt_audience: Annotated[
-        tuple[Word, ...],
-        Meta(
-            description="what a JWT may be issued for, one of these; none: for the URL of its "
-            "endpoint below `public_url`"
-        ),
-    ] = ()
-    jwt_jwks_url: Annotated[
-        str | None,
-        Meta(description="where the keys of `jwt_issuer` are; none: its metadata say that"),
-    ] = None
-    jwt_scopes: Annotated[
-        tuple[Scope, ...], Meta(description="scopes that each JWT must have, all of them")
-    ] = ()
     log_format: Annotated[Literal["text", "json"], Meta(description="form of the log lines")] = (
         "text"
     )
@@ -511,26 +551,6 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
         """Whether the settings say who may call."""
         return self.api_keys is not None or self.jwt_issuer is not None
 
-    def _require_issuer(self) -> None:
-        """Raises ConfigError where the settings for JWTs do not go together."""
-        if self.jwt_issuer is None:
-            if self.jwt_audience or self.jwt_scopes or self.jwt_jwks_url is not None:
-                raise ConfigError("jwt_audience, jwt_jwks_url and jwt_scopes belong to jwt_issuer")
-            return
-        if self.public_url is None:
-            raise ConfigError(
-                "jwt_issuer needs public_url: a token is issued for the URL that clients use, "
-                "and what a request says of its host proves nothing"
-            )
-        if self.asks:
-            raise ConfigError(
-                "unknown_session_status=ask does not go with jwt_issuer: whose session it is that "
-                "a server still knows, nobody can say; take 400 or 404"
-            )
-        _require_https("jwt_issuer", self.jwt_issuer, or_anywhere=self.jwt_jwks_url is not None)
-        if self.jwt_jwks_url is not None:
-            _require_https("jwt_jwks_url", self.jwt_jwks_url, or_anywhere=True)
-
     @property
     def stream_limit(self) -> int:
         """As of the options; with gevent a stream takes no thread but one of its connections."""
@@ -581,7 +601,9 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
     def listed(self) -> list[Server]:
         """As `servers`, also where none of them can be served. Raises ConfigError."""
-        self._require_issuer()
+        self.require_issuer()
+        if self.rate_limit_scope == "deployment" and self.redis_url is None:
+            raise ConfigError("rate_limit_scope=deployment needs redis_url, where all hosts count")
         servers = self._listed()
         if self.asks and all(isinstance(server, StdioServer) for server in servers):
             raise ConfigError(
@@ -591,7 +613,10 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
     def _listed(self) -> list[Server]:
         if self.config:
-            return [*map(self._if_shared, read_servers(Path(self.config), os.environ))]
+            servers = [*map(self._if_possible, read_servers(Path(self.config), os.environ))]
+            return [*servers, group_of_all(servers)] if self.aggregate else servers
+        if self.aggregate:
+            raise ConfigError("aggregate serves the servers of a file together: set config, too")
         if self.command:
             env, env_from = (
                 dict(pair.split("=", 1) for pair in pairs) for pairs in (self.env, self.env_from)
@@ -602,13 +627,21 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
             return [HttpServer("default", self.target_url)]
         return [demo_server()]
 
-    def _if_shared(self, server: Server) -> Server:
-        """A server of the file, unless the workers could not serve its sessions to each other."""
-        if not isinstance(server, HttpServer) or self.workers == 1 or self.redis_url is not None:
-            return server
-        return UnservedServer(
-            server.name, f"an HTTP server needs redis_url where there are {self.workers} workers"
-        )
+    def _if_possible(self, server: Server) -> Server:
+        """A server of the file, unless it needs a setting that is not there."""
+        reason = None
+        if isinstance(server, HttpServer) and self.workers > 1 and self.redis_url is None:
+            reason = f"an HTTP server needs redis_url where there are {self.workers} workers"
+        elif not isinstance(server, UnservedServer):
+            reason = self.reason_against(server)
+        return server if reason is None else UnservedServer(server.name, reason)
+
+    def path_of(self, name: str) -> str:
+        """The path of the mount of a server, or of a group; "" for what is served at the root."""
+        if not self.config or name == ALL:
+            return ""
+        is_group = name.startswith(SIGN)
+        return f"/groups/{name.removeprefix(SIGN)}" if is_group else f"/servers/{name}"
 
     def broken(self) -> list[UnservedServer]:
         """The servers in whose entries of the file something is wrong. Raises ConfigError."""
@@ -624,7 +657,8 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
 
 #: The first rows of the table: the MCP servers and the session store.
 _FIRST = (
-    *("command", "target_url", "allowed_backends", "ca_file", "config", "reload_on_change"),
+    *("command", "target_url", "allowed_backends", "ca_file", "config", "aggregate"),
+    "reload_on_change",
     *("env", "env_from", "cwd", "stdio_mode", "stdio_transports", "redis_url", "redis_prefix"),
 )
 
@@ -652,6 +686,11 @@ class Setting(NamedTuple):
         if isinstance(self.default, tuple):
             return ",".join(self.default)
         return "" if self.default is None else str(self.default)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the value is on or off; the option alone means on."""
+        return isinstance(self.takes, BoolType)
 
     @property
     def placeholder(self) -> str:

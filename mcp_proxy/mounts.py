@@ -10,10 +10,13 @@ ends once no call needs it; until then what those calls may need is passed on.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
@@ -21,16 +24,28 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.auth.caller_env import EnvFor
 from mcp_proxy.auth.protected_resource import MOUNT, ProtectedResource
+from mcp_proxy.backends.catalogue import GATHER_TIMEOUT, Catalogue
+from mcp_proxy.backends.group import Group, Member, Settings
+from mcp_proxy.backends.owned import OwnedBackend
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
-from mcp_proxy.edge.reply import Reply, empty_reply, json_reply
+from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import MethodNotAllowed, NotFound, ServerRemoved
+from mcp_proxy.errors import ConfigError, NotFound, ServerRemoved
+from mcp_proxy.ownership.members import AbsentMember, OwnedMember
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.server_table import is_other_process
-from mcp_proxy.servers import HttpServer, Served, Server, StdioServer, UnservedServer
+from mcp_proxy.servers import (
+    GroupMember,
+    HttpServer,
+    Served,
+    Server,
+    ServerGroup,
+    StdioServer,
+    UnservedServer,
+)
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.storage.records import LocalStorage, Storage
 from mcp_proxy.transparent.proxy import TransparentProxy
@@ -51,8 +66,10 @@ _STDIO_TRANSPORTS: dict[str, tuple[str, type[StdioTransport]]] = {
     "sse": ("", SSEProxy),
 }
 
-# Where a client looks for a document about `/servers/<name>/...` (RFC 9728 section 3.1).
-_ABOUT_A_SERVER = re.compile(r"(/\.well-known/[^/]+)(/servers/[^/]+)((?:/.*)?)", re.DOTALL)
+# Where a client looks for a document about `/servers/<name>/...` or a group (RFC 9728 section 3.1).
+_ABOUT_A_SERVER = re.compile(
+    r"(/\.well-known/[^/]+)(/(?:servers|groups)/[^/]+)((?:/.*)?)", re.DOTALL
+)
 
 # Seconds in which a request may still reach transports in whose place others stand by now.
 _ON_ITS_WAY = 2.0
@@ -111,6 +128,8 @@ class Mounts:
         self._lock = threading.Lock()  # guards changes
         self._leaving: tuple[_Leaving, ...] = ()
         self._keeps_spares = False
+        #: What the servers of groups list.
+        self._catalogue = Catalogue(parts.timer, max(4, 2 * (os.cpu_count() or 1)))
         made = {server.name: self._transports_of(server) for server in servers}
         #: What serves requests just now.
         self.current = self._composed({server.name: server for server in servers}, made, {})
@@ -142,7 +161,7 @@ class Mounts:
     def endpoints(self) -> list[str]:
         """The paths of all MCP endpoints, below the mount of the application."""
         return [
-            f"{path_of(self._config, name)}{path}{transport.endpoint}"
+            f"{self._config.path_of(name)}{path}{transport.endpoint}"
             for name, transports in self.current.transports.items()
             for path, transport in transports.items()
         ]
@@ -164,7 +183,7 @@ class Mounts:
             before = self.current
             after = {server.name: server for server in servers}
             for server in servers:
-                if not isinstance(server, UnservedServer):
+                if isinstance(server, Served):
                     _options_for(server, self._config)  # before anything is different
             made = self._made([one for one in servers if not self._goes_on(one)])
             transports = {
@@ -181,6 +200,7 @@ class Mounts:
             self.current = self._composed(after, transports, gone)
             self._note_memory()
             self._let_leave(before, made)
+            self._announce_changes()
         if self._keeps_spares:
             self.keep_spares()
 
@@ -201,9 +221,20 @@ class Mounts:
     def _goes_on(self, server: Server) -> bool:
         """Whether the transports of a server stay."""
         before = self.current.servers.get(server.name)
-        return before == server or (
-            isinstance(before, StdioServer) and isinstance(server, StdioServer)
-        )
+        kinds = (StdioServer, ServerGroup)
+        stays = any(isinstance(before, kind) and isinstance(server, kind) for kind in kinds)
+        return before == server or stays
+
+    def _announce_changes(self) -> None:
+        """Has clients of groups told of lists that are others now."""
+        for owner in self.current.owners.values():
+            for backend in owner.backends:
+                if isinstance(backend, Group):
+                    backend.announce_changes()
+
+    def close(self) -> None:
+        """Asks no server for its lists any more."""
+        self._catalogue.close()
 
     def _made(self, servers: Sequence[Server]) -> dict[str, _Transports]:
         """New transports in front of these; raises ConfigError, and then there are none."""
@@ -267,12 +298,15 @@ class Mounts:
         """
         if isinstance(server, UnservedServer):
             return {"": UnservedProxy(server, self._edge, self._config)}
-        options = _options_for(server, self._config)
         storage = self._storage.scoped(server.name)
         manager = SessionManager(storage, unknown_status=self._config.unknown_status)
         manager.replica = self._parts.replica
+        if isinstance(server, ServerGroup):
+            return self._in_front_of(self._owner_of_group(server, manager), self._config)
+        options = _options_for(server, self._config)
         if isinstance(server, StdioServer):
-            return self._in_front_of_stdio(server, manager, options)
+            owner = Owner(server, manager, self._parts, options, env_for=self._env_for)
+            return self._in_front_of(owner, options)
         proxy = TransparentProxy._shared(
             server.urls,
             manager,
@@ -283,13 +317,38 @@ class Mounts:
             parts=self._parts,
             tools=server.tools,
         )
-        proxy.server_name = server.name
+        proxy.server_name, proxy.scopes = server.name, server.jwt_scopes
         return {"": proxy}
 
-    def _in_front_of_stdio(
-        self, server: StdioServer, manager: SessionManager, options: ProxyConfig
-    ) -> _Transports:
-        owner = Owner(server, manager, self._parts, options, env_for=self._env_for)
+    def _owner_of_group(self, group: ServerGroup, manager: SessionManager) -> Owner:
+        settings = Settings(
+            group.name, version("mcp-wsgi-proxy"), self._config.request_timeout, GATHER_TIMEOUT
+        )
+
+        def make() -> OwnedBackend:
+            return Group(partial(self._members_of, group.name), self._catalogue, settings)
+
+        return Owner(group, manager, self._parts, self._config, make=make)
+
+    def _members_of(self, name: str) -> list[Member]:
+        """The servers of a group, as they are now."""
+        group = self.current.servers.get(name)
+        if not isinstance(group, ServerGroup):
+            return []
+        return [self._member_of(member) for member in group.members]
+
+    def _member_of(self, member: GroupMember) -> Member:
+        transport = next(iter(self.current.transports.get(member.server, {}).values()), None)
+        if isinstance(transport, StdioTransport):
+            return OwnedMember(member, transport.owner)
+        if isinstance(transport, TransparentProxy) and transport.bridge_owner is not None:
+            return OwnedMember(member, transport.bridge_owner, transport.own_headers)
+        server = self.current.servers.get(member.server)
+        reason = server.reason if isinstance(server, UnservedServer) else "it is not served"
+        return AbsentMember(member, reason)
+
+    def _in_front_of(self, owner: Owner, options: ProxyConfig) -> _Transports:
+        """The transports of what has a process for each session."""
         made: _Transports = {}
         for name in self._config.stdio_transports:
             path, kind = _STDIO_TRANSPORTS[name]
@@ -302,6 +361,11 @@ class Mounts:
         transports: Mapping[str, _Transports],
         removed: Mapping[str, _Transports],
     ) -> Composition:
+        for name, server in servers.items():
+            if isinstance(server, ServerGroup):
+                scopes = _scopes_of(server, servers)
+                for transport in transports[name].values():
+                    transport.scopes = scopes
         front = self._dispatcher(
             transports, removed, lambda transport: transport, lambda transport: transport.removed
         )
@@ -330,7 +394,7 @@ class Mounts:
                 f"/servers/{name}{path}": app_of_removed(each) for path, each in of_server.items()
             }
         for name, of_server in transports.items():
-            prefix = path_of(self._config, name)
+            prefix = self._config.path_of(name)
             mounts |= {f"{prefix}{path}": app_of(each) for path, each in of_server.items()}
         front = DispatcherMiddleware(mounts.pop("", self._nothing), mounts)
         if self._resource is not None:
@@ -349,31 +413,26 @@ class Mounts:
             endpoint = resource.endpoint_of(environ)
             if endpoint is None:
                 return front(environ, start_response)
-
-            def handle(request: ClientRequest) -> Reply:
-                if request.method == "OPTIONS":  # the edge says what a page may send
-                    return empty_reply(204, [("Allow", "GET, HEAD, OPTIONS")])
-                require_reading(request)
-                if not self._has_endpoint(endpoint):
-                    raise NotFound
-                return json_reply(resource.document(environ, endpoint))
-
-            return self._edge.serve(environ, start_response, handle, is_own=True)
+            scopes = self._scopes_at(endpoint)
+            return self._edge.serve_metadata(environ, start_response, resource, endpoint, scopes)
 
         return serve
 
-    def _has_endpoint(self, path: str) -> bool:
-        """Whether clients may connect to a path: that of a server, or of one of its transports.
+    def _scopes_at(self, path: str) -> tuple[str, ...] | None:
+        """The scopes that the server at a path wants; None where clients cannot connect to it.
 
-        An HTTP server may have its endpoint anywhere.
+        They can at that of a server, or of one of its transports. An HTTP server may have its
+        endpoint anywhere.
         """
         for name, transports in self.current.transports.items():
-            base = path_of(self._config, name)
+            base = self._config.path_of(name)
             if f"{path}/".startswith(f"{base}/"):
                 known = {"", *transports, *([STREAM_PATH] if "" in transports else [])}
                 is_anywhere = isinstance(transports.get(""), TransparentProxy | UnservedProxy)
-                return is_anywhere or path.removeprefix(base) in known
-        return False
+                if is_anywhere or path.removeprefix(base) in known:
+                    return next(iter(transports.values())).scopes
+                return None
+        return None
 
     def _nothing(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def handle(request: ClientRequest) -> Reply:
@@ -389,7 +448,10 @@ class Mounts:
 
 
 def _options_for(server: Served, config: ProxyConfig) -> ProxyConfig:
-    """The settings of one server, which may have some of its own."""
+    """The settings of one server, which may have some of its own. Raises ConfigError."""
+    reason = config.reason_against(server)
+    if reason is not None:
+        raise ConfigError(f"{server.name}: {reason}")
     if server.timeout is not None:
         config = replace(config, request_timeout=server.timeout)
     if server.rate_limit is not None:
@@ -399,6 +461,13 @@ def _options_for(server: Served, config: ProxyConfig) -> ProxyConfig:
     return config
 
 
+def _scopes_of(group: ServerGroup, servers: Mapping[str, Server]) -> tuple[str, ...]:
+    """The scopes that a token must have for a group: those of all its servers."""
+    members = (servers.get(member.server) for member in group.members)
+    found = (scope for one in members if isinstance(one, Served) for scope in one.jwt_scopes)
+    return tuple(dict.fromkeys(found))
+
+
 def _at_its_server(environ: WSGIEnvironment) -> WSGIEnvironment:
     """The environ with the path of a document about a server below that server's mount."""
     found = _ABOUT_A_SERVER.fullmatch(environ.get("PATH_INFO", ""))
@@ -406,17 +475,6 @@ def _at_its_server(environ: WSGIEnvironment) -> WSGIEnvironment:
         return environ
     document, mount, rest = found.groups()
     return {**environ, "PATH_INFO": f"{mount}{document}{rest}"}
-
-
-def path_of(config: ProxyConfig, name: str) -> str:
-    """The path of a server's mount."""
-    return f"/servers/{name}" if config.config else ""
-
-
-def require_reading(request: ClientRequest) -> None:
-    """Raises MethodNotAllowed unless a request only reads."""
-    if request.method not in ("GET", "HEAD"):
-        raise MethodNotAllowed("GET, HEAD")
 
 
 def _removed(request: ClientRequest) -> Reply:

@@ -1,4 +1,5 @@
-"""Rate limits: token buckets in memory that gunicorn's master shares with its workers.
+"""Rate limits: what they say, and token buckets in memory that gunicorn's master shares with its
+workers.
 
 A bucket holds `burst` tokens at most and gets `per_second` of them back. It is kept as the one time
 at which it is full again, so a row is changed by one write of eight bytes. Workers do not wait for
@@ -8,13 +9,18 @@ by the machine's monotonic clock, which all its processes share.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import mmap
 import re
 import sys
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
+
+from mcp_proxy.errors import ConfigError
 
 # The bytes of a cell, and the cells of a row: two of the key, the time, and one that is free.
 _CELL = 8
@@ -44,15 +50,28 @@ Key = tuple[int, int]
 
 
 class Rate(NamedTuple):
-    """So many requests in a second, of which `burst` may come at once."""
+    """So many requests in a second, of which `burst` may come at once.
+
+    `seconds` are those of the unit in which it is written.
+    """
 
     per_second: float
     burst: int
+    seconds: int = 1
 
     @property
     def seconds_to_fill(self) -> float:
         """How long an empty bucket takes to be full."""
         return self.burst / self.per_second
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """How many requests may come in how many seconds, where they are counted by windows: as it
+        is written, or as many as may come at once, in the time that those take to come back.
+        """
+        count = round(self.per_second * self.seconds)
+        units = math.ceil(self.burst / count)
+        return count * units, self.seconds * units
 
     def taken(self, full_at: float, count: int, now: float) -> tuple[float, float]:
         """When a bucket will be full after so many tokens were taken, and how long to wait for
@@ -81,7 +100,20 @@ def rate_of(text: str) -> Rate | None:
     if found is None:
         raise ValueError("expected N/second or N/minute, also with :BURST, or off")
     count, unit, burst = found.groups()
-    return Rate(int(count) / _SECONDS[unit], int(burst or count))
+    seconds = _SECONDS[unit]
+    return Rate(int(count) / seconds, int(burst or count), seconds)
+
+
+#: Takes so many requests of a key for a whole deployment, as `RateCounter` of `redis/` does.
+CountEverywhere = Callable[[Key, Rate, int], float]
+
+
+def require_library() -> None:
+    """Raises ConfigError where what counts for a whole deployment is not installed."""
+    if importlib.util.find_spec("limits") is None:
+        raise ConfigError(
+            "rate_limit_scope=deployment needs limits: pip install 'mcp-wsgi-proxy[limits]'"
+        )
 
 
 class RateBuckets:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import msgspec
 
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.servers import Served, Server, StdioServer, UnservedServer, path_name
+from mcp_proxy.server_groups import SIGN
+from mcp_proxy.servers import Server, StdioServer, UnservedServer, path_name
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class ServerTable(msgspec.Struct, frozen=True):
             last = before.get(server.name)
             if isinstance(server, UnservedServer) and not server.is_disabled:
                 mistakes.append(_mistake_in(server, last))
-                if isinstance(last, Served):
+                if last is not None and not isinstance(last, UnservedServer):
                     server = last
             servers.append(server)
         if all(isinstance(server, UnservedServer) for server in servers):
@@ -82,7 +83,8 @@ class ServerTable(msgspec.Struct, frozen=True):
 
 def _mistake_in(server: UnservedServer, last: Server | None) -> str:
     """What is wrong in an entry, and what follows."""
-    follows = "it is served as it was before" if isinstance(last, Served) else "it is not served"
+    was_served = last is not None and not isinstance(last, UnservedServer)
+    follows = "it is served as it was before" if was_served else "it is not served"
     return f"{server}, and {follows}"
 
 
@@ -94,6 +96,8 @@ def require_servers(servers: Sequence[object], names: Sequence[str] | None) -> N
     if not servers or len(found) < len(servers):
         raise ConfigError("servers are StdioServer(...) and HttpServer(...), at least one of them")
     for name in found:
+        if name.startswith(SIGN):
+            continue
         if found.count(name) > 1 or name in (".", "..") or path_name(name) != name:
             raise ConfigError(f"{name!r} is no name for a server, or is there twice")
     if names is not None and found != list(names):

@@ -19,6 +19,7 @@ from msgspec.structs import force_setattr
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import rate_of
 from mcp_proxy.shown_commands import shown_arguments, shown_command, without
+from mcp_proxy.wire.naming import MAX_PREFIX, is_prefix, same_prefix
 from mcp_proxy.wire.tools import ToolFilter
 from mcp_proxy.wire.urls import parse_target
 
@@ -26,11 +27,17 @@ from mcp_proxy.wire.urls import parse_target
 MAX_SECONDS = 10 * 365 * 24 * 3600
 Seconds = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
 
+#: The most servers of a group.
+MAX_MEMBERS = 32
+
 # What a server's name has not where it stands in a URL.
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 
 # A header as `Name: value`.
 _CHANGE = re.compile(r"\s*[^\s:]+\s*:[^\r\n\0]*")
+
+#: A scope of an access token (RFC 6749 section 3.3).
+SCOPE = r"[\x21\x23-\x5b\x5d-\x7e]+"
 
 # Where a variable of a caller comes from; a `?` at the end makes it optional.
 _SOURCE = re.compile(r"header:[!#$%&'*+.^_`|~0-9A-Za-z-]+\??|claim:[^\s?]+\??")
@@ -43,6 +50,7 @@ class StdioServer(msgspec.Struct, frozen=True, tag=True):
     take, in seconds; None: as the settings say. `secrets` are parts of its arguments that are not
     to be shown. `tools` says which of its tools are hidden; None: none is. `rate_limit` is how many
     requests a caller may have of it, as the setting is written; None: as the settings say.
+    `jwt_scopes` are scopes that an access token must have for it, beside those of the settings.
     `env_from` says which variables come from the caller, each `header:NAME` or `claim:NAME`, with a
     `?` at the end where it is optional. The constructor raises ConfigError.
     """
@@ -56,6 +64,7 @@ class StdioServer(msgspec.Struct, frozen=True, tag=True):
     tools: ToolFilter | None = None
     rate_limit: str | None = None
     env_from: dict[str, str] = {}
+    jwt_scopes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         force_setattr(self, "argv", as_command(self.argv))
@@ -78,8 +87,8 @@ class StdioServer(msgspec.Struct, frozen=True, tag=True):
 class HttpServer(msgspec.Struct, frozen=True, tag=True):
     """An MCP server that speaks HTTP: the URLs of its replicas.
 
-    `headers`, each as `Name: value`, are set on every request to it. `timeout`, `secrets`, `tools`
-    and `rate_limit` are as for a StdioServer. The constructor raises ConfigError.
+    `headers`, each as `Name: value`, are set on every request to it. `timeout`, `secrets`, `tools`,
+    `rate_limit` and `jwt_scopes` are as for a StdioServer. The constructor raises ConfigError.
     """
 
     name: str
@@ -89,14 +98,12 @@ class HttpServer(msgspec.Struct, frozen=True, tag=True):
     secrets: tuple[str, ...] = ()
     tools: ToolFilter | None = None
     rate_limit: str | None = None
+    jwt_scopes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.urls, str):
             force_setattr(self, "urls", (self.urls,))
-        for name in ("urls", "headers"):
-            value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-                force_setattr(self, name, tuple(value))
+        _make_tuples(self, "urls", "headers")
         _require_fields(self)
         if not self.urls or not all(map(parse_target, self.urls)):
             raise ConfigError(f"{self.name}: its URLs must be absolute http:// or https:// URLs")
@@ -128,13 +135,70 @@ class UnservedServer(msgspec.Struct, frozen=True, tag=True):
         return f"{self.name}: {self.reason}"
 
 
-Served = StdioServer | HttpServer
-Server = StdioServer | HttpServer | UnservedServer
+class GroupMember(msgspec.Struct, frozen=True):
+    """A server of a group: what its tools are called by, which of them are hidden there, and the
+    schemes of its resources.
+    """
+
+    server: str
+    prefix: str
+    tools: ToolFilter | None = None
+    schemes: tuple[str, ...] = ()
+
+
+class ServerGroup(msgspec.Struct, frozen=True, tag=True):
+    """Servers that one endpoint carries together, in the order of trust.
+
+    What is None here each server has for itself. The constructor raises ConfigError.
+    """
+
+    name: str
+    members: tuple[GroupMember, ...]
+    timeout: Seconds | None = None
+    secrets: tuple[str, ...] = ()
+    tools: ToolFilter | None = None
+    rate_limit: str | None = None
+    jwt_scopes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ConfigError(f"the group {self.name!r} has no servers")
+        if len(self.members) > MAX_MEMBERS:
+            raise ConfigError(f"the group {self.name!r} has more than {MAX_MEMBERS} servers")
+        prefixes: dict[str, str] = {}
+        for member in self.members:
+            if member.prefix and not is_prefix(member.prefix):
+                raise ConfigError(
+                    f"the group {self.name!r}: {member.prefix!r} is no prefix: a letter, then "
+                    f"letters, digits, - and _, {MAX_PREFIX} at most, no __ and no _ at the end"
+                )
+            other = prefixes.setdefault(same_prefix(member.prefix), member.server)
+            if other != member.server:
+                raise ConfigError(
+                    f"the group {self.name!r}: {other} and {member.server} would have the same "
+                    "prefix: give one of them another"
+                )
+
+    def __str__(self) -> str:
+        return ", ".join(member.server for member in self.members)
+
+
+Served = StdioServer | HttpServer | ServerGroup
+Server = Served | UnservedServer
+
+
+def _make_tuples(server: Served, *names: str) -> None:
+    """Has fields that were given as other lists be tuples."""
+    for name in names:
+        value = getattr(server, name)
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+            force_setattr(server, name, tuple(value))
 
 
 def _require_fields(server: Served) -> None:
     """Raises ConfigError where a field has a value of another type, or the name is empty."""
     kind = type(server)
+    _make_tuples(server, "jwt_scopes")
     try:
         require_types(kind, {name: getattr(server, name) for name in kind.__struct_fields__})
     except WrongValue as error:
@@ -146,6 +210,12 @@ def _require_fields(server: Served) -> None:
             rate_of(server.rate_limit)
         except ValueError as error:
             raise ConfigError(f"{server.name}: rate_limit: {error}") from None
+    for scope in server.jwt_scopes:
+        if not re.fullmatch(SCOPE, scope):
+            raise ConfigError(
+                f"{server.name}: jwt_scopes: a scope has no blanks, quotes and backslashes, "
+                f"got {scope!r}"
+            )
     if not server.name:
         raise ConfigError(f"{kind.__name__}: name: expected a text that is not empty")
 

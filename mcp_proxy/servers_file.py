@@ -15,6 +15,7 @@ import msgspec
 from mcp_proxy.entry_values import EntryValues, read_env_file
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import rate_of
+from mcp_proxy.server_groups import read_groups, tools_of
 from mcp_proxy.servers import (
     HttpServer,
     Seconds,
@@ -26,7 +27,6 @@ from mcp_proxy.servers import (
     path_name,
     require_types,
 )
-from mcp_proxy.wire.tools import ToolFilter
 from mcp_proxy.wire.urls import parse_target
 
 _BOM = b"\xef\xbb\xbf"
@@ -82,6 +82,7 @@ class _Entry(msgspec.Struct):
     headers: dict[str, str] = {}
     timeout: Seconds | None = None
     rate_limit: str | None = None
+    jwt_scopes: list[str] = []
 
 
 class _Key(NamedTuple):
@@ -102,9 +103,10 @@ def read_servers(path: Path, environ: Mapping[str, str]) -> list[Server]:
     what is in that file; comments and commas at the end of a list are skipped, null counts as
     absent. Each is named by its `path_name`. One that is disabled, or in whose entry something is
     wrong, is an UnservedServer. Raises ConfigError with a sentence that names the file where that
-    cannot be read, names no server, or names two that would be served at one place.
+    cannot be read, names no server, or names two that would be served at one place. The groups of
+    the file come last.
     """
-    text, entries = _read(path)
+    text, entries, groups = _read(path)
     if not entries:
         raise ConfigError(f"{path}: there is no server in it")
     found: dict[str, tuple[str, Server]] = {}
@@ -118,7 +120,11 @@ def read_servers(path: Path, environ: Mapping[str, str]) -> list[Server]:
                 f"{path}: {other!r} and {name!r} would both be served at /servers/{server.name}: "
                 "rename one of them"
             )
-    return [server for _, server in found.values()]
+    servers = [server for _, server in found.values()]
+    try:
+        return [*servers, *read_groups(groups, [server.name for server in servers])]
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def ignored_keys(path: Path) -> list[str]:
@@ -131,11 +137,12 @@ def ignored_keys(path: Path) -> list[str]:
     ]
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a file, and its servers by their names."""
+def _read(path: Path) -> tuple[str, dict[str, Any], Any]:
+    """The text of a file, its servers by their names, and its groups."""
     text = _text(path)
     try:
-        servers = _servers(msgspec.json.decode(text))
+        document = msgspec.json.decode(text)
+        servers = _servers(document)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}{_malformed(text) or f': {plain(str(error))}'}") from error
     for way, line, first in _keys(text):
@@ -144,7 +151,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
             if way[0] in _SERVERS and len(way) > 1:
                 what = f"the server {what}" if len(way) == 2 else f"{way[1]}: {what}"
             raise ConfigError(f"{path}, line {line}: {what} is there twice, first on line {first}")
-    return text, servers
+    return text, servers, document.get("groups")
 
 
 def _text(path: Path) -> str:
@@ -265,8 +272,9 @@ def _server(name: str, entry: Any, environ: Mapping[str, str]) -> Server:
     return msgspec.structs.replace(
         server,
         secrets=tuple(values.secrets),
-        tools=_tools(given.get("tools")),
+        tools=tools_of(given.get("tools")),
         rate_limit=_rate_limit(made.rate_limit),
+        jwt_scopes=made.jwt_scopes,
     )
 
 
@@ -278,22 +286,6 @@ def _rate_limit(text: str | None) -> str | None:
         except ValueError as error:
             raise WrongValue("rate_limit", f"{error}, got {text!r}") from None
     return text
-
-
-def _tools(given: Any) -> ToolFilter | None:
-    """Which tools the `tools` of an entry hide: a list alone names those that are allowed."""
-    if given is None:
-        return None
-    lists = {"allow": given} if isinstance(given, list) else given
-    is_known = isinstance(lists, dict) and not set(lists) - {"allow", "deny"}
-    if not is_known or not all(_is_list_of_texts(names) for names in lists.values()):
-        raise WrongValue("tools", 'the form is {"allow": [...], "deny": [...]}, with texts')
-    allow = lists.get("allow")
-    return ToolFilter(None if allow is None else tuple(allow), tuple(lists.get("deny", ())))
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _require_wire(entry: dict[str, Any], command: str | None, url: str | None) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mcp_proxy.auth.tokens import TokenVerifier
     from mcp_proxy.background import Workers
-    from mcp_proxy.config import ProxyConfig
+    from mcp_proxy.config import ProxyOptions
 
 
 #: In the environ of a request that has to be answered at once: its thread is needed elsewhere.
@@ -48,27 +48,33 @@ class AccessTokens:
 
     @classmethod
     def of(
-        cls, config: ProxyConfig, path_of: Callable[[str], str], workers: Workers | None = None
+        cls,
+        options: ProxyOptions,
+        workers: Workers | None = None,
+        verify: bool | str = True,
+        path_of: Callable[[str], str] = lambda server: "",
     ) -> Self | None:
-        """What the settings ask for, None where no JWT is taken; the settings have been checked.
+        """What the settings ask for, None where no JWT is taken.
 
-        `path_of` is the path of a server's mount. Raises ConfigError where PyJWT is missing.
+        `path_of` is the path of a server's mount, `verify` what the issuer's certificate is checked
+        by, as in requests. Raises ConfigError where settings do not go together, or PyJWT is
+        missing.
         """
-        if config.jwt_issuer is None or config.public_url is None:
+        options.require_issuer()
+        if options.jwt_issuer is None or options.public_url is None:
             return None
         require_libraries()
         from mcp_proxy.auth.issuer import Issuer
         from mcp_proxy.auth.signing_keys import SigningKeys
         from mcp_proxy.auth.tokens import TokenVerifier
 
-        verify = config.ca_file or True
-        issuer = Issuer(config.jwt_issuer, config.jwt_jwks_url, verify, config.connect_timeout)
-        keys = SigningKeys(issuer, workers, max_waiting=config.threads // 4)
-        verifier = TokenVerifier(config.jwt_issuer, keys)
+        issuer = Issuer(options.jwt_issuer, options.jwt_jwks_url, verify, options.connect_timeout)
+        keys = SigningKeys(issuer, workers, max_waiting=options.threads // 4)
+        verifier = TokenVerifier(options.jwt_issuer, keys)
         resource = ProtectedResource(
-            config.public_url, config.jwt_issuer, config.jwt_scopes, path_of
+            options.public_url, options.jwt_issuer, options.jwt_scopes, path_of
         )
-        return cls(verifier, resource, config.jwt_audience, config.jwt_scopes)
+        return cls(verifier, resource, options.jwt_audience, options.jwt_scopes)
 
     def __repr__(self) -> str:
         return f"<AccessTokens {self._verifier!r}>"
@@ -85,24 +91,30 @@ class AccessTokens:
         """Ends the thread that fetches the keys."""
         self._verifier.keys.stop()
 
-    def caller(self, token: str | None, environ: WSGIEnvironment, server: str | None) -> Caller:
-        """Who has a token, None for none, for a request to `server`.
+    def caller(
+        self,
+        token: str | None,
+        environ: WSGIEnvironment,
+        server: str | None,
+        scopes: tuple[str, ...] = (),
+    ) -> Caller:
+        """Who has a token, None for none, for a request to `server`, which wants these scopes, too.
 
         Raises Unauthenticated, NotPermitted where the token lacks a scope, and KeysUnavailable.
         """
         if token is None:
-            raise Unauthenticated(challenge=self.resource.challenge(environ))
+            raise Unauthenticated(challenge=self.resource.challenge(environ, scopes))
         try:
             audiences = self._audiences or self.resource.audiences(environ, server)
             may_wait = AT_ONCE not in environ
             principal = self._verifier.principal_of(token, audiences, may_wait)
         except Unauthenticated as error:
             reason = error.message
-            challenge = self.resource.challenge(environ, "invalid_token", reason)
+            challenge = self.resource.challenge(environ, scopes, "invalid_token", reason)
             raise Unauthenticated(reason, challenge) from None
-        if missing := self._scopes - principal.scopes:
+        if missing := self._scopes.union(scopes) - principal.scopes:
             reason = f"The token lacks the scope {' '.join(sorted(missing))}"
-            challenge = self.resource.challenge(environ, "insufficient_scope", reason)
+            challenge = self.resource.challenge(environ, scopes, "insufficient_scope", reason)
             raise NotPermitted(reason, challenge)
         return until_expiry(principal)
 

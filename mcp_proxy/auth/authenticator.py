@@ -98,8 +98,11 @@ class Authenticator:
         if self._tokens is not None:
             self._tokens.stop()
 
-    def caller_of(self, environ: WSGIEnvironment, server: str | None) -> Caller:
-        """Who sends a request to `server`, None for none of ours.
+    def caller_of(
+        self, environ: WSGIEnvironment, server: str | None, scopes: tuple[str, ...] = ()
+    ) -> Caller:
+        """Who sends a request to `server`, None for none of ours, for which an access token needs
+        these scopes, too.
 
         Raises Unauthenticated, NotPermitted where the caller may not use that server, and
         KeysUnavailable where that cannot be found out now.
@@ -108,7 +111,7 @@ class Authenticator:
         if caller is None and self._keys is not None:
             caller = _with_key(self._keys, environ, server)
         if caller is None and self._tokens is not None:
-            caller = self._tokens.caller(bearer_token(environ), environ, server)
+            caller = self._tokens.caller(bearer_token(environ), environ, server, scopes)
         if caller is None:
             raise Unauthenticated
         return caller

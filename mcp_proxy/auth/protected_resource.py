@@ -38,6 +38,7 @@ _NOT_QUOTED = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
 class ProtectedResource:
     """The endpoints below one public URL, whose tokens are of one issuer. Immutable.
 
+    `scopes` are those that each token must have; the methods get those that a server wants besides.
     `path_of` is the path of a server's mount below that of the application.
     """
 
@@ -85,19 +86,25 @@ class ProtectedResource:
             endpoint = endpoint.removeprefix(above)
         return endpoint
 
-    def document(self, environ: WSGIEnvironment, endpoint: str) -> bytes:
+    def document(
+        self, environ: WSGIEnvironment, endpoint: str, scopes: Collection[str] = ()
+    ) -> bytes:
         """The metadata of an endpoint (RFC 9728 section 2), as JSON."""
         found: dict[str, object] = {
             "resource": f"{self._url}{_mount_of(environ)}{_quoted(endpoint)}",
             "authorization_servers": [self._issuer],
             "bearer_methods_supported": ["header"],
         }
-        if self._scopes:
-            found["scopes_supported"] = self._scopes
+        if wanted := self._and(scopes):
+            found["scopes_supported"] = wanted
         return msgspec.json.encode(found)
 
     def challenge(
-        self, environ: WSGIEnvironment, error: str | None = None, reason: str | None = None
+        self,
+        environ: WSGIEnvironment,
+        scopes: Collection[str] = (),
+        error: str | None = None,
+        reason: str | None = None,
     ) -> str:
         """What a refusal tells the client to do (RFC 6750 section 3, RFC 9728 section 5.1).
 
@@ -108,10 +115,14 @@ class ProtectedResource:
             "error": error,
             "error_description": reason,
             "resource_metadata": f"{self._url}{document}",
-            "scope": " ".join(self._scopes),
+            "scope": " ".join(self._and(scopes)),
         }
         pairs = (f'{name}="{_NOT_QUOTED.sub("?", text)}"' for name, text in texts.items() if text)
         return f"Bearer {', '.join(pairs)}"
+
+    def _and(self, scopes: Collection[str]) -> list[str]:
+        """All scopes that a token needs, each once."""
+        return list(dict.fromkeys((*self._scopes, *scopes)))
 
 
 def _mount_of(environ: WSGIEnvironment) -> str:

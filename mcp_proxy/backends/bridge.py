@@ -340,6 +340,12 @@ class Bridge(OwnedBackend):
         ):
             exchange.end(replaced=True)
             return
+        self.deliver_to(exchange)
+
+    def deliver_to(self, exchange: Exchange) -> None:
+        """Has what names no call come on this exchange from now on, to which the bridge is attached
+        already; an older one ends.
+        """
         with self._lock:
             self._require_alive()
             older = self._switchboard.set_stream(exchange)

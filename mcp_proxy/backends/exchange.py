@@ -161,6 +161,8 @@ class Exchange:
         self.has_left: Callable[[], bool] | None = None
         #: Called once when the client's side is done with the exchange.
         self.on_close: Callable[[], object] | None = None
+        #: What the client gets in place of a message, None: nothing. It has to be quick.
+        self.rewrite: Callable[[ServerMessage], ServerMessage | None] | None = None
         #: Sends the requests to another backend, at most once, when this one got nothing of them.
         self.resend: Callable[[Exchange], object] | None = None
         #: How many times in a row the call is sent anew since its client had to open a page first.
@@ -468,6 +470,11 @@ class Exchange:
         """
         if self.cancels and not message.is_response and self.backlog > MAX_BACKLOG:
             return False
+        if self.rewrite is not None:
+            rewritten = self.rewrite(message)
+            if rewritten is None:
+                return False
+            message = rewritten
         self._offered += len(message.data)
         if not message.is_response:
             self._is_talkative = True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import msgspec
+from msgspec import UNSET, Raw
 
 from mcp_proxy.backends.exchange import Backend, Exchange
 from mcp_proxy.errors import BackendNotStarted, BadAnswer, ClientError, SessionEnded
@@ -25,9 +26,15 @@ class _InitializeResult(msgspec.Struct):
     server_info: _ServerInfo = msgspec.field(name="serverInfo", default_factory=_ServerInfo)
 
 
-def ask(backend: Backend, request: Request, timeout: float) -> Response:
-    """The server's answer; raises what kept it from answering, ServerRefused too."""
+def ask(
+    backend: Backend,
+    request: Request,
+    timeout: float,
+    has_left: Callable[[], bool] | None = None,
+) -> Response:
+    """The server's answer; raises what kept it from answering, ServerRefused and ClientLeft too."""
     with closing(Exchange([request], accepts_stream=False, timeout=timeout)) as exchange:
+        exchange.has_left = has_left
         backend.send(exchange)
         answer = exchange.receive(timeout + 1)
     if answer is None:
@@ -38,6 +45,24 @@ def ask(backend: Backend, request: Request, timeout: float) -> Response:
     response = jsonrpc.parse_message(answer.data)
     assert isinstance(response, Response)
     return response
+
+
+def initialized(
+    bridge: Backend,
+    initialize: Request,
+    timeout: float,
+    has_left: Callable[[], bool] | None = None,
+) -> Raw:
+    """The InitializeResult of a server, which is told that it is initialized.
+
+    Raises BackendError, BadAnswer where it refuses, ClientLeft when `has_left` says so.
+    """
+    answer = ask(bridge, initialize, timeout, has_left)
+    if answer.result is UNSET:
+        reason = bytes(answer.error or b"").decode("utf-8", "replace")[:200]
+        raise BadAnswer(f"The server refused initialize: {reason}")
+    bridge.notify(Notification(INITIALIZED))
+    return answer.result
 
 
 def recorded(body: str, version: str, resume: str | None) -> list[Request]:

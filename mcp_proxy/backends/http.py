@@ -222,6 +222,8 @@ class HttpCall:
         if not target.startswith("/"):
             raise InvalidRequest("The path of a request must begin with /")
         self.address = address
+        #: The backend that was asked at first: a redirect may have led on from there.
+        self.tried = address
         self.method = method
         self.target = target
         self.request_headers = headers
@@ -410,6 +412,20 @@ class HttpCall:
         except (OSError, ValueError):
             return True  # reading will say what is wrong
 
+    def has_more(self) -> bool:
+        """Whether `pieces` would not wait: for a piece, for the end, or to say what is wrong."""
+        assert self._response is not None
+        return bool(self._ahead) or self._is_readable(self._response.raw, 0)
+
+    def fileno(self) -> int:
+        """The connection's file, to be watched while `has_more` is False; raises ValueError where
+        there is none any more.
+        """
+        sock = self._socket
+        if sock is None:
+            raise ValueError("the connection is closed")
+        return sock.fileno()
+
     def _acknowledge(self) -> None:
         """Has the kernel acknowledge the received bytes at once.
 
@@ -480,6 +496,7 @@ class HttpCall:
         call = HttpCall(
             self._client, address, self.method, target, self.request_headers, self.request_body
         )
+        call.tried = self.tried
         call._hops = self._hops + 1
         call._until = self._until
         return call

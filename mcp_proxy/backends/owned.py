@@ -129,6 +129,11 @@ class OwnedBackend(Backend):
         """What log lines call the backend."""
 
     @property
+    def location(self) -> str:
+        """What access lines call the server."""
+        return self.name
+
+    @property
     @abstractmethod
     def is_busy(self) -> bool:
         """Whether a client waits for an answer."""
@@ -156,6 +161,16 @@ class OwnedBackend(Backend):
     def end_oldest(self) -> bool:
         """Ends the call that has waited longest; whether there was one."""
         return False
+
+    def say(self, message: bytes) -> bool:
+        """Puts a message of ours on the standing stream; False where there is none. Never waits."""
+        return False
+
+    def set_on_initialized(self, on_initialized: Callable[[], object]) -> None:
+        """Has `on_initialized`, which must be quick, called once: when initialize is answered, or
+        the backend is lost. At once where nothing starts.
+        """
+        on_initialized()
 
     @abstractmethod
     def note_session(self, session_id: str) -> None:

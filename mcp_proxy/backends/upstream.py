@@ -4,7 +4,7 @@ What bridges the eras stands in front of lines. So one that speaks HTTP is bridg
 each request is a POST of its own, whatever its answer brings is a line, and the lines of a legacy
 server's GET stream come with them. References are to "Streamable HTTP" in the transports page.
 
-Each request that is unanswered holds a thread, as does the GET stream.
+A request holds a thread until its response begins; event streams are read as their events come.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
 from msgspec import UNSET, Raw
 
+from mcp_proxy.backends.event_reader import EventReader
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.backends.owned import caller_headers
-from mcp_proxy.background import KeyedExecutor
+from mcp_proxy.background import KeyedExecutor, Workers
 from mcp_proxy.errors import (
+    HEADER_MISMATCH,
+    INVALID_PARAMS,
     PROXY_ERROR,
+    UNSUPPORTED_REVISION,
     BackendError,
     BackendLost,
     BackendUnreached,
@@ -33,7 +38,7 @@ from mcp_proxy.errors import (
     RequestId,
 )
 from mcp_proxy.servers import Served
-from mcp_proxy.wire import cookies, headers, jsonrpc, modern, param_headers, refusals, sse
+from mcp_proxy.wire import cookies, headers, jsonrpc, modern, param_headers, refusals, results, sse
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 from mcp_proxy.wire.param_headers import Path
@@ -41,7 +46,8 @@ from mcp_proxy.wire.urls import Address
 
 log = logging.getLogger(__name__)
 
-#: Requests of all conversations that may be unanswered at the same time, and GET streams.
+#: Requests of all conversations whose responses may be waited for at the same time, and GET streams
+#: that are being opened.
 WIDTH = 256
 
 #: Seconds that a server has to take what wants no answer.
@@ -71,6 +77,11 @@ _CLOSE_TIME = 2.0
 
 _OURS = {"Accept": f"{headers.JSON}, {headers.EVENT_STREAM}", "Content-Type": headers.JSON}
 _SET_LEVEL = "logging/setLevel"
+_PING = jsonrpc.encode(Request("mcp-proxy-ping", "ping"))
+
+# How a modern server refuses a request without metadata.
+_MISSES_METADATA = frozenset({INVALID_PARAMS, HEADER_MISMATCH, UNSUPPORTED_REVISION})
+_ANSWERS = (200, 400, 404)
 
 
 class Link(Protocol):
@@ -89,6 +100,31 @@ class Link(Protocol):
 
     def note_failure(self, address: Address, error: BackendUnreached) -> None:
         """A backend could not be reached."""
+
+
+@dataclass
+class _Answer:
+    """The event stream that is to have the answer to a request, as far as it has come.
+
+    `last` is the id of its last event, `heard` what that was when this response began, `pause` the
+    seconds before it is asked for the rest.
+    """
+
+    request: Request
+    own: Mapping[str, str]
+    last: bytes | None = None
+    heard: bytes | None = None
+    pause: float = FIRST_PAUSE
+
+
+@dataclass
+class _Standing:
+    """The GET stream of a session: its last event's id, and the pause before it is opened again."""
+
+    own: Mapping[str, str]
+    pause: float
+    last: str = ""
+    began: float = 0.0
 
 
 class Upstream:
@@ -230,7 +266,8 @@ class Upstream:
             log.log(level, "[%s] a message was not delivered: %s", self.label, error)
         if is_initialized:
             self._is_told.set()
-            self._threads.streams.submit(f"{id(self)}", partial(self._listen, own))
+            standing = _Standing(own, FIRST_PAUSE)
+            self._threads.streams.submit(f"{id(self)}", partial(self._listen, standing))
 
     def _ask(self, request: Request, own: Mapping[str, str]) -> None:
         """Sends a request; everything that its answer brings becomes a line."""
@@ -245,7 +282,10 @@ class Upstream:
                 self.untaken.add(request.id)
             self._lose(error)
         except ProxyError as error:
-            self._fail(request, error.message, has_answered=error.message == _CANCELLED)
+            self._give_up(request, error)
+
+    def _give_up(self, request: Request, error: ProxyError) -> None:
+        self._fail(request, error.message, has_answered=error.message == _CANCELLED)
 
     def _lose(self, error: BackendUnreached) -> None:
         self._link.note_failure(self.address, error)
@@ -254,55 +294,96 @@ class Upstream:
     def _await(self, request: Request, own: Mapping[str, str], given: Mapping[str, str]) -> None:
         body = jsonrpc.encode(request)
         call = self._sent("POST", body, own, given, self._link.timeout, request.id)
+        is_stream = call.media_type == headers.EVENT_STREAM and call.status < 300
         try:
             if request.method == INITIALIZE and call.status < 300:
                 self._session_id = call.header(headers.SESSION_ID)
                 names = self._link.sticky_cookies
                 self._cookies = cookies.kept("", call.headers, names, time.time())
-            if self._has_forgotten(call):
+            if self._has_forgotten(call) or self._is_another(request, call, own):
                 with self._lock:
                     self.untaken.add(request.id)
                 self._end(_FORGOTTEN)
             elif call.status in refusals.STATUSES:
                 self.on_line(refusals.encode(call.status, call.headers, request.id))
-            elif call.media_type == headers.EVENT_STREAM and call.status < 300:
-                self._take_stream(request, call, own)
-            else:
+            elif not is_stream:
                 body = jsonrpc.one_line(call.read(_MAX_ANSWER)).strip()
                 if not body or not self._take_line(request, body, call.status):
                     sentence = f"The server answered {call.status} without an answer"
                     self._fail(request, sentence, 400 <= call.status < 500)
         finally:
-            self._done(call)
+            if not is_stream:
+                self._done(call)
+        if is_stream:
+            self._read(_Answer(request, own), call)
 
     def _has_forgotten(self, call: HttpCall) -> bool:
         """Whether an answer says that the session is over: nothing was done then."""
         return call.status == 404 and self._session_id is not None
 
-    def _take_stream(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> None:
-        """Takes a stream up to the answer; one that can be resumed goes on where it was."""
-        last: bytes | None = None
-        pause = FIRST_PAUSE
+    def _is_another(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> bool:
+        """Whether a modern server has taken the place of a legacy one.
+
+        It misses what modern requests say of themselves, and knows neither sessions nor `ping`.
+        """
+        is_legacy = self._version is not None and request.meta.protocol_version is UNSET
+        if not is_legacy or call.status not in _ANSWERS or call.media_type != headers.JSON:
+            return False
         try:
-            while True:
-                heard = last
-                try:
-                    for event in _events(call):
-                        last = event.id or last
-                        pause = pause if event.retry is None else event.retry / 1000
-                        if event.data and self._take_line(request, jsonrpc.one_line(event.data)):
-                            return
-                except BackendError:
-                    if last == heard or self._is_over.is_set():
-                        raise
-                if last == heard or self._session_id is None:
-                    self._fail(request, "The server's stream ended without the answer")
-                    return
-                self._is_over.wait(min(pause, _LAST_PAUSE))
-                self._done(call)
-                call = self._resumed(last, own, request.id)
-        finally:
-            self._done(call)
+            answer = jsonrpc.parse_message(jsonrpc.one_line(call.read(_MAX_ANSWER)))
+        except ClientError:
+            return False
+        error = answer.error if isinstance(answer, Response) else UNSET
+        if error is UNSET or results.code_of(error) not in _MISSES_METADATA:
+            return False
+        try:
+            ping = self._sent("POST", _PING, own, self._session_headers(), TAKE_TIME)
+            try:
+                return ping.status in _ANSWERS and not list(_results(ping))
+            finally:
+                self._done(ping)
+        except ProxyError:  # nothing says so
+            return False
+
+    def _read(self, answer: _Answer, call: HttpCall) -> None:
+        """Takes a stream up to the answer, by whichever thread is there when something comes."""
+        answer.heard = answer.last
+        take = partial(self._take_event, answer)
+        self._threads.events.read(call, _MAX_ANSWER, take, partial(self._note_end, answer, call))
+
+    def _take_event(self, answer: _Answer, event: sse.Event) -> bool:
+        """Passes an event on; whether it was the answer."""
+        answer.last = event.id or answer.last
+        if event.retry is not None:
+            answer.pause = event.retry / 1000
+        if not event.data:
+            return False
+        return self._take_line(answer.request, jsonrpc.one_line(event.data))
+
+    def _note_end(
+        self, answer: _Answer, call: HttpCall, is_answered: bool, failure: BackendError | None
+    ) -> None:
+        """A stream has ended; one that can be resumed goes on where it was."""
+        self._done(call)
+        is_stuck = answer.last == answer.heard
+        if is_answered:
+            return
+        if failure is not None and (is_stuck or self._is_over.is_set()):
+            self._give_up(answer.request, failure)
+        elif is_stuck or self._session_id is None:
+            self._fail(answer.request, "The server's stream ended without the answer")
+        else:
+            key = f"{id(self)}-{next(self._numbers)}"
+            self._threads.calls.submit(key, partial(self._resume, answer))
+
+    def _resume(self, answer: _Answer) -> None:
+        self._is_over.wait(min(answer.pause, _LAST_PAUSE))
+        try:
+            call = self._resumed(answer.last, answer.own, answer.request.id)
+        except ProxyError as error:
+            self._give_up(answer.request, error)
+        else:
+            self._read(answer, call)
 
     def _resumed(
         self, last: bytes | None, own: Mapping[str, str], key: RequestId | None
@@ -343,32 +424,58 @@ class Upstream:
         self.on_line(jsonrpc.encode(message, request.id))
         return True
 
-    def _listen(self, own: Mapping[str, str]) -> None:
-        """Takes what a legacy server says outside any request, for as long as the session is."""
-        pause, last = FIRST_PAUSE, ""
+    def _listen(self, standing: _Standing) -> None:
+        """Opens what a legacy server says outside any request, for as long as the session is."""
         while not self._is_over.is_set():
-            began = time.monotonic()
+            standing.began = time.monotonic()
+            resumed = {"Last-Event-ID": standing.last} if standing.last else {}
+            given = {**self._session_headers(), **resumed}
+            own = self.headers or standing.own
             try:
-                resumed = {"Last-Event-ID": last} if last else {}
-                given = {**self._session_headers(), **resumed}
-                call = self._sent("GET", b"", self.headers or own, given, self._link.timeout)
-                try:
-                    if self._has_forgotten(call):
-                        self._end(_FORGOTTEN)
-                    is_stream = call.status < 300 and call.media_type == headers.EVENT_STREAM
-                    if not is_stream and call.status < 500:
-                        return  # it has no such stream
-                    for event in _events(call) if is_stream else ():
-                        last = (event.id or last.encode()).decode("utf-8", "replace")
-                        if event.data:
-                            self.on_line(jsonrpc.one_line(event.data))
-                finally:
-                    self._done(call)
+                call = self._sent("GET", b"", own, given, self._link.timeout)
             except ProxyError as error:
-                log.debug("[%s] the stream of a session has ended: %s", self.label, error)
-            is_short = time.monotonic() - began < pause
-            self._is_over.wait(pause)
-            pause = min(_LAST_PAUSE, 2 * pause) if is_short else FIRST_PAUSE
+                self._note_stream_end(error)
+            else:
+                if call.status < 300 and call.media_type == headers.EVENT_STREAM:
+                    take = partial(self._take_standing, standing)
+                    end = partial(self._note_standing_end, standing, call)
+                    self._threads.events.read(call, _MAX_ANSWER, take, end)
+                    return
+                self._done(call)
+                if self._has_forgotten(call):
+                    self._end(_FORGOTTEN)
+                if call.status < 500:
+                    return  # it has no such stream
+            self._wait_before(standing)
+
+    def _take_standing(self, standing: _Standing, event: sse.Event) -> bool:
+        if event.id:
+            standing.last = event.id.decode("utf-8", "replace")
+        if event.data:
+            self.on_line(jsonrpc.one_line(event.data))
+        return False
+
+    def _note_standing_end(
+        self, standing: _Standing, call: HttpCall, _: bool, failure: BackendError | None
+    ) -> None:
+        self._done(call)
+        self._note_stream_end(failure)
+        self._threads.streams.submit(f"{id(self)}", partial(self._listen_again, standing))
+
+    def _note_stream_end(self, error: ProxyError | None) -> None:
+        how = "in order" if error is None else error.message
+        log.debug("[%s] the stream of a session has ended: %s", self.label, how)
+
+    def _listen_again(self, standing: _Standing) -> None:
+        self._wait_before(standing)
+        self._listen(standing)
+
+    def _wait_before(self, standing: _Standing) -> None:
+        """Waits before the next attempt, longer after each that was soon over."""
+        pause = standing.pause
+        is_short = time.monotonic() - standing.began < pause
+        self._is_over.wait(pause)
+        standing.pause = min(_LAST_PAUSE, 2 * pause) if is_short else FIRST_PAUSE
 
     def _fail(self, request: Request, sentence: str, has_answered: bool = False) -> None:
         """Answers a request that has no answer in JSON; whether the server gave any at all."""
@@ -511,7 +618,6 @@ def _is_cancellation(message: Message) -> bool:
 
 def _events(call: HttpCall) -> Iterator[sse.Event]:
     """The events of a stream; raises BackendError where it breaks."""
-    call.wait_for_ever()
     decoder = sse.Decoder(_MAX_ANSWER)
     for piece in call.pieces():
         yield from decoder.feed(piece)
@@ -532,10 +638,12 @@ def _results(call: HttpCall) -> Iterator[Raw]:
 
 
 class Threads(NamedTuple):
-    """Who does the work of all conversations. Calls may wait for the answers of their clients, so
+    """Who does the work of all conversations. Calls wait for responses that may take long, so
     what wants no answer does not wait for a thread of theirs, nor do standing streams and ends.
+    `events` reads what has begun to come.
     """
 
+    events: EventReader
     calls: KeyedExecutor
     one_way: KeyedExecutor
     streams: KeyedExecutor
@@ -545,9 +653,10 @@ class Threads(NamedTuple):
 class Upstreams:
     """Begins conversations, in place of a supervisor that starts processes. Thread-safe."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, workers: Workers | None = None) -> None:
         self._link = link
         self._threads = Threads(
+            EventReader("mcp-upstream-event", workers),
             KeyedExecutor("mcp-upstream", WIDTH),
             KeyedExecutor("mcp-upstream-one-way", _ONE_WAY_AT_ONCE),
             KeyedExecutor("mcp-upstream-stream", WIDTH),
@@ -595,5 +704,5 @@ class Upstreams:
         """Nothing begins any more; gives the servers a moment to hear of what was left."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open, _CLOSE_TIME)
-        for executor in self._threads:
-            executor.close()
+        for each in self._threads:
+            each.close()

@@ -1,6 +1,8 @@
 """How many requests a caller may have: `rate_limit`, by principal and server.
 
-Callers that nobody knows are told apart by their addresses.
+Callers that nobody knows are told apart by their addresses. The host counts, and where
+`rate_limit_scope` says so the deployment, too: who has no more of the host is refused by that
+alone, and while Redis is away the host's count is what holds.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Self
 
@@ -15,8 +18,8 @@ from mcp_proxy import rate_buckets
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.forwarded import client_address
 from mcp_proxy.edge.request import ClientRequest
-from mcp_proxy.errors import RateLimited, in_seconds
-from mcp_proxy.rate_buckets import Rate, key_of, rate_of
+from mcp_proxy.errors import ConfigError, RateLimited, StorageUnavailable, in_seconds
+from mcp_proxy.rate_buckets import CountEverywhere, Key, Rate, key_of, rate_of
 from mcp_proxy.wire.jsonrpc import Batch, Message, Request
 
 # The bits of an IPv6 address that one customer has for itself (RFC 6177 section 2).
@@ -26,26 +29,46 @@ _IPV6_PREFIX = 64
 class CallerLimit:
     """The limit of each caller of one server, `text` as the setting has it. Thread-safe.
 
-    `server` is where that is: it tells servers of one name from each other.
+    `server` is where that is: it tells servers of one name from each other. `everywhere` counts for
+    the whole deployment, None: for this host alone.
     """
 
-    def __init__(self, text: str, rate: Rate, server: str, trusted: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        text: str,
+        rate: Rate,
+        server: str,
+        trusted: tuple[str, ...],
+        everywhere: CountEverywhere | None,
+    ) -> None:
         self._text = text
         self._rate = rate
         self._server = server
         self._trusted = trusted
+        self._everywhere = everywhere
 
     def __repr__(self) -> str:
         return f"<CallerLimit {self._text}>"
 
     @classmethod
-    def of(cls, options: ProxyOptions, server: str) -> Self | None:
-        """The limit that the settings say; None where there is none."""
+    def of(
+        cls,
+        options: ProxyOptions,
+        server: str,
+        counter: Callable[[], CountEverywhere | None],
+    ) -> Self | None:
+        """The limit that the settings say; None where there is none.
+
+        `counter` makes what counts for a deployment, None where nothing does. Raises ConfigError.
+        """
         text = options.rate_limit
         rate = None if text is None else rate_of(text)
         if text is None or rate is None:
             return None
-        return cls(text, rate, server, options.trusted_proxies)
+        everywhere = counter() if options.rate_limit_scope == "deployment" else None
+        if everywhere is None and options.rate_limit_scope == "deployment":
+            raise ConfigError("rate_limit_scope=deployment needs sessions in Redis")
+        return cls(text, rate, server, options.trusted_proxies, everywhere)
 
     def count(self, name: str, request: ClientRequest, message: Message | Batch) -> None:
         """Counts the requests in what a POST carries to the server of this name; raises RateLimited
@@ -67,17 +90,42 @@ class CallerLimit:
             raise RateLimited(
                 f"A batch of {count} requests is too large: {rate.burst} may come at once"
             )
-        key = key_of(name, self._server, self._caller_of(request))
+        caller = self._caller_of(request)
+        key = key_of(name, self._server, caller)
         buckets = rate_buckets.current()
         wait = buckets.take(key, rate, count, time.monotonic())
         if wait:
-            seconds = math.ceil(wait)
-            raise RateLimited(
-                f"Too many requests: {self._text.partition(':')[0]} are allowed; try again in "
-                f"{in_seconds(seconds)}",
-                seconds,
-            )
-        request.take_back = partial(buckets.give_back, key, rate, count)
+            raise self._refusal(wait)
+        give_back = partial(buckets.give_back, key, rate, count)
+        if self._everywhere is None:
+            request.take_back = give_back
+            return
+        wait = self._counted_everywhere(key_of(name, caller), count)
+        if wait:
+            give_back()
+            raise self._refusal(wait)
+
+        def take_back() -> None:
+            give_back()
+            self._counted_everywhere(key_of(name, caller), -count)
+
+        request.take_back = take_back
+
+    def _counted_everywhere(self, key: Key, count: int) -> float:
+        """How long to wait by the deployment's count, in seconds; 0 while Redis is away."""
+        assert self._everywhere is not None
+        try:
+            return self._everywhere(key, self._rate, count)
+        except StorageUnavailable:
+            return 0.0
+
+    def _refusal(self, wait: float) -> RateLimited:
+        seconds = math.ceil(wait)
+        return RateLimited(
+            f"Too many requests: {self._text.partition(':')[0]} are allowed; try again in "
+            f"{in_seconds(seconds)}",
+            seconds,
+        )
 
     def _caller_of(self, request: ClientRequest) -> str:
         if request.principal_name is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mcp_proxy import metrics
 from mcp_proxy.auth.authenticator import Authenticator
+from mcp_proxy.auth.protected_resource import ProtectedResource
 from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import STREAM_LOOK, DisconnectWatcher
@@ -24,6 +25,7 @@ from mcp_proxy.errors import (
     INTERNAL_ERROR,
     ClientLeft,
     Draining,
+    MethodNotAllowed,
     NotFound,
     Overloaded,
     Passed,
@@ -117,9 +119,11 @@ class Edge:
         handle: Handler,
         is_own: bool = False,
         server: str | None = None,
+        scopes: tuple[str, ...] = (),
     ) -> Iterable[bytes]:
         """Answers one request with the reply or the error of `handle`, if the guard allows it and
-        the caller may use `server`, which is None where the request is for none.
+        the caller may use `server`, which is None where the request is for none; an access token
+        needs these `scopes` for it.
 
         Our own endpoints (`is_own`) are served under any Host and to everybody, for health probes.
         """
@@ -131,7 +135,7 @@ class Edge:
         token = current_request.set(request.id)
         try:
             try:
-                reply = self._answer(request, handle, is_own, server)
+                reply = self._answer(request, handle, is_own, server, scopes)
             except Passed:
                 if request.take_back is not None:
                     request.take_back()
@@ -161,8 +165,37 @@ class Edge:
         finally:
             current_request.reset(token)
 
+    def serve_metadata(
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        resource: ProtectedResource,
+        endpoint: str,
+        scopes: tuple[str, ...] | None,
+    ) -> Iterable[bytes]:
+        """Answers who asks where to get a token for an endpoint, whoever that is.
+
+        `scopes` are those that its server wants besides; None: there is no such endpoint.
+        """
+
+        def handle(request: ClientRequest) -> Reply:
+            if request.method == "OPTIONS":  # the guard says what a page may send
+                return empty_reply(204, [("Allow", "GET, HEAD, OPTIONS")])
+            if request.method not in ("GET", "HEAD"):
+                raise MethodNotAllowed("GET, HEAD")
+            if scopes is None:
+                raise NotFound
+            return json_reply(resource.document(environ, endpoint, scopes))
+
+        return self.serve(environ, start_response, handle, is_own=True)
+
     def _answer(
-        self, request: ClientRequest, handle: Handler, is_own: bool, server: str | None
+        self,
+        request: ClientRequest,
+        handle: Handler,
+        is_own: bool,
+        server: str | None,
+        scopes: tuple[str, ...],
     ) -> Reply:
         try:
             require_path(request.environ)
@@ -172,7 +205,7 @@ class Edge:
             if request.method == "OPTIONS" and "HTTP_ORIGIN" in request.environ:
                 return empty_reply(204, self._guard.preflight_headers())
             if self.authenticator is not None:
-                self._authenticate(self.authenticator, request, server)
+                self._authenticate(self.authenticator, request, server, scopes)
             return handle(request)
         except ProxyError as error:
             log.debug("%s: %s", type(error).__name__, error)
@@ -184,7 +217,11 @@ class Edge:
             return render(ProxyError(), request, self._failure_status)
 
     def _authenticate(
-        self, authenticator: Authenticator, request: ClientRequest, server: str | None
+        self,
+        authenticator: Authenticator,
+        request: ClientRequest,
+        server: str | None,
+        scopes: tuple[str, ...],
     ) -> None:
         """Has the request know its principal; raises Unauthenticated, NotPermitted.
 
@@ -194,7 +231,7 @@ class Edge:
         if request.path.startswith(_METADATA):
             raise NotFound
         try:
-            request.identify(authenticator.caller_of(request.environ, server))
+            request.identify(authenticator.caller_of(request.environ, server, scopes))
         except Unauthenticated:
             if self._refused.is_due():
                 log.warning(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -105,10 +106,12 @@ class HeaderPolicy:
             if self._keeps_host:
                 headers["Host"] = host
         headers.setdefault("X-Forwarded-Proto", environ["wsgi.url_scheme"])
-        for name in self._removed:
-            headers.pop(name, None)
-        headers.update(self._set)
-        return headers
+        return self.changed(headers)
+
+    def changed(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Headers as `changes` say: without those that are removed, and with those that are set."""
+        kept = {name: value for name, value in headers.items() if name not in self._removed}
+        return {**kept, **self._set}
 
     def inbound(self, headers: Headers, session_id: str | None = None) -> Headers:
         """The response's headers for the client, which knows its session as `session_id`.

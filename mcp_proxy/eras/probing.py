@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from msgspec import UNSET, Raw
 
+from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Exchange, ServerMessage, wait_for
 from mcp_proxy.backends.handshake import ask
@@ -83,12 +84,7 @@ def initialized(bridge: Bridge, capabilities: Raw, timeout: float) -> Raw:
 
     Raises BackendError, BadAnswer where it refuses.
     """
-    answer = ask(bridge, initialize_request(capabilities), timeout)
-    if answer.result is UNSET:
-        reason = bytes(answer.error or b"").decode("utf-8", "replace")[:200]
-        raise BadAnswer(f"The server refused initialize: {reason}")
-    bridge.notify(Notification(INITIALIZED))
-    return answer.result
+    return handshake.initialized(bridge, initialize_request(capabilities), timeout)
 
 
 def discovered(bridge: Bridge, timeout: float) -> Raw:

@@ -115,6 +115,11 @@ class Homes:
         """Whether `is_modern` is answered without asking anybody."""
         return self._is_modern is not None
 
+    @property
+    def is_known_modern(self) -> bool:
+        """Whether the server is known to speak 2026-07-28."""
+        return bool(self._is_modern)
+
     def is_modern(
         self, caller: str, kinds: frozenset[str], has_left: Callable[[], bool] | None
     ) -> bool:
@@ -137,20 +142,26 @@ class Homes:
     def is_modern_now(
         self, caller: str, kinds: frozenset[str], has_left: Callable[[], bool] | None
     ) -> bool:
-        """As `is_modern`, of a server that may be another one than it was.
+        """As `is_modern`, of a server that may be another one than it was, or one of several.
 
-        A modern one is left again.
+        A modern one is left again, and not remembered.
         """
         with self._lock:
-            self._is_modern, self._must_ask = None, True
+            before, self._is_modern, self._must_ask = self._is_modern, None, True
         is_modern = self.is_modern(caller, kinds, has_left)
         if is_modern:
             self.end_first_home(caller, kinds)
+            with self._lock:
+                self._is_modern = before
         return is_modern
 
     def id_for(self, caller: str, kinds: frozenset[str]) -> str:
         """The id of a caller's home."""
         return self._id_of(caller, self._relevant(kinds))
+
+    def has_home(self, caller: str, kinds: frozenset[str]) -> bool:
+        """Whether a caller has a home, in use or not; raises StorageError."""
+        return self._owner.manager.peek(self.id_for(caller, kinds)) is not None
 
     def session_for(self, caller: str, kinds: frozenset[str]) -> Session:
         """The record of a caller's home, made where there is none; raises StorageError."""

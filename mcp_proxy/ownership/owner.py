@@ -164,7 +164,7 @@ class Owner:
     Thread-safe. Nothing runs before the first session begins. `starters` start what is no child of
     a session of its own, by the type of the record; `starter` begins conversations, without one the
     supervisor does, with processes. `env_for` says which variables a child gets of its caller,
-    beside those that the server names.
+    beside those that the server names. `make` makes what a session has in the place of a child.
     """
 
     def __init__(
@@ -175,8 +175,9 @@ class Owner:
         options: ProxyOptions,
         starter: Starter | None = None,
         env_for: EnvFor | None = None,
+        make: Callable[[], OwnedBackend] | None = None,
     ) -> None:
-        self.server, self._options, self._env_for = server, options, env_for
+        self.server, self._options, self._env_for, self._make = server, options, env_for, make
         #: What children get of their caller; None: nothing.
         self.caller_env = CallerEnv.of(server, env_for)
         self.manager = manager
@@ -185,9 +186,7 @@ class Owner:
         # To ask an HTTP server anew costs next to nothing.
         self._renewed = _STARTED_AGAIN if starter is None else _BEGUN_AGAIN
         self.backoff = Backoff() if starter is None else Backoff(longest=0.0)
-        self.replica = parts.replica
-        self.supervisor = parts.supervisor
-        self.turns = parts.turns
+        self.replica, self.supervisor, self.turns = parts.replica, parts.supervisor, parts.turns
         #: Processes that are started ahead.
         self.spares = Spares(
             server,
@@ -212,15 +211,16 @@ class Owner:
         self._sweeper.is_essential = False
         if self.relay is not None:
             self.relay.serve(self.find, on_lapse=self._sweeper.wake)
-        self._lock = parts.lock  # guards _held, _starting and _pending
+        self._lock = parts.lock  # guards _held, _lent, _starting and _pending
         self._held: dict[str, _Held] = {}
+        # What says whether a group needs a child although nobody calls it.
+        self._lent: dict[Bridge, Callable[[], bool]] = {}
         self._starting: set[OwnedBackend] = set()  # children that are not held yet
-        # By the `backend_url` that the record names still. Each operation is atomic.
+        # Of these each operation is atomic: by the `backend_url` that the record names still, what
+        # the store has said last of sessions held here, and those of them that ended while it was
+        # away, so that their records are still there.
         self._left: dict[str, _Left] = {}
-        # What the store has said last of sessions held here. Each operation is atomic.
         self._seen: dict[str, _Seen] = {}
-        # Sessions held here that ended while the store was away: their records are still there.
-        # Each operation is atomic.
         self._ended: set[str] = set()
         self._pending = 0  # children that are about to be held
         self._form = 0  # how often what starts a process has changed
@@ -233,6 +233,16 @@ class Owner:
         return f"<Owner {self.server.name} held={held} ended={ended} {self.spares!r}>"
 
     # --- another form of the server --------------------------------------------------------------
+
+    @property
+    def options(self) -> ProxyOptions:
+        """The settings of the server."""
+        return self._options
+
+    @property
+    def is_group(self) -> bool:
+        """Whether its sessions have several servers."""
+        return self._make is not None
 
     def change(self, server: Served, options: ProxyOptions) -> None:
         """Serves another form of the server from now on; its name and its kind are the same.
@@ -249,7 +259,8 @@ class Owner:
         self.backoff.forget_all()
         with self._lock:
             self._form += 1
-            others = [*self._starting, *(held.backend for held in self._held.values())]
+            others = [*self._starting, *self._lent]
+            others += [held.backend for held in self._held.values()]
             for backend in others:
                 backend.is_outdated = True
         if others:
@@ -274,7 +285,7 @@ class Owner:
 
     # --- a new session ---------------------------------------------------------------------------
 
-    def start(self, has_left: Callable[[], bool] | None = None) -> Bridge:
+    def start(self, has_left: Callable[[], bool] | None = None) -> OwnedBackend:
         """A new child that belongs to no session yet: to be established, or discarded.
 
         Waits for its turn, unless `has_left` says meanwhile that the client has left. Raises
@@ -293,8 +304,10 @@ class Owner:
                     counters.recent.note_failure(self.server.name, str(error), [])
             raise
 
-    def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> Bridge:
+    def _spawn_in_turn(self, has_left: Callable[[], bool] | None) -> OwnedBackend:
         """A new child, whose turn lasts until it has answered initialize."""
+        if self._make is not None:
+            return self._make()
         turn = self.turns.take(self._options.request_timeout, has_left)
         try:
             bridge = self.spawn()
@@ -350,7 +363,7 @@ class Owner:
             min(parked, key=lambda backend: backend.parked_since).end_oldest()
 
     def _size(self) -> int:
-        return sum(held.backend.size for held in self._held.values())
+        return len(self._lent) + sum(held.backend.size for held in self._held.values())
 
     def _has_stopped_idle_one(self) -> bool:
         """Stops the idle child that is missed the least: never called, or not for the longest time.
@@ -360,7 +373,17 @@ class Owner:
         held = [(owner, *item) for owner in self._owners for item in owner._held_copy().items()]
         held.sort(key=lambda item: (item[2].backend.was_called, item[2].backend.last_used))
         seconds = self._options.evict_after
+        if any(owner._has_stopped_lent(seconds) for owner in self._owners):
+            return True
         return any(owner._stop_if_idle(url, one, seconds) for owner, url, one in held)
+
+    def _has_stopped_lent(self, seconds: float) -> bool:
+        """Whether a child of a group was stopped that nobody has called for so long."""
+        with self._lock:
+            lent = sorted(self._lent.items(), key=lambda item: item[0].last_used)
+        now = time.monotonic()
+        unused = (b for b, is_needed in lent if now - b.last_used >= seconds and not is_needed())
+        return any(bridge.end_between_calls() for bridge in unused)
 
     def _stop_if_idle(self, url: str, held: _Held, seconds: float) -> bool:
         if not held.backend.stop_if_idle(seconds):
@@ -377,7 +400,25 @@ class Owner:
         if held is not None:
             self._stop_if_idle(url, held, 0.0)
 
-    def establish(self, session: Session, bridge: Bridge) -> Session:
+    def lend(self, bridge: Bridge, is_needed: Callable[[], bool]) -> None:
+        """A group has a child from now on that `spawn` has started.
+
+        It counts as one that is held here, is replaced as they are where its server changes, and
+        gives way to others unless a client waits for it or `is_needed` says so.
+        """
+        bridge.on_close = partial(self._end_loan, bridge)
+        with self._lock:
+            self._starting.discard(bridge)
+            self._lent[bridge] = is_needed
+        self._sweeper.start()
+        if not bridge.is_alive:
+            self._end_loan(bridge)
+
+    def _end_loan(self, bridge: Bridge) -> None:
+        with self._lock:
+            self._lent.pop(bridge, None)
+
+    def establish(self, session: Session, bridge: OwnedBackend) -> Session:
         """Records a session whose child is ready for it, and returns the record.
 
         Raises StorageError, and then the child has been ended.
@@ -400,7 +441,7 @@ class Owner:
         self.unreserve()
         return session
 
-    def discard(self, bridge: Bridge, failure: BackendError | None = None) -> None:
+    def discard(self, bridge: OwnedBackend, failure: BackendError | None = None) -> None:
         """Ends a child that began no session, because of `failure` if there was one."""
         self._end_start(bridge)
         self.unreserve()
@@ -771,7 +812,7 @@ class Owner:
             raise SessionEnded
         requests = handshake.recorded(body, version, session.metadata.get(RESUME))
         self._open_mailbox()
-        bridge = self.spawn()
+        bridge = self.spawn() if self._make is None else self._make()
         try:
             handshake.replay(bridge, requests, version, _REPLAY_TIME)
         except BaseException:
@@ -816,27 +857,33 @@ class Owner:
             raise Draining
         return bridge
 
-    def spawned(self, bridge: Bridge) -> None:
+    def spawned(self, bridge: OwnedBackend) -> None:
         """What is held, or about to be, answers for a child from now on."""
         with self._lock:
             self._starting.discard(bridge)
 
-    def _end_start(self, bridge: Bridge, failure: BackendLost | None = None) -> None:
+    def _end_start(self, bridge: OwnedBackend, failure: BackendLost | None = None) -> None:
         """Ends a child that is not held."""
         self.spawned(bridge)
         bridge.close(failure)
 
     def note_lost(self, backend: OwnedBackend) -> None:
         """A backend is lost without having been closed."""
-        counters = metrics.current()
-        if counters is not None and isinstance(backend, Bridge):
-            counters.recent.note_failure(self.server.name, backend.lost_reason, backend.stderr_tail)
+        self.count_lost(backend)
         url = self._url(backend)
         held = self._forget(url)
         if held is not None:
             if backend.caller_values is not None:
                 self._left[url] = _Left(held.session_id, backend.caller_values)
             self.backoff.note_exit(held.session_id, time.monotonic() - backend.started)
+
+    def count_lost(self, backend: OwnedBackend) -> None:
+        """Has operators see that a backend is lost, and frees its place where a group had it."""
+        if isinstance(backend, Bridge):
+            self._end_loan(backend)
+        counters = metrics.current()
+        if counters is not None and isinstance(backend, Bridge):
+            counters.recent.note_failure(self.server.name, backend.lost_reason, backend.stderr_tail)
 
     def _url(self, backend: OwnedBackend) -> str:
         return str(WorkerUrl(self.replica.id, backend.child_id))
@@ -921,7 +968,13 @@ class Owner:
                 )
                 self._give_up(held.session_id, url)
         with self._lock:
-            left = [*self._starting, *(held.backend for held in self._held.values())]
+            lent = list(self._lent)
+        for bridge in lent:
+            if bridge.is_outdated:
+                bridge.end_between_calls()
+        with self._lock:
+            left = [*self._starting, *self._lent]
+            left += [held.backend for held in self._held.values()]
         return any(backend.is_outdated for backend in left)
 
     def _is_current(self, url: str, held: _Held) -> bool:
@@ -1011,7 +1064,7 @@ class Owner:
         self.spares.close()
         stopped = "The proxy has stopped the server"
         with self._lock:
-            starting = list(self._starting)
+            starting = [*self._starting, *self._lent]
         self._restorer.close()
         for backend in starting:
             backend.close(BackendDraining(stopped))

@@ -16,6 +16,7 @@ import secrets
 
 from mcp_proxy.config import require_seconds
 from mcp_proxy.errors import ConfigError, SessionExists, SessionNotFound
+from mcp_proxy.rate_buckets import CountEverywhere, require_library
 from mcp_proxy.redis.client import Client, Connection, Use, as_bytes
 from mcp_proxy.redis.event_log import RedisEventLog
 from mcp_proxy.redis.mailboxes import RedisMailboxes
@@ -157,6 +158,12 @@ class RedisStorage(Storage):
 
     def mailboxes(self) -> Mailboxes:
         return RedisMailboxes(self.connection, self.prefix)
+
+    def rate_counter(self) -> CountEverywhere:
+        require_library()
+        from mcp_proxy.redis.rate_counter import RateCounter
+
+        return RateCounter(self.connection, f"{self.prefix}rate")
 
     def event_log(self) -> EventLog:
         return RedisEventLog(self.connection, self.prefix, min(self.ttl, KEPT))

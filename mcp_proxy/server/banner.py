@@ -8,7 +8,7 @@ import re
 
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.guard import is_loopback, url_host
-from mcp_proxy.servers import Served, StdioServer, UnservedServer
+from mcp_proxy.servers import HttpServer, Served, StdioServer, UnservedServer
 
 
 def banner(config: ProxyConfig, addresses: list[str], token: str = "") -> str:
@@ -160,19 +160,21 @@ def _url(config: ProxyConfig, base: str, server: Served) -> str:
 
 
 def _mount(config: ProxyConfig, base: str, server: Served) -> str:
-    return f"{base}/servers/{server.name}" if config.config else base
+    return f"{base}{config.path_of(server.name)}"
 
 
 def _is_old(config: ProxyConfig, server: Served) -> bool:
     """Whether a server is served over HTTP+SSE (2024-11-05) only."""
-    return isinstance(server, StdioServer) and "streamable" not in config.stdio_transports
+    return not isinstance(server, HttpServer) and "streamable" not in config.stdio_transports
 
 
 def _older(config: ProxyConfig, base: str) -> list[str]:
     """The HTTP+SSE URLs (2024-11-05) of servers that have both transports, one a line."""
     if set(config.stdio_transports) != {"streamable", "sse"}:
         return []
-    servers = [server for server in config.servers() if isinstance(server, StdioServer)]
+    servers = [
+        server for server in config.servers() if not isinstance(server, HttpServer | UnservedServer)
+    ]
     urls = (f"{_mount(config, base, server)}/sse" for server in servers)
     return [f"  {url} for clients of 2024-11-05 (HTTP+SSE)" for url in urls]
 

@@ -43,7 +43,7 @@ from mcp_proxy.server.binding import InUse, Unbindable, try_address
 from mcp_proxy.server.gunicorn import require_keys, require_shared_sessions
 from mcp_proxy.server.masking import Mask, masked_log
 from mcp_proxy.server.session_files import require_private
-from mcp_proxy.servers import HttpServer, StdioServer, UnservedServer
+from mcp_proxy.servers import HttpServer, ServerGroup, StdioServer, UnservedServer
 from mcp_proxy.wire import jsonrpc, revisions, sse
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.headers import EVENT_STREAM, JSON, PROTOCOL_VERSION, SESSION_ID
@@ -138,6 +138,8 @@ def _rows_of_files(config: ProxyConfig) -> Iterator[Row]:
     for server in config.listed():
         if isinstance(server, UnservedServer):
             yield _unserved(server)
+        elif isinstance(server, ServerGroup):
+            yield _group(server)
         else:
             kind = "http" if isinstance(server, HttpServer) else "stdio"
             yield Row(f"server {server.name}", True, str(server), kind=kind)
@@ -152,6 +154,10 @@ def _settings(config: ProxyConfig) -> Iterator[Row]:
 def _unserved(server: UnservedServer) -> Row:
     is_off = server.is_disabled
     return Row(f"server {server.name}", is_off, server.reason, kind="-", is_off=is_off)
+
+
+def _group(group: ServerGroup) -> Row:
+    return Row(f"group {group.name}", True, str(group), kind="group")
 
 
 def _rows(config: ProxyConfig, mask: Mask) -> Iterator[Row]:
@@ -172,6 +178,9 @@ def _rows(config: ProxyConfig, mask: Mask) -> Iterator[Row]:
         for server in config.listed():
             if isinstance(server, UnservedServer):
                 yield _unserved(server)
+                continue
+            if isinstance(server, ServerGroup):
+                yield _group(server)
                 continue
             limit = min(ANSWER_TIME, server.timeout or config.request_timeout)
             if isinstance(server, HttpServer):

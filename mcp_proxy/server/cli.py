@@ -201,10 +201,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_option(group: argparse._ActionsContainer, setting: Setting) -> None:
     default = f" (default: {setting.default_text})" if setting.default_text else ""
+    switch: dict[str, Any] = {"nargs": "?", "const": "on"} if setting.is_switch else {}
     group.add_argument(
         f"--{setting.name.replace('_', '-')}",
         dest=setting.name,
         action="append" if setting.is_list else "store",
         metavar=setting.placeholder,
+        **switch,
         help=f"{setting.reason}{default}".replace("%", "%%"),
     )

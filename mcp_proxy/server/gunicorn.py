@@ -353,6 +353,8 @@ class Hooks:
         if directory is not None and self.config.redis_url is None:
             use_key(caller_key(directory))
         rate_buckets.share()
+        if self.config.rate_limit_scope == "deployment":
+            rate_buckets.require_library()
         process_key()  # before the first fork: it is the same in all workers
         if self.config.api_keys is not None and hasattr(os, "memfd_create"):
             server.last_keys = LastKeys(self.config.api_keys)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.logs import visible
 from mcp_proxy.redis.client import passwords_in
-from mcp_proxy.servers import HttpServer, UnservedServer
+from mcp_proxy.servers import HttpServer, ServerGroup, UnservedServer
 from mcp_proxy.shown_commands import shown_arguments
 
 # A shorter value is no secret worth the name, and would be found everywhere.
@@ -69,7 +69,7 @@ def _secrets(config: ProxyConfig) -> list[str]:
     headers = [*config.forward_headers]
     told: list[str] = []
     for server in config.listed():
-        if isinstance(server, UnservedServer):
+        if isinstance(server, UnservedServer | ServerGroup):
             continue
         told += server.secrets
         if isinstance(server, HttpServer):

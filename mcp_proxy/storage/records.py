@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mcp_proxy.config import require_seconds
 from mcp_proxy.errors import ConfigError, SessionExists, SessionNotFound
+from mcp_proxy.rate_buckets import CountEverywhere
 from mcp_proxy.storage.event_log import KEPT, EventLog, LocalEventLog, ScopedEventLog
 from mcp_proxy.storage.mailboxes import Mailboxes
 from mcp_proxy.storage.session import Session, encode, minted_by
@@ -93,6 +94,13 @@ class Storage(ABC):
         raise ConfigError(
             f"{type(self).__name__} keeps all sessions under one name; leave name out"
         )
+
+    def rate_counter(self) -> CountEverywhere | None:
+        """What counts requests for all processes that share the store; None where nothing does.
+
+        Raises ConfigError where what it needs is not installed.
+        """
+        return None
 
     def mailboxes(self) -> Mailboxes | None:
         """The mailboxes of the replicas that share this store.

@@ -167,7 +167,7 @@ class Balancer:
 
         Waits `wait` seconds for names that were not looked up yet.
         """
-        addresses = [a for target in self._targets for a in self._addresses(target, wait)]
+        addresses = self.backends(wait)
         with self._lock:
             self._remove_expired()
             self._turn += 1
@@ -175,19 +175,25 @@ class Balancer:
             turned = addresses[first:] + addresses[:first]
             return sorted(turned, key=lambda a: (self._is_left_out(a), self._load[a]))
 
+    def backends(self, wait: float = NAME_WAIT) -> list[Address]:
+        """Every backend, in the order of the targets; waits as `candidates` does."""
+        return [a for target in self._targets for a in self._addresses(target, wait)]
+
     def has_several(self) -> bool:
         """Whether there is more than one backend to choose from."""
         if len(self._targets) > 1:
             return True
         return len(self._addresses(self._targets[0], NAME_WAIT)) > 1
 
-    def first_reached(self, act: Callable[[Address], T]) -> T:
-        """The result of `act` for the first backend that can be reached.
+    def first_reached(
+        self, act: Callable[[Address], T], but: Callable[[Address], bool] | None = None
+    ) -> T:
+        """The result of `act` for the first backend that can be reached, `but` some excepted.
 
         Meanwhile the attempt counts as a session there, so that simultaneous ones are spread.
         Raises the errors of `act`, but BackendUnreached only where no backend can be reached.
         """
-        addresses = self.candidates()
+        addresses = [each for each in self.candidates() if but is None or not but(each)]
         failure: BackendUnreached | None = None
         for address in self._in_turn(addresses):
             with self._lock:

@@ -12,11 +12,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from mcp_proxy import metrics
+from mcp_proxy.auth.access_tokens import AccessTokens
 from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.auth.principal import Authenticate
 from mcp_proxy.backends.exchange import no_answer
@@ -55,7 +56,7 @@ from mcp_proxy.errors import (
     StorageUnavailable,
     in_seconds,
 )
-from mcp_proxy.ownership.owner import ReplicaParts
+from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
@@ -181,10 +182,12 @@ class TransparentProxy(Transport):
         )
         self._own_parts: ReplicaParts | None = ReplicaParts(storage.mailboxes())
         workers = self._own_parts.workers
+        self.tokens = AccessTokens.of(options, workers, verify or True)
+        authenticator = Authenticator.of(options, authenticate, workers, self.tokens)
         self._set_up(
             targets,
             manager,
-            Edge(options, workers, Authenticator.of(options, authenticate, workers)),
+            Edge(options, workers, authenticator),
             options,
             allowed_backends,
             verify,
@@ -246,7 +249,8 @@ class TransparentProxy(Transport):
         self._targets = targets
         self._target = targets[0]
         calls = OwnCalls(self._client, targets[0], options.request_timeout)
-        self.rate_limit = CallerLimit.of(options, " ".join(target.url for target in targets))
+        served = " ".join(target.url for target in targets)
+        self.rate_limit = CallerLimit.of(options, served, manager.storage.rate_counter)
         self._unknown = UnknownSessions(self.balancer, calls, manager, edge.asks)
         self._warning = OnceAMinute()
         self._redirect_warning = OnceAMinute()
@@ -274,6 +278,15 @@ class TransparentProxy(Transport):
         self._lock = threading.Lock()  # guards _calls
         self._calls: dict[HttpCall, bool] = {}  # running; whether each is a standing stream
 
+    @property
+    def bridge_owner(self) -> Owner | None:
+        """Who begins conversations with the server for others; None where nothing is bridged."""
+        return None if self._bridge is None else self._bridge.front.owner
+
+    def own_headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """A client's headers for the server, with those that the server is to have of us."""
+        return self._policy.changed(headers)
+
     def _new_bridge(self, parts: ReplicaParts, tools: ToolFilter | None) -> EraBridge:
         return EraBridge(
             tuple(target.url for target in self._targets),
@@ -292,6 +305,9 @@ class TransparentProxy(Transport):
         return f"<TransparentProxy calls={len(self._calls)} {self.balancer!r} {self.manager!r}>"
 
     # --- life ------------------------------------------------------------------------------------
+
+    def is_endpoint(self, path: str) -> bool:
+        return True  # an HTTP server may have it anywhere
 
     @property
     def is_busy(self) -> bool:
@@ -529,15 +545,23 @@ class TransparentProxy(Transport):
         bridge, message = self._bridge, inbound.message
         if bridge is None or not isinstance(message, (Request, Notification)):
             return self._without_session(inbound)
-        if bridge.refuses_modern():
+        if bridge.takes_modern(inbound.request, message):
             return bridge.answer(inbound.request, message)
-        call = self._first_reached(inbound)
+        try:
+            call = self._first_reached(inbound, bridge.is_legacy)
+        except BackendUnreached:
+            if not any(map(bridge.is_legacy, self.balancer.backends())):
+                raise
+            return bridge.answer(inbound.request, message)
         with closed_on_error(call):
             if bridge.is_refusal_of_modern(call):
-                reply = bridge.answer_modern(inbound.request, message)
-                if reply is not None:
+                # A notification needs no server there; a task may have led to one that is known.
+                if isinstance(message, Notification) or bridge.is_legacy(call.tried):
                     call.close()
-                    return reply
+                    return bridge.answer(inbound.request, message)
+                if bridge.is_for_others(inbound.request, message, call):
+                    call.close()
+                    return self._modern(inbound)
         return self._reply(inbound, call)
 
     def _without_session(self, inbound: Inbound) -> Reply:
@@ -552,8 +576,12 @@ class TransparentProxy(Transport):
                     return Reply(call.status, with_body(found, metadata), metadata)
         return self._reply(inbound, call)
 
-    def _first_reached(self, inbound: Inbound) -> HttpCall:
-        """The call at the first backend that can be reached, or that has the task in question."""
+    def _first_reached(
+        self, inbound: Inbound, but: Callable[[Address], bool] | None = None
+    ) -> HttpCall:
+        """The call at the first backend that can be reached, `but` some excepted, or that has the
+        task in question.
+        """
 
         binding = self.manager.binding(inbound.request.principal_name)
         self._tasks.require_own(inbound.message, binding)
@@ -561,7 +589,7 @@ class TransparentProxy(Transport):
         def act(address: Address) -> HttpCall:
             return self._call(inbound, Route(address, None))
 
-        return self._tasks.asked(inbound.message, act) or self.balancer.first_reached(act)
+        return self._tasks.asked(inbound.message, act, but) or self.balancer.first_reached(act, but)
 
     def _in_sse_session(self, inbound: Inbound) -> Reply | None:
         """Sends a message of 2024-11-05 to the backend that holds its session's stream; None where
@@ -596,14 +624,16 @@ class TransparentProxy(Transport):
 
     def _initialize(self, inbound: Inbound, message: Request) -> Reply:
         binding = self.manager.binding(inbound.request.principal_name)
-        call = self._first_reached(inbound)
+        call = self._initialized_by(inbound, message)
+        if isinstance(call, Reply):
+            return call
         backend_sid = call.header(headers.SESSION_ID)
         if backend_sid is not None and not headers.FIELD_VALUE.fullmatch(backend_sid):
             backend_sid = None  # the client does not get it either
         if call.status >= 300 or backend_sid is None:
             with closed_on_error(call):
                 if self._bridge is not None and self._bridge.is_refusal_of_initialize(call):
-                    reply = self._bridge.answer_initialize(inbound.request, message)
+                    reply = self._bridge.answer_initialize(inbound.request, message, call)
                     if reply is not None:
                         call.close()
                         return reply
@@ -626,6 +656,27 @@ class TransparentProxy(Transport):
             call.media_type, lambda answer: self._affinity.complete(session, answer)
         )
         return self._reply(inbound, call, session, reader)
+
+    def _initialized_by(self, inbound: Inbound, message: Request) -> HttpCall | Reply:
+        """The call that an initialize has become, or its answer over the bridge, where backends
+        are known to refuse it and others cannot be reached.
+        """
+        bridge = self._bridge
+        if bridge is None:
+            return self._first_reached(inbound)
+        if bridge.takes_initialize():
+            reply = bridge.answer_initialize(inbound.request, message)
+            if reply is not None:
+                return reply
+        try:
+            return self._first_reached(inbound, bridge.is_modern)
+        except BackendUnreached:
+            if not any(map(bridge.is_modern, self.balancer.backends())):
+                raise
+            reply = bridge.answer_initialize(inbound.request, message)
+            if reply is None:
+                raise
+            return reply
 
     def _in_unknown_session(
         self, inbound: Inbound, session_id: str, error: SessionUnknown

@@ -118,14 +118,17 @@ class Tasks:
                 _require_no_other_name(part)
 
     def asked(
-        self, message: Message | Batch | None, act: Callable[[Address], HttpCall]
+        self,
+        message: Message | Batch | None,
+        act: Callable[[Address], HttpCall],
+        but: Callable[[Address], bool] | None = None,
     ) -> HttpCall | None:
         """The answer of the backend that has the task which a request is about; `act` gets that of
         one backend. None where the request is about none, or there is one backend alone.
 
-        Where it is not known who has it, or they cannot be reached, every other is asked once; a
-        stream that tells of tasks has any backend then: None. Raises the errors of `act`,
-        BackendUnreached only where none that can be reached has the task.
+        Where it is not known who has it, or they cannot be reached, every other is asked once,
+        `but` some excepted; a stream that tells of tasks has any backend then: None. Raises the
+        errors of `act`, BackendUnreached only where none that can be reached has the task.
         """
         if not isinstance(message, Request) or message.method not in _ABOUT_TASKS:
             return None
@@ -140,10 +143,14 @@ class Tasks:
                 except BackendUnreached as error:
                     self._balancer.note_failure(known, error)
                     failure = error
-        return None if message.method == modern.LISTEN else self._found(task_id, act, failure)
+        return None if message.method == modern.LISTEN else self._found(task_id, act, but, failure)
 
     def _found(
-        self, task_id: str, act: Callable[[Address], HttpCall], failure: BackendUnreached | None
+        self,
+        task_id: str,
+        act: Callable[[Address], HttpCall],
+        but: Callable[[Address], bool] | None,
+        failure: BackendUnreached | None,
     ) -> HttpCall:
         """The answer of the first backend that does not refuse the task as unknown.
 
@@ -151,6 +158,8 @@ class Tasks:
         """
         refused: HttpCall | None = None
         for address in self._balancer.one_by_one():
+            if but is not None and but(address):
+                continue
             if refused is not None:
                 refused.close()
             try:

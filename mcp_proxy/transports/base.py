@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mcp_proxy.auth.access_tokens import AT_ONCE
+from mcp_proxy.auth.access_tokens import AT_ONCE, AccessTokens
+from mcp_proxy.auth.protected_resource import MOUNT
 from mcp_proxy.config import ProxyOptions, require_seconds
 from mcp_proxy.edge.caller_limit import CallerLimit
 from mcp_proxy.edge.edge import Edge
@@ -54,25 +55,48 @@ class Transport(ABC):
     #: The name of the server, as callers' permissions and metrics have it.
     server_name: str = "default"
 
+    #: The scopes that an access token must have for it, beside those that each must have.
+    scopes: tuple[str, ...] = ()
+
+    #: The access tokens that it takes where it stands on its own, if any.
+    tokens: AccessTokens | None = None
+
     #: How many requests a caller may have; None: as many as it sends.
     rate_limit: CallerLimit | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not environ.get("PATH_INFO", "").startswith("/"):
             environ = with_path(environ)
-        return self.edge.serve(environ, start_response, self.handle, server=self.server_name)
+        if self.tokens is not None:
+            resource = self.tokens.resource
+            environ[MOUNT] = environ.get("SCRIPT_NAME", "")
+            endpoint = resource.endpoint_of(environ)
+            if endpoint is not None:
+                scopes = self.scopes if self.is_endpoint(endpoint) else None
+                return self.edge.serve_metadata(environ, start_response, resource, endpoint, scopes)
+        return self.edge.serve(
+            environ, start_response, self.handle, server=self.server_name, scopes=self.scopes
+        )
 
     def overloaded(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Answers a request that has arrived and for which no thread is free; waits for nothing."""
         environ[AT_ONCE] = True
-        return self.edge.serve(environ, start_response, self.refuse, server=self.server_name)
+        if self.tokens is not None:
+            environ[MOUNT] = environ.get("SCRIPT_NAME", "")
+        return self.edge.serve(
+            environ, start_response, self.refuse, server=self.server_name, scopes=self.scopes
+        )
 
     def removed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answers a request for a server that has been removed."""
         return self.edge.serve(
-            environ, start_response, self.handle_removed, server=self.server_name
+            environ,
+            start_response,
+            self.handle_removed,
+            server=self.server_name,
+            scopes=self.scopes,
         )
 
     def __enter__(self) -> Self:
@@ -97,6 +121,10 @@ class Transport(ABC):
             drain(lambda: [self], timeout)
         self.edge.is_draining = True
         self.shut_down()
+
+    def is_endpoint(self, path: str) -> bool:
+        """Whether clients may connect to a path below the mount of a transport on its own."""
+        return path in ("", self.endpoint)
 
     @property
     def is_shared(self) -> bool:
@@ -164,7 +192,12 @@ class Transport(ABC):
         """Why new sessions cannot be expected to begin, None if they can; waits for the store."""
         if self.edge.is_draining:
             return SHUTTING_DOWN
-        return self.threads_reason() or store_reason(self.manager.storage) or self.server_reason()
+        return (
+            self.threads_reason()
+            or store_reason(self.manager.storage)
+            or (self.tokens.not_ready_reason() if self.tokens is not None else None)
+            or self.server_reason()
+        )
 
     @abstractmethod
     def threads_reason(self) -> str | None:

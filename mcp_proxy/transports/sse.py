@@ -18,8 +18,8 @@ from typing import NamedTuple
 from urllib.parse import parse_qs
 
 from mcp_proxy import metrics
-from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
+from mcp_proxy.backends.owned import OwnedBackend
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge, as_message
 from mcp_proxy.edge.forwarded import mount_of
@@ -69,7 +69,7 @@ _ID_PARAMETERS = ("session_id", "sessionId")
 class _Stream(NamedTuple):
     """What a session's stream leads to, and whose it is."""
 
-    bridge: Bridge
+    bridge: OwnedBackend
     principal: str | None
     env_digest: str | None
 
@@ -242,7 +242,7 @@ class SSEProxy(StdioTransport):
         except BackendUnreached as error:
             raise SessionEnded from error  # the stream ends with the server
 
-    def _bridge_of(self, request: ClientRequest, session_id: str) -> Bridge | None:
+    def _bridge_of(self, request: ClientRequest, session_id: str) -> OwnedBackend | None:
         """The server of a session whose stream is here; None where it is not, or is not the
         caller's.
         """

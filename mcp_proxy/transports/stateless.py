@@ -210,11 +210,30 @@ class StatelessFront:
         """Begins no more homes."""
         self._openers.close()
 
-    def is_for_modern(self, request: ClientRequest, message: Request) -> bool:
-        """Whether the server speaks this era, which is asked anew; raises ProxyError."""
-        meta = modern.require_valid(message, request.header)
-        call = self._call(request, message, meta)
-        return self._homes.is_modern_now(call.caller, call.kinds, request.has_left)
+    def is_for_modern(self, request: ClientRequest, message: Request, is_sent_on: bool) -> bool:
+        """Whether the server speaks this era, which is asked anew; raises ProxyError.
+
+        What has been started to ask a legacy one is left unless the request `is_sent_on` to it.
+        """
+        call = self._call(request, message, modern.require_valid(message, request.header))
+        is_modern = self._homes.is_modern_now(call.caller, call.kinds, request.has_left)
+        if not is_modern and not is_sent_on:
+            self._homes.end_first_home(call.caller, call.kinds)
+        return is_modern
+
+    @property
+    def is_modern(self) -> bool:
+        """Whether the server is known to speak this era."""
+        return self._homes.is_known_modern
+
+    def has_begun(self, request: ClientRequest, message: Request) -> bool:
+        """Whether a request belongs to a home that there is; raises ProxyError."""
+        call = self._call(request, message, modern.require_valid(message, request.header))
+        if message.method in modern.MAY_ASK:
+            state = questions.retry_of(message.params).state
+            if state is not None:
+                return self._homes.session_of(state, call.caller) is not None
+        return self._homes.has_home(call.caller, call.kinds)
 
     def _home(self, call: _Call, has_left: Callable[[], bool] | None = None) -> Session | None:
         """The record of the home that a request goes to; None where its state leads to none.

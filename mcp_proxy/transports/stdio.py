@@ -10,6 +10,7 @@ from typing import Self
 from msgspec.structs import replace
 
 from mcp_proxy.auth import caller_env
+from mcp_proxy.auth.access_tokens import AccessTokens
 from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.auth.caller_env import EnvFor
 from mcp_proxy.auth.principal import Authenticate
@@ -36,10 +37,10 @@ class StdioTransport(Transport):
     `command` is a list of arguments, a string, or a StdioServer. Without `session_storage` sessions
     live in memory; with a Redis one they are served by every replica that shares it. `name` tells
     the sessions of several transports over one store apart; without one a digest of the command
-    does. `authenticate` says who calls; without it, and without `api_keys`, everybody is served.
-    `env_for` says which variables the server gets of its caller; without it those of `env_from`.
-    Nothing starts before the first request; `close` ends everything that did. The constructor
-    raises ConfigError.
+    does. `authenticate` says who calls; without it, and without `api_keys` and `jwt_issuer`,
+    everybody is served. `env_for` says which variables the server gets of its caller; without it
+    those of `env_from`. Nothing starts before the first request; `close` ends everything that did.
+    The constructor raises ConfigError.
     """
 
     owner: Owner
@@ -58,6 +59,8 @@ class StdioTransport(Transport):
         if options.asks:
             raise ConfigError("unknown_session_status=ask is for HTTP servers: take 400 or 404")
         server = as_server(command, name)
+        if reason := options.reason_against(server):
+            raise ConfigError(reason)
         if server.timeout is not None:
             options = replace(options, request_timeout=server.timeout)
         if server.rate_limit is not None:
@@ -69,7 +72,9 @@ class StdioTransport(Transport):
         )
         parts = ReplicaParts(storage.mailboxes())
         self._own_parts: ReplicaParts | None = parts
-        edge = Edge(options, parts.workers, Authenticator.of(options, authenticate, parts.workers))
+        self.tokens = AccessTokens.of(options, parts.workers)
+        authenticator = Authenticator.of(options, authenticate, parts.workers, self.tokens)
+        edge = Edge(options, parts.workers, authenticator)
         owner = Owner(server, manager, parts, options, env_for=env_for)
         self._set_up(owner, edge, options)
 
@@ -84,10 +89,13 @@ class StdioTransport(Transport):
     def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
         self.owner = owner
         self.server_name = owner.server.name
+        self.scopes = owner.server.jwt_scopes
         self.manager = owner.manager
         self.edge = edge
         self.options = options
-        self.rate_limit = CallerLimit.of(options, str(owner.server))
+        self.rate_limit = CallerLimit.of(
+            options, str(owner.server), owner.manager.storage.rate_counter
+        )
         self._load = owner.manager.load if owner.relay is None else owner.load
 
     def change(self, options: ProxyOptions, is_other: bool) -> None:
@@ -96,7 +104,10 @@ class StdioTransport(Transport):
         The owner has been changed before.
         """
         self.options = options
-        self.rate_limit = CallerLimit.of(options, str(self.owner.server))
+        self.scopes = self.owner.server.jwt_scopes
+        self.rate_limit = CallerLimit.of(
+            options, str(self.owner.server), self.manager.storage.rate_counter
+        )
 
     def end_unless_busy(self) -> bool:
         if self.owner.is_busy:

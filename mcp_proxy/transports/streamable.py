@@ -14,9 +14,8 @@ from functools import partial
 
 from msgspec import UNSET
 
-from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
-from mcp_proxy.backends.owned import caller_headers
+from mcp_proxy.backends.owned import OwnedBackend, caller_headers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
 from mcp_proxy.edge.edge import Edge
@@ -54,6 +53,12 @@ KIND = "streamable"
 _PATHS = frozenset({"", "/", "/mcp", "/mcp/"})
 _METHODS = "GET, POST, DELETE"
 
+# Clients fall back to initialize at that (MCP 2026-07-28, versioning, "Backward Compatibility").
+_SESSIONS_ONLY = (
+    f"Revision {revisions.FIRST_MODERN} is not served where several servers are served together; "
+    f"initialize at one of {', '.join(revisions.LEGACY)}"
+)
+
 
 class StreamableProxy(StdioTransport):
     """A WSGI application that serves a stdio server over streamable HTTP."""
@@ -63,6 +68,9 @@ class StreamableProxy(StdioTransport):
 
     def __repr__(self) -> str:
         return f"<StreamableProxy {self.owner!r} {self.manager!r}>"
+
+    def is_endpoint(self, path: str) -> bool:
+        return path in _PATHS
 
     def _set_up(self, owner: Owner, edge: Edge, options: ProxyOptions) -> None:
         super()._set_up(owner, edge, options)
@@ -143,6 +151,8 @@ class StreamableProxy(StdioTransport):
         self.edge.require_open()
         if is_modern(request, message):
             self.require_values(request)
+            if self.owner.is_group:
+                raise InvalidRequest(_SESSIONS_ONLY)
             return self.stateless.answer(request, message)
         if message.method == INITIALIZE:
             return self._initialize(request, message)
@@ -388,7 +398,7 @@ class PendingSession:
     def __init__(
         self,
         owner: Owner,
-        bridge: Bridge,
+        bridge: OwnedBackend,
         session_id: str,
         message: Request,
         has_left: Callable[[], bool],

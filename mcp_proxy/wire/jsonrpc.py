@@ -371,6 +371,14 @@ def fields_of(payload: Raw | UnsetType) -> dict[str, Raw]:
         return {name: masked.original(value) for name, value in fields.items()}
 
 
+def elements_of(payload: Raw | UnsetType) -> list[Raw] | None:
+    """The elements of an array, each as it came; None of anything else."""
+    try:
+        return _elements.decode(payload) if payload else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def member(fields: Mapping[str, Raw], name: str) -> Raw | UnsetType:
     """The field of this name; null is none."""
     return _present(fields.get(name, UNSET))

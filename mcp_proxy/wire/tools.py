@@ -12,7 +12,7 @@ import re
 from functools import cache
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Raw
 from msgspec.structs import force_setattr
 
 from mcp_proxy.errors import ConfigError, InvalidParams, UnknownTool
@@ -85,7 +85,7 @@ class ToolFilter(msgspec.Struct, frozen=True):
         return Response(response.id, jsonrpc.edited(result, self._hide), response.error)
 
     def _hide(self, fields: dict[str, Raw]) -> None:
-        entries = _entries_of(fields.get("tools", UNSET))
+        entries = jsonrpc.elements_of(fields.get("tools", UNSET))
         if entries is not None:
             fields["tools"] = jsonrpc.as_payload([one for one in entries if self._is_shown(one)])
 
@@ -99,22 +99,13 @@ class ToolFilter(msgspec.Struct, frozen=True):
 def lists_tools(response: Response) -> bool:
     """Whether a response whose request is not known has a list of tools."""
     fields = jsonrpc.fields_of(response.result)
-    return _entries_of(fields.get("tools", UNSET)) is not None
-
-
-def _entries_of(tools: Raw | UnsetType) -> list[Raw] | None:
-    """The elements of a list, None of anything else."""
-    try:
-        return _entries.decode(tools) if tools else None
-    except msgspec.DecodeError:
-        return None
+    return jsonrpc.elements_of(fields.get("tools", UNSET)) is not None
 
 
 class _Named(msgspec.Struct):
     name: str
 
 
-_entries = msgspec.json.Decoder(list[Raw])
 _named = msgspec.json.Decoder(_Named)
 
 

@@ -12,17 +12,22 @@ from typing import Any
 import pytest
 from werkzeug.test import Client
 
-from mcp_proxy import ProxyConfig, create_app
+from mcp_proxy import ProxyConfig, StreamableProxy, create_app
+from mcp_proxy.app import Application
 from mcp_proxy.auth.keys import digest_of, new_key
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.servers import StdioServer, UnservedServer
+from mcp_proxy.servers_file import read_servers
 from tests.servers.authorization import KEYS, AuthorizationServer
 from tests.servers.http_backend import HttpBackend
-from tests.support.front import INITIALIZE
+from tests.support.front import INITIALIZE, SCRIPTED
 from tests.support.waiting import eventually
 
 PUBLIC = "https://mcp.example"
 WELL_KNOWN = "/.well-known/oauth-protected-resource"
 PAGE = "http://localhost:5173"
+
+PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 
 Made = Callable[..., Client]
 
@@ -43,6 +48,13 @@ def client_of(issuer: AuthorizationServer) -> Iterator[Made]:
 def several(tmp_path: Path) -> str:
     """A file with a stdio server and an HTTP server."""
     servers = {"one": {"command": "/bin/cat"}, "web": {"url": "http://127.0.0.1:1/api/mcp"}}
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps({"mcpServers": servers}))
+    return str(file)
+
+
+def config_file(tmp_path: Path, servers: dict[str, Any]) -> str:
+    """A file with these servers, the same one again and again."""
     file = tmp_path / "servers.json"
     file.write_text(json.dumps({"mcpServers": servers}))
     return str(file)
@@ -187,6 +199,82 @@ def test_a_token_that_lacks_a_scope_is_told_which_are_needed(
     assert initialize(client, issuer.token(aud=f"{PUBLIC}/mcp", scope="b a")).status_code == 200
 
 
+def test_a_server_of_the_file_has_scopes_of_its_own(
+    client_of: Made, issuer: AuthorizationServer, tmp_path: Path
+) -> None:
+    """A token for all of them calls those whose scopes it has."""
+    with HttpBackend() as backend:
+        servers: dict[str, Any] = {
+            "open": {"url": backend.url},
+            "mail": {"url": backend.url, "jwt_scopes": ["mail:read", "all"]},
+            "shell": {"command": SCRIPTED[0], "args": SCRIPTED[1:], "jwt_scopes": ["shell"]},
+        }
+        client = client_of(
+            config=config_file(tmp_path, servers), jwt_audience=("mine",), jwt_scopes=("all",)
+        )
+
+        def statuses(scope: str) -> list[int]:
+            token = issuer.token(aud="mine", scope=scope)
+            paths = [f"/servers/{name}/mcp" for name in servers]
+            return [initialize(client, token, path).status_code for path in paths]
+
+        assert statuses("all") == [200, 403, 403]
+        assert statuses("all mail:read") == [200, 200, 403]
+        assert statuses("all shell") == [200, 403, 200]
+        assert statuses("mail:read shell") == [403, 403, 403]
+
+        refused = initialize(client, issuer.token(aud="mine", scope="all"), "/servers/mail/mcp")
+        assert parameters(refused) == {
+            "error": "insufficient_scope",
+            "error_description": "The token lacks the scope mail:read",
+            "resource_metadata": f"{PUBLIC}{WELL_KNOWN}/servers/mail/mcp",
+            "scope": "all mail:read",
+        }
+        assert parameters(initialize(client, None, "/servers/shell/sse"))["scope"] == "all shell"
+        for path, scopes in (("open/mcp", ["all"]), ("mail/mcp", ["all", "mail:read"])):
+            document = client.get(f"{WELL_KNOWN}/servers/{path}").json
+            assert document["scopes_supported"] == scopes
+
+
+@pytest.mark.parametrize("kind", ["stdio", "http"])
+def test_scopes_that_are_changed_hold_from_the_next_request_on(
+    client_of: Made, issuer: AuthorizationServer, tmp_path: Path, kind: str
+) -> None:
+    with HttpBackend() as backend:
+        stdio: dict[str, Any] = {"command": SCRIPTED[0], "args": SCRIPTED[1:]}
+        entry: dict[str, Any] = stdio if kind == "stdio" else {"url": backend.url}
+        client = client_of(config=config_file(tmp_path, {"one": entry}), jwt_audience=("mine",))
+        app = client.application
+        assert isinstance(app, Application)
+        token = issuer.token(aud="mine", scope="a")
+        began = initialize(client, token, "/servers/one/mcp")
+        assert began.status_code == 200
+
+        def listed() -> int:
+            headers = {"Authorization": f"Bearer {token}"}
+            if "Mcp-Session-Id" in began.headers:
+                headers["Mcp-Session-Id"] = began.headers["Mcp-Session-Id"]
+            return client.post("/servers/one/mcp", json=PING, headers=headers).status_code
+
+        assert listed() == 200
+        config_file(tmp_path, {"one": {**entry, "jwt_scopes": ["b"]}})
+        app.reload()
+        assert listed() == 403
+        config_file(tmp_path, {"one": {**entry, "jwt_scopes": ["a"]}})
+        app.reload()
+        assert listed() == 200
+
+
+def test_a_key_needs_no_scope_of_a_server(client_of: Made, tmp_path: Path) -> None:
+    key = new_key()
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice sha256:{digest_of(key)}\n")
+    with HttpBackend() as backend:
+        servers = {"one": {"url": backend.url, "jwt_scopes": ["a"]}}
+        client = client_of(config=config_file(tmp_path, servers), api_keys=str(keys))
+        assert initialize(client, key, "/servers/one/mcp").status_code == 200
+
+
 def test_a_page_may_read_a_challenge_and_asks_before_it_has_a_token(client_of: Made) -> None:
     client = client_of()
     asked = {"Access-Control-Request-Headers": "authorization", "Origin": PAGE}
@@ -291,6 +379,36 @@ def test_readiness_has_the_keys_fetched_ahead(client_of: Made, issuer: Authoriza
 
 
 # --- settings ------------------------------------------------------------------------------------
+
+
+def test_scopes_where_no_token_is_taken_are_a_mistake_of_the_entry(tmp_path: Path) -> None:
+    """The server would be open to all."""
+    servers = {"one": {"url": "http://a/mcp", "jwt_scopes": ["a"]}, "two": {"command": "/bin/cat"}}
+    with create_app(ProxyConfig(config=config_file(tmp_path, servers))) as app:
+        answer = initialize(Client(app), None, "/servers/one/mcp")
+        assert answer.headers["X-MCP-Proxy-Error"] == "misconfigured"
+        said = "jwt_scopes needs jwt_issuer: without it nobody has to show a token"
+        assert said in answer.json["error"]["message"]
+        with pytest.raises(ConfigError, match=f"two: {said}"):
+            app.reload([StdioServer("two", ("/bin/cat",), jwt_scopes=("a",))])
+    with pytest.raises(ConfigError, match="jwt_scopes"):
+        StreamableProxy(StdioServer("two", ("/bin/cat",), jwt_scopes=("a",)))
+
+
+def test_the_scopes_of_an_entry_are_a_list_of_scopes(tmp_path: Path) -> None:
+    servers = {
+        "text": {"command": "x", "jwt_scopes": "a b"},
+        "blank": {"command": "x", "jwt_scopes": ["a b"]},
+        "number": {"url": "http://a/mcp", "jwt_scopes": [5]},
+        "slip": {"url": "http://a/mcp", "jwt_scope": ["a"]},
+    }
+    read = read_servers(Path(config_file(tmp_path, servers)), {})
+    reasons = [one.reason for one in read if isinstance(one, UnservedServer)]
+    assert len(reasons) == 4
+    assert reasons[0].startswith("jwt_scopes: expected a list of texts, got a text")
+    assert reasons[1].startswith("jwt_scopes: a scope has no blanks, quotes and backslashes")
+    assert reasons[2].startswith("jwt_scopes: expected a list of texts, got one with a number")
+    assert reasons[3].startswith("'jwt_scope' is not known; 'jwt_scopes' is meant, it seems")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mcp_proxy.backends import event_reader
 from mcp_proxy.backends import upstream as upstream_module
 from mcp_proxy.backends.http import HttpClient
 from mcp_proxy.backends.owned import called_by
@@ -282,6 +283,40 @@ def test_the_standing_stream_begins_again(
     assert again == [None, "3"]
 
 
+def test_streams_on_which_nothing_comes_hold_no_thread(
+    link: StraightLink, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "WIDTH", 2)
+    monkeypatch.setattr(event_reader, "WIDTH", 2)
+    feeds = [Feed() for _ in range(8)]
+    given = iter(feeds)
+    backend.rpc["subscriptions/listen"] = lambda turn: stream(b": hi\n\n", next(given))(turn)
+    upstreams = Upstreams(link)
+    conversations = [Conversation(upstreams) for _ in feeds]
+    for conversation in conversations:
+        conversation.open()
+        conversation.write({"id": 1, "method": "subscriptions/listen", "params": {}})
+    eventually(lambda: len(backend.calls("subscriptions/listen")) == len(feeds))
+    assert "result" in conversations[0].ask("tools/list", 2)
+    for feed in feeds:
+        feed.put(event({"id": 1, "result": {"ended": True}}))
+    assert all(each.answer(1)["result"] == {"ended": True} for each in conversations)
+    for conversation in conversations:
+        conversation.upstream.close()
+    upstreams.close()
+    assert all(conversation.ends for conversation in conversations)
+
+
+def test_an_event_in_pieces_is_one_line(new: Conversation, backend: HttpBackend) -> None:
+    feed = Feed()
+    backend.rpc["tools/call"] = stream(b": hi\n\n", feed)
+    new.open().write({"id": 1, "method": "tools/call", "params": {}})
+    for piece in event({"id": 1, "result": {"text": "x" * 20}}).partition(b"xxx"):
+        feed.put(piece)
+        time.sleep(0.05)
+    assert new.answer(1)["result"] == {"text": "x" * 20}
+
+
 def test_a_server_without_a_standing_stream_is_asked_once(
     new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +326,15 @@ def test_a_server_without_a_standing_stream_is_asked_once(
     eventually(lambda: [seen for seen in backend.seen if seen.method == "GET"])
     time.sleep(0.3)
     assert len([seen for seen in backend.seen if seen.method == "GET"]) == 1
+
+
+def test_tools_that_are_never_listed_hold_a_call_up_for_a_while(
+    new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "TAKE_TIME", 0.3)
+    backend.rpc["tools/list"] = stream(b": hi\n\n", Feed())
+    answer = new.ask("tools/call", 1, {"name": "echo", "_meta": MODERN})
+    assert "result" in answer
 
 
 @pytest.mark.parametrize("status", [401, 403, 429])
@@ -392,6 +436,27 @@ def test_the_standing_stream_learns_that_the_session_is_forgotten(
     backend.stop()
     backend.start()
     assert eventually(lambda: new.ends) == ["it does not know the session any more"]
+
+
+def _misses_metadata(turn: Turn) -> None:
+    turn.error(400, -32602, "_meta lacks the protocol version")
+
+
+def test_a_modern_server_in_the_place_of_a_legacy_one_has_taken_nothing(
+    new: Conversation, backend: HttpBackend
+) -> None:
+    new.open()
+    backend.on("POST", "/mcp", _misses_metadata)
+    new.write({"id": 1, "method": "tools/call", "params": {}})
+    assert eventually(lambda: new.ends) == ["it does not know the session any more"]
+    assert new.upstream.untaken == {1}
+
+
+def test_a_legacy_server_may_refuse_params(new: Conversation, backend: HttpBackend) -> None:
+    backend.rpc["tools/call"] = _misses_metadata
+    assert new.open().ask("tools/call", 1)["error"]["code"] == -32602
+    assert "result" in new.ask("tools/list", 2)
+    assert not new.ends
 
 
 def test_a_server_that_is_away_has_taken_nothing(new: Conversation, backend: HttpBackend) -> None:

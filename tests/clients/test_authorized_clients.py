@@ -94,11 +94,13 @@ def test_the_sdks_get_another_token_where_theirs_lacks_a_scope(
 def test_each_of_several_servers_has_tokens_of_its_own(
     issuer: AuthorizationServer, tmp_path: Path, client: str
 ) -> None:
-    servers = {name: {"command": DEMO[0], "args": DEMO[1:]} for name in ("one", "two")}
+    demo = {"command": DEMO[0], "args": DEMO[1:]}
+    servers = {"one": demo, "two": {**demo, "jwt_scopes": ["mcp:two"]}}
     file = tmp_path / "servers.json"
     file.write_text(json.dumps({"mcpServers": servers}))
     with protected(issuer, "--config", str(file), command=[]) as proxy:
         told = Protected(proxy, issuer).run(client, "/servers/two/mcp")
         (visit,) = told["visits"]
         assert visit["resource"] == f"{proxy.base}/servers/two/mcp"
+        assert visit["scope"] == "mcp:two"
     assert "Traceback" not in proxy.log(), proxy.log()

@@ -25,6 +25,7 @@ SAMPLES: dict[str, Sample] = {
     "allowed_backends": Sample("http://a:1", ("http://a:1",), ("http://a:1",)),
     "ca_file": _one("/etc/ca.pem", "/etc/ca.pem"),
     "config": _one("servers.json", "servers.json"),
+    "aggregate": _one("on", True),
     "reload_on_change": _one("on", True),
     "env": Sample("A=1, B=2=3", ("A=1", "B=2=3"), ("A=1", "B=2=3")),
     "env_from": Sample(
@@ -64,6 +65,7 @@ SAMPLES: dict[str, Sample] = {
     "public_url": _one("https://a.example/x/", "https://a.example/x"),
     "api_keys": _one("/etc/mcp/keys", "/etc/mcp/keys"),
     "rate_limit": _one("600/minute:50", "600/minute:50"),
+    "rate_limit_scope": _one("deployment", "deployment"),
     "backend_proxy": _one("http://u:p@proxy:3128", "http://u:p@proxy:3128"),
     "sticky_cookies": Sample("route,MINE*", ("route", "MINE*"), ("route", "MINE*")),
     "jwt_issuer": _one("https://id.example/realms/a", "https://id.example/realms/a"),

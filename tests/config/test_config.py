@@ -102,7 +102,8 @@ def test_the_settings_of_a_transport_are_among_those_of_the_program() -> None:
         *("input_timeout", "keep_detached"),
         *("max_streams", "threads", "allowed_origins", "allowed_hosts"),
         *("trusted_proxies", "forward_headers", "preserve_host", "public_url", "api_keys"),
-        *("rate_limit", "backend_proxy", "sticky_cookies"),
+        *("rate_limit", "rate_limit_scope", "backend_proxy", "sticky_cookies"),
+        *("jwt_issuer", "jwt_audience", "jwt_jwks_url", "jwt_scopes"),
     ]
     assert [setting for setting in config.settings() if setting in options] == list(options)
     assert isinstance(ProxyConfig(), ProxyOptions)

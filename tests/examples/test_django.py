@@ -176,13 +176,13 @@ def test_pages_of_these_hosts_may_call_and_others_not(site: ProxyProcess) -> Non
 # --- the settings --------------------------------------------------------------------------------
 
 
-def imported(given: str) -> str:
+def imported(given: str, shown: str = "mcp_proxy.django.application.config") -> str:
     """What the import of the module says of `MCP_PROXY`, as manage.py would print it."""
     code = (
         "from django.conf import settings\n"
         f"settings.configure(ALLOWED_HOSTS=['*'], {given})\n"
         "import mcp_proxy.django\n"
-        "print(mcp_proxy.django.application.config)"
+        f"print({shown})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60

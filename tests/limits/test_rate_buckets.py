@@ -37,8 +37,8 @@ _ROUNDING = 0.01
     [
         ("20/second", Rate(20, 20)),
         ("20/second:5", Rate(20, 5)),
-        ("600/minute", Rate(10, 600)),
-        ("600/minute:50", Rate(10, 50)),
+        ("600/minute", Rate(10, 600, 60)),
+        ("600/minute:50", Rate(10, 50, 60)),
         ("off", None),
     ],
 )

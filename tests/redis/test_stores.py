@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from mcp_proxy.errors import SessionExists, SessionNotFound
+from mcp_proxy.rate_buckets import Rate, key_of
 from mcp_proxy.redis.mailboxes import RedisMailboxes
 from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.server.check import check
@@ -86,6 +87,16 @@ def test_many_sessions_are_spread_and_found(storage: RedisStorage, form: Form) -
     if isinstance(form, ThreeNodes):
         assert all(keys_of(node, storage.prefix) > 0 for node in form.servers)
     assert sum(keys_of(server, storage.prefix) for server in form.servers) >= 2 * MANY
+
+
+def test_requests_of_many_callers_are_counted(storage: RedisStorage, form: Form) -> None:
+    count, rate = storage.scoped("s").rate_counter(), Rate(2 / 60, 2, 60)
+    for caller in range(MANY):
+        key = key_of(str(caller))
+        assert count(key, rate, 2) == 0
+        assert 1 <= count(key, rate, 1) <= 60
+    if isinstance(form, ThreeNodes):
+        assert all(keys_of(node, storage.prefix) > 0 for node in form.servers)
 
 
 def test_one_of_many_swaps_wins(storage: RedisStorage) -> None:

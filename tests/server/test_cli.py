@@ -51,6 +51,11 @@ def test_an_option_and_its_value_may_be_one_word() -> None:
     assert (made.session_ttl, made.redis_prefix) == (5.0, "a=b:")
 
 
+def test_a_switch_alone_means_on() -> None:
+    assert read_config(["--preserve-host", "--threads", "8"]).preserve_host
+    assert not read_config(["--preserve-host", "off"]).preserve_host
+
+
 def test_the_last_of_several_values_counts() -> None:
     assert read_config(["--threads", "8", "--threads", "9"]).threads == 9
 
@@ -228,7 +233,7 @@ def test_the_help_names_every_setting_and_its_default(
     options = re.findall(r"^  (--\S+) (\S+)", printed, re.MULTILINE)
     assert [option for option, _ in options] == [spelled(name, "-") for name in SAMPLES]
     shown = dict(options)
-    assert shown["--preserve-host"] == "on|off"
+    assert shown["--preserve-host"] == "[on|off]"
     assert shown["--failure-status"] == "http|json-rpc"
     assert shown["--unknown-session-status"] == "400|404|ask"
     assert shown["--stdio-transports"] == "sse|streamable"

@@ -35,7 +35,8 @@ COMMANDS = (
     "getex", "get", "set", "exists", "del", "eval", "evalsha", "xadd", "xread", "xrange",
     "xrevrange", "xtrim", "xdel", "pexpire", "ping", "info",
 )  # fmt: skip
-#: What it needs besides where Redis is a Cluster.
+#: What it needs besides for `rate_limit_scope=deployment`, and where Redis is a Cluster.
+COUNTER_COMMANDS = ("incrby", "pttl", "rename", "script|load")
 CLUSTER_COMMANDS = ("cluster|slots", "command")
 
 _SLOTS = 16384
@@ -117,7 +118,9 @@ def _credentials(user: str = USER, password: str = PASSWORD) -> str:
 class OneServer(Form):
     """One server, reached by TCP, TLS or a unix socket (`way`)."""
 
-    def __init__(self, way: str = "tcp", commands: Sequence[str] = COMMANDS) -> None:
+    def __init__(
+        self, way: str = "tcp", commands: Sequence[str] = (*COMMANDS, *COUNTER_COMMANDS)
+    ) -> None:
         super().__init__()
         self._way = way
         self.server = RedisServer(
@@ -159,7 +162,7 @@ class WithSentinels(Form):
         self._has_tls = tls
         self.sentinels: list[SentinelServer] = []
         settings = [
-            limited_user(*COMMANDS, "select"),
+            limited_user(*COMMANDS, *COUNTER_COMMANDS, "select"),
             f"masterauth {ADMIN_PASSWORD}",
             "repl-diskless-sync yes",
             "repl-diskless-sync-delay 0",
@@ -241,7 +244,7 @@ class ThreeNodes(Form):
         super().__init__()
         self._has_tls = tls
         settings = [
-            limited_user(*COMMANDS, *CLUSTER_COMMANDS),
+            limited_user(*COMMANDS, *COUNTER_COMMANDS, *CLUSTER_COMMANDS),
             "cluster-node-timeout 2000",
             "cluster-require-full-coverage no",
         ]

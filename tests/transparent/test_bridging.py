@@ -33,8 +33,8 @@ NO_HANDSHAKE = {"code": -32022, "message": "no", "data": {"supported": ["2026-07
 
 
 @contextlib.contextmanager
-def proxied(url: str, storage: Any = None, **settings: Any) -> Iterator[LocalFront]:
-    """A proxy in front of a server."""
+def proxied(url: str | list[str], storage: Any = None, **settings: Any) -> Iterator[LocalFront]:
+    """A proxy in front of a server, or of several."""
     options = ProxyOptions(**{"request_timeout": 10, "stateless_children": "shared", **settings})
     proxy = TransparentProxy(url, storage, options=options)
     front = LocalFront(proxy)
@@ -335,6 +335,132 @@ def test_a_home_is_no_session_of_a_client(legacy: EraServerProcess) -> None:
         assert stranger.call("tools/list").status == 400
         assert stranger.delete().status == 400
         assert modern_client.told("echo", text="hi") == {"text": "hi"}
+
+
+# --- servers of both eras behind one name ---------------------------------------------------------
+
+
+@pytest.fixture
+def both() -> Iterator[tuple[EraServerProcess, EraServerProcess]]:
+    """A legacy server, and the modern one that is to take its place."""
+    with EraServerProcess("legacy") as old, EraServerProcess("modern") as new:
+        yield old, new
+
+
+def test_a_modern_client_goes_to_the_modern_one_of_several(
+    both: tuple[EraServerProcess, EraServerProcess],
+) -> None:
+    old, new = both
+    with proxied([old.url, new.url]) as front:
+        client = ModernClient(front)
+        for number in range(8):
+            assert client.told("echo", text=str(number)) == {"text": str(number)}
+        refused = [one for one in old.requests("tools/call") if "mcp-session-id" not in one]
+        assert len(refused) <= 1
+        assert len(new.requests("tools/call")) == 8
+        assert front.app.is_busy is False
+
+
+def test_a_legacy_client_goes_to_the_legacy_one_of_several(
+    both: tuple[EraServerProcess, EraServerProcess],
+) -> None:
+    old, new = both
+    with proxied([old.url, new.url]) as front:
+        for number in range(6):
+            assert told(opened(front), "echo", text=str(number)) == {"text": str(number)}
+        assert len(old.requests("initialize")) >= 5
+        assert len(new.requests("initialize")) <= 2  # its refusals, before that is known
+
+
+def test_tasks_are_asked_for_at_those_that_may_have_them(
+    both: tuple[EraServerProcess, EraServerProcess],
+) -> None:
+    old, new = both
+    with proxied([old.url, new.url]) as front:
+        client = ModernClient(front)
+        while not old.requests("tools/call"):
+            client.told("echo", text="hi")
+        before = len(old.requests("tasks/get"))
+        for _ in range(4):
+            assert not client.call("tasks/get", {"taskId": "none"}).has_succeeded
+        assert len(new.requests("tasks/get")) == 4
+        assert len(old.requests("tasks/get")) == before
+
+
+def test_while_the_one_of_its_era_is_away_a_client_is_bridged(
+    both: tuple[EraServerProcess, EraServerProcess],
+) -> None:
+    old, new = both
+    with proxied([old.url, new.url]) as front:
+        client = ModernClient(front)
+        for number in range(3):
+            client.told("echo", text=str(number))
+        new.kill()
+        assert client.told("echo", text="bridged") == {"text": "bridged"}
+    with proxied([old.url, new.url]) as front:
+        new.start()
+        for number in range(3):
+            told(opened(front), "echo", text=str(number))
+        old.kill()
+        assert told(opened(front), "echo", text="bridged") == {"text": "bridged"}
+
+
+def test_what_has_begun_over_the_bridge_stays_there(
+    both: tuple[EraServerProcess, EraServerProcess],
+) -> None:
+    """A question that is open, and what the server keeps for its caller, are at the old server."""
+    old, new = both
+    new.kill()
+    with proxied([old.url, new.url]) as front:
+        client = ModernClient(front, {"elicitation": {"form": {}}})
+        asked = client.asked("ask", kind="form")
+        new.start()
+
+        def has_come() -> bool:
+            ModernClient(front, authorization="Bearer other").told("echo", text="hi")
+            return bool(new.requests("tools/call"))
+
+        eventually(has_come, 30)
+        answer = client.tool("ask", kind="form", retry=answering(asked)).message()
+        assert answer["result"]["structuredContent"]["answers"] == {"form": FORM}
+        before = len(new.requests("tools/call"))
+        assert client.told("echo", text="hi") == {"text": "hi"}
+        assert len(new.requests("tools/call")) == before
+
+
+@pytest.mark.parametrize(("before", "after"), [("legacy", "modern"), ("modern", "legacy")])
+def test_a_server_of_the_other_era_may_take_the_place_of_one(before: str, after: str) -> None:
+    with EraServerProcess(before) as old, EraServerProcess(after) as new:
+        new.kill()
+        with proxied(old.url) as front:
+            client = ModernClient(front)
+            assert client.told("echo", text="1") == {"text": "1"}
+            assert told(opened(front), "echo", text="1") == {"text": "1"}
+            old.kill()
+            new.port = old.port
+            new.start()
+            call = functools.partial(client.call, "tools/call", called("echo", text="2"))
+            eventually(lambda: "result" in call().message())
+            for _ in range(3):
+                assert client.told("echo", text="3") == {"text": "3"}
+                assert told(opened(front), "echo", text="3") == {"text": "3"}
+            last = new.requests("tools/call")[-2]
+            assert last.get("mcp-method") == ("tools/call" if after == "modern" else None)
+
+
+def test_the_era_of_a_server_is_remembered(
+    legacy: EraServerProcess, modern: EraServerProcess
+) -> None:
+    with proxied(legacy.url) as front:
+        before = len(legacy.requests("server/discover"))
+        for number in range(4):
+            ModernClient(front, authorization=f"Bearer {number}").told("echo", text="hi")
+        assert len(legacy.requests("server/discover")) - before == 1
+    with proxied(modern.url) as front:
+        before = len(modern.requests("initialize"))
+        for _ in range(4):
+            told(opened(front), "echo", text="hi")
+        assert len(modern.requests("initialize")) - before == 1 + 4  # a refusal, and one a session
 
 
 # --- headers -------------------------------------------------------------------------------------

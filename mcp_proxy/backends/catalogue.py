@@ -1,0 +1,237 @@
+"""What servers list, as far as this worker knows: so that a list starts nothing.
+
+Clients keep their first list, some of them for ever. So the first one waits for servers whose lists
+are unknown, which start together, and every later one is answered from here. A server that does not
+answer in time is waited for once: from then on it is missing until it comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from msgspec import UNSET, Raw, UnsetType
+
+from mcp_proxy.background import KeyedExecutor, TimerWorker
+from mcp_proxy.errors import BackendDraining, ProxyError
+from mcp_proxy.wire import jsonrpc
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a first list waits for servers whose lists are unknown.
+GATHER_TIMEOUT = 20.0
+
+#: Seconds after which a server that could not be asked is asked again, when a list is wanted.
+ASK_AGAIN = 10.0
+
+#: The lists that are kept, in bytes; those that were not used for the longest time go first.
+MAX_KEPT = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """What a server says of itself: its InitializeResult, and its lists by their methods."""
+
+    result: Raw
+    lists: Mapping[str, Sequence[Raw]]
+
+    @property
+    def capabilities(self) -> Raw | UnsetType:
+        """What the server can do."""
+        return jsonrpc.fields_of(self.result).get("capabilities", UNSET)
+
+    def is_same(self, other: Listed | None) -> bool:
+        """Whether the other has the same lists."""
+        return other is not None and other.lists == self.lists
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        entries = (entry for entries in self.lists.values() for entry in entries)
+        return sum(len(memoryview(each)) for each in (self.result, *entries))
+
+
+class Listener(Protocol):
+    """Who is told when the lists of a server have become known."""
+
+    def note_listed(self, key: str) -> None:
+        """The lists under a key are known, or others than they were. Quick."""
+
+
+class _Asking(NamedTuple):
+    """Somebody asks a server for its lists."""
+
+    since: float  # monotonic
+    waiters: list[Callable[[], object]]
+
+
+class _Failed(NamedTuple):
+    reason: str
+    at: float
+
+
+class Catalogue:
+    """The lists of servers by keys, which say which server it is and for whom. Thread-safe.
+
+    At most `width` servers are asked at the same time.
+    """
+
+    def __init__(self, timer: TimerWorker, width: int) -> None:
+        self.timer = timer
+        self._executor = KeyedExecutor("mcp-gatherer", width)
+        self._lock = threading.Lock()  # guards what follows
+        self._listed: OrderedDict[str, Listed] = OrderedDict()
+        self._size = 0
+        self._asking: dict[str, _Asking] = {}
+        self._failed: dict[str, _Failed] = {}
+        self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        return f"<Catalogue listed={len(self._listed)} asking={len(self._asking)}>"
+
+    def listed(self, key: str) -> Listed | None:
+        """What is known under a key."""
+        with self._lock:
+            found = self._listed.get(key)
+            if found is not None:
+                self._listed.move_to_end(key)
+            return found
+
+    def reason(self, key: str) -> str | None:
+        """Why nothing is known under a key; None where that is not known either."""
+        with self._lock:
+            failed = self._failed.get(key)
+            return None if failed is None else failed.reason
+
+    def is_awaited(self, key: str) -> bool:
+        """Whether it is worth waiting for what is listed under a key."""
+        with self._lock:
+            now = time.monotonic()
+            if key in self._listed:
+                return False
+            asking, failed = self._asking.get(key), self._failed.get(key)
+            if asking is not None:
+                return now - asking.since < GATHER_TIMEOUT
+            return failed is None or now - failed.at > ASK_AGAIN
+
+    def ask(
+        self, key: str, look: Callable[[], Listed], waiter: Callable[[], object] | None = None
+    ) -> None:
+        """Has a thread of ours `look` up the lists, unless one is at it; then `waiter` is called.
+
+        Never waits.
+        """
+        with self._lock:
+            asking = self._asking.get(key)
+            is_first = asking is None
+            if asking is None:
+                asking = self._asking[key] = _Asking(time.monotonic(), [])
+            if waiter is not None:
+                asking.waiters.append(waiter)
+        if not is_first:
+            return
+        try:
+            self._executor.submit(key, lambda: self._ask(key, look))
+        except RuntimeError as error:
+            self._note_failure(key, f"It cannot be asked: {error}")
+            self._note_asked(key)
+
+    def note(self, key: str, listed: Listed) -> None:
+        """What a server has said; whoever listens is told if it is something else than before."""
+        with self._lock:
+            before = self._listed.pop(key, None)
+            self._failed.pop(key, None)
+            self._listed[key] = listed
+            self._size += listed.size - (0 if before is None else before.size)
+            while self._size > MAX_KEPT and len(self._listed) > 1:
+                _, oldest = self._listed.popitem(last=False)
+                self._size -= oldest.size
+            listeners = [] if listed.is_same(before) else list(self._listeners)
+        for listener in listeners:
+            listener.note_listed(key)
+
+    def listen(self, listener: Listener) -> None:
+        """Has a listener told of changes for as long as it lives."""
+        with self._lock:
+            self._listeners.add(listener)
+
+    def close(self) -> None:
+        """Asks nobody any more."""
+        self._executor.close()
+
+    def _ask(self, key: str, look: Callable[[], Listed]) -> None:
+        try:
+            self.note(key, look())
+        except BackendDraining:
+            pass  # who asked has left; somebody else asks again
+        except ProxyError as error:
+            self._note_failure(key, error.message)
+        except Exception:
+            log.exception("the lists of a server could not be read")
+            self._note_failure(key, "Its lists could not be read")
+        finally:
+            self._note_asked(key)
+
+    def _note_asked(self, key: str) -> None:
+        with self._lock:
+            asking = self._asking.pop(key)
+        for waiter in asking.waiters:
+            waiter()
+
+    def _note_failure(self, key: str, reason: str) -> None:
+        with self._lock:
+            self._failed[key] = _Failed(reason, time.monotonic())
+
+
+class Gathering:
+    """Waits, without a thread of its own, until the lists under some keys are known, and calls
+    `done` once; at the latest after `timeout` seconds.
+
+    `looks` has for each key what looks its lists up.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        looks: Mapping[str, Callable[[], Listed]],
+        timeout: float,
+        done: Callable[[], object],
+    ) -> None:
+        self._catalogue = catalogue
+        self._looks = looks
+        self._until = time.monotonic() + timeout
+        self._done = done
+        self._lock = threading.Lock()  # guards that `done` is called once
+        self._is_over = False
+
+    def begin(self) -> None:
+        """Begins to wait; `done` may have been called when this returns."""
+        if self._awaited():
+            seconds = self._until - time.monotonic()
+            self._catalogue.timer.call_later(max(0.0, seconds), self._finish)
+        self._look()
+
+    def _awaited(self) -> list[str]:
+        return [key for key in self._looks if self._catalogue.is_awaited(key)]
+
+    def _look(self) -> None:
+        """Asks for what is awaited, also where somebody else who has asked has left meanwhile."""
+        if self._is_over:
+            return
+        awaited = self._awaited() if time.monotonic() < self._until else []
+        for key in awaited:
+            self._catalogue.ask(key, self._looks[key], self._look)
+        if not awaited:
+            self._finish()
+
+    def _finish(self) -> None:
+        with self._lock:
+            was_over, self._is_over = self._is_over, True
+        if not was_over:
+            self._done()

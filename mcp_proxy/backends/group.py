@@ -1,0 +1,966 @@
+"""Several servers as one backend: what stands behind an endpoint that carries them together.
+
+A call is built anew with the server's own name for its tool and handed on with the transport's own
+exchange, so that its answer comes as it would from the server alone. Lists and the handshake are
+answered here, from what is known; a server starts when it is used, or when nothing is known of it.
+What a server asks or tells goes to the client with what tells the servers apart: the number of a
+running server in the id of a question, the prefix in what people read.
+
+Threads: request threads send, the servers' readers call `_Running.shown`, threads of the
+catalogue ask for lists. One lock guards the tables; everything that waits happens outside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import msgspec
+from msgspec import UNSET, Raw
+
+from mcp_proxy.backends import handshake
+from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.catalogue import Catalogue, Gathering, Listed
+from mcp_proxy.backends.exchange import (
+    MAX_BACKLOG,
+    Exchange,
+    ServerMessage,
+    StreamLog,
+    wait_for,
+)
+from mcp_proxy.backends.group_lists import GroupLists, Part, lists_of, require_bounded
+from mcp_proxy.backends.owned import OwnedBackend
+from mcp_proxy.errors import (
+    INVALID_PARAMS,
+    METHOD_NOT_FOUND,
+    PROXY_ERROR,
+    BackendDraining,
+    BackendError,
+    BackendLost,
+    BackendUnreached,
+    ClientError,
+    InvalidParams,
+    ProxyError,
+    RequestId,
+    UnknownTool,
+)
+from mcp_proxy.wire import jsonrpc, merging, results, revisions
+from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+from mcp_proxy.wire.tools import ToolFilter
+
+log = logging.getLogger(__name__)
+
+#: Seconds that initialize waits for servers of which nothing is known: for their instructions.
+INITIALIZE_WAIT = 3.0
+
+#: Seconds that a running server has to take another log level.
+LEVEL_WAIT = 5.0
+
+#: Seconds that a client hears at most once in of changes of one kind of list.
+CHANGES_APART = 1.0
+
+# Pages of one list that are asked for.
+_MAX_PAGES = 100
+
+# Messages of ours that wait for a standing stream.
+_MAX_WAITING = 64
+
+_EMPTY = Raw(b"{}")
+_NO_VALUES = Raw(b'{"completion":{"values":[]}}')
+
+_COMPLETE = "completion/complete"
+_SET_LEVEL = "logging/setLevel"
+_SUBSCRIBE, _UNSUBSCRIBE = "resources/subscribe", "resources/unsubscribe"
+_UPDATED = "notifications/resources/updated"
+_BY_NAME = frozenset({"tools/call", "prompts/get"})
+_BY_URI = frozenset({"resources/read", _SUBSCRIBE, _UNSUBSCRIBE})
+
+
+class Started(NamedTuple):
+    """A server that has answered initialize, by `result`."""
+
+    bridge: Bridge
+    result: Raw
+
+
+class Member(Protocol):
+    """One server of a group, as the group needs it. Thread-safe."""
+
+    name: str
+    prefix: str
+    tools: ToolFilter | None
+    schemes: frozenset[str]
+
+    def key(self, declared: bytes) -> str:
+        """What its lists are known by, for a client that has declared these capabilities."""
+
+    def start(
+        self,
+        session: str,
+        initialize: Request,
+        on_lost: Callable[[OwnedBackend], object],
+        is_needed: Callable[[], bool],
+        has_left: Callable[[], bool] | None,
+    ) -> Started:
+        """Starts the server for a session; raises ProxyError.
+
+        `is_needed` says whether it must not be stopped for others although nobody calls it.
+        """
+
+    def headers_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """The headers of a client's request that it gets."""
+
+
+class Settings(NamedTuple):
+    """How a group is called, and how long things may take, in seconds."""
+
+    name: str
+    version: str
+    request_timeout: float
+    gather_timeout: float
+
+
+class Group(OwnedBackend):
+    """Several servers as one session sees them. Thread-safe.
+
+    `members` are those that there are just now, in their order. Nothing starts in the constructor.
+    """
+
+    def __init__(
+        self, members: Callable[[], Sequence[Member]], catalogue: Catalogue, settings: Settings
+    ) -> None:
+        super().__init__()
+        self._members = members
+        self._catalogue = catalogue
+        self._settings = settings
+        self._serials = itertools.count(1)
+        self._lock = threading.Lock()  # guards what follows
+        self._running: dict[str, _Running] = {}  # by the server's name
+        self._starting: dict[str, threading.Event] = {}
+        self._posts: set[Exchange] = set()  # those that are answered here
+        self._stream: Exchange | None = None
+        self._waiting: deque[ServerMessage] = deque(maxlen=_MAX_WAITING)
+        self._submitted: set[_Inner] = set()  # calls whose answers come on the stream
+        self._subscriptions: dict[str, str] = {}  # names of servers by the URIs that clients know
+        self._level: Raw | None = None
+        self._params: Raw = _EMPTY  # of the client's initialize
+        self._declared = b""
+        self._shown_lists: dict[str, list[Raw]] = {}  # what the client has heard last
+        self._to_announce: set[str] = set()  # notifications
+        self._is_about_to_announce = False
+        self._told_at = 0.0  # monotonic
+        self._session = ""
+        catalogue.listen(self)
+
+    def __repr__(self) -> str:
+        return f"<Group {self.name} running={list(self._running)} posts={len(self._posts)}>"
+
+    @property
+    def name(self) -> str:
+        return self._settings.name
+
+    def note_session(self, session_id: str) -> None:
+        self._session = session_id
+        for running in self._all_running():
+            running.bridge.note_session(session_id)
+
+    def _all_running(self) -> list[_Running]:
+        with self._lock:
+            return list(self._running.values())
+
+    # --- from the client -------------------------------------------------------------------------
+
+    def send(self, exchange: Exchange) -> None:
+        self.last_used = time.monotonic()
+        if len(exchange.requests) > 1:
+            _Batch(exchange, self.log if exchange.accepts_stream else None).send(self._dispatch)
+            return
+        self.was_called = exchange.requests[0].method != INITIALIZE
+        self._dispatch(exchange)
+
+    def _dispatch(self, exchange: Exchange) -> None:
+        """Answers the one request of an exchange, or hands it on; raises ProxyError."""
+        (request,) = exchange.requests
+        method = request.method
+        try:
+            if method in _BY_NAME:
+                self._send_by_name(exchange, request)
+            elif method in _BY_URI:
+                self._send_by_uri(exchange, request)
+            elif method in merging.KINDS:
+                self._answer_list(exchange, request)
+            elif method == _COMPLETE:
+                self._complete(exchange, request)
+            else:
+                self._answer_here(exchange, request)
+        except ClientError as error:
+            self._attach(exchange)
+            self._offer_error(exchange, request, error)
+
+    def _answer_here(self, exchange: Exchange, request: Request) -> None:
+        self._attach(exchange)
+        if request.method == INITIALIZE:
+            self._begin(exchange, request)
+        elif request.method == "ping":
+            self._offer(exchange, Response(request.id, _EMPTY))
+        elif request.method == _SET_LEVEL:
+            self._set_level(request, exchange.has_left)
+            self._offer(exchange, Response(request.id, _EMPTY))
+        else:
+            sentence = f"Method not found: {request.method}"
+            error = jsonrpc.error_payload(METHOD_NOT_FOUND, sentence)
+            self._offer(exchange, Response(request.id, error=error))
+
+    def _send_by_name(self, exchange: Exchange, request: Request) -> None:
+        public = merging.text_in(request.params or _EMPTY, "name")
+        members, lists = self._now()
+        found = lists.named(request.method, public)
+        if found is None:
+            if request.method == "tools/call":
+                raise UnknownTool(public[:200])
+            raise InvalidParams(f"Unknown prompt: {public[:200]}")
+        number, own = found
+        params = merging.with_field(request.params or _EMPTY, "name", own)
+        self._forward(exchange, members[number], Request(request.id, request.method, params))
+
+    def _send_by_uri(self, exchange: Exchange, request: Request) -> None:
+        uri = merging.text_in(request.params or _EMPTY, "uri")
+        members, lists = self._now()
+        found = lists.owners.find(uri)
+        if found is None:
+            code, sentence = results.RESOURCE_NOT_FOUND, f"Resource not found: {uri[:200]}"
+            self._attach(exchange)
+            error = jsonrpc.error_payload(code, sentence, {"uri": uri})
+            self._offer(exchange, Response(request.id, error=error))
+            return
+        member = members[found.number]
+        with self._lock:
+            if request.method == _SUBSCRIBE:
+                self._subscriptions[uri] = member.name
+            elif request.method == _UNSUBSCRIBE:
+                self._subscriptions.pop(uri, None)
+        params = merging.with_field(request.params or _EMPTY, "uri", found.uri)
+        self._forward(exchange, member, Request(request.id, request.method, params))
+
+    def _complete(self, exchange: Exchange, request: Request) -> None:
+        """A completion of an argument of a prompt, or of a template; none where nobody has any."""
+        reference = jsonrpc.fields_of(request.params).get("ref", _EMPTY)
+        key = "name" if merging.text_in(reference, "name") else "uri"
+        members, lists = self._now()
+        of_prompt = merging.text_in(reference, key)
+        found: tuple[int, str] | None
+        if key == "name":
+            found = lists.named("prompts/get", of_prompt)
+        else:
+            found = lists.owners.find_template(of_prompt)
+        if found is None or not self._completes(members[found[0]]):
+            self._attach(exchange)
+            self._offer(exchange, Response(request.id, _NO_VALUES))
+            return
+        number, own = found
+        reference = merging.with_field(reference, key, own)
+        params = merging.with_field(request.params or _EMPTY, "ref", reference)
+        self._forward(exchange, members[number], Request(request.id, request.method, params))
+
+    def _completes(self, member: Member) -> bool:
+        listed = self._listed(member)
+        return listed is None or "completions" in jsonrpc.fields_of(listed.capabilities)
+
+    def submit(
+        self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
+    ) -> None:
+        """As promised: the answer comes as a call's of its own would, on the standing stream."""
+        self.last_used, self.was_called = time.monotonic(), True
+        stream = self._stream
+        if stream is None:
+            raise BackendLost("There is no stream for the answer")
+        if stream.on_submit is not None:
+            stream.on_submit(request)
+        exchange = Exchange([request], timeout=timeout)
+        exchange.has_left = has_left
+        inner = _Inner(exchange, stream, self._submitted.discard)
+        self._submitted.add(inner)
+        inner.send(self._dispatch)
+        due = exchange.deadline
+        if due is not None and (stream.deadline is None or due < stream.deadline):
+            stream.set_deadline(due)
+
+    def notify(
+        self, notification: Notification, has_left: Callable[[], bool] | None = None
+    ) -> None:
+        self.last_used = time.monotonic()
+        if notification.method == INITIALIZED:
+            return  # each server is told so when it starts
+        for running in self._all_running():
+            if running.bridge.is_alive:
+                running.bridge.notify(notification, has_left)
+
+    def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
+        self.last_used = time.monotonic()
+        for running in self._all_running():
+            own = running.own_id(response.id)
+            if own is not None:
+                answer = Response(own, response.result, response.error)
+                running.bridge.respond(answer, has_left)
+                return
+        log.info("[%s] dropped a client's response to no pending request", self.name)
+
+    # --- the handshake, and lists ----------------------------------------------------------------
+
+    def _begin(self, exchange: Exchange, request: Request) -> None:
+        params = request.params or _EMPTY
+        with self._lock:
+            self._params = params
+            self._declared = bytes(jsonrpc.fields_of(params).get("capabilities", _EMPTY))
+        done = partial(self._offer_initialized, exchange, request)
+        self._gather(min(INITIALIZE_WAIT, self._settings.gather_timeout), done)
+
+    def _offer_initialized(self, exchange: Exchange, request: Request) -> None:
+        wanted = jsonrpc.protocol_version_of(request.params) or ""
+        version = wanted if revisions.is_legacy(wanted) else revisions.LEGACY[-1]
+        members, lists = self._now()
+        listed = [(member, self._listed(member)) for member in members]
+        known = [(member.prefix, each) for member, each in listed if each is not None]
+        capabilities = merging.capabilities(
+            [each.capabilities or _EMPTY for _, each in known], len(known) == len(members)
+        )
+        texts = [(prefix, merging.text_in(each.result, "instructions")) for prefix, each in known]
+        result = merging.initialize_result(
+            version,
+            self._settings.name,
+            self._settings.version,
+            capabilities,
+            merging.instructions(texts, self._missing(members, lists)),
+        )
+        self._offer(exchange, Response(request.id, result))
+
+    def _answer_list(self, exchange: Exchange, request: Request) -> None:
+        self._attach(exchange)
+        cursor = jsonrpc.fields_of(request.params).get("cursor")
+        if cursor is not None and bytes(cursor) != b"null":
+            error = jsonrpc.error_payload(INVALID_PARAMS, "There is one page only: cursor is none")
+            self._offer(exchange, Response(request.id, error=error))
+            return
+        done = partial(self._offer_list, exchange, request)
+        self._gather(self._settings.gather_timeout, done)
+
+    def _offer_list(self, exchange: Exchange, request: Request) -> None:
+        members, lists = self._now()
+        missing = self._missing(members, lists)
+        if missing and all(self._listed(member) is None for member in members):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+            failure = BackendError(f"No server of the group can be reached ({reasons})")
+            self._offer_failure(exchange, request, failure)
+            return
+        entries = lists.entries(request.method)
+        with self._lock:
+            self._shown_lists[request.method] = entries
+        result = merging.list_result(request.method, entries, missing)
+        self._offer(exchange, Response(request.id, result))
+
+    def _missing(self, members: Sequence[Member], lists: GroupLists) -> dict[str, str]:
+        """The servers whose lists are not known, or not shown, with the reason."""
+        found = lists.left_out()
+        for member in members:
+            if self._listed(member) is None:
+                reason = self._catalogue.reason(member.key(self._declared))
+                found[member.name] = reason or "it has not answered yet"
+        return found
+
+    def _gather(self, timeout: float, done: Callable[[], object]) -> None:
+        """Calls `done` once the lists of all servers are known that can be waited for."""
+        looks: dict[str, Callable[[], Listed]] = {}
+        for member in self._members():
+            key = member.key(self._declared)
+            if self._catalogue.is_awaited(key):
+                looks[key] = partial(copy_context().run, self._look_up, member)
+        if looks:
+            Gathering(self._catalogue, looks, timeout, done).begin()
+        else:
+            done()
+
+    def _look_up(self, member: Member) -> Listed:
+        """What a server lists, which is started for that where it does not run."""
+        return self._running_of(member, None).listed(self._settings.request_timeout)
+
+    def _listed(self, member: Member) -> Listed | None:
+        with self._lock:
+            running = self._running.get(member.name)
+        changed = None if running is None else running.changed
+        return changed or self._catalogue.listed(member.key(self._declared))
+
+    def _now(self) -> tuple[Sequence[Member], GroupLists]:
+        """The servers, and their lists, as they are known just now."""
+        members = self._members()
+        parts = (
+            Part(each.name, each.prefix, each.tools, each.schemes, self._listed(each))
+            for each in members
+        )
+        return members, lists_of(tuple(parts))
+
+    # --- changes of lists ------------------------------------------------------------------------
+
+    def note_listed(self, key: str) -> None:
+        """Another server's lists are known, or have changed: the client hears of it soon."""
+        if any(member.key(self._declared) == key for member in self._members()):
+            self.announce_changes()
+
+    def note_changed(self, running: _Running, notification: str) -> None:
+        """A running server says that its lists have changed: they are asked for, for this session
+        alone, and then the client is told the same. Never waits.
+        """
+
+        def look() -> Listed:
+            running.changed = running.listed(self._settings.request_timeout)
+            return running.changed
+
+        key = f"{self.child_id}/{running.serial}"
+        self._catalogue.ask(key, look, partial(self.announce_changes, notification))
+
+    def announce_changes(self, notification: str | None = None) -> None:
+        """Has the client told of lists that are others than it has heard, and what `notification`
+        says; not more often than every `CHANGES_APART` seconds. Never waits.
+        """
+        with self._lock:
+            if notification is not None:
+                self._to_announce.add(notification)
+            is_wanted = bool(self._to_announce or self._shown_lists)
+            if not is_wanted or self._is_about_to_announce or not self.is_alive:
+                return
+            self._is_about_to_announce = True
+            seconds = max(0.0, self._told_at + CHANGES_APART - time.monotonic())
+        with contextlib.suppress(RuntimeError):  # no thread: the next change is told of
+            self._catalogue.timer.call_later(seconds, self._announce_changes)
+
+    def _announce_changes(self) -> None:
+        _, lists = self._now()
+        entries = {method: lists.entries(method) for method in merging.KINDS}
+        with self._lock:
+            self._is_about_to_announce, self._told_at = False, time.monotonic()
+            heard, to_announce = self._shown_lists, self._to_announce
+            self._to_announce = set()
+            changed = {method for method, shown in heard.items() if shown != entries[method]}
+            heard.update({method: entries[method] for method in changed})
+        for notification, methods in merging.CHANGED.items():
+            if notification in to_announce or changed.intersection(methods):
+                line = jsonrpc.encode(Notification(notification))
+                self._say(ServerMessage(line, is_response=False))
+
+    def say(self, message: bytes) -> bool:
+        stream = self._stream
+        if stream is not None:
+            stream.offer(ServerMessage(message, is_response=False))
+        return stream is not None
+
+    def _say(self, message: ServerMessage) -> None:
+        """Puts a message of ours on the standing stream, now or once there is one."""
+        with self._lock:
+            stream = self._stream
+            if stream is None:
+                self._waiting.append(message)
+        if stream is not None:
+            stream.offer(message)
+
+    # --- the servers -----------------------------------------------------------------------------
+
+    def _forward(self, exchange: Exchange, member: Member, request: Request) -> None:
+        """Hands a call on; again, to a new process, where the first certainly got nothing of it."""
+        exchange.requests = [request]
+        exchange.resend = partial(self._forward_again, member)
+        try:
+            self._send_to(member, exchange)
+        except BackendUnreached:
+            exchange.resend = None
+            self._forward_again(member, exchange)
+
+    def _forward_again(self, member: Member, exchange: Exchange) -> None:
+        try:
+            self._send_to(member, exchange)
+        except BackendUnreached as error:
+            raise BackendLost(f"{_label(member)}: {error.message}") from error
+
+    def _send_to(self, member: Member, exchange: Exchange) -> None:
+        try:
+            running = self._running_of(member, exchange.has_left)
+        except BackendUnreached as error:
+            raise BackendLost(f"{_label(member)}: {error.message}") from error
+        except BackendError as error:
+            raise _named(error, _label(member)) from error
+        exchange.rewrite = running.shown
+        exchange.headers = member.headers_for(exchange.headers)
+        running.bridge.log = self.log
+        running.bridge.send(exchange)
+
+    def _running_of(self, member: Member, has_left: Callable[[], bool] | None) -> _Running:
+        """The running server; it is started first where it does not run. Raises ProxyError."""
+        while True:
+            running = self._running.get(member.name)
+            if running is not None and running.is_usable():
+                return running
+            with self._lock:
+                if self._running.get(member.name) is not running:
+                    continue
+                if not self.is_alive:
+                    raise BackendDraining("The session has ended")
+                others = self._starting.get(member.name)
+                if others is None:
+                    is_started = self._starting[member.name] = threading.Event()
+            if others is not None:
+                wait_for(others, self._settings.request_timeout, has_left)
+                continue
+            try:
+                return self._start(member, has_left)
+            finally:
+                with self._lock:
+                    del self._starting[member.name]
+                is_started.set()
+
+    def _start(self, member: Member, has_left: Callable[[], bool] | None) -> _Running:
+        running = _Running(self, member, next(self._serials))
+        request = Request(f"mcp-proxy-{INITIALIZE}", INITIALIZE, self._params)
+        started = member.start(
+            self.child_id, request, running.note_lost, self._is_subscribed_to(member), has_left
+        )
+        running.bridge, running.result = started
+        running.bridge.log = self.log
+        running.bridge.note_session(self._session)
+        with self._lock:
+            is_over = not self.is_alive
+            if not is_over:
+                self._running[member.name] = running
+            stream = self._stream
+        if is_over:
+            running.bridge.close()
+            raise BackendDraining("The session has ended")
+        self._restore_state(running)
+        if stream is not None:
+            running.listen(stream)
+        key = member.key(self._declared)
+        look = partial(running.listed, self._settings.request_timeout)
+        self._catalogue.ask(key, look)
+        return running
+
+    def _is_subscribed_to(self, member: Member) -> Callable[[], bool]:
+        return lambda: member.name in self._subscriptions.values()
+
+    def _restore_state(self, running: _Running) -> None:
+        """Tells a server what the client has told it before, or the group."""
+        requests: list[Request] = []
+        if self._level is not None and running.can("logging"):
+            requests.append(Request("mcp-proxy-level", _SET_LEVEL, self._level))
+        with self._lock:
+            mine = [uri for uri, name in self._subscriptions.items() if name == running.member.name]
+        _, lists = self._now()
+        for number, uri in enumerate(mine):
+            found = lists.owners.find(uri)
+            if found is not None:
+                params = jsonrpc.as_payload({"uri": found.uri})
+                requests.append(Request(f"mcp-proxy-subscribe-{number}", _SUBSCRIBE, params))
+        for request in requests:
+            handshake.ask(running.bridge, request, self._settings.request_timeout)
+
+    def _set_level(self, request: Request, has_left: Callable[[], bool] | None) -> None:
+        """Tells the running servers, which have it before the calls that follow; the others when
+        they start.
+        """
+        self._level = request.params or _EMPTY
+        for running in self._all_running():
+            if running.can("logging") and running.bridge.is_alive:
+                with contextlib.suppress(BackendError):  # its next start gets the level
+                    handshake.ask(running.bridge, request, LEVEL_WAIT, has_left)
+
+    def note_lost(self, running: _Running) -> None:
+        """A server is lost; the next call of it has it started again."""
+        with self._lock:
+            if self._running.get(running.member.name) is running:
+                del self._running[running.member.name]
+
+    # --- the standing stream ---------------------------------------------------------------------
+
+    def listen(self, exchange: Exchange, after: str | None = None) -> None:
+        exchange.attach(self, self.log, on_read=self._note_read)
+        with self._lock:
+            is_taken = self._stream is not None
+        if self.log is not None and not self.log.continue_standing(exchange, after, is_taken):
+            exchange.end(replaced=True)
+            return
+        with self._lock:
+            older, self._stream = self._stream, exchange
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for message in waiting:
+            exchange.offer(message)
+        if older is not None:
+            older.end(replaced=True)
+        for running in self._all_running():
+            running.listen(exchange)
+
+    def _note_read(self) -> None:
+        """The client has read something: what had to wait for that goes on."""
+        for running in self._all_running():
+            running.pass_on()
+
+    def end_stream(self) -> None:
+        if self._submitted:
+            return  # answers are still to be sent on it, as over HTTP+SSE
+        with self._lock:
+            stream, self._stream = self._stream, None
+        for running in self._all_running():
+            running.listen(None)
+        if stream is not None:
+            stream.end()
+
+    # --- from exchanges --------------------------------------------------------------------------
+
+    def _attach(self, exchange: Exchange) -> None:
+        """The exchange is answered here."""
+        exchange.attach(self, self.log if exchange.accepts_stream else None)
+        with self._lock:
+            self._posts.add(exchange)
+
+    def _offer(self, exchange: Exchange, response: Response) -> None:
+        self._offer_last(exchange, ServerMessage(jsonrpc.encode(response), is_response=True))
+
+    def _offer_error(self, exchange: Exchange, request: Request, error: ProxyError) -> None:
+        data = jsonrpc.encode_error(error.code, error.message, request.id, error.data)
+        self._offer_last(exchange, ServerMessage(data, is_response=True))
+
+    def _offer_failure(self, exchange: Exchange, request: Request, failure: BackendError) -> None:
+        data = jsonrpc.encode_error(PROXY_ERROR, failure.message, request.id)
+        self._offer_last(exchange, ServerMessage(data, is_response=True, failure=failure))
+
+    def _offer_last(self, exchange: Exchange, message: ServerMessage) -> None:
+        with self._lock:
+            is_open = exchange in self._posts
+            self._posts.discard(exchange)
+        if is_open:
+            exchange.offer(message)
+
+    def stream_begun(self, exchange: Exchange) -> None:
+        """Does nothing: no server need know."""
+
+    def expire(self, exchange: Exchange, failure: BackendError) -> None:
+        """Answers the request of an exchange for which nobody has answered in time."""
+        if exchange.requests:
+            self._offer_failure(exchange, exchange.requests[0], failure)
+            return
+        for inner in list(self._submitted):
+            inner.exchange.expire_if_due()
+        dues = (inner.exchange.deadline for inner in list(self._submitted))
+        due = min((each for each in dues if each is not None), default=None)
+        if due is not None:
+            exchange.set_deadline(due)
+
+    def with_uris(self, member: Member, data: bytes) -> bytes:
+        """A message of a server with its URIs as the client knows them."""
+        members, lists = self._now()
+        numbers = [number for number, each in enumerate(members) if each.name == member.name]
+        if not numbers or not lists.owners.is_needed:
+            return data
+        return lists.owners.shown_in(numbers[0], data)
+
+    def leave(self, exchange: Exchange) -> None:
+        """Detaches an exchange whose client has left."""
+        self.last_used = time.monotonic()
+        with self._lock:
+            self._posts.discard(exchange)
+            is_stream = self._stream is exchange
+            if is_stream:
+                self._stream = None
+        if is_stream:
+            for running in self._all_running():
+                running.listen(None)
+            for message in exchange.drain():
+                self._say(message)
+
+    def expire_left_calls(self) -> None:
+        for running in self._all_running():
+            running.bridge.expire_left_calls()
+
+    # --- what it is doing ------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        is_gathering = any(not exchange.is_closed for exchange in list(self._posts))
+        return is_gathering or any(each.bridge.is_busy for each in self._all_running())
+
+    @property
+    def is_watched(self) -> bool:
+        return self.is_busy or self._stream is not None
+
+    def is_idle(self, seconds: float) -> bool:
+        with self._lock:
+            is_needed = bool(self._posts or self._starting) or self._stream is not None
+        if is_needed or time.monotonic() - self.last_used < seconds:
+            return False
+        return all(running.bridge.is_idle(seconds) for running in self._all_running())
+
+    def stop_if_idle(self, seconds: float) -> bool:
+        if not self.is_idle(seconds):
+            return False
+        self.close(BackendLost("The servers were stopped while their session was idle"))
+        return True
+
+    def hand_over(self) -> bool:
+        if self.is_busy:
+            return False
+        self.close(BackendLost("The session goes to another replica"))
+        return True
+
+    def end_between_calls(self) -> bool:
+        """A group is no process, so there is none to end: its servers are replaced one by one."""
+        self.is_outdated = False
+        return False
+
+    def close(self, failure: BackendLost | None = None) -> None:
+        with self._lock:
+            self.is_alive = False
+            running, self._running = list(self._running.values()), {}
+            posts, self._posts = list(self._posts), set()
+            stream, self._stream = self._stream, None
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
+        failure = failure or BackendLost("The session has ended and its servers were stopped")
+        for exchange in posts:
+            for request in exchange.requests:
+                data = jsonrpc.encode_error(PROXY_ERROR, failure.message, request.id)
+                exchange.offer(ServerMessage(data, is_response=True, failure=failure))
+        if stream is not None:
+            stream.end()
+        for each in running:
+            each.bridge.close(failure)
+
+
+class _Running:
+    """One running server of a group, and what tells its messages from those of the others.
+
+    The first part of an id of its questions is `serial`, which no other of the session ever has.
+    """
+
+    bridge: Bridge
+    result: Raw = _EMPTY
+
+    def __init__(self, group: Group, member: Member, serial: int) -> None:
+        self.member = member
+        self.serial = serial
+        #: Its lists, once it has changed them.
+        self.changed: Listed | None = None
+        self._group = group
+        self._listening: _Inner | None = None
+
+    def is_usable(self) -> bool:
+        """Whether calls can be sent; one of an older form of its server ends between two."""
+        bridge = self.bridge
+        if bridge.is_outdated and bridge.end_between_calls():
+            return False
+        return bridge.is_alive
+
+    def can(self, capability: str) -> bool:
+        """Whether the server has said that it can do something."""
+        found = jsonrpc.fields_of(self.result).get("capabilities", UNSET)
+        return capability in jsonrpc.fields_of(found)
+
+    def note_lost(self, backend: OwnedBackend) -> None:
+        """The server is lost."""
+        self._group.note_lost(self)
+
+    def listed(self, timeout: float) -> Listed:
+        """What the server lists, all pages; raises ProxyError."""
+        lists = {
+            method: self._entries(method, timeout) if self.can(capability) else []
+            for method, capability in merging.CAPABILITY.items()
+        }
+        return Listed(self.result, lists)
+
+    def _entries(self, method: str, timeout: float) -> list[Raw]:
+        found: list[Raw] = []
+        cursors: list[str | None] = [None]
+        for number in range(_MAX_PAGES):
+            params = jsonrpc.as_payload({"cursor": cursors[-1]}) if cursors[-1] else UNSET
+            request = Request(f"mcp-proxy-{method}-{number}", method, params)
+            answer = handshake.ask(self.bridge, request, timeout)
+            if answer.result is UNSET:
+                break
+            entries, cursor = merging.entries_of(answer.result, method)
+            found += entries
+            require_bounded(method, found)
+            if not cursor or cursor in cursors:
+                break
+            cursors.append(cursor)
+        return found
+
+    def listen(self, stream: Exchange | None) -> None:
+        """Has what names no call come on a stream of the client's, or wait where there is none."""
+        older, self._listening = self._listening, None
+        if older is not None:
+            older.exchange.close()
+        if stream is None or not self.bridge.is_alive:
+            return
+        exchange = Exchange()
+        exchange.rewrite = self.shown
+        exchange.attach(self.bridge)
+        self._listening = _Inner(exchange, stream)
+        self.bridge.deliver_to(exchange)
+
+    def pass_on(self) -> None:
+        """The client of the standing stream has room again."""
+        if self._listening is not None:
+            self._listening.pass_on()
+
+    # --- what the client gets of it --------------------------------------------------------------
+
+    def shown(self, message: ServerMessage) -> ServerMessage | None:
+        """A message as the client gets it; None where it gets none. Quick."""
+        if message.failure is not None:
+            return self._shown_failure(message, message.failure)
+        if message.is_response:
+            return message._replace(data=self._with_own_uris(message.data))
+        parsed = jsonrpc.parse_message(message.data)
+        if isinstance(parsed, Response):
+            return message
+        if parsed.method in merging.CHANGED:
+            self._group.note_changed(self, parsed.method)
+            return None
+        changed = self._shown(parsed)
+        return message if changed is parsed else message._replace(data=jsonrpc.encode(changed))
+
+    def _shown(self, message: Request | Notification) -> Request | Notification:
+        if isinstance(message, Request):
+            asked = Request(self.public_id(message.id), message.method, message.params)
+            return merging.marked(self.member.prefix, asked)
+        if message.method == jsonrpc.CANCELLED:
+            asked_id = jsonrpc.cancelled_id_of(message)
+            if asked_id is not None:
+                public = self.public_id(asked_id)
+                params = jsonrpc.replace_field(message.params, ("requestId",), public)
+                return Notification(message.method, params)
+        if message.method == _UPDATED and message.params is not UNSET:
+            return Notification(_UPDATED, Raw(self._with_own_uris(bytes(message.params))))
+        return merging.marked(self.member.prefix, message)
+
+    def _shown_failure(self, message: ServerMessage, failure: BackendError) -> ServerMessage:
+        failure = _named(failure, _label(self.member))
+        parsed = jsonrpc.parse_message(message.data)
+        key = parsed.id if isinstance(parsed, Response) else None
+        data = jsonrpc.encode_error(PROXY_ERROR, failure.message, key)
+        return message._replace(data=data, failure=failure)
+
+    def _with_own_uris(self, data: bytes) -> bytes:
+        if b"uri" not in data and b"Uri" not in data:
+            return data
+        return self._group.with_uris(self.member, data)
+
+    def public_id(self, own: RequestId) -> str:
+        """The id of a question of the server, as the client knows it."""
+        return f"{self.serial}.{msgspec.json.encode(own).decode()}"
+
+    def own_id(self, public: RequestId) -> RequestId | None:
+        """The server's id of a question; None where the question is another's."""
+        number, dot, own = str(public).partition(".")
+        if not dot or number != str(self.serial):
+            return None
+        return jsonrpc.id_of(Raw(own.encode()))
+
+
+class _Inner:
+    """An exchange whose messages go on to another one, in their order.
+
+    They wait where the client of that other one does not read. `on_over` is called when everything
+    has gone on.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        target: Exchange,
+        on_over: Callable[[_Inner], object] | None = None,
+    ) -> None:
+        self.exchange = exchange
+        self._target = target
+        self._on_over = on_over
+        self._passing = threading.Lock()  # guards the order
+        exchange.set_on_ready(self.pass_on)
+
+    def send(self, dispatch: Callable[[Exchange], object]) -> None:
+        """Has its request sent; what keeps it from that is its answer."""
+        try:
+            dispatch(self.exchange)
+            self.exchange.resend = None  # whoever learns of it late is the server's own thread
+        except ProxyError as error:
+            self._offer_failure(error)
+
+    def pass_on(self) -> None:
+        """Passes on what has come, as far as the other's client has room for it. Never waits."""
+        try:
+            with self._passing:
+                while self._target.backlog <= MAX_BACKLOG:
+                    message = self.exchange.poll()
+                    if message is None:
+                        break
+                    self._target.offer(message)
+        except ProxyError as error:
+            self._offer_failure(error)
+        if self.exchange.is_over and self._on_over is not None:
+            self._on_over(self)
+
+    def _offer_failure(self, error: ProxyError) -> None:
+        for request in self.exchange.requests:
+            data = jsonrpc.encode_error(error.code, error.message, request.id, error.data)
+            failure = error if isinstance(error, BackendError) else None
+            self._target.offer(ServerMessage(data, is_response=True, failure=failure))
+        if self._on_over is not None:
+            self._on_over(self)
+
+
+class _Batch:
+    """A batch whose requests are for several servers: each is sent for itself."""
+
+    def __init__(self, exchange: Exchange, log: StreamLog | None) -> None:
+        exchange.attach(self, log)
+        self._inner: list[_Inner] = []
+        for request in exchange.requests:
+            own = Exchange([request], exchange.accepts_stream, exchange.timeout)
+            own.has_left, own.headers = exchange.has_left, exchange.headers
+            self._inner.append(_Inner(own, exchange))
+
+    def send(self, dispatch: Callable[[Exchange], object]) -> None:
+        """Has each request sent."""
+        for inner in self._inner:
+            inner.send(dispatch)
+
+    def stream_begun(self, exchange: Exchange) -> None:
+        """Does nothing: no server need know."""
+
+    def expire(self, exchange: Exchange, failure: BackendError) -> None:
+        """Answers what is unanswered."""
+        for inner in self._inner:
+            inner.exchange.set_deadline(0.0, lambda: failure)
+            inner.exchange.expire_if_due()
+
+    def leave(self, exchange: Exchange) -> None:
+        """The client no longer listens."""
+        for inner in self._inner:
+            inner.exchange.close()
+
+
+def _label(member: Member) -> str:
+    """What people read of whose something is."""
+    return member.prefix or member.name
+
+
+def _named(error: BackendError, label: str) -> BackendError:
+    """The same error, which says of which server it is."""
+    renamed = copy.copy(error)
+    renamed.args = (f"{label}: {error.message}",)
+    return renamed

@@ -1,0 +1,144 @@
+"""A server of a group: its children are started by the owner of its sessions, and lent.
+
+So what holds for the server alone holds in a group, too: its environment, its pauses after exits,
+the tools that are hidden, the processes that a worker may have, and what a reload replaces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from mcp_proxy.auth import caller_env
+from mcp_proxy.backends import handshake
+from mcp_proxy.backends.bridge import Bridge
+from mcp_proxy.backends.group import Started
+from mcp_proxy.backends.owned import OwnedBackend, called_by
+from mcp_proxy.errors import BackendError, BackendNotStarted
+from mcp_proxy.ownership.owner import Owner
+from mcp_proxy.servers import GroupMember
+from mcp_proxy.wire.jsonrpc import Request
+
+
+class OwnedMember:
+    """A server of a group whose sessions `owner` has. Thread-safe.
+
+    `headers_of` says which of a client's headers the server gets, and which of its own.
+    """
+
+    def __init__(
+        self,
+        member: GroupMember,
+        owner: Owner,
+        headers_of: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None,
+    ) -> None:
+        self.name = member.server
+        self.prefix = member.prefix
+        self.tools = member.tools
+        self.schemes = frozenset(member.schemes)
+        self._owner = owner
+        self._headers_of = headers_of
+
+    def __repr__(self) -> str:
+        return f"<OwnedMember {self.name} as {self.prefix!r}>"
+
+    def key(self, declared: bytes) -> str:
+        """What its lists are known by: the same for what starts the same process for a caller."""
+        values = caller_env.current_values()
+        of_caller = b"" if values is None else caller_env.as_text(values)
+        server = msgspec.json.encode(self._owner.server)
+        parts = (server, declared, of_caller)
+        digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+        return f"{self.name}/{digest}"
+
+    def headers_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """The headers of a client's request that the server gets."""
+        return headers if self._headers_of is None else self._headers_of(headers)
+
+    def start(
+        self,
+        session: str,
+        initialize: Request,
+        on_lost: Callable[[OwnedBackend], object],
+        is_needed: Callable[[], bool],
+        has_left: Callable[[], bool] | None = None,
+    ) -> Started:
+        """A child that has answered `initialize` and knows that it is initialized.
+
+        `session` is what the pauses between its starts are remembered by. Raises ProxyError where
+        it cannot be started.
+        """
+        owner = self._owner
+        owner.backoff.require_over(session)
+        owner.reserve()
+        try:
+            with (
+                called_by(self.headers_for({})),
+                owner.turns.take(owner.options.request_timeout, has_left),
+            ):
+                return self._started(session, initialize, on_lost, is_needed, has_left)
+        except BackendError as error:
+            owner.backoff.note_failure(error)
+            owner.backoff.note_exit(session, lifetime=0)
+            raise
+        finally:
+            owner.unreserve()
+
+    def _started(
+        self,
+        session: str,
+        initialize: Request,
+        on_lost: Callable[[OwnedBackend], object],
+        is_needed: Callable[[], bool],
+        has_left: Callable[[], bool] | None,
+    ) -> Started:
+        owner = self._owner
+
+        def note_lost(backend: OwnedBackend) -> None:
+            owner.count_lost(backend)
+            owner.backoff.note_exit(session, time.monotonic() - backend.started)
+            on_lost(backend)
+
+        bridge: Bridge = owner.spawn(on_lost=note_lost)
+        try:
+            timeout = owner.options.request_timeout
+            result = handshake.initialized(bridge, initialize, timeout, has_left)
+        except BaseException:
+            bridge.close()
+            raise
+        owner.lend(bridge, is_needed)
+        owner.backoff.note_success()
+        return Started(bridge, result)
+
+
+class AbsentMember:
+    """A server of a group that is not served, for a reason."""
+
+    def __init__(self, member: GroupMember, reason: str) -> None:
+        self.name = member.server
+        self.prefix = member.prefix
+        self.tools = member.tools
+        self.schemes = frozenset(member.schemes)
+        self._reason = reason
+
+    def key(self, declared: bytes) -> str:
+        """What is known of it: why it is not served."""
+        return f"{self.name}/{self._reason}"
+
+    def headers_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """It gets nothing."""
+        return headers
+
+    def start(
+        self,
+        session: str,
+        initialize: Request,
+        on_lost: Callable[[OwnedBackend], object],
+        is_needed: Callable[[], bool],
+        has_left: Callable[[], bool] | None = None,
+    ) -> Started:
+        """Raises BackendNotStarted."""
+        raise BackendNotStarted(f"The server is not served: {self._reason}")

@@ -1,0 +1,167 @@
+"""What several servers say, as one says it: capabilities, instructions, lists. Pure.
+
+Entries of lists keep their bytes but for their names and URIs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec import UNSET, Raw
+
+from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire.capabilities import drop_tasks
+from mcp_proxy.wire.jsonrpc import Notification, Request
+
+#: The methods that ask for a list: where the entries are in its result.
+KINDS: Mapping[str, str] = {
+    "tools/list": "tools",
+    "prompts/list": "prompts",
+    "resources/list": "resources",
+    "resources/templates/list": "resourceTemplates",
+}
+
+#: The notifications by which a server says that a list has changed, and which lists these are.
+CHANGED: Mapping[str, Sequence[str]] = {
+    "notifications/tools/list_changed": ("tools/list",),
+    "notifications/prompts/list_changed": ("prompts/list",),
+    "notifications/resources/list_changed": ("resources/list", "resources/templates/list"),
+}
+
+#: The capability without which a server is not asked for a list.
+CAPABILITY: Mapping[str, str] = {
+    "tools/list": "tools",
+    "prompts/list": "prompts",
+    "resources/list": "resources",
+    "resources/templates/list": "resources",
+}
+
+#: The key under which the result of a list names the servers that it lacks.
+MISSING = "mcp-wsgi-proxy/missing"
+
+# The longest instructions, in characters.
+_MAX_INSTRUCTIONS = 16 * 1024
+
+_SUBSCRIBE, _LIST_CHANGED = "subscribe", "listChanged"
+_TRUE, _EMPTY = Raw(b"true"), Raw(b"{}")
+
+# What a server may be able to do of which nothing is known.
+_ALL = ("completions", "logging", "prompts", "resources", "tools")
+
+
+def entries_of(result: Raw, method: str) -> tuple[list[Raw], str | None]:
+    """The entries of one page of a list, and the cursor of the next one; None: there is none."""
+    fields = jsonrpc.fields_of(result)
+    entries = jsonrpc.elements_of(fields.get(KINDS[method], UNSET)) or []
+    return entries, jsonrpc.text_of(fields.get("nextCursor", UNSET))
+
+
+def named(entries: Iterable[Raw], names: Mapping[str, str]) -> list[Raw]:
+    """The entries whose names are among the values of `names`, each under its key there."""
+    public = {name: key for key, name in names.items()}
+    found = []
+    for entry in entries:
+        name = name_in(entry)
+        if name in public:
+            found.append(with_field(entry, "name", public[name]))
+    return found
+
+
+def name_in(entry: Raw) -> str:
+    """The name of an entry of a list, empty without one."""
+    return text_in(entry, "name")
+
+
+def text_in(payload: Raw, key: str) -> str:
+    """The text under a key of an object, empty without one."""
+    return jsonrpc.text_of(jsonrpc.fields_of(payload).get(key, UNSET)) or ""
+
+
+def with_field(payload: Raw, key: str, value: object) -> Raw:
+    """An object with another value under a key."""
+    encoded = jsonrpc.as_payload(value)
+    return jsonrpc.edited(payload, lambda fields: fields.update({key: encoded}))
+
+
+def list_result(method: str, entries: Sequence[Raw], missing: Mapping[str, str]) -> Raw:
+    """The result of a list; `missing` are reasons by the names of servers that it lacks."""
+    fields: dict[str, object] = {KINDS[method]: entries}
+    if missing:
+        fields["_meta"] = {MISSING: missing}
+    return jsonrpc.as_payload(fields)
+
+
+def capabilities(known: Sequence[Raw], is_all: bool) -> Raw:
+    """The capabilities of several servers; unless these are all, others may have any."""
+    found: dict[str, Raw] = {}
+    for each in known:
+        for name, value in jsonrpc.fields_of(each).items():
+            if name not in found:
+                found[name] = value
+            elif jsonrpc.is_object(value) and jsonrpc.is_object(found[name]):
+                found[name] = _joined(found[name], value)
+    if not is_all:
+        found = dict.fromkeys(_ALL, _EMPTY) | found
+    for name in ("tools", "prompts", "resources"):
+        if name in found:
+            found[name] = jsonrpc.edited(found[name], _promise_changes)
+    if "resources" in found and not is_all:
+        found["resources"] = with_field(found["resources"], _SUBSCRIBE, True)
+    drop_tasks(found)
+    return jsonrpc.as_payload(found)
+
+
+def _joined(one: Raw, other: Raw) -> Raw:
+    added = jsonrpc.fields_of(other)
+
+    def join(fields: dict[str, Raw]) -> None:
+        for name, value in added.items():
+            if name not in fields or value == _TRUE:
+                fields[name] = value
+
+    return jsonrpc.edited(one, join)
+
+
+def _promise_changes(fields: dict[str, Raw]) -> None:
+    fields[_LIST_CHANGED] = _TRUE
+
+
+def instructions(parts: Sequence[tuple[str, str]], missing: Mapping[str, str]) -> str:
+    """The instructions of several servers, each below its prefix, and which of them are missing."""
+    found = [f"# {prefix}\n\n{text.strip()}" for prefix, text in parts if text.strip()]
+    found += [f"# {name}\n\nThis server is missing: {reason}" for name, reason in missing.items()]
+    return "\n\n".join(found)[:_MAX_INSTRUCTIONS]
+
+
+def initialize_result(
+    version: str, name: str, server_version: str, capabilities: Raw, instructions: str
+) -> Raw:
+    """The InitializeResult of an endpoint that carries several servers."""
+    fields: dict[str, object] = {
+        "protocolVersion": version,
+        "capabilities": capabilities,
+        "serverInfo": {"name": name, "version": server_version},
+    }
+    if instructions:
+        fields["instructions"] = instructions
+    return jsonrpc.as_payload(fields)
+
+
+# --- what a server asks and tells -----------------------------------------------------------------
+
+
+def marked(prefix: str, message: Request | Notification) -> Request | Notification:
+    """A server's message with what tells people whose it is: a question begins with the prefix, and
+    so does the logger of a log message. Without a prefix it stays as it is.
+    """
+    params = message.params
+    if not prefix or params is UNSET or not jsonrpc.is_object(params):
+        return message
+    if isinstance(message, Request) and message.method == "elicitation/create":
+        params = with_field(params, "message", f"{prefix}: {text_in(params, 'message')}")
+        return Request(message.id, message.method, params)
+    if isinstance(message, Notification) and message.method == "notifications/message":
+        logger = text_in(params, "logger")
+        params = with_field(params, "logger", f"{prefix}/{logger}" if logger else prefix)
+        return Notification(message.method, params)
+    return message

@@ -123,6 +123,9 @@ class Exchange:
     has to know, by their names in lower case.
     """
 
+    #: The spans of the requests, where they are traced.
+    spans: CallSpans | None = None
+
     def __init__(
         self,
         requests: Sequence[Request] = (),
@@ -145,8 +148,6 @@ class Exchange:
         #: Whether the backend is another replica's, and what the log calls it.
         self.is_relayed = False
         self.backend = ""
-        #: The spans of the requests, where they are traced.
-        self.spans: CallSpans | None = None
         #: Called with each request whose answer is to come on this stream; what it returns is sent.
         self.on_submit: Callable[[Request], Request] | None = None
         #: Whether this was a standing stream whose place a newer one took.

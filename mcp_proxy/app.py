@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mcp_proxy import metrics, shared_text
+from mcp_proxy import metrics, shared_text, traces
 from mcp_proxy.auth.access_tokens import AT_ONCE, AccessTokens
 from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.auth.caller_env import EnvFor
@@ -35,6 +35,7 @@ from mcp_proxy.server_table import ServerTable, decode, require_servers
 from mcp_proxy.servers import Server, UnservedServer
 from mcp_proxy.shared_text import SharedText
 from mcp_proxy.storage.records import LocalStorage, Storage
+from mcp_proxy.traces import Tracing
 from mcp_proxy.transports.base import SHUTTING_DOWN, Transport, drain, store_reason
 from mcp_proxy.transports.unserved import UnservedProxy
 
@@ -63,6 +64,9 @@ class Application:
     Under gunicorn with our hooks the servers of a file are those that gunicorn's master has
     published (`shared_text`): the file is read here only where no master has.
     """
+
+    #: Whether this has begun to have calls traced, and is to end it.
+    _is_traced = False
 
     def __init__(
         self,
@@ -120,6 +124,8 @@ class Application:
         if config.counts:
             metrics.require_library()
             metrics.use_own()
+        if config.traces:
+            traces.require_library()
         if config.metrics:
             self._endpoints["/metrics"] = self.monitoring.metrics
         if config.counts and config.is_for_one_machine:
@@ -236,6 +242,9 @@ class Application:
             ):  # no thread: the first caller has it tried again
                 self.edge.authenticator.start()
         with self._reloading:
+            if self.config.traces and not self._is_traced:
+                self._is_traced = True
+                Tracing.begin()
             self._has_begun = True
             self._text = self._text or self._published()
         if self._text is not None:
@@ -298,6 +307,7 @@ class Application:
             self.drain(timeout)
         self.edge.is_draining = True
         with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
+            stack.callback(self._end_traces)
             stack.callback(self._storage.close)
             stack.callback(self.readiness.stop)
             stack.callback(self.monitoring.close)
@@ -307,6 +317,12 @@ class Application:
             for transport in self.mounts.transports:
                 stack.callback(transport.shut_down)
             stack.callback(self._looker.stop)
+
+    def _end_traces(self) -> None:
+        with self._reloading:
+            was_traced, self._is_traced = self._is_traced, False
+        if was_traced:
+            Tracing.end()
 
     # --- what is served --------------------------------------------------------------------------
 

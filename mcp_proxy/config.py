@@ -475,6 +475,13 @@ class ProxyConfig(ProxyOptions, frozen=True, kw_only=True, forbid_unknown_fields
     metrics: Annotated[
         bool, Meta(description="on: /metrics is also served at `bind`, to whoever reaches that")
     ] = False
+    traces: Annotated[
+        bool,
+        Meta(
+            description="on: spans of each call are sent by OTLP over HTTP, as the variables "
+            "OTEL_... say; needs the extra `otel`"
+        ),
+    ] = False
     workers: Annotated[Count, Meta(description="gunicorn workers")] = 1
     worker_class: Annotated[
         Literal["gthread", "gevent"], Meta(description="gunicorn's kind of worker")

@@ -113,6 +113,16 @@ class Bridge(OwnedBackend):
     def name(self) -> str:
         return self._child.label
 
+    @property
+    def location(self) -> str:
+        """What access lines call the server: its process, or its URL."""
+        return f"pid:{self._child.pid}" if self._child.pid else self._child.label
+
+    @property
+    def _span_attributes(self) -> dict[str, str | int]:
+        transport = "pipe" if self._child.pid else "tcp"
+        return {"network.transport": transport, "mcp_proxy.backend": self.location}
+
     def note_session(self, session_id: str) -> None:
         self._child.session = session_id
 
@@ -163,9 +173,13 @@ class Bridge(OwnedBackend):
                 return
         if self.has_answered is not None and self.has_answered(exchange):
             return
-        if exchange.headers:
-            self._child.headers = exchange.headers
+        headers = exchange.headers
+        self._child.headers = headers or self._child.headers
         exchange.attach(self, self.log if exchange.accepts_stream else None)
+        exchange.backend = self.location
+        if exchange.spans is not None:
+            requests = exchange.spans.sent(requests, self._span_attributes)
+            headers = {**self._child.headers, **exchange.spans.headers()}
         lines: list[bytes] = []
         with self._lock:
             if (self.is_outdated or not self.is_alive) and self._holds_back(exchange):
@@ -180,7 +194,7 @@ class Bridge(OwnedBackend):
         if not line:
             return  # the answer is there already, or comes without the child
         try:
-            with called_by(exchange.headers) if exchange.headers else _BY_NOBODY:
+            with called_by(headers) if headers else _BY_NOBODY:
                 self._write(line, exchange.has_left)
         except ClientLeft:
             with self._lock:
@@ -225,7 +239,7 @@ class Bridge(OwnedBackend):
             deadline = time.monotonic() + timeout
             lines = self._initialized_before([request]) if self._is_initializing else []
             if stream.on_submit is not None:
-                stream.on_submit(request)
+                request = stream.on_submit(request)
             lines.append(self._switchboard.enter(request, stream, deadline))
             if stream.deadline is None or deadline < stream.deadline:
                 stream.set_deadline(deadline, lambda: no_answer(timeout))

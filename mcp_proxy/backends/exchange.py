@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mcp_proxy.errors import (
     BackendError,
@@ -31,6 +31,9 @@ from mcp_proxy.errors import (
     in_seconds,
 )
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+
+if TYPE_CHECKING:
+    from mcp_proxy.spans import CallSpans
 
 #: Bytes that may wait for a slow client before its server's reader waits too.
 MAX_BACKLOG = 4 * 1024 * 1024
@@ -120,6 +123,9 @@ class Exchange:
     has to know, by their names in lower case.
     """
 
+    #: The spans of the requests, where they are traced.
+    spans: CallSpans | None = None
+
     def __init__(
         self,
         requests: Sequence[Request] = (),
@@ -139,10 +145,11 @@ class Exchange:
         self.is_over = False
         #: Whether the client has stopped listening, and nobody reads in its place.
         self.is_closed = False
-        #: Whether the backend is another replica's.
+        #: Whether the backend is another replica's, and what the log calls it.
         self.is_relayed = False
-        #: Called with each request whose answer is to come on this stream, before it is sent.
-        self.on_submit: Callable[[Request], object] | None = None
+        self.backend = ""
+        #: Called with each request whose answer is to come on this stream; what it returns is sent.
+        self.on_submit: Callable[[Request], Request] | None = None
         #: Whether this was a standing stream whose place a newer one took.
         self.was_replaced = False
         #: The name of the stream in the log, empty before it has one.
@@ -331,7 +338,12 @@ class Exchange:
         elif self.requests:
             self._unanswered -= 1
             self._is_ended = self._unanswered == 0
-        if message.is_response and self.on_response is not None:
+        if not message.is_response:
+            return
+        if self.spans is not None:
+            failure = message.failure
+            self.spans.received(message.data, "" if failure is None else failure.kind)
+        if self.on_response is not None:
             self.on_response(message)
 
     def _send_again(self, failure: ProxyError) -> None:

@@ -139,6 +139,11 @@ class OwnedBackend(Backend):
         """What log lines call the backend."""
 
     @property
+    def location(self) -> str:
+        """What access lines call the server."""
+        return self.name
+
+    @property
     @abstractmethod
     def is_busy(self) -> bool:
         """Whether a client waits for an answer."""

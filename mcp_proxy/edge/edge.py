@@ -17,8 +17,8 @@ from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import STREAM_LOOK, DisconnectWatcher
 from mcp_proxy.edge.guard import Guard
-from mcp_proxy.edge.logs import OnceAMinute, current_request, log_access
-from mcp_proxy.edge.operations import CLIENT_LEFT, Operations, kind_of
+from mcp_proxy.edge.logs import OnceAMinute, access, current_request, log_access
+from mcp_proxy.edge.operations import Operations, kind_of
 from mcp_proxy.edge.reply import STATUS_LINES, Body, Reply, empty_reply, event_reply, json_reply
 from mcp_proxy.edge.request import ClientRequest, RequestIds, require_path
 from mcp_proxy.errors import (
@@ -39,6 +39,7 @@ from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.headers import FAILURE
 from mcp_proxy.wire.jsonrpc import Batch, Message, Request
 from mcp_proxy.wire.modern import DISCOVER
+from mcp_proxy.wire.outcomes import CLIENT_LEFT
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -130,6 +131,7 @@ class Edge:
             self._is_server_known = True
             _warn_of_foreign_worker(environ)
         request = ClientRequest(environ, self._ids, server or "")
+        request.is_logged = access.isEnabledFor(logging.INFO)
         token = current_request.set(request.id)
         try:
             try:
@@ -149,10 +151,14 @@ class Edge:
             counters = metrics.current()
             if counters is not None and (request.rpc or request.message is not None):
                 _count(counters, request, reply)
+            if request.spans is not None and isinstance(reply.body, bytes):
+                failure = kind_of(request.failure)
+                request.spans.answered(reply.body, failure, reply.status)
+                request.spans.close(failure)
             if not isinstance(reply.body, bytes):
                 return _LoggedBody(request, reply.status, reply.body)
             if not is_own or reply.status >= 400:  # probes come every second
-                log_access(request, reply.status)
+                log_access(request, reply.status, reply.body)
             return [] if request.method == "HEAD" else [reply.body]
         finally:
             current_request.reset(token)
@@ -262,8 +268,16 @@ class _LoggedBody:
             if request.operations is not None:
                 standing = "" if request.is_standing else CLIENT_LEFT
                 request.operations.close(kind_of(request.failure) or standing)
-            log_access(request, self._status)
+            if request.spans is not None:
+                request.spans.close(kind_of(request.failure) or (CLIENT_LEFT * self._is_left))
+            log_access(request, self._status, is_left=self._is_left)
             current_request.set("")
+
+    @property
+    def _is_left(self) -> bool:
+        """Whether the client has left before there was an answer, as far as this can know."""
+        is_over = self._request.is_standing or self._request.outcome is not None
+        return bool(getattr(self._body, "reports_answers", False)) and not is_over
 
 
 # --- what is counted -----------------------------------------------------------------------------

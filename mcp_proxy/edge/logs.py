@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
+import msgspec
+
 from mcp_proxy.edge.log_writer import LogHandler, LogWriter
-from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.edge.operations import kind_of
+from mcp_proxy.edge.request import SHOWN_OF_ID, ClientRequest
 from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire.outcomes import CLIENT_LEFT, Outcome
 
 #: The id of the request that this thread serves, empty between requests.
 current_request: ContextVar[str] = ContextVar("mcp_proxy_request", default="")
@@ -84,10 +89,10 @@ def _taken_over(theirs: logging.Handler, ours: LogHandler, log_format: str) -> l
 
 def _writer(descriptor: int, formatter: logging.Formatter) -> LogWriter:
     def describe(count: int) -> str:
-        what = "log lines were left out: whoever reads the log was too slow"
-        return formatter.format(
-            logging.LogRecord(__name__, logging.WARNING, "", 0, f"%d {what}", (count,), None)
-        )
+        what = "%d log lines were left out: whoever reads the log was too slow"
+        record = logging.LogRecord(__name__, logging.WARNING, "", 0, what, (count,), None)
+        record.fields = {"left_out": count}
+        return formatter.format(record)
 
     return LogWriter(descriptor, describe)
 
@@ -116,35 +121,89 @@ class OnceAMinute:
             return True
 
 
-def log_access(request: ClientRequest, status: int) -> None:
-    """Logs the access line of a request whose response, streams included, was sent."""
-    if not access.isEnabledFor(logging.INFO):
+def log_access(
+    request: ClientRequest, status: int, body: bytes = b"", is_left: bool = False
+) -> None:
+    """Logs the access line of a request whose response, streams included, was sent.
+
+    `body` is the response where it was sent as a whole; `is_left` says that nobody was there any
+    more to be answered.
+    """
+    if not request.is_logged:
         return
-    tool = client_name = ""
-    if request.rpc in ("tools/call", "initialize"):
-        tool, client_name = map(escaped, jsonrpc.names_in(request.params))
-    fields = {
+    name, client_name = jsonrpc.names_in(request.params)
+    if not client_name and request.record is not None:
+        client_name = jsonrpc.client_in(request.record.get(_INIT_BODY, ""))
+    outcome = _outcome_of(request, status, body, is_left)
+    fields: dict[str, object] = {
         "method": escaped(request.method),
-        "path": escaped(request.environ.get("SCRIPT_NAME", "") + request.path),
+        "path": escaped(_path_of(request)),
         "status": status,
         "ms": round((time.monotonic() - request.started) * 1000, 1),
         "client": request.environ.get("REMOTE_ADDR", ""),
         "principal": escaped(request.principal_name or ""),
-        "session": escaped((request.session or "")[-8:]),
+        "client_name": escaped(client_name),
+        "session": escaped((request.session or "")[-SHOWN_OF_ID:]),
         "rpc": escaped(request.rpc or ""),
-        "tool": tool,
-        "client_name": client_name,
+        "tool": escaped(name) if request.rpc == "tools/call" else "",
+        "server": escaped(request.server),
+        "pid": os.getpid(),
+        "backend": request.backend,
+        "way": request.way,
+        "outcome": outcome.error_type or "ok",
+        "code": outcome.code,
+        "trace": "" if request.spans is None else request.spans.trace_id,
         "reason": escaped(request.reason),
     }
-    # What quotes the client stays on one line as a JSON string.
-    quoted = {
-        "principal": fields["principal"],
-        "tool": tool,
-        "client_name": client_name,
-        "reason": request.reason[:_MAX_REASON],
-    }
-    more = "".join(f" {n}={json.dumps(v, ensure_ascii=False)}" for n, v in quoted.items() if v)
+    more = _more(fields, request.reason[:_MAX_REASON])
     access.info(_ACCESS_LINE, {**fields, "more": more}, extra={"fields": fields})
+
+
+# Where a session's record has the initialize that began it.
+_INIT_BODY = "init_body"
+
+
+def _path_of(request: ClientRequest) -> str:
+    """The path; servers of 2024-11-05 may have the session's id in it."""
+    path: str = request.environ.get("SCRIPT_NAME", "") + request.path
+    session = request.session or ""
+    if len(session) > SHOWN_OF_ID and session in path:
+        return path.replace(session, f"...{session[-SHOWN_OF_ID:]}")
+    return path
+
+
+def _outcome_of(request: ClientRequest, status: int, body: bytes, is_left: bool) -> Outcome:
+    """How a request has ended: by its answer, else by the error, else by the status."""
+    failure = request.failure
+    if failure is not None and request.outcome is None:
+        return Outcome(None, kind_of(failure), failure.code if body else None)
+    if body and request.rpc:
+        request.note_outcome(body)
+    outcome = request.outcome or Outcome()
+    if outcome.error_type:
+        return outcome
+    if is_left:
+        return Outcome(None, CLIENT_LEFT)
+    return Outcome(None, str(status)) if status >= 400 else outcome
+
+
+def _more(fields: Mapping[str, object], reason: str) -> str:
+    """What a text line says besides: names and words, where there are any.
+
+    What quotes somebody stays on one line as a JSON string.
+    """
+    code = fields["code"]
+    shown = {
+        "backend": fields["backend"],
+        "way": fields["way"] if fields["way"] != "local" else "",
+        "outcome": fields["outcome"] if fields["outcome"] != "ok" else "",
+        "code": code if code is not None and str(code) != fields["outcome"] else "",
+        "trace": fields["trace"],
+    }
+    quoted = {name: fields[name] for name in ("server", "principal", "tool", "client_name")}
+    plain = "".join(f" {name}={value}" for name, value in shown.items() if value != "")
+    words = (*quoted.items(), ("reason", reason))
+    return plain + "".join(f" {n}={json.dumps(v, ensure_ascii=False)}" for n, v in words if v)
 
 
 # Characters of what a client said that a log line has at most.
@@ -161,7 +220,8 @@ def escaped(text: str) -> str:
 
 
 _ACCESS_LINE = (
-    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s%(more)s"
+    "%(client)s %(method)s %(path)s %(rpc)s -> %(status)s in %(ms)s ms session=%(session)s "
+    "pid=%(pid)s%(more)s"
 )
 
 
@@ -202,6 +262,7 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
+            "pid": record.process,
             "message": record.getMessage(),
         }
         if request := current_request.get():
@@ -209,4 +270,10 @@ class JsonFormatter(logging.Formatter):
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        try:
+            return _encoder.encode(line).decode()
+        except (UnicodeEncodeError, OverflowError):  # half a character, a number of 70 bits
+            return json.dumps(line, default=str)
+
+
+_encoder = msgspec.json.Encoder(enc_hook=str)

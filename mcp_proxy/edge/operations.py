@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 import time
 from functools import cache
-from typing import Any
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.errors import BackendError, ClientError, ClientLeft, ProxyError, RequestId
 from mcp_proxy.metrics import (
@@ -27,6 +25,7 @@ from mcp_proxy.metrics import (
 )
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
+from mcp_proxy.wire.outcomes import CLIENT_LEFT, outcomes_in
 
 _CALL = "tools/call"
 _INITIALIZE = "initialize"
@@ -42,37 +41,6 @@ METHODS = frozenset(
     notifications/roots/list_changed notifications/tasks/status
     """.split()
 )
-
-#: What stands for an error where a tool says that it has failed, as OpenTelemetry has it.
-TOOL_ERROR = "tool_error"
-
-#: What stands for one where nobody was there any more to be answered.
-CLIENT_LEFT = "client-left"
-
-# Bytes of an answer beyond which it is not looked at: it counts as a good one.
-_MAX_LOOK = 1024 * 1024
-
-# A text within a text has a backslash before its quotes, so this is a member of some object.
-_MAY_HAVE_FAILED = re.compile(rb'"error"\s*:|"isError"\s*:\s*true')
-
-
-class _Error(msgspec.Struct):
-    code: Any = None
-
-
-class _Result(msgspec.Struct):
-    is_error: bool | None = msgspec.field(default=None, name="isError")
-
-
-class _Answer(msgspec.Struct):
-    """What tells how a request has ended; every other member may be anything."""
-
-    id: Raw | UnsetType = UNSET
-    error: _Error | None = None
-    result: _Result | None = None
-
-
-_answers = msgspec.json.Decoder(_Answer | list[_Answer])
 
 
 class _Operation(msgspec.Struct):
@@ -135,15 +103,15 @@ class Operations:
         if not self._pending:
             return
         otherwise = "" if status < 400 else str(status)
-        found = _outcomes(data, self._is_shared or len(self._pending) > 1)
+        found = outcomes_in(data, self._is_shared or len(self._pending) > 1)
         if not self._is_shared and len(self._pending) == len(found) == 1:
             _, operation = self._pending.popitem()
-            self._count(operation, kind_of(failure) or found[0][1] or otherwise)
+            self._count(operation, kind_of(failure) or found[0].error_type or otherwise)
             return
-        for request_id, error_type in found:
-            known = self._pending.pop(request_id, None)
+        for outcome in found:
+            known = self._pending.pop(outcome.id, None)
             if known is not None:
-                self._count(known, kind_of(failure) or error_type or otherwise)
+                self._count(known, kind_of(failure) or outcome.error_type or otherwise)
 
     def close(self, error_type: str) -> None:
         """What is not answered by now has ended in this way."""
@@ -183,31 +151,3 @@ def kind_of(error: ProxyError | None) -> str:
 def _in_words(kind: str) -> str:
     """The name of a class with hyphens: session-ended."""
     return re.sub(r"(?<!^)(?=[A-Z])", "-", kind).lower()
-
-
-def _outcomes(data: bytes, needs_id: bool) -> list[tuple[RequestId | None, str]]:
-    """The id of each response, and what it says of an error: a code, or that of a tool.
-
-    Unless `needs_id`, that of one which has not failed is None.
-    """
-    if not needs_id and (len(data) > _MAX_LOOK or _MAY_HAVE_FAILED.search(data) is None):
-        return [(None, "")]
-    try:
-        found = _answers.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return [(None, "")]
-    answers = found if isinstance(found, list) else [found]
-    return [(_id_of(answer), _error_type_of(answer)) for answer in answers]
-
-
-def _id_of(answer: _Answer) -> RequestId | None:
-    if answer.id is UNSET:
-        return None
-    found = msgspec.json.decode(answer.id)
-    return found if isinstance(found, int | str) else None
-
-
-def _error_type_of(answer: _Answer) -> str:
-    if answer.error is not None:
-        return str(answer.error.code) if isinstance(answer.error.code, int) else OTHER
-    return TOOL_ERROR if answer.result is not None and answer.result.is_error else ""

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Raw, UnsetType
@@ -19,7 +19,7 @@ from werkzeug.wsgi import get_input_stream
 from mcp_proxy import metrics
 from mcp_proxy.auth.principal import Caller, Principal
 from mcp_proxy.edge.disconnects import ClientConnection
-from mcp_proxy.edge.operations import Operations, count_failure
+from mcp_proxy.edge.operations import Operations, count_failure, kind_of
 from mcp_proxy.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -37,9 +37,12 @@ from mcp_proxy.wire.jsonrpc import (
     Request,
     cancelled_id_of,
 )
+from mcp_proxy.wire.outcomes import Outcome, outcomes_in
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+    from mcp_proxy.spans import CallSpans, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,9 @@ log = logging.getLogger(__name__)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 _MAX_REQUEST_ID = 128
+
+#: Characters of a session's id that are shown: the whole is a credential.
+SHOWN_OF_ID = 8
 
 # Seconds for which a client that has closed its sending side is taken to wait for the answer.
 _HALF_CLOSED = 1.0
@@ -106,9 +112,11 @@ class ClientRequest:
     is compressed, say. `message` is what a POST carried, once it was read, if the answer to it
     leaves on this response: failures then do as well.
 
-    Five are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`; `rpc`
-    is the JSON-RPC method and `params` are its parameters, `session` is the session that was named
-    or opened, and `reason` says why the request was refused or failed, each once it is known.
+    Others are for the log: `id` is the client's X-Request-ID if it is valid, else one of `ids`;
+    `rpc` is the JSON-RPC method and `params` are its parameters, `session` is the session that was
+    named or opened, `record` is what the store has of it, `backend` is what has answered, and
+    `reason` says why the request was refused or failed, each once it is known. Where `is_logged`,
+    `outcome` is how a call of a stream has ended, of several the first that failed.
     `is_standing` is for the server: the answer is a standing stream. `principal` is who calls, and
     `principal_name` what the caller's sessions are bound to; None where callers are unknown.
     `lacks` is why no child can be started with what the request says of its caller, if that is so.
@@ -123,6 +131,7 @@ class ClientRequest:
         "_is_known",
         "accepts_json",
         "accepts_stream",
+        "backend",
         "body",
         "content_type",
         "environ",
@@ -131,22 +140,26 @@ class ClientRequest:
         "is_answered_elsewhere",
         "is_counted",
         "is_encoded",
+        "is_logged",
         "is_relayed",
         "is_standing",
         "lacks",
         "message",
         "method",
         "operations",
+        "outcome",
         "params",
         "path",
         "principal",
         "principal_name",
         "protocol_version",
         "reason",
+        "record",
         "rpc",
         "server",
         "session",
         "session_id",
+        "spans",
         "started",
     )
 
@@ -173,6 +186,12 @@ class ClientRequest:
         self.rpc: str | None = None
         self.params: Raw | UnsetType = UNSET
         self.session = self.session_id
+        self.record: Mapping[str, str] | None = None
+        self.backend = ""
+        self.is_logged = False
+        self.outcome: Outcome | None = None
+        #: The spans of what it asks for, where that is traced and known.
+        self.spans: CallSpans | None = None
         self.is_standing = False
         self.server = server
         self.is_relayed = self.is_answered_elsewhere = False
@@ -212,6 +231,37 @@ class ClientRequest:
         """
         if self.operations is not None:
             self.operations.answered(data, failure)
+        if self.is_logged:
+            self.note_outcome(data, failure)
+        if self.spans is not None:
+            self.spans.answered(data, kind_of(failure))
+
+    def begin_spans(self, tracer: Tracer, message: Message | Batch | None) -> None:
+        """Has what a POST asks for traced; to be called once it is known."""
+        parts = message if isinstance(message, list) else [message]
+        requests = [part for part in parts if isinstance(part, Request)]
+        if requests:
+            attributes: dict[str, str | int] = {
+                "network.transport": "tcp",
+                "network.protocol.name": "http",
+                "mcp_proxy.server": self.server,
+            }
+            known = {
+                "client.address": self.environ.get("REMOTE_ADDR"),
+                "mcp.protocol.version": self.protocol_version,
+                "mcp.session.id": self.session_id and self.session_id[-SHOWN_OF_ID:],
+                "enduser.id": self.principal_name,
+            }
+            attributes |= {name: value for name, value in known.items() if value}
+            self.spans = tracer.spans(requests, attributes, self.environ, self.started)
+
+    def note_outcome(self, data: bytes, failure: ProxyError | None = None) -> None:
+        """Has the access line say how this has ended, unless something has failed before."""
+        if self.outcome is not None and self.outcome.error_type:
+            return
+        outcomes = outcomes_in(data)
+        found = next((each for each in outcomes if each.error_type), outcomes[0])
+        self.outcome = found if failure is None else found._replace(error_type=kind_of(failure))
 
     @property
     def way(self) -> str:

@@ -269,7 +269,7 @@ class Owner:
             others = [*self._starting, *self._lent]
             others += [held.backend for held in self._held.values()]
             for backend in others:
-                backend.outdate(options.request_timeout)
+                backend.outdate(self._options.request_timeout)
         if others:
             self._hasten_sweep()
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mcp_proxy.backends.bridge import WRITE_TIMEOUT
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage, wait_for
@@ -46,8 +47,13 @@ from mcp_proxy.relay.protocol import (
     StartStream,
 )
 from mcp_proxy.relay.sender import Call, Sender
+from mcp_proxy.traces import Tracing
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+from mcp_proxy.wire.outcomes import CLIENT_LEFT
+
+if TYPE_CHECKING:
+    from mcp_proxy.spans import CallSpans
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +73,9 @@ _EXECUTOR_WIDTH = 64
 
 # Streams of this replica's children that are logged for other replicas' clients at the same time.
 _LOGGER_WIDTH = 8
+
+# What tells the spans of a replica to which a call is relayed.
+_RELAYED = {"mcp_proxy.relayed": True}
 
 # Inbound calls that are over, and remembered: an envelope may come twice.
 _REMEMBERED = 65_536
@@ -374,7 +383,12 @@ class RemoteBackend(Backend):
 
     def send(self, exchange: Exchange) -> None:
         timeout = exchange.timeout or 0.0
-        lines = list(map(jsonrpc.encode, exchange.requests))
+        exchange.is_relayed = True
+        exchange.backend = f"worker:{self._replica}"
+        requests = exchange.requests
+        if exchange.spans is not None:  # the other side reads the context in them
+            requests = exchange.spans.sent(requests, {"mcp_proxy.backend": exchange.backend})
+        lines = list(map(jsonrpc.encode, requests))
         call = OutboundCall(self._calls, self._replica, exchange)
         first = SendRequests(
             self._child,
@@ -387,7 +401,6 @@ class RemoteBackend(Backend):
         self._calls.enter(call, first)
         # The owner applies the time limit; only where it is silent itself this side does.
         exchange.attach(call, on_read=call.note_read, grace=_GRACE)
-        exchange.is_relayed = True
         self._calls.send(call)
 
     def submit(
@@ -447,6 +460,7 @@ class InboundCall(Call):
         self._since = time.monotonic()
         self._key = channel.name  # until it is known which child it is about
         self._exchange: Exchange | None = None
+        self._spans: CallSpans | None = None
         self._reading = threading.Lock()  # one thread reads; guards _has_begun and _is_done
         self._has_begun = False
         self._is_done = False
@@ -506,6 +520,10 @@ class InboundCall(Call):
                 received.cancels,
                 received.headers,
             )
+            if Tracing.tracer is not None:
+                self._spans = exchange.spans = Tracing.tracer.spans(
+                    requests, _RELAYED, since=self._since, ends_when_received=True
+                )
             backend.send(exchange)
             self._serve(exchange)
         elif isinstance(received, Listen):
@@ -539,6 +557,9 @@ class InboundCall(Call):
 
     def _finish(self, last: protocol.FromOwner) -> None:
         self._is_done = True
+        if self._spans is not None:
+            failure = protocol.error_of(last.failure).kind if isinstance(last, Refused) else ""
+            self._spans.close(failure)
         self.channel.put(protocol.encode(last))
         self._calls.wake(self)
 
@@ -624,6 +645,8 @@ class InboundCall(Call):
             self._is_done = True
         if self._exchange is not None:
             self._exchange.close()
+        if self._spans is not None:
+            self._spans.close(CLIENT_LEFT)
         self._calls.forget(self)
 
     def expire_if_due(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcp_proxy import __version__, metrics, rate_buckets
+from mcp_proxy import __version__, metrics, rate_buckets, traces
 from mcp_proxy.auth.access_tokens import require_libraries
 from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.auth.keys import read as read_keys
@@ -317,6 +317,8 @@ class Hooks:
                 log.error("%s: %s", self.config.config, broken)
             self._share_callers(server)
             self._begin_counting(server, given)
+            if self.config.traces:
+                traces.require_library()
             if self.config.config is not None:
                 self._reloading = Reloading(self.config, server)
         except ConfigError as error:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from mcp_proxy import metrics
 from mcp_proxy.auth.access_tokens import AccessTokens
@@ -62,6 +62,7 @@ from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import COOKIES, UNSENT, Session
+from mcp_proxy.traces import Tracing
 from mcp_proxy.transparent import sse_sessions
 from mcp_proxy.transparent.balancing import Balancer, Resolver, resolve
 from mcp_proxy.transparent.bridging import EraBridge
@@ -89,6 +90,9 @@ from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request, Response
 from mcp_proxy.wire.tools import ToolFilter
 from mcp_proxy.wire.urls import Address, Target, is_endpoint, parse_target, request_target
+
+if TYPE_CHECKING:
+    from mcp_proxy.spans import CallSpans
 
 log = logging.getLogger(__name__)
 
@@ -392,6 +396,8 @@ class TransparentProxy(Transport):
             request.rpc, request.params = inbound.message.method, inbound.message.params
         is_discover = inbound.message is not None and request.rpc == _DISCOVER
         request.message = None if is_discover else inbound.message
+        if Tracing.tracer is not None:
+            request.begin_spans(Tracing.tracer, message)
         try:
             if self.rate_limit is not None:
                 self._count(self.rate_limit, inbound)
@@ -503,6 +509,7 @@ class TransparentProxy(Transport):
         try:
             session = self.manager.load(request.session_id)
             self.manager.require_own(session, request.principal_name)
+            request.record = session.metadata
         except SessionUnknown as error:
             return self._in_unknown_session(inbound, request.session_id, error)
         if self._bridge is not None and self._bridge.has(session):
@@ -849,7 +856,10 @@ class TransparentProxy(Transport):
             path, query = raw_path(request.environ), request.environ.get("QUERY_STRING", "")
             target = request_target(self._target, route.address, path, query)
             is_followed = is_endpoint(self._target, route.address, path)
-        call = HttpCall(self._client, route.address, request.method, target, outbound, inbound.body)
+        body = inbound.body
+        if request.spans is not None:
+            body = _traced(request.spans, inbound, route.address, outbound)
+        call = HttpCall(self._client, route.address, request.method, target, outbound, body)
         return self._sent(inbound, call, is_followed)
 
     def _sent(self, inbound: Inbound, call: HttpCall, is_followed: bool) -> HttpCall:
@@ -961,6 +971,7 @@ class TransparentProxy(Transport):
                 reply_headers, transform, first = self._hidden.shown(
                     inbound.request, inbound.message, call, found
                 )
+        inbound.request.backend = call.address.url
         if call.status >= 400:
             inbound.request.reason = "the server's own answer"
         if (whole := call.whole) is not None:
@@ -1027,6 +1038,29 @@ class TransparentProxy(Transport):
         connection.give_up_after(2 * self.options.keepalive_interval)
         if request.principal is not None:  # how long it is known who that is
             call.on_close(self.disconnects.watch(connection, call.abort))
+
+
+def _traced(
+    spans: CallSpans, inbound: Inbound, address: Address, outbound: dict[str, str]
+) -> bytes:
+    """The body with which a request goes to a server as a part of its trace; the headers get the
+    context, too. A batch has it in the headers alone.
+    """
+    message = inbound.message
+    parts = message if isinstance(message, list) else [message]
+    requests = [part for part in parts if isinstance(part, Request)]
+    attributes: dict[str, str | int] = {
+        "network.transport": "tcp",
+        "network.protocol.name": "http",
+        "server.address": address.name or address.host,
+        "server.port": address.port,
+        "mcp_proxy.backend": address.url,
+    }
+    sent = spans.sent(requests, attributes)
+    outbound.update({name.title(): value for name, value in spans.headers().items()})
+    if not isinstance(message, Request):
+        return inbound.body
+    return jsonrpc.with_params(inbound.body, sent[0].params)
 
 
 def _public_name(options: ProxyOptions, edge: Edge, targets: Sequence[Target]) -> PublicName | None:

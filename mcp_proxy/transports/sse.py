@@ -24,7 +24,7 @@ from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge, as_message
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.guard import require_own_site
-from mcp_proxy.edge.operations import CLIENT_LEFT, Operations
+from mcp_proxy.edge.operations import Operations, kind_of
 from mcp_proxy.edge.reply import Reply, empty_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
@@ -45,10 +45,12 @@ from mcp_proxy.errors import (
 from mcp_proxy.ownership.backoff import Backoff
 from mcp_proxy.ownership.owner import Owner
 from mcp_proxy.storage.session import BACKEND_URL, ENV_DIGEST, Session, new_session
+from mcp_proxy.traces import Tracing
 from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.stdio import StdioTransport, pass_by_id, pass_new, pass_to_owner
 from mcp_proxy.wire import headers, jsonrpc, sse
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request
+from mcp_proxy.wire.outcomes import CLIENT_LEFT
 from mcp_proxy.wire.urls import WORKER_SCHEME
 
 KIND = "sse"
@@ -161,8 +163,8 @@ class SSEProxy(StdioTransport):
         try:
             answers = _Answers(self.owner.backoff, self.server_name)
             exchange.on_response = answers
-            if answers.operations is not None:
-                exchange.on_submit = answers.operations.begin
+            if answers.wants_requests:
+                exchange.on_submit = answers.begin
             bridge.listen(exchange)
         except BaseException:
             self.owner.discard(bridge)
@@ -182,8 +184,7 @@ class SSEProxy(StdioTransport):
 
     def _end(self, session: Session, answers: _Answers) -> None:
         self._streams.pop(session.id, None)
-        if answers.operations is not None:
-            answers.operations.close(CLIENT_LEFT)
+        answers.close()
         try:
             self.owner.end_left(session)
         finally:
@@ -199,6 +200,8 @@ class SSEProxy(StdioTransport):
         message = jsonrpc.parse_message(request.read_body(self.options.max_body_bytes))
         if not isinstance(message, Request):
             request.message = message  # a request's answer leaves on the session's stream instead
+        elif Tracing.tracer is not None:
+            message = Tracing.tracer.in_context(message, request.environ)
         try:
             self._deliver(request, message)
         except ProxyError as error:
@@ -233,6 +236,7 @@ class SSEProxy(StdioTransport):
         if self.rate_limit is not None:
             self.rate_limit.count(self.server_name, request, message)
         request.pass_to(self.owner.replica.id, session_id)
+        request.backend = bridge.location
         try:
             act(bridge)
         except BackendUnreached as error:
@@ -313,18 +317,47 @@ def _as_unavailable(error: ProxyError) -> None:
 class _Answers:
     """Has readiness know whether a server answers, or exits before it has answered anything.
 
-    `operations` counts the answers, where that is wanted.
+    The answers are counted, and the requests traced, where that is wanted.
     """
 
     def __init__(self, backoff: Backoff, server: str) -> None:
         counters = metrics.current()
-        self.operations = None if counters is None else Operations(counters, server, is_shared=True)
+        tracer = Tracing.tracer
+        about = {"mcp_proxy.server": server}
+        self._operations = (
+            None if counters is None else Operations(counters, server, is_shared=True)
+        )
+        self._spans = None if tracer is None else tracer.spans([], about, ends_when_received=True)
         self._backoff = backoff
         self._is_over = False
 
+    @property
+    def wants_requests(self) -> bool:
+        """Whether anybody wants to know of what is asked."""
+        return self._operations is not None or self._spans is not None
+
+    def begin(self, request: Request) -> Request:
+        """A request has come, and goes to the server as it is returned."""
+        if self._operations is not None:
+            self._operations.begin(request)
+        if self._spans is None:
+            return request
+        self._spans.begin(request)
+        (sent,) = self._spans.sent([request], {"network.transport": "pipe"})
+        return sent
+
+    def close(self) -> None:
+        """The client has left."""
+        if self._operations is not None:
+            self._operations.close(CLIENT_LEFT)
+        if self._spans is not None:
+            self._spans.close(CLIENT_LEFT)
+
     def __call__(self, message: ServerMessage) -> None:
-        if self.operations is not None:
-            self.operations.answered(message.data, message.failure)
+        if self._operations is not None:
+            self._operations.answered(message.data, message.failure)
+        if self._spans is not None:
+            self._spans.received(message.data, kind_of(message.failure))
         if self._is_over:
             return
         self._is_over = True

@@ -164,7 +164,7 @@ class StatelessFront:
             cancels=True,
             headers={**caller_headers.get(), **_param_headers(request)},
         )
-        exchange.has_left = request.has_left
+        exchange.has_left, exchange.spans = request.has_left, request.spans
         if is_standing:
             request.is_standing = True
             self._edge.streams.acquire()
@@ -313,7 +313,7 @@ class StatelessFront:
     def _reply(self, request: ClientRequest, exchange: Exchange, message: Request) -> Reply:
         """JSON with the status of its error where the answer comes first, else an event stream."""
         early = self._received_early(request, exchange)
-        request.is_relayed = exchange.is_relayed
+        request.is_relayed, request.backend = exchange.is_relayed, exchange.backend
         if exchange.is_over and early and early[0].is_response and request.accepts_json:
             exchange.close()
             (answer,) = early

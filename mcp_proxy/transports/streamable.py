@@ -40,6 +40,7 @@ from mcp_proxy.resumption.replay import Replay
 from mcp_proxy.resumption.writing import child_of, is_standing
 from mcp_proxy.sessions import handshake
 from mcp_proxy.storage.session import MOVED, PROTOCOL_VERSION, Session
+from mcp_proxy.traces import Tracing
 from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.stateless import StatelessFront, is_modern
 from mcp_proxy.transports.stdio import StdioTransport, pass_by_id, pass_new, pass_to_owner
@@ -125,6 +126,8 @@ class StreamableProxy(StdioTransport):
             raise NotAcceptable
         message = jsonrpc.parse(request.read_body(self.options.max_body_bytes))
         request.message = message
+        if Tracing.tracer is not None:
+            request.begin_spans(Tracing.tracer, message)
         if self.rate_limit is not None:
             self.rate_limit.count(self.server_name, request, message)
         return self.answer(request, message)
@@ -232,7 +235,7 @@ class StreamableProxy(StdioTransport):
             self.options.request_timeout,
             headers=caller_headers.get(),
         )
-        exchange.has_left = request.has_left
+        exchange.has_left, exchange.spans = request.has_left, request.spans
         return exchange
 
     # --- the answer ------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ class StreamableProxy(StdioTransport):
         is one. The head of the answer to an initialize says whether there is one now: it waits for
         that for `sse_after` seconds, whatever the client takes and the server says before.
         """
-        request.is_relayed = exchange.is_relayed
+        request.is_relayed, request.backend = exchange.is_relayed, exchange.backend
         try:
             is_first = session is None
             waits = request.accepts_json or is_first
@@ -378,6 +381,7 @@ class StreamableProxy(StdioTransport):
             raise MissingSession
         session = self._load(request.session_id)
         self.require_own(request, session)
+        request.record = session.metadata
         if session.type != KIND:
             raise InvalidRequest(f"The session belongs to another transport ({session.type})")
         version = request.protocol_version

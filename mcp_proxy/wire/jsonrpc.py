@@ -119,9 +119,20 @@ class _ClientInfo(msgspec.Struct):
     version: str = ""
 
 
+class _ClientMeta(msgspec.Struct):
+    client: _ClientInfo | None = msgspec.field(
+        name="io.modelcontextprotocol/clientInfo", default=None
+    )
+
+
 class _NamedParams(msgspec.Struct):
     name: str = ""
-    client: _ClientInfo = msgspec.field(name="clientInfo", default_factory=_ClientInfo)
+    client: _ClientInfo | None = msgspec.field(name="clientInfo", default=None)
+    meta: _ClientMeta | None = msgspec.field(name="_meta", default=None)
+
+
+class _Initialize(msgspec.Struct):
+    params: Raw | UnsetType = UNSET
 
 
 class _ErrorBody(msgspec.Struct):
@@ -137,6 +148,7 @@ _progress = msgspec.json.Decoder(_ProgressParams)
 _cancel = msgspec.json.Decoder(_CancelParams)
 _initialize = msgspec.json.Decoder(_InitializeParams)
 _named = msgspec.json.Decoder(_NamedParams)
+_recorded = msgspec.json.Decoder(_Initialize)
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _request_id: msgspec.json.Decoder[RequestId] = msgspec.json.Decoder(RequestId)
 _text = msgspec.json.Decoder(str)
@@ -316,7 +328,8 @@ def protocol_version_of(payload: Raw | UnsetType) -> str | None:
 
 
 def names_in(params: Raw | UnsetType) -> tuple[str, str]:
-    """The name that a request's params have, as a tool's, and the client's name and version.
+    """The name that a request's params have, as a tool's, and the client's name and version, which
+    an initialize has and each request of 2026-07-28.
 
     Each is empty where there is none, or where its type is wrong.
     """
@@ -324,7 +337,16 @@ def names_in(params: Raw | UnsetType) -> tuple[str, str]:
         found = _NamedParams() if params is UNSET else _named.decode(params)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         found = _NamedParams()
-    return found.name, f"{found.client.name} {found.client.version}".strip()
+    client = found.client or (found.meta and found.meta.client)
+    return found.name, f"{client.name} {client.version}".strip() if client else ""
+
+
+def client_in(initialize: str) -> str:
+    """The client's name and version in a whole initialize request; empty where it has none."""
+    try:
+        return names_in(_recorded.decode(initialize).params)[1]
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return ""
 
 
 def is_object(payload: Raw | UnsetType) -> bool:
@@ -482,6 +504,14 @@ def _edited(payload: Raw, change: Callable[[dict[str, Raw]], object]) -> Raw:
     fields = _decode(_fields, payload)
     change(fields)
     return as_payload(fields)
+
+
+def with_params(body: bytes, params: Raw | UnsetType) -> bytes:
+    """The message in `body` with other params; whatever else it has keeps its bytes."""
+    whole = Raw(body.strip())
+    if params is UNSET or not is_object(whole):
+        return body
+    return bytes(edited(whole, lambda fields: fields.update(params=params)))
 
 
 def one_line(encoded: bytes) -> bytes:

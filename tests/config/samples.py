@@ -80,6 +80,7 @@ SAMPLES: dict[str, Sample] = {
     "admin_bind": _one("127.0.0.1:9100", "127.0.0.1:9100"),
     "ctl_socket": _one("/run/mcp/ctl.sock", "/run/mcp/ctl.sock"),
     "metrics": _one("on", True),
+    "traces": _one("on", True),
     "workers": _one("2", 2),
     "worker_class": _one("gevent", "gevent"),
     "client_timeout": _one("2.5", 2.5),

@@ -23,7 +23,7 @@ from tests.support.proxy_process import ROOT, ProxyProcess, children_of
 from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
 
-_LISTENING = re.compile(rb"http://127\.0\.0\.1:(\d+)/healthz")
+_LISTENING = re.compile(rb"http://127\.0\.0\.1:(\d+)/(?:healthz|mcp)")
 
 
 class Stalling:
@@ -156,6 +156,16 @@ def test_the_log_goes_on_and_its_last_line_comes_out() -> None:
         assert b"Worker exiting" in proxy.output
 
 
+def test_after_a_flood_one_line_says_how_many_were_left_out() -> None:
+    with stalling("--log-format", "json") as proxy:
+        ask_much(proxy, 2400)  # more than the pipe and what waits for it take
+        eventually(lambda: b'"left_out":' in proxy.read_on(), 30)
+        proxy.terminate()
+        said = [json.loads(line) for line in proxy.read_on().splitlines()]
+    (left_out,) = [line["left_out"] for line in said if "left_out" in line]
+    assert sum(line.get("path", "").startswith("/xxx") for line in said) + left_out == 2400
+
+
 @pytest.mark.parametrize("kind", ["gthread", "gevent"])
 def test_every_line_of_a_json_log_is_json(kind: str) -> None:
     options = ["--log-format", "json", "--worker-class", kind]
@@ -188,7 +198,7 @@ def test_a_call_is_logged_with_its_tool_and_an_initialize_with_its_client(path: 
             client = McpClient(front, path).open()
             assert client.call("initialize", info).status
             client.result("tools/call", {"arguments": {"name": "no"}, "name": "a b"})
-        eventually(lambda: '"tool": "a b"' in process.log())
+        eventually(lambda: '"tool":"a b"' in process.log())
         lines = [json.loads(line) for line in process.log().splitlines()]
         clients = [line["client_name"] for line in lines if line.get("rpc") == "initialize"]
         assert clients[-1] == "n\\n1 2"

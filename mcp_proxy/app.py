@@ -116,21 +116,26 @@ class Application:
             self._storage,
             workers,
         )
-        self._endpoints: dict[str, Callable[[ClientRequest], Reply]] = {
-            "/healthz": alive,
-            "/readyz": self._ready,
-            "/health": self._ready,
-        }
         if config.counts:
             metrics.require_library()
             metrics.use_own()
         if config.traces:
             traces.require_library()
-        if config.metrics:
-            self._endpoints["/metrics"] = self.monitoring.metrics
-        if config.counts and config.is_for_one_machine:
-            self._endpoints["/status"] = self.monitoring.with_token(self.monitoring.page)
-            self._endpoints["/status.json"] = self.monitoring.with_token(self.monitoring.status)
+        self._endpoints = self._own_endpoints()
+
+    def _own_endpoints(self) -> dict[str, Callable[[ClientRequest], Reply]]:
+        """What is answered at paths of our own."""
+        found: dict[str, Callable[[ClientRequest], Reply]] = {
+            "/healthz": alive,
+            "/readyz": self._ready,
+            "/health": self._ready,
+        }
+        if self.config.metrics:
+            found["/metrics"] = self.monitoring.metrics
+        if self.config.counts and self.config.is_for_one_machine:
+            found["/status"] = self.monitoring.with_token(self.monitoring.page)
+            found["/status.json"] = self.monitoring.with_token(self.monitoring.status)
+        return found
 
     def __repr__(self) -> str:
         return f"<Application {self.mounts!r} {self.parts!r}>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,6 +21,9 @@ settings.register_profile(
     "mcp_proxy", deadline=None, database=None, derandomize="CI" in os.environ, print_blob=True
 )
 settings.load_profile("mcp_proxy")
+
+# Who starts the tests in the background may have them ignore SIGINT; processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _HAS_FIXTURES = pytest.StashKey[bool]()
 

@@ -25,7 +25,7 @@ def test_calls_that_overlap_are_counted_by_one_process_where_that_is_wanted() ->
 
 
 def test_after_calls_that_overlap_all_go_to_the_first_process() -> None:
-    homes.counted_by_several(counts=10)
+    homes.counted_by_several(counts=50)
 
 
 def test_roots_reach_official_servers_behind_the_bridge() -> None:

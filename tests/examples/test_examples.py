@@ -204,12 +204,7 @@ def test_stop_is_quick_and_leaves_nothing(
     server: str, application: str, number: signal.Signals
 ) -> None:
     """Also while a client holds a stream. `served` fails if a process is left."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child must not ignore it
-    try:
-        process = served(command_for(server, application))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
+    with served(command_for(server, application)) as process:
         stream = open_stream(process)
         os.kill(process.master_pid, number)
         process.wait(_STOPPED_WITHIN)

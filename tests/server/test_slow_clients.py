@@ -47,7 +47,8 @@ def test_halves_of_requests_cost_the_others_nothing(tmp_path: Path) -> None:
 
 
 def test_idle_connections_cost_the_others_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path, "--threads", "8") as held, ExitStack() as stack:
+    options = ("--threads", "8", "--keep-alive", "75")
+    with serving(tmp_path, *options) as held, ExitStack() as stack:
         idle = [stack.enter_context(closing(held.connect())) for _ in range(200)]
         assert {connection.ask("/").status for connection in idle} == {200}
         assert slowest_answer(held, 1) < 2

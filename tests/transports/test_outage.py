@@ -22,7 +22,7 @@ def redis(own_redis: Callable[..., RedisServer]) -> RedisServer:
 
 @pytest.fixture(params=[15.0, 1.0], ids=["within the lease", "beyond the lease"])
 def two(request: pytest.FixtureRequest, redis: RedisServer) -> Iterator[Replicas]:
-    quick = {"sse_after": 0.3, "keepalive_interval": 0.2}
+    quick = {"sse_after": 3, "keepalive_interval": 0.2}
     with replicas(2, redis_url=redis.url, lease=request.param, **quick) as several:
         yield several
 

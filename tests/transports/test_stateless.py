@@ -52,7 +52,7 @@ def scene(
     """One that all tests of this module share, for each era."""
     trace = Trace(tmp_path_factory.mktemp(request.param) / "trace")
     command = server_of(request.param, "--trace", str(trace.path))
-    quick = {"sse_after": 0.3, "keepalive_interval": 0.2}
+    quick = {"sse_after": 3, "keepalive_interval": 0.2}
     with running("wsgi", command, **quick) as proxy:
         assert isinstance(proxy, WsgiProxy)
         yield Scene(request.param, proxy.app, trace)

@@ -48,7 +48,7 @@ class Scene:
 def scene_of(era: str, path: Path, *options: str, **settings: Any) -> Iterator[Scene]:
     trace = Trace(path / "trace")
     command = server_of(era, "--trace", str(trace.path), *options)
-    quick = {"sse_after": 0.3, "keepalive_interval": 0.2}
+    quick = {"sse_after": 3, "keepalive_interval": 0.2}
     with replicas(1, command=command, **{**quick, **settings}) as one:
         yield Scene(era, one[0].app, ModernClient(one[0].front, ASKABLE), trace)
 

@@ -46,7 +46,7 @@ class Pair:
 def pair_of(era: str, path: Path, **settings: Any) -> Iterator[Pair]:
     trace = Trace(path / "trace")
     command = server_of(era, "--trace", str(trace.path))
-    quick = {"sse_after": 0.3, "keepalive_interval": 0.2}
+    quick = {"sse_after": 3, "keepalive_interval": 0.2}
     with replicas(2, command=command, **quick, **settings) as several:
         yield Pair(era, several, trace)
 

@@ -405,9 +405,7 @@ def test_on_a_stream_the_time_limit_is_an_error_event(way: str) -> None:
         client = proxy.client().open()
         answer = client.call("silence", key=3)
         assert answer.is_stream
-        assert (
-            answer.message()["error"]["message"] == "The server did not answer within 3 seconds"
-        )
+        assert answer.message()["error"]["message"] == "The server did not answer within 3 seconds"
 
 
 # --- sessions ------------------------------------------------------------------------------------

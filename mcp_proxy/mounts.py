@@ -26,7 +26,6 @@ from mcp_proxy.auth.caller_env import EnvFor
 from mcp_proxy.auth.protected_resource import MOUNT, ProtectedResource
 from mcp_proxy.backends.catalogue import GATHER_TIMEOUT, Catalogue
 from mcp_proxy.backends.group import Group, Member, Settings
-from mcp_proxy.backends.owned import OwnedBackend
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
@@ -215,7 +214,7 @@ class Mounts:
         """
         with self._lock:
             owner = self.current.owners.get(name)
-            if owner is None:
+            if owner is None or owner.is_group:
                 raise ConfigError(f"{name!r} is no stdio server that is served")
             owner.restart()
             for transport in self.current.transports[name].values():
@@ -359,7 +358,7 @@ class Mounts:
             group.name, version("mcp-wsgi-proxy"), self._config.request_timeout, GATHER_TIMEOUT
         )
 
-        def make() -> OwnedBackend:
+        def make() -> Group:
             return Group(partial(self._members_of, group.name), self._catalogue, settings)
 
         return Owner(group, manager, self._parts, self._config, make=make)
@@ -423,10 +422,10 @@ class Mounts:
         """One server at the root; those of a file each under its name, documents about it too."""
         mounts: dict[str, WSGIApplication] = {}
         for name, of_server in removed.items():
-            mounts[f"/servers/{name}"] = self._nothing_any_more
-            mounts |= {
-                f"/servers/{name}{path}": app_of_removed(each) for path, each in of_server.items()
-            }
+            prefix = self._config.path_of(name)
+            if prefix:
+                mounts[prefix] = self._nothing_any_more
+            mounts |= {f"{prefix}{path}": app_of_removed(each) for path, each in of_server.items()}
         for name, of_server in transports.items():
             prefix = self._config.path_of(name)
             mounts |= {f"{prefix}{path}": app_of(each) for path, each in of_server.items()}

@@ -40,7 +40,7 @@ from mcp_proxy.errors import (
 from mcp_proxy.processes.child import shown
 from mcp_proxy.processes.noise import Brake, NoiseLog
 from mcp_proxy.servers import Served
-from mcp_proxy.wire import jsonrpc, mending
+from mcp_proxy.wire import jsonrpc, mending, refusals
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
 from mcp_proxy.wire.tools import LIST, ToolFilter
@@ -104,6 +104,8 @@ class Bridge(OwnedBackend):
         self._undelivered = NoiseLog(server.name, "messages reached no client", NOISE_SHOWN, 0.1)
         self._brake = Brake()
         self._on_initialized: Callable[[], object] | None = None
+        #: Called with each notification of the child; what it returns True for goes to nobody.
+        self.on_notice: Callable[[Notification], bool] | None = None
         #: Whether an exchange was answered without the child; called before it is sent.
         self.has_answered: Callable[[Exchange], bool] | None = None
         self._child: Peer = starter.spawn(server, max_message, self._on_exit, self._on_mute)
@@ -175,7 +177,8 @@ class Bridge(OwnedBackend):
             return
         headers = exchange.headers
         self._child.headers = headers or self._child.headers
-        exchange.attach(self, self.log if exchange.accepts_stream else None)
+        is_logged = exchange.accepts_stream and exchange.may_be_logged
+        exchange.attach(self, self.log if is_logged else None)
         exchange.backend = self.location
         if exchange.spans is not None:
             requests = exchange.spans.sent(requests, self._span_attributes)
@@ -580,6 +583,8 @@ class Bridge(OwnedBackend):
         """Delivers one message of the child and returns its exchange, None if it went to none."""
         if isinstance(message, Response):
             return self._take_response(message)
+        if self.on_notice is not None and _is_taken(message, self.on_notice):
+            return None
         with self._lock:
             is_heard = self._has_answered and self._switchboard.can_deliver()
             if _is_ping(message) and not is_heard:
@@ -597,6 +602,8 @@ class Bridge(OwnedBackend):
             call = self._switchboard.pop_answered(response.id)
             if call is not None:
                 self.last_used = time.monotonic()
+                if response.error is not UNSET and not self._child.may_refuse:
+                    response = refusals.without(response)
                 if call.method == INITIALIZE:
                     self._has_answered = True
                     self._is_initializing = response.result is not UNSET
@@ -806,6 +813,10 @@ def _joined(lines: Sequence[bytes]) -> bytes:
 
 def _nobody_waits() -> bool:
     return True
+
+
+def _is_taken(message: Message, take: Callable[[Notification], bool]) -> bool:
+    return isinstance(message, Notification) and take(message)
 
 
 def _is_ping(message: Message) -> bool:

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.background import KeyedExecutor, TimerWorker
-from mcp_proxy.errors import BackendDraining, ProxyError
+from mcp_proxy.errors import BackendDraining, BackendExited, ProxyError
 from mcp_proxy.wire import jsonrpc
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,9 @@ GATHER_TIMEOUT = 20.0
 
 #: Seconds after which a server that could not be asked is asked again, when a list is wanted.
 ASK_AGAIN = 10.0
+
+# Keys whose failures are remembered.
+_MAX_FAILED = 1000
 
 #: The lists that are kept, in bytes; those that were not used for the longest time go first.
 MAX_KEPT = 64 * 1024 * 1024
@@ -127,6 +130,17 @@ class Catalogue:
 
         Never waits.
         """
+        self._begin(key, lambda: self.note(key, look()), waiter)
+
+    def look(
+        self, key: str, act: Callable[[], object], waiter: Callable[[], object] | None = None
+    ) -> None:
+        """As `ask`, of what nobody but the caller of `act` is to know. Never waits."""
+        self._begin(key, act, waiter)
+
+    def _begin(
+        self, key: str, act: Callable[[], object], waiter: Callable[[], object] | None
+    ) -> None:
         with self._lock:
             asking = self._asking.get(key)
             is_first = asking is None
@@ -137,7 +151,7 @@ class Catalogue:
         if not is_first:
             return
         try:
-            self._executor.submit(key, lambda: self._ask(key, look))
+            self._executor.submit(key, lambda: self._ask(key, act))
         except RuntimeError as error:
             self._note_failure(key, f"It cannot be asked: {error}")
             self._note_asked(key)
@@ -165,10 +179,10 @@ class Catalogue:
         """Asks nobody any more."""
         self._executor.close()
 
-    def _ask(self, key: str, look: Callable[[], Listed]) -> None:
+    def _ask(self, key: str, act: Callable[[], object]) -> None:
         try:
-            self.note(key, look())
-        except BackendDraining:
+            act()
+        except (BackendDraining, BackendExited):
             pass  # who asked has left; somebody else asks again
         except ProxyError as error:
             self._note_failure(key, error.message)
@@ -187,13 +201,16 @@ class Catalogue:
     def _note_failure(self, key: str, reason: str) -> None:
         with self._lock:
             self._failed[key] = _Failed(reason, time.monotonic())
+            if len(self._failed) > _MAX_FAILED:
+                del self._failed[next(iter(self._failed))]
 
 
 class Gathering:
     """Waits, without a thread of its own, until the lists under some keys are known, and calls
     `done` once; at the latest after `timeout` seconds.
 
-    `looks` has for each key what looks its lists up.
+    `looks` has for each key what looks its lists up. Once nobody wants them (`is_wanted`) nothing
+    is called any more.
     """
 
     def __init__(
@@ -202,11 +219,13 @@ class Gathering:
         looks: Mapping[str, Callable[[], Listed]],
         timeout: float,
         done: Callable[[], object],
+        is_wanted: Callable[[], bool],
     ) -> None:
         self._catalogue = catalogue
         self._looks = looks
         self._until = time.monotonic() + timeout
         self._done = done
+        self._is_wanted = is_wanted
         self._lock = threading.Lock()  # guards that `done` is called once
         self._is_over = False
 
@@ -222,7 +241,7 @@ class Gathering:
 
     def _look(self) -> None:
         """Asks for what is awaited, also where somebody else who has asked has left meanwhile."""
-        if self._is_over:
+        if self._is_over or not self._is_wanted():
             return
         awaited = self._awaited() if time.monotonic() < self._until else []
         for key in awaited:

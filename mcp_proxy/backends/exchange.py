@@ -123,6 +123,8 @@ class Exchange:
     has to know, by their names in lower case.
     """
 
+    #: Whether its streams may be logged, so that they can be resumed.
+    may_be_logged = True
     #: The spans of the requests, where they are traced.
     spans: CallSpans | None = None
 
@@ -162,7 +164,7 @@ class Exchange:
         self.has_left: Callable[[], bool] | None = None
         #: Called once when the client's side is done with the exchange.
         self.on_close: Callable[[], object] | None = None
-        #: What the client gets in place of a message, None: nothing. It has to be quick.
+        #: What the client gets in place of a message, when that is received; None: nothing.
         self.rewrite: Callable[[ServerMessage], ServerMessage | None] | None = None
         #: Sends the requests to another backend, at most once, when this one got nothing of them.
         self.resend: Callable[[Exchange], object] | None = None
@@ -299,11 +301,13 @@ class Exchange:
             assert self._refusal is not None
             self._send_again(self._refusal)
             return
-        self._count(message)
-        if self._log is None or not self.is_stream:
-            self._ahead.append(message)
+        shown = self._count(message)
+        if shown is None:
             return
-        together = [message]
+        if self._log is None or not self.is_stream:
+            self._ahead.append(shown)
+            return
+        together = [shown]
         try:
             if self.requests:
                 self._count_what_waits(together)
@@ -323,28 +327,35 @@ class Exchange:
             if item is _END:
                 self._is_ended = True
             elif item is not None:
-                self._count(item)
-                together.append(item)
+                shown = self._count(item)
+                if shown is not None:
+                    together.append(shown)
 
-    def _count(self, message: ServerMessage) -> None:
-        """A message is received."""
+    def _count(self, message: ServerMessage) -> ServerMessage | None:
+        """What the client gets of a message that is received; None where it gets nothing."""
         self._read += len(message.data)
         if self._room is not None:
             self._room.set()
         if self._on_read is not None:
             self._on_read()
+        if self.rewrite is not None:
+            shown = self.rewrite(message)
+            if shown is None:
+                return None
+            message = shown
         if not message.is_response:
             self.is_stream = True
         elif self.requests:
             self._unanswered -= 1
             self._is_ended = self._unanswered == 0
         if not message.is_response:
-            return
+            return message
         if self.spans is not None:
             failure = message.failure
             self.spans.received(message.data, "" if failure is None else failure.kind)
         if self.on_response is not None:
             self.on_response(message)
+        return message
 
     def _send_again(self, failure: ProxyError) -> None:
         resend, self.resend = self.resend, None
@@ -471,11 +482,6 @@ class Exchange:
         """
         if self.cancels and not message.is_response and self.backlog > MAX_BACKLOG:
             return False
-        if self.rewrite is not None:
-            rewritten = self.rewrite(message)
-            if rewritten is None:
-                return False
-            message = rewritten
         self._offered += len(message.data)
         if not message.is_response:
             self._is_talkative = True

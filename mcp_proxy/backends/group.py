@@ -43,18 +43,19 @@ from mcp_proxy.errors import (
     INVALID_PARAMS,
     METHOD_NOT_FOUND,
     PROXY_ERROR,
-    BackendDraining,
     BackendError,
+    BackendExited,
     BackendLost,
     BackendUnreached,
     ClientError,
     InvalidParams,
     ProxyError,
     RequestId,
+    ServerRefused,
     UnknownTool,
 )
-from mcp_proxy.wire import jsonrpc, merging, results, revisions
-from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
+from mcp_proxy.wire import jsonrpc, merging, naming, refusals, results, revisions
+from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from mcp_proxy.wire.tools import ToolFilter
 
@@ -62,6 +63,10 @@ log = logging.getLogger(__name__)
 
 #: Seconds that initialize waits for servers of which nothing is known: for their instructions.
 INITIALIZE_WAIT = 3.0
+
+#: Seconds that a server has for all of its lists, and to be told what one before it knew.
+LOOK_TIME = 60.0
+RESTORE_TIME = 10.0
 
 #: Seconds that a running server has to take another log level.
 LEVEL_WAIT = 5.0
@@ -75,6 +80,11 @@ _MAX_PAGES = 100
 # Messages of ours that wait for a standing stream.
 _MAX_WAITING = 64
 
+# The most resources that a session subscribes to, as its record has them.
+_MAX_SUBSCRIPTIONS = 256
+
+_OVER = "The session has ended"
+
 _EMPTY = Raw(b"{}")
 _NO_VALUES = Raw(b'{"completion":{"values":[]}}')
 
@@ -82,6 +92,10 @@ _COMPLETE = "completion/complete"
 _SET_LEVEL = "logging/setLevel"
 _SUBSCRIBE, _UNSUBSCRIBE = "resources/subscribe", "resources/unsubscribe"
 _UPDATED = "notifications/resources/updated"
+# What a client says that may be for any of the servers.
+_PASSED_ON = frozenset(
+    {jsonrpc.CANCELLED, "notifications/roots/list_changed", "notifications/progress"}
+)
 _BY_NAME = frozenset({"tools/call", "prompts/get"})
 _BY_URI = frozenset({"resources/read", _SUBSCRIBE, _UNSUBSCRIBE})
 
@@ -148,6 +162,7 @@ class Group(OwnedBackend):
         self._running: dict[str, _Running] = {}  # by the server's name
         self._starting: dict[str, threading.Event] = {}
         self._posts: set[Exchange] = set()  # those that are answered here
+        self._under_way = 0  # calls that are being handed on
         self._stream: Exchange | None = None
         self._waiting: deque[ServerMessage] = deque(maxlen=_MAX_WAITING)
         self._submitted: set[_Inner] = set()  # calls whose answers come on the stream
@@ -182,6 +197,8 @@ class Group(OwnedBackend):
 
     def send(self, exchange: Exchange) -> None:
         self.last_used = time.monotonic()
+        if not self.is_alive:
+            raise BackendExited(_OVER)
         if len(exchange.requests) > 1:
             _Batch(exchange, self.log if exchange.accepts_stream else None).send(self._dispatch)
             return
@@ -192,6 +209,8 @@ class Group(OwnedBackend):
         """Answers the one request of an exchange, or hands it on; raises ProxyError."""
         (request,) = exchange.requests
         method = request.method
+        with self._lock:
+            self._under_way += 1
         try:
             if method in _BY_NAME:
                 self._send_by_name(exchange, request)
@@ -206,6 +225,9 @@ class Group(OwnedBackend):
         except ClientError as error:
             self._attach(exchange)
             self._offer_error(exchange, request, error)
+        finally:
+            with self._lock:
+                self._under_way -= 1
 
     def _answer_here(self, exchange: Exchange, request: Request) -> None:
         self._attach(exchange)
@@ -223,6 +245,8 @@ class Group(OwnedBackend):
 
     def _send_by_name(self, exchange: Exchange, request: Request) -> None:
         public = merging.text_in(request.params or _EMPTY, "name")
+        if naming.may_be_cut(public):
+            self._wait_for_lists(exchange.has_left)
         members, lists = self._now()
         found = lists.named(request.method, public)
         if found is None:
@@ -230,11 +254,22 @@ class Group(OwnedBackend):
                 raise UnknownTool(public[:200])
             raise InvalidParams(f"Unknown prompt: {public[:200]}")
         number, own = found
+        member = members[number]
         params = merging.with_field(request.params or _EMPTY, "name", own)
-        self._forward(exchange, members[number], Request(request.id, request.method, params))
+        renamed = Request(request.id, request.method, params)
+        if member.tools is not None:
+            renamed = member.tools.admitted(renamed)
+        self._forward(exchange, member, renamed)
+
+    def _wait_for_lists(self, has_left: Callable[[], bool] | None) -> None:
+        """Waits for lists that are unknown, where they say whose something is."""
+        are_known = threading.Event()
+        self._gather(self._settings.gather_timeout, are_known.set)
+        wait_for(are_known, self._settings.gather_timeout + 1, has_left)
 
     def _send_by_uri(self, exchange: Exchange, request: Request) -> None:
         uri = merging.text_in(request.params or _EMPTY, "uri")
+        self._wait_for_lists(exchange.has_left)
         members, lists = self._now()
         found = lists.owners.find(uri)
         if found is None:
@@ -245,7 +280,7 @@ class Group(OwnedBackend):
             return
         member = members[found.number]
         with self._lock:
-            if request.method == _SUBSCRIBE:
+            if request.method == _SUBSCRIBE and len(self._subscriptions) < _MAX_SUBSCRIPTIONS:
                 self._subscriptions[uri] = member.name
             elif request.method == _UNSUBSCRIBE:
                 self._subscriptions.pop(uri, None)
@@ -285,8 +320,9 @@ class Group(OwnedBackend):
         if stream is None:
             raise BackendLost("There is no stream for the answer")
         if stream.on_submit is not None:
-            stream.on_submit(request)
+            request = stream.on_submit(request)
         exchange = Exchange([request], timeout=timeout)
+        exchange.may_be_logged = False
         exchange.has_left = has_left
         inner = _Inner(exchange, stream, self._submitted.discard)
         self._submitted.add(inner)
@@ -299,10 +335,10 @@ class Group(OwnedBackend):
         self, notification: Notification, has_left: Callable[[], bool] | None = None
     ) -> None:
         self.last_used = time.monotonic()
-        if notification.method == INITIALIZED:
-            return  # each server is told so when it starts
+        if notification.method not in _PASSED_ON:
+            return  # each server is told that it is initialized when it starts
         for running in self._all_running():
-            if running.bridge.is_alive:
+            with contextlib.suppress(BackendError):  # the others are to hear of it all the same
                 running.bridge.notify(notification, has_left)
 
     def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
@@ -385,18 +421,19 @@ class Group(OwnedBackend):
             if self._catalogue.is_awaited(key):
                 looks[key] = partial(copy_context().run, self._look_up, member)
         if looks:
-            Gathering(self._catalogue, looks, timeout, done).begin()
+            Gathering(self._catalogue, looks, timeout, done, lambda: self.is_alive).begin()
         else:
             done()
 
     def _look_up(self, member: Member) -> Listed:
         """What a server lists, which is started for that where it does not run."""
-        return self._running_of(member, None).listed(self._settings.request_timeout)
+        return self._running_of(member, None).listed()
 
     def _listed(self, member: Member) -> Listed | None:
         with self._lock:
             running = self._running.get(member.name)
-        changed = None if running is None else running.changed
+        is_running = running is not None and running.bridge.is_alive
+        changed = running.changed if running is not None and is_running else None
         return changed or self._catalogue.listed(member.key(self._declared))
 
     def _now(self) -> tuple[Sequence[Member], GroupLists]:
@@ -419,13 +456,16 @@ class Group(OwnedBackend):
         """A running server says that its lists have changed: they are asked for, for this session
         alone, and then the client is told the same. Never waits.
         """
-
-        def look() -> Listed:
-            running.changed = running.listed(self._settings.request_timeout)
-            return running.changed
-
+        running.is_changed = True
         key = f"{self.child_id}/{running.serial}"
-        self._catalogue.ask(key, look, partial(self.announce_changes, notification))
+        done = partial(self._note_looked, running, notification)
+        self._catalogue.look(key, running.look_again, done)
+
+    def _note_looked(self, running: _Running, notification: str) -> None:
+        if running.is_changed and running.bridge.is_alive:  # meanwhile once more
+            self.note_changed(running, notification)
+        else:
+            self.announce_changes(notification)
 
     def announce_changes(self, notification: str | None = None) -> None:
         """Has the client told of lists that are others than it has heard, and what `notification`
@@ -443,7 +483,11 @@ class Group(OwnedBackend):
             self._catalogue.timer.call_later(seconds, self._announce_changes)
 
     def _announce_changes(self) -> None:
-        _, lists = self._now()
+        members, lists = self._now()
+        names = {member.name for member in members}
+        for running in self._all_running():
+            if running.member.name not in names:  # a reload has taken it out
+                running.bridge.end_between_calls()
         entries = {method: lists.entries(method) for method in merging.KINDS}
         with self._lock:
             self._is_about_to_announce, self._told_at = False, time.monotonic()
@@ -475,11 +519,15 @@ class Group(OwnedBackend):
 
     def _forward(self, exchange: Exchange, member: Member, request: Request) -> None:
         """Hands a call on; again, to a new process, where the first certainly got nothing of it."""
+        original, resend = exchange.requests, exchange.resend
         exchange.requests = [request]
         exchange.resend = partial(self._forward_again, member)
         try:
             self._send_to(member, exchange)
         except BackendUnreached:
+            if not self.is_alive:  # the session has another backend by now
+                exchange.requests, exchange.resend = original, resend
+                raise
             exchange.resend = None
             self._forward_again(member, exchange)
 
@@ -492,7 +540,11 @@ class Group(OwnedBackend):
     def _send_to(self, member: Member, exchange: Exchange) -> None:
         try:
             running = self._running_of(member, exchange.has_left)
-        except BackendUnreached as error:
+        except BackendExited:
+            if not self.is_alive:
+                raise
+            raise BackendLost(f"{_label(member)}: The server has exited") from None
+        except (BackendUnreached, ServerRefused) as error:
             raise BackendLost(f"{_label(member)}: {error.message}") from error
         except BackendError as error:
             raise _named(error, _label(member)) from error
@@ -511,7 +563,7 @@ class Group(OwnedBackend):
                 if self._running.get(member.name) is not running:
                     continue
                 if not self.is_alive:
-                    raise BackendDraining("The session has ended")
+                    raise BackendExited(_OVER)
                 others = self._starting.get(member.name)
                 if others is None:
                     is_started = self._starting[member.name] = threading.Event()
@@ -531,43 +583,69 @@ class Group(OwnedBackend):
         started = member.start(
             self.child_id, request, running.note_lost, self._is_subscribed_to(member), has_left
         )
-        running.bridge, running.result = started
+        running.begin(started)
         running.bridge.log = self.log
         running.bridge.note_session(self._session)
         with self._lock:
             is_over = not self.is_alive
             if not is_over:
                 self._running[member.name] = running
-            stream = self._stream
         if is_over:
             running.bridge.close()
-            raise BackendDraining("The session has ended")
-        self._restore_state(running)
-        if stream is not None:
-            running.listen(stream)
-        key = member.key(self._declared)
-        look = partial(running.listed, self._settings.request_timeout)
-        self._catalogue.ask(key, look)
+            raise BackendExited(_OVER)
+        running.listen()
+        self._restore_state(running, has_left)
+        self._catalogue.ask(member.key(self._declared), running.listed)
         return running
 
     def _is_subscribed_to(self, member: Member) -> Callable[[], bool]:
         return lambda: member.name in self._subscriptions.values()
 
-    def _restore_state(self, running: _Running) -> None:
-        """Tells a server what the client has told it before, or the group."""
+    def restore(self, requests: Sequence[Request]) -> None:
+        """Takes over the log level and the subscriptions of a group whose place this one takes.
+
+        What is subscribed to starts in the background. Never waits.
+        """
+        with self._lock:
+            for request in requests:
+                if request.method == _SET_LEVEL:
+                    self._level = request.params or _EMPTY
+                elif request.method == _SUBSCRIBE:
+                    uri = merging.text_in(request.params or _EMPTY, "uri")
+                    self._subscriptions[uri] = ""
+        if self._subscriptions:
+            start = partial(copy_context().run, self._start_subscribed)
+            self._catalogue.look(f"{self.child_id}/subscriptions", start)
+
+    def _start_subscribed(self) -> None:
+        self._wait_for_lists(None)
+        members, lists = self._now()
+        found = [lists.owners.find(uri) for uri in list(self._subscriptions)]
+        for number in {one.number for one in found if one is not None}:
+            with contextlib.suppress(ProxyError):  # its next call says why
+                self._running_of(members[number], None)
+
+    def _restore_state(self, running: _Running, has_left: Callable[[], bool] | None) -> None:
+        """Tells a server what the client has told it before, or the group; what it does not take
+        in time it goes on without.
+        """
         requests: list[Request] = []
         if self._level is not None and running.can("logging"):
             requests.append(Request("mcp-proxy-level", _SET_LEVEL, self._level))
-        with self._lock:
-            mine = [uri for uri, name in self._subscriptions.items() if name == running.member.name]
-        _, lists = self._now()
-        for number, uri in enumerate(mine):
+        members, lists = self._now()
+        for number, uri in enumerate(list(self._subscriptions)):
             found = lists.owners.find(uri)
-            if found is not None:
+            if found is not None and members[found.number].name == running.member.name:
+                self._subscriptions[uri] = running.member.name
                 params = jsonrpc.as_payload({"uri": found.uri})
                 requests.append(Request(f"mcp-proxy-subscribe-{number}", _SUBSCRIBE, params))
+        until = time.monotonic() + RESTORE_TIME
         for request in requests:
-            handshake.ask(running.bridge, request, self._settings.request_timeout)
+            try:
+                left = max(0.1, until - time.monotonic())
+                handshake.ask(running.bridge, request, left, has_left)
+            except (BackendError, ServerRefused) as error:
+                log.warning("[%s] %s was not restored: %s", self.name, request.method, error)
 
     def _set_level(self, request: Request, has_left: Callable[[], bool] | None) -> None:
         """Tells the running servers, which have it before the calls that follow; the others when
@@ -576,7 +654,9 @@ class Group(OwnedBackend):
         self._level = request.params or _EMPTY
         for running in self._all_running():
             if running.can("logging") and running.bridge.is_alive:
-                with contextlib.suppress(BackendError):  # its next start gets the level
+                with contextlib.suppress(
+                    BackendError, ServerRefused
+                ):  # its next start gets the level
                     handshake.ask(running.bridge, request, LEVEL_WAIT, has_left)
 
     def note_lost(self, running: _Running) -> None:
@@ -603,12 +683,19 @@ class Group(OwnedBackend):
         if older is not None:
             older.end(replaced=True)
         for running in self._all_running():
-            running.listen(exchange)
+            running.listen()
 
     def _note_read(self) -> None:
         """The client has read something: what had to wait for that goes on."""
         for running in self._all_running():
             running.pass_on()
+        for inner in list(self._submitted):
+            inner.pass_on()
+
+    @property
+    def stream(self) -> Exchange | None:
+        """The standing stream of the client."""
+        return self._stream
 
     def end_stream(self) -> None:
         if self._submitted:
@@ -616,7 +703,7 @@ class Group(OwnedBackend):
         with self._lock:
             stream, self._stream = self._stream, None
         for running in self._all_running():
-            running.listen(None)
+            running.listen()
         if stream is not None:
             stream.end()
 
@@ -624,7 +711,8 @@ class Group(OwnedBackend):
 
     def _attach(self, exchange: Exchange) -> None:
         """The exchange is answered here."""
-        exchange.attach(self, self.log if exchange.accepts_stream else None)
+        is_logged = exchange.accepts_stream and exchange.may_be_logged
+        exchange.attach(self, self.log if is_logged else None)
         with self._lock:
             self._posts.add(exchange)
 
@@ -679,9 +767,14 @@ class Group(OwnedBackend):
                 self._stream = None
         if is_stream:
             for running in self._all_running():
-                running.listen(None)
-            for message in exchange.drain():
-                self._say(message)
+                running.listen()
+            self._close_submitted()
+
+    def _close_submitted(self) -> None:
+        """Nobody is there any more for answers that were to come on the standing stream."""
+        for inner in list(self._submitted):
+            self._submitted.discard(inner)
+            inner.exchange.close()
 
     def expire_left_calls(self) -> None:
         for running in self._all_running():
@@ -692,7 +785,8 @@ class Group(OwnedBackend):
     @property
     def is_busy(self) -> bool:
         is_gathering = any(not exchange.is_closed for exchange in list(self._posts))
-        return is_gathering or any(each.bridge.is_busy for each in self._all_running())
+        is_sending = bool(self._under_way or self._submitted)
+        return is_gathering or is_sending or any(r.bridge.is_busy for r in self._all_running())
 
     @property
     def is_watched(self) -> bool:
@@ -700,10 +794,11 @@ class Group(OwnedBackend):
 
     def is_idle(self, seconds: float) -> bool:
         with self._lock:
-            is_needed = bool(self._posts or self._starting) or self._stream is not None
+            is_needed = bool(self._posts or self._starting or self._under_way or self._stream)
         if is_needed or time.monotonic() - self.last_used < seconds:
             return False
-        return all(running.bridge.is_idle(seconds) for running in self._all_running())
+        alive = (running.bridge for running in self._all_running() if running.bridge.is_alive)
+        return all(bridge.is_idle(seconds) for bridge in alive)
 
     def stop_if_idle(self, seconds: float) -> bool:
         if not self.is_idle(seconds):
@@ -736,10 +831,11 @@ class Group(OwnedBackend):
             for request in exchange.requests:
                 data = jsonrpc.encode_error(PROXY_ERROR, failure.message, request.id)
                 exchange.offer(ServerMessage(data, is_response=True, failure=failure))
-        if stream is not None:
-            stream.end()
         for each in running:
             each.bridge.close(failure)
+        if stream is not None:
+            stream.end()
+        self._close_submitted()
 
 
 class _Running:
@@ -754,10 +850,29 @@ class _Running:
     def __init__(self, group: Group, member: Member, serial: int) -> None:
         self.member = member
         self.serial = serial
-        #: Its lists, once it has changed them.
+        #: Its lists, once it has changed them, and whether it has done so again since.
         self.changed: Listed | None = None
+        self.is_changed = False
         self._group = group
+        self._lock = threading.Lock()  # guards _listening
         self._listening: _Inner | None = None
+
+    def begin(self, started: Started) -> None:
+        """The server has answered initialize."""
+        self.bridge, self.result = started
+        self.bridge.on_notice = self._take_notice
+
+    def _take_notice(self, notification: Notification) -> bool:
+        """Whether a notification is for the group: that a list has changed. Quick."""
+        if notification.method not in merging.CHANGED:
+            return False
+        self._group.note_changed(self, notification.method)
+        return True
+
+    def look_again(self) -> None:
+        """Asks for the lists that have changed."""
+        self.is_changed = False
+        self.changed = self.listed()
 
     def is_usable(self) -> bool:
         """Whether calls can be sent; one of an older form of its server ends between two."""
@@ -775,21 +890,22 @@ class _Running:
         """The server is lost."""
         self._group.note_lost(self)
 
-    def listed(self, timeout: float) -> Listed:
-        """What the server lists, all pages; raises ProxyError."""
+    def listed(self) -> Listed:
+        """What the server lists, all pages, in `LOOK_TIME` seconds; raises ProxyError."""
+        until = time.monotonic() + LOOK_TIME
         lists = {
-            method: self._entries(method, timeout) if self.can(capability) else []
+            method: self._entries(method, until) if self.can(capability) else []
             for method, capability in merging.CAPABILITY.items()
         }
         return Listed(self.result, lists)
 
-    def _entries(self, method: str, timeout: float) -> list[Raw]:
+    def _entries(self, method: str, until: float) -> list[Raw]:
         found: list[Raw] = []
         cursors: list[str | None] = [None]
         for number in range(_MAX_PAGES):
             params = jsonrpc.as_payload({"cursor": cursors[-1]}) if cursors[-1] else UNSET
             request = Request(f"mcp-proxy-{method}-{number}", method, params)
-            answer = handshake.ask(self.bridge, request, timeout)
+            answer = handshake.ask(self.bridge, request, max(0.1, until - time.monotonic()))
             if answer.result is UNSET:
                 break
             entries, cursor = merging.entries_of(answer.result, method)
@@ -800,38 +916,42 @@ class _Running:
             cursors.append(cursor)
         return found
 
-    def listen(self, stream: Exchange | None) -> None:
-        """Has what names no call come on a stream of the client's, or wait where there is none."""
-        older, self._listening = self._listening, None
-        if older is not None:
-            older.exchange.close()
-        if stream is None or not self.bridge.is_alive:
-            return
-        exchange = Exchange()
-        exchange.rewrite = self.shown
-        exchange.attach(self.bridge)
-        self._listening = _Inner(exchange, stream)
-        self.bridge.deliver_to(exchange)
+    def listen(self) -> None:
+        """Has what names no call come on the client's standing stream, or wait where there is
+        none.
+        """
+        with self._lock:
+            older, self._listening = self._listening, None
+            if older is not None:
+                older.exchange.close()
+            stream = self._group.stream
+            if stream is None or not self.bridge.is_alive:
+                return
+            exchange = Exchange()
+            exchange.rewrite = self.shown
+            exchange.attach(self.bridge)
+            self._listening = _Inner(exchange, stream)
+        with contextlib.suppress(BackendError):  # it has ended meanwhile
+            self.bridge.deliver_to(exchange)
 
     def pass_on(self) -> None:
         """The client of the standing stream has room again."""
-        if self._listening is not None:
-            self._listening.pass_on()
+        listening = self._listening
+        if listening is not None:
+            listening.pass_on()
 
     # --- what the client gets of it --------------------------------------------------------------
 
     def shown(self, message: ServerMessage) -> ServerMessage | None:
-        """A message as the client gets it; None where it gets none. Quick."""
+        """A message as the client gets it; None where it gets none."""
         if message.failure is not None:
             return self._shown_failure(message, message.failure)
         if message.is_response:
-            return message._replace(data=self._with_own_uris(message.data))
+            plain = refusals.as_plain_error(message.data)  # a challenge is not for the group
+            return message._replace(data=self._with_own_uris(plain))
         parsed = jsonrpc.parse_message(message.data)
         if isinstance(parsed, Response):
             return message
-        if parsed.method in merging.CHANGED:
-            self._group.note_changed(self, parsed.method)
-            return None
         changed = self._shown(parsed)
         return message if changed is parsed else message._replace(data=jsonrpc.encode(changed))
 
@@ -859,16 +979,21 @@ class _Running:
     def _with_own_uris(self, data: bytes) -> bytes:
         if b"uri" not in data and b"Uri" not in data:
             return data
-        return self._group.with_uris(self.member, data)
+        return merging.without_structured(data, partial(self._group.with_uris, self.member))
 
     def public_id(self, own: RequestId) -> str:
         """The id of a question of the server, as the client knows it."""
-        return f"{self.serial}.{msgspec.json.encode(own).decode()}"
+        return f"{self._name}.{msgspec.json.encode(own).decode()}"
+
+    @property
+    def _name(self) -> str:
+        """What no other running server has ever had, also of a group that was here before."""
+        return f"{self._group.child_id[:6]}{self.serial}"
 
     def own_id(self, public: RequestId) -> RequestId | None:
         """The server's id of a question; None where the question is another's."""
         number, dot, own = str(public).partition(".")
-        if not dot or number != str(self.serial):
+        if not dot or number != self._name:
             return None
         return jsonrpc.id_of(Raw(own.encode()))
 
@@ -927,17 +1052,22 @@ class _Batch:
     """A batch whose requests are for several servers: each is sent for itself."""
 
     def __init__(self, exchange: Exchange, log: StreamLog | None) -> None:
-        exchange.attach(self, log)
+        exchange.attach(self, log, on_read=self._note_read)
         self._inner: list[_Inner] = []
         for request in exchange.requests:
             own = Exchange([request], exchange.accepts_stream, exchange.timeout)
             own.has_left, own.headers = exchange.has_left, exchange.headers
+            own.spans, own.may_be_logged = exchange.spans, False
             self._inner.append(_Inner(own, exchange))
 
     def send(self, dispatch: Callable[[Exchange], object]) -> None:
         """Has each request sent."""
         for inner in self._inner:
             inner.send(dispatch)
+
+    def _note_read(self) -> None:
+        for inner in self._inner:
+            inner.pass_on()
 
     def stream_begun(self, exchange: Exchange) -> None:
         """Does nothing: no server need know."""

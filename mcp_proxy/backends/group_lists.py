@@ -124,7 +124,7 @@ class GroupLists:
         return [Raw(self.owners.shown_in(number, bytes(entry))) for entry in entries]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def lists_of(parts: tuple[Part, ...]) -> GroupLists:
     """The lists of these servers; the same object for the same servers."""
     return GroupLists(parts)

@@ -42,6 +42,8 @@ class Peer(Protocol):
     pid: int
     #: Those of the last client; a process has no use for them.
     headers: Mapping[str, str]
+    #: Whether its answers may say with which HTTP status a request was refused.
+    may_refuse: bool
     #: Requests, by the ids that it knows them by, of which it certainly got nothing.
     untaken: Collection[RequestId]
 

@@ -142,6 +142,7 @@ class Upstream:
         on_exit: Callable[[str], object],
     ) -> None:
         self.label = label
+        self.may_refuse = True
         self.stderr_tail: list[str] = []
         self.session = ""
         self.end_sentence = "The server was lost"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import msgspec
 
@@ -19,7 +20,7 @@ from mcp_proxy.backends.group import Started
 from mcp_proxy.backends.owned import OwnedBackend, called_by
 from mcp_proxy.errors import BackendError, BackendNotStarted
 from mcp_proxy.ownership.owner import Owner
-from mcp_proxy.servers import GroupMember
+from mcp_proxy.servers import GroupMember, Served
 from mcp_proxy.wire.jsonrpc import Request
 
 
@@ -41,6 +42,7 @@ class OwnedMember:
         self.schemes = frozenset(member.schemes)
         self._owner = owner
         self._headers_of = headers_of
+        self._form: tuple[Served | None, bytes] = (None, b"")
 
     def __repr__(self) -> str:
         return f"<OwnedMember {self.name} as {self.prefix!r}>"
@@ -49,10 +51,16 @@ class OwnedMember:
         """What its lists are known by: the same for what starts the same process for a caller."""
         values = caller_env.current_values()
         of_caller = b"" if values is None else caller_env.as_text(values)
-        server = msgspec.json.encode(self._owner.server)
-        parts = (server, declared, of_caller)
-        digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-        return f"{self.name}/{digest}"
+        return _key(self.name, self._encoded(), declared, of_caller)
+
+    def _encoded(self) -> bytes:
+        """What starts the process; encoded once for each form of the server."""
+        server, encoded = self._form
+        if server is not self._owner.server:
+            server = self._owner.server
+            encoded = msgspec.json.encode(server)
+            self._form = (server, encoded)
+        return encoded
 
     def headers_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """The headers of a client's request that the server gets."""
@@ -112,6 +120,12 @@ class OwnedMember:
         owner.lend(bridge, is_needed)
         owner.backoff.note_success()
         return Started(bridge, result)
+
+
+@lru_cache(maxsize=1024)
+def _key(name: str, server: bytes, declared: bytes, of_caller: bytes) -> str:
+    digest = hashlib.sha256(b"\0".join((server, declared, of_caller))).hexdigest()[:32]
+    return f"{name}/{digest}"
 
 
 class AbsentMember:

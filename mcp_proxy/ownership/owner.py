@@ -30,6 +30,7 @@ from mcp_proxy.auth.caller_env import CallerEnv, EnvFor, Values
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, wait_for
+from mcp_proxy.backends.group import Group
 from mcp_proxy.backends.owned import OwnedBackend, Starter
 from mcp_proxy.backends.switchboard import Switchboard
 from mcp_proxy.background import KeyedExecutor, Periodic, TimerWorker, Workers
@@ -175,7 +176,7 @@ class Owner:
         options: ProxyOptions,
         starter: Starter | None = None,
         env_for: EnvFor | None = None,
-        make: Callable[[], OwnedBackend] | None = None,
+        make: Callable[[], Group] | None = None,
     ) -> None:
         self.server, self._options, self._env_for, self._make = server, options, env_for, make
         #: What children get of their caller; None: nothing.
@@ -853,7 +854,12 @@ class Owner:
             raise SessionEnded
         requests = handshake.recorded(body, version, session.metadata.get(RESUME))
         self._open_mailbox()
-        bridge = self.spawn() if self._make is None else self._make()
+        if self._make is not None:
+            group = self._make()
+            handshake.replay(group, requests[:1], version, _REPLAY_TIME)
+            group.restore(requests[1:])
+            return group
+        bridge = self.spawn()
         try:
             handshake.replay(bridge, requests, version, _REPLAY_TIME)
         except BaseException:
@@ -958,6 +964,10 @@ class Owner:
             self._seen.pop(held.session_id, None)
         return held
 
+    def _lent_copy(self) -> list[Bridge]:
+        with self._lock:
+            return list(self._lent)
+
     def _held_copy(self) -> dict[str, _Held]:
         with self._lock:
             return dict(self._held)
@@ -1009,9 +1019,7 @@ class Owner:
                     "[%s] is another server now; a process of the old one ends", held.backend.name
                 )
                 self._give_up(held.session_id, url)
-        with self._lock:
-            lent = list(self._lent)
-        for bridge in lent:
+        for bridge in self._lent_copy():
             if bridge.is_outdated:
                 bridge.end_between_calls()
         with self._lock:
@@ -1048,8 +1056,9 @@ class Owner:
         """Why no session can begin here: all are taken and none can give way; None if one can."""
         limit, seconds = self._options.max_sessions, self._options.evict_after
         held = [one.backend for owner in self._owners for one in owner._held_copy().values()]
-        taken = sum(backend.size for backend in held)
-        if taken < limit or any(backend.is_idle(seconds) for backend in held):
+        lent = [bridge for owner in self._owners for bridge in owner._lent_copy()]
+        taken = len(lent) + sum(backend.size for backend in held)
+        if taken < limit or any(backend.is_idle(seconds) for backend in (*held, *lent)):
             return None
         return f"all {limit} sessions of this worker are taken"
 
@@ -1060,7 +1069,8 @@ class Owner:
     @property
     def is_busy(self) -> bool:
         """Whether a client waits for an answer, that to its initialize included."""
-        return self._pending > 0 or any(backend.is_busy for backend in self.backends)
+        busy = any(backend.is_busy for backend in (*self.backends, *self._lent_copy()))
+        return self._pending > 0 or busy
 
     def end_streams(self) -> None:
         """Ends the standing streams; their clients come back, to another replica."""

@@ -78,6 +78,7 @@ class Child:
         self.session = ""
         self.headers: Mapping[str, str] = {}
         self.untaken: Collection[RequestId] = ()
+        self.may_refuse = False
         self.at_eof = threading.Event()
         #: What its descendants have in their environment.
         self.tag = secrets.token_hex(8)

@@ -104,7 +104,8 @@ class StdioTransport(Transport):
         The owner has been changed before.
         """
         self.options = options
-        self.scopes = self.owner.server.jwt_scopes
+        if not self.owner.is_group:  # whose servers have them
+            self.scopes = self.owner.server.jwt_scopes
         self.rate_limit = CallerLimit.of(
             options, str(self.owner.server), self.manager.storage.rate_counter
         )

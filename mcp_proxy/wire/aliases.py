@@ -25,6 +25,9 @@ _EXPRESSION = re.compile(r"\{[^{}]*\}")
 # What a URI may have as it is (RFC 3986 section 2); the rest is escaped.
 _KEPT = "!#$%&'()*+,/:;=?@[]~"
 
+# URIs of which is remembered how they are shown.
+_MAX_KNOWN = 10_000
+
 # The scheme of the pages that tools show (SEP-1865): hosts look for just that one.
 _UI = "ui"
 
@@ -60,8 +63,10 @@ class ResourceOwners:
     def __init__(self, servers: Sequence[Resources]) -> None:
         self._servers = servers
         self._listed = [{normalised(uri): uri for uri in each.uris} for each in servers]
-        self._templates = [[_parts_of(one) for one in each.templates] for each in servers]
         self._schemes = [_schemes_of(each) for each in servers]
+        # By the scheme of what stands before the first expression; "" fits any.
+        self._by_scheme = [_by_scheme(each.templates) for each in servers]
+        self._known: dict[tuple[int, str], str] = {}  # what is shown; each operation is atomic
         self._by_alias = {same_prefix(each.prefix): i for i, each in enumerate(servers)}
         self._having = [i for i, each in enumerate(servers) if each.has_any]
 
@@ -80,7 +85,7 @@ class ResourceOwners:
             own = self._own(number, uri, plain)
             if own is not None:
                 return Found(number, own)
-            if any(_fits(uri, parts) for parts in self._templates[number]):
+            if self._has_template_for(number, uri):
                 return Found(number, uri)
         scheme = _scheme_of(uri)
         owners = [number for number in self._having if scheme in self._schemes[number]]
@@ -100,9 +105,19 @@ class ResourceOwners:
 
     def shown(self, number: int, uri: str) -> str:
         """A URI of a server as clients get it: the same where it finds its way back."""
-        if self.find(uri) == Found(number, uri) and not self._is_doubtful(number):
-            return uri
-        return alias_of(self._servers[number].prefix, uri)
+        known = self._known.get((number, uri))
+        if known is not None:
+            return known
+        is_found = self.find(uri) == Found(number, uri) and not self._is_doubtful(number)
+        shown = uri if is_found else alias_of(self._servers[number].prefix, uri)
+        if len(self._known) < _MAX_KNOWN:
+            self._known[number, uri] = shown
+        return shown
+
+    def _has_template_for(self, number: int, uri: str) -> bool:
+        by_scheme = self._by_scheme[number]
+        candidates = (*by_scheme.get(_scheme_of(uri), ()), *by_scheme.get("", ()))
+        return any(_fits(uri, parts) for parts in candidates)
 
     def shown_template(self, number: int, template: str) -> str:
         """A template of a server as clients get it.
@@ -197,6 +212,14 @@ def _schemes_of(server: Resources) -> Set[str]:
 def _literal(template: str) -> str:
     """A template up to its first expression."""
     return template.partition("{")[0]
+
+
+def _by_scheme(templates: Sequence[str]) -> dict[str, list[list[str]]]:
+    """The parts of templates by the schemes of the URIs that they are for."""
+    found: dict[str, list[list[str]]] = {}
+    for template in templates:
+        found.setdefault(_scheme_of(_literal(template)), []).append(_parts_of(template))
+    return found
 
 
 def _parts_of(template: str) -> list[str]:

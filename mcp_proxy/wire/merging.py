@@ -5,13 +5,14 @@ Entries of lists keep their bytes but for their names and URIs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import UNSET, Raw
 
 from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.capabilities import drop_tasks
-from mcp_proxy.wire.jsonrpc import Notification, Request
+from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 #: The methods that ask for a list: where the entries are in its result.
 KINDS: Mapping[str, str] = {
@@ -41,6 +42,12 @@ MISSING = "mcp-wsgi-proxy/missing"
 
 # The longest instructions, in characters.
 _MAX_INSTRUCTIONS = 16 * 1024
+
+# The longest reason why a server is missing, in characters.
+_MAX_REASON = 200
+
+_STRUCTURED = b'"structuredContent"'
+_HEADING = re.compile(r"(?m)^(\s*)#")
 
 _SUBSCRIBE, _LIST_CHANGED = "subscribe", "listChanged"
 _TRUE, _EMPTY = Raw(b"true"), Raw(b"{}")
@@ -127,10 +134,19 @@ def _promise_changes(fields: dict[str, Raw]) -> None:
 
 
 def instructions(parts: Sequence[tuple[str, str]], missing: Mapping[str, str]) -> str:
-    """The instructions of several servers, each below its prefix, and which of them are missing."""
-    found = [f"# {prefix}\n\n{text.strip()}" for prefix, text in parts if text.strip()]
-    found += [f"# {name}\n\nThis server is missing: {reason}" for name, reason in missing.items()]
-    return "\n\n".join(found)[:_MAX_INSTRUCTIONS]
+    """The instructions of several servers, each below its prefix, and which of them are missing.
+
+    No server speaks below the heading of another, and none takes the place of the others.
+    """
+    found = [
+        f"# {name}\n\nThis server is missing: {' '.join(reason.split())[:_MAX_REASON]}"
+        for name, reason in missing.items()
+    ]
+    texts = [(prefix, text.strip()) for prefix, text in parts if text.strip()]
+    share = _MAX_INSTRUCTIONS // max(1, len(texts))
+    for prefix, text in texts:
+        found.append(f"# {prefix}\n\n" + _HEADING.sub(r"\1\\#", text)[:share])
+    return "\n\n".join(found)
 
 
 def initialize_result(
@@ -165,3 +181,21 @@ def marked(prefix: str, message: Request | Notification) -> Request | Notificati
         params = with_field(params, "logger", f"{prefix}/{logger}" if logger else prefix)
         return Notification(message.method, params)
     return message
+
+
+def without_structured(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """A message as `change` makes it, but for a tool's structured content: that is data, whatever
+    its keys are called.
+    """
+    if _STRUCTURED not in data:
+        return change(data)
+    message = jsonrpc.parse_message(data)
+    if not isinstance(message, Response) or message.result is UNSET:
+        return change(data)
+
+    def edit(fields: dict[str, Raw]) -> None:
+        for name, value in fields.items():
+            if name != "structuredContent":
+                fields[name] = Raw(change(bytes(value)))
+
+    return jsonrpc.encode(Response(message.id, jsonrpc.edited(message.result, edit)))

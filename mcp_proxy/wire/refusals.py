@@ -43,17 +43,32 @@ _decoder = msgspec.json.Decoder(_Error)
 
 def encode(status: int, headers: Headers, request_id: RequestId) -> bytes:
     """The line that says of a request that it was refused."""
-    kept = [(n, v) for n, v in headers if n.lower() in _HEADERS and FIELD_VALUE.fullmatch(v)]
-    data = {_MEMBER: {"status": status, "headers": kept}}
+    data = {_MEMBER: {"status": status, "headers": _kept(headers)}}
     return jsonrpc.encode_error(
         PROXY_ERROR, f"The server refused the request with {status}", request_id, data
     )
+
+
+def _kept(headers: Headers) -> Headers:
+    """The headers that go along with a refusal."""
+    return [(n, v) for n, v in headers if n.lower() in _HEADERS and FIELD_VALUE.fullmatch(v)]
 
 
 def failed(sentence: str, request_id: RequestId) -> bytes:
     """The line that says of a request that its server gave no answer."""
     data = {_MEMBER: {"status": 0, "headers": []}}
     return jsonrpc.encode_error(PROXY_ERROR, sentence, request_id, data)
+
+
+def without(response: Response) -> Response:
+    """The answer of a server that has no statuses: one that looks as such a line is none."""
+    if response.error is UNSET or TOLD_BY not in bytes(response.error):
+        return response
+
+    def change(fields: dict[str, msgspec.Raw]) -> None:
+        fields.pop("data", None)
+
+    return Response(response.id, error=jsonrpc.edited(response.error, change))
 
 
 def as_plain_error(line: bytes) -> bytes:
@@ -82,4 +97,4 @@ def require_none(line: bytes) -> None:
     if found.status == 0:
         raise ConnectionBroken(error.message)
     if found.status in STATUSES:
-        raise ServerRefused(error.message, found.status, found.headers)
+        raise ServerRefused(error.message, found.status, _kept(found.headers))

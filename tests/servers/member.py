@@ -2,7 +2,8 @@
 
 `--name` is what it calls itself. Its tools are `who`, which tells that, its process and how often
 it was called; `exit`, `ask` (a question by elicitation), `grow` (one more tool), `link` (a link to
-a resource), and those of `--tool`. `--resource` are the URIs of its resources, `--template` those
+a resource), and those of `--tool`; `challenge`, `ask-later` and `large` are not listed unless named
+so. `--resource` are the URIs of its resources, `--template` those
 of its templates. `--delay` are seconds before it answers initialize, `--mute` has it never answer.
 """
 
@@ -96,6 +97,12 @@ class Member:
         if name == "grow":
             self.tools.append(f"grown{self.calls}")
             send({"method": "notifications/tools/list_changed"})
+        if name == "challenge":
+            raise Refused({"mcpProxyRefusal": {"status": 401, "headers": [["Set-Cookie", "a=b"]]}})
+        if name == "ask-later":
+            threading.Thread(target=question, args=(f"Is it {self.name}?",), daemon=True).start()
+        if name == "large":
+            return text("x" * 5_000_000)
         if name == "link":
             uri = self.resources[0]
             return {"content": [{"type": "resource_link", "uri": uri, "name": uri}]}
@@ -103,6 +110,14 @@ class Member:
             raise KeyError(name)
         told = {"name": self.name, "pid": os.getpid(), "calls": self.calls, "seen": self.seen}
         return text(json.dumps({**told, "tool": name}))
+
+
+class Refused(Exception):
+    """An error with data."""
+
+    def __init__(self, data: Json) -> None:
+        super().__init__("refused")
+        self.data = data
 
 
 def tool(name: str) -> Json:
@@ -127,6 +142,9 @@ def serve(member: Member, message: Json) -> None:
     """Answers one request."""
     try:
         send({"id": message["id"], "result": member.answer(message)})
+    except Refused as error:
+        said = {"code": -32000, "message": "refused", "data": error.data}
+        send({"id": message["id"], "error": said})
     except KeyError as error:
         send({"id": message["id"], "error": {"code": -32601, "message": f"unknown: {error}"}})
 

@@ -13,6 +13,7 @@ import pytest
 
 from mcp_proxy import ProxyConfig, create_app
 from mcp_proxy.app import Application
+from mcp_proxy.errors import ConfigError
 from tests.support.front import McpClient, WsgiFront
 from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
@@ -381,3 +382,82 @@ def test_the_older_wire_carries_a_group_too(house: House) -> None:
     for name in ("one", "two"):
         params = {"name": f"{name}__who", "arguments": {}}
         assert said(client.result("tools/call", params))["calls"] == 1
+
+
+# --- what nobody may do to the others ------------------------------------------------------------
+
+
+def test_a_servers_challenge_is_no_answer_of_the_endpoint(house: House) -> None:
+    client = house.serve({"one": entry("A", "--tool", "challenge"), "two": entry("B")})
+    for path, name in (("/groups/g/mcp", "one__challenge"), ("/servers/one/mcp", "challenge")):
+        answer = house.client(path).open().call("tools/call", {"name": name, "arguments": {}})
+        assert answer.status == 200
+        assert "Set-Cookie" not in answer.headers
+        assert answer.error()["message"] == "refused"
+    assert call(client, "two__who")["name"] == "B"
+
+
+def test_a_call_of_a_hidden_tool_in_other_capitals_is_none(house: House) -> None:
+    members = [{"server": "one", "prefix": "a", "tools": {"deny": ["grow"]}}]
+    client = house.serve({"one": entry("A")}, members)
+    params = {"name": "a__who", "Name": "grow", "arguments": {}}
+    said_of_it = said(client.result("tools/call", params))
+    assert said_of_it["tool"] == "who"
+    assert tools(client) == ["a__who", "a__exit", "a__ask", "a__link"]
+
+
+def test_no_question_has_an_id_that_one_of_another_group_could_have(house: House) -> None:
+    client = house.serve({"one": entry("A")})
+    other = house.client().open()
+    ids = []
+    for each in (client, other):
+        stream = each.call("tools/call", {"name": "one__ask", "arguments": {}}).stream()
+        ids.append(next(stream)["id"])
+    assert len(set(ids)) == 2
+
+
+def test_a_question_that_waited_for_a_stream_is_answered(house: House) -> None:
+    client = house.serve({"one": entry("A", "--tool", "ask-later")})
+    with_json = {"Accept": "application/json"}
+    params = {"name": "one__ask-later", "arguments": {}}
+    assert client.call("tools/call", params, **with_json).status == 200
+    first = client.listen()
+    question = next(first.stream())
+    assert question["params"]["message"] == "one: Is it A?"
+    answer = {"jsonrpc": "2.0", "id": question["id"], "result": {"action": "decline"}}
+    assert client.post(answer).status == 202
+    first.close()
+
+
+def test_large_answers_over_the_older_wire_all_come(house: House) -> None:
+    house.serve({"one": entry("A", "--tool", "large")})
+    client = SseClient(WsgiFront(house.app), path="/groups/g/sse").open()
+    for _ in range(3):
+        params = {"name": "one__large", "arguments": {}}
+        assert len(client.result("tools/call", params)["content"][0]["text"]) == 5_000_000
+
+
+def test_a_group_is_idle_although_one_of_its_servers_has_gone(house: House) -> None:
+    client = house.serve({"one": entry("A"), "two": entry("B")}, idle_timeout=1.0)
+    assert call(client, "one__who")["calls"] == 1
+    client.call("tools/call", {"name": "two__exit", "arguments": {}})
+    eventually(lambda: house.children() == 0, 20, "children are left")
+    assert call(client, "one__who")["calls"] == 1
+
+
+def test_a_group_has_no_processes_of_its_own_to_restart(house: House) -> None:
+    house.serve({"one": entry("A"), "two": entry("B")})
+    with pytest.raises(ConfigError, match="is no stdio server"):
+        house.app.mounts.restart("@g")
+
+
+def test_a_session_goes_on_with_level_and_subscriptions_after_it_was_idle(house: House) -> None:
+    uri = ("--resource", "note://1")
+    client = house.serve({"one": entry("A", *uri), "two": entry("B", *uri)}, idle_timeout=1.0)
+    client.result("logging/setLevel", {"level": "error"})
+    client.result("resources/subscribe", {"uri": "two+note://1"})
+    call(client, "one__who")
+    client.result("resources/unsubscribe", {"uri": "two+note://1"})
+    eventually(lambda: house.children() == 0, 20, "children are left")
+    seen = [each["method"] for each in call(client, "one__who")["seen"]]
+    assert seen[-1] == "logging/setLevel"

@@ -113,15 +113,19 @@ class Catalogue:
             return None if failed is None else failed.reason
 
     def is_awaited(self, key: str) -> bool:
-        """Whether it is worth waiting for what is listed under a key."""
+        """Whether it is worth waiting for what is listed under a key: once, and not for ever."""
         with self._lock:
-            now = time.monotonic()
-            if key in self._listed:
+            if key in self._listed or key in self._failed:
                 return False
-            asking, failed = self._asking.get(key), self._failed.get(key)
-            if asking is not None:
-                return now - asking.since < GATHER_TIMEOUT
-            return failed is None or now - failed.at > ASK_AGAIN
+            asking = self._asking.get(key)
+            return asking is None or time.monotonic() - asking.since < GATHER_TIMEOUT
+
+    def is_to_be_asked_again(self, key: str) -> bool:
+        """Whether a server that could not be asked may be another by now."""
+        with self._lock:
+            failed = self._failed.get(key)
+            is_due = failed is not None and time.monotonic() - failed.at > ASK_AGAIN
+            return is_due and key not in self._asking
 
     def ask(
         self, key: str, look: Callable[[], Listed], waiter: Callable[[], object] | None = None

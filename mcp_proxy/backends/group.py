@@ -418,8 +418,11 @@ class Group(OwnedBackend):
         looks: dict[str, Callable[[], Listed]] = {}
         for member in self._members():
             key = member.key(self._declared)
+            look = partial(copy_context().run, self._look_up, member)
             if self._catalogue.is_awaited(key):
-                looks[key] = partial(copy_context().run, self._look_up, member)
+                looks[key] = look
+            elif self._catalogue.is_to_be_asked_again(key):
+                self._catalogue.ask(key, look)
         if looks:
             Gathering(self._catalogue, looks, timeout, done, lambda: self.is_alive).begin()
         else:

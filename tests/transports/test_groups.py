@@ -205,6 +205,24 @@ def test_a_broken_server_is_named_and_the_others_serve(house: House) -> None:
     assert error["message"].startswith("gone: ")
 
 
+def test_a_broken_server_is_told_of_when_it_comes(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for it any more; it is asked again when a list is wanted."""
+    monkeypatch.setattr("mcp_proxy.backends.catalogue.ASK_AGAIN", 0.0)
+    program = tmp_path / "late"
+    servers = {"one": entry("A"), "late": {"command": str(program)}}
+    client = house.serve(servers)
+    assert {name.partition("__")[0] for name in tools(client)} == {"one"}
+    arguments = " ".join(entry("L")["args"])
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} {arguments}\n")
+    program.chmod(0o755)
+    stream = client.listen().stream()
+    tools(client)
+    assert next(stream)["method"] == "notifications/tools/list_changed"
+    assert {name.partition("__")[0] for name in tools(client)} == {"one", "late"}
+
+
 def test_a_list_of_nobody_is_an_error(house: House) -> None:
     client = house.serve({"gone": {"command": "/nonexistent/server"}})
     error = client.call("tools/list").error()

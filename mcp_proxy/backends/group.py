@@ -605,9 +605,8 @@ class Group(OwnedBackend):
         return lambda: member.name in self._subscriptions.values()
 
     def restore(self, requests: Sequence[Request]) -> None:
-        """Takes over the log level and the subscriptions of a group whose place this one takes.
-
-        What is subscribed to starts in the background. Never waits.
+        """Takes over the log level and the subscriptions of a group whose place this one takes,
+        before anything starts.
         """
         with self._lock:
             for request in requests:
@@ -616,6 +615,9 @@ class Group(OwnedBackend):
                 elif request.method == _SUBSCRIBE:
                     uri = merging.text_in(request.params or _EMPTY, "uri")
                     self._subscriptions[uri] = ""
+
+    def start_subscribed(self) -> None:
+        """Has the servers start whose resources the client is subscribed to. Never waits."""
         if self._subscriptions:
             start = partial(copy_context().run, self._start_subscribed)
             self._catalogue.look(f"{self.child_id}/subscriptions", start)

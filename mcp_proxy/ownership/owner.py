@@ -856,8 +856,9 @@ class Owner:
         self._open_mailbox()
         if self._make is not None:
             group = self._make()
-            handshake.replay(group, requests[:1], version, _REPLAY_TIME)
             group.restore(requests[1:])
+            handshake.replay(group, requests[:1], version, _REPLAY_TIME)
+            group.start_subscribed()
             return group
         bridge = self.spawn()
         try:

@@ -277,6 +277,7 @@ class _Spare:
 
     headers: Mapping[str, str] = {}
     untaken: Collection[RequestId] = ()
+    may_refuse = False
 
     def __init__(
         self, server: StdioServer, max_message: int, supervisor: Supervisor, spares: Spares

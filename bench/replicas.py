@@ -161,7 +161,7 @@ class _Simulated:
         self.manager = SessionManager(self._storage.scoped("bench"))
         answering = _Answering()
         self.relay = Relay(self._storage.mailboxes(), _Named(number))
-        self.relay.serve(lambda child: answering, on_lapse=lambda: None)
+        self.relay.serve(lambda child, begins: answering, on_lapse=lambda: None)
         self._streams: list[Exchange] = []
 
     def begin(self, sessions: int) -> None:

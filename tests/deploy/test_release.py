@@ -21,6 +21,7 @@ from tests.support.system_programs import ROOT
 # What a checkout has and a source distribution has not.
 _NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", "node_modules", ".nginx", ".haproxy", ".caddy", ".systemd", "*.egg-info",
+    *(".prometheus", ".chromium*"),
     *("build", "dist", "results", "__pycache__", ".*_cache", ".hypothesis", ".coverage*"),
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 from tests.deploy.fronts import HOST, KINDS, Front, TlsFront
 from tests.support.front import SCRIPTED, HttpFront, McpClient
@@ -81,7 +82,15 @@ def test_the_host_of_the_client_reaches_the_proxy(front: Front) -> None:
 
 def test_a_body_may_have_what_the_proxy_takes_and_no_more(client: McpClient) -> None:
     assert client.result("echo", {"text": "x" * 7_000_000}) == {"text": "x" * 7_000_000}
-    assert client.call("echo", {"text": "x" * _TEN_MIB}).status == 413
+    assert is_refused(client, "x" * _TEN_MIB)
+
+
+def is_refused(client: McpClient, text: str) -> bool:
+    """Whether a body is too large. Who closes before all of it has come may not be heard."""
+    try:
+        return client.call("echo", {"text": text}).status == 413
+    except requests.ConnectionError:
+        return True
 
 
 def test_without_these_settings_the_public_name_is_refused() -> None:

@@ -453,8 +453,9 @@ def test_an_owner_without_a_free_thread_is_relayed_to(redis_url: str, redis_pref
         clients = [pair.at(owner) for _ in range(4)]
         for number, client in enumerate(clients):  # one session has two threads at the most
             client.send_raw(request("sleep", {"seconds": 2}, (session, second)[number % 2]))
+        # It may have been offered to the owner first, and taken back.
         answered = pair.at(other).call("echo", {"a": 1}, session)
-        assert (answered.worker, answered.is_passed, answered.result) == (other, False, {"a": 1})
+        assert (answered.worker, answered.result) == (other, {"a": 1})
         for client in clients:
             assert client.got().status == 200
 

@@ -38,11 +38,15 @@ print(int(heap[0], 16) <= id(block) < int(heap[1], 16))
 """
 
 
-@pytest.mark.parametrize(("told", "expected"), [({}, 0), ({"MALLOC_ARENA_MAX": "4"}, 3)])
-def test_the_threads_of_a_worker_share_a_heap(told: dict[str, str], expected: int) -> None:
+@pytest.mark.parametrize(("told", "expected"), [({}, (0, 1)), ({"MALLOC_ARENA_MAX": "4"}, (3, 3))])
+def test_the_threads_of_a_worker_share_a_heap(
+    told: dict[str, str], expected: tuple[int, int]
+) -> None:
+    """But for one that may have begun before the worker says so."""
+    least, most = expected
     with ProxyProcess(options=["--threads", "16"], environment=told) as process:
         (worker,) = process.worker_pids()
-        assert arenas(worker) == expected
+        assert least <= arenas(worker) <= most
 
 
 @pytest.mark.parametrize(

@@ -426,38 +426,58 @@ def test_a_killed_owner_takes_no_request_with_it_that_it_had_not_begun(pair: Pai
     assert time.monotonic() - begun < 20
 
 
-def test_an_owner_without_a_file_for_a_connection_is_relayed_to(pair: Pair) -> None:
-    session, owner = pair.open()
-    other = pair.other(owner)
-    assert pair.at(other).call("count", {}, session).is_passed
-    clients = [pair.at(other) for _ in range(4)]
-    before = resource.prlimit(owner, resource.RLIMIT_NOFILE)
-    resource.prlimit(owner, resource.RLIMIT_NOFILE, (3, before[1]))
-    for client in clients:
+@contextmanager
+def occupied(pair: Pair, session: str, owner: int) -> Iterator[None]:
+    """Every thread of the owner, which has four, has a call that waits at its server."""
+    second = next(mine for mine, at in iter(pair.open, None) if at == owner)
+    release = pair.at(pair.other(owner))
+    begun = []
+    for number in range(4):  # one session has two threads at the most
+        mine, name = (session, second)[number % 2], f"held{number}"
+        client = pair.at(owner)
+        params = {"name": name, "_meta": {"progressToken": number}}
+        client.send_raw(request("hold", params, mine))
+        begun.append((mine, name, client.read_head()))  # its progress has come
+    yield
+    for mine, name, answer in begun:
+        assert release.call("release", {"name": name}, mine).status == 200
+        assert answer.status == 200
+        answer.read()
 
-        def is_relayed(client: Client = client) -> bool:
-            """A call that meets the owner while that needs another connection to Redis is lost."""
+
+def test_an_owner_without_a_file_for_a_connection_is_relayed_to(
+    redis_url: str, redis_prefix: str
+) -> None:
+    with pair_over(redis_url, redis_prefix, "--threads", "4") as pair:
+        session, owner = pair.open()
+        other = pair.other(owner)
+        assert pair.at(other).call("count", {}, session).is_passed
+        clients = [pair.at(other) for _ in range(4)]
+        with occupied(pair, session, owner):  # it has its connections to Redis from now on
+            for client in clients:
+                client.send_raw(request("count", {}, session))
+            assert sorted(client.got().result["calls"] for client in clients) == [2, 3, 4, 5]
+        before = resource.prlimit(owner, resource.RLIMIT_NOFILE)
+        resource.prlimit(owner, resource.RLIMIT_NOFILE, (3, before[1]))
+        for number, client in enumerate(clients):
             answered = client.call("count", {}, session)
-            return answered.worker == other and b'"calls"' in answered.body
-
-        eventually(is_relayed, 60)
-    resource.prlimit(owner, resource.RLIMIT_NOFILE, before)
-    eventually(lambda: pair.at(other).call("echo", {}, session).is_passed)
+            assert (answered.worker, answered.result["calls"]) == (other, number + 6)
+        resource.prlimit(owner, resource.RLIMIT_NOFILE, before)
+        eventually(lambda: pair.at(other).call("echo", {}, session).is_passed)
 
 
 def test_an_owner_without_a_free_thread_is_relayed_to(redis_url: str, redis_prefix: str) -> None:
     with pair_over(redis_url, redis_prefix, "--threads", "4") as pair:
         session, owner = pair.open()
         other = pair.other(owner)
-        second = next(mine for mine, at in iter(pair.open, None) if at == owner)
-        clients = [pair.at(owner) for _ in range(4)]
-        for number, client in enumerate(clients):  # one session has two threads at the most
-            client.send_raw(request("sleep", {"seconds": 2}, (session, second)[number % 2]))
-        # It may have been offered to the owner first, and taken back.
-        answered = pair.at(other).call("echo", {"a": 1}, session)
-        assert (answered.worker, answered.result) == (other, {"a": 1})
-        for client in clients:
-            assert client.got().status == 200
+        client = pair.at(other)
+        with occupied(pair, session, owner):
+            answered = client.call("echo", {"a": 1}, session)
+            assert (answered.worker, answered.is_passed, answered.result) == (
+                other,
+                False,
+                {"a": 1},
+            )
 
 
 def test_a_stopping_owner_is_not_offered_anything(pair: Pair) -> None:

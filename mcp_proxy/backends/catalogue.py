@@ -214,7 +214,7 @@ class Gathering:
     `done` once; at the latest after `timeout` seconds.
 
     `looks` has for each key what looks its lists up. Once nobody wants them (`is_wanted`) nothing
-    is called any more.
+    is waited for any more.
     """
 
     def __init__(
@@ -245,9 +245,10 @@ class Gathering:
 
     def _look(self) -> None:
         """Asks for what is awaited, also where somebody else who has asked has left meanwhile."""
-        if self._is_over or not self._is_wanted():
+        if self._is_over:
             return
-        awaited = self._awaited() if time.monotonic() < self._until else []
+        may_wait = self._is_wanted() and time.monotonic() < self._until
+        awaited = self._awaited() if may_wait else []
         for key in awaited:
             self._catalogue.ask(key, self._looks[key], self._look)
         if not awaited:

@@ -100,6 +100,21 @@ _BY_NAME = frozenset({"tools/call", "prompts/get"})
 _BY_URI = frozenset({"resources/read", _SUBSCRIBE, _UNSUBSCRIBE})
 
 
+class Wanted(NamedTuple):
+    """A server that a group wants to be started.
+
+    `session` is what the pauses between its starts are remembered by; `on_lost` is called when it
+    is lost; `is_needed` says whether it must not be stopped for others although nobody calls it;
+    `has_left` whether the client has left that waits for it.
+    """
+
+    session: str
+    initialize: Request
+    on_lost: Callable[[OwnedBackend], object]
+    is_needed: Callable[[], bool]
+    has_left: Callable[[], bool] | None
+
+
 class Started(NamedTuple):
     """A server that has answered initialize, by `result`."""
 
@@ -118,18 +133,8 @@ class Member(Protocol):
     def key(self, declared: bytes) -> str:
         """What its lists are known by, for a client that has declared these capabilities."""
 
-    def start(
-        self,
-        session: str,
-        initialize: Request,
-        on_lost: Callable[[OwnedBackend], object],
-        is_needed: Callable[[], bool],
-        has_left: Callable[[], bool] | None,
-    ) -> Started:
-        """Starts the server for a session; raises ProxyError.
-
-        `is_needed` says whether it must not be stopped for others although nobody calls it.
-        """
+    def start(self, wanted: Wanted) -> Started:
+        """Starts the server for a session; raises ProxyError."""
 
     def headers_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """The headers of a client's request that it gets."""
@@ -583,10 +588,9 @@ class Group(OwnedBackend):
     def _start(self, member: Member, has_left: Callable[[], bool] | None) -> _Running:
         running = _Running(self, member, next(self._serials))
         request = Request(f"mcp-proxy-{INITIALIZE}", INITIALIZE, self._params)
-        started = member.start(
-            self.child_id, request, running.note_lost, self._is_subscribed_to(member), has_left
-        )
-        running.begin(started)
+        is_needed = self._is_subscribed_to(member)
+        wanted = Wanted(self.child_id, request, running.note_lost, is_needed, has_left)
+        running.begin(member.start(wanted))
         running.bridge.log = self.log
         running.bridge.note_session(self._session)
         with self._lock:
@@ -659,9 +663,8 @@ class Group(OwnedBackend):
         self._level = request.params or _EMPTY
         for running in self._all_running():
             if running.can("logging") and running.bridge.is_alive:
-                with contextlib.suppress(
-                    BackendError, ServerRefused
-                ):  # its next start gets the level
+                # Its next start gets the level in any case.
+                with contextlib.suppress(BackendError, ServerRefused):
                     handshake.ask(running.bridge, request, LEVEL_WAIT, has_left)
 
     def note_lost(self, running: _Running) -> None:

@@ -16,12 +16,11 @@ import msgspec
 from mcp_proxy.auth import caller_env
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.group import Started
+from mcp_proxy.backends.group import Started, Wanted
 from mcp_proxy.backends.owned import OwnedBackend, called_by
 from mcp_proxy.errors import BackendError, BackendNotStarted
 from mcp_proxy.ownership.owner import Owner
 from mcp_proxy.servers import GroupMember, Served
-from mcp_proxy.wire.jsonrpc import Request
 
 
 class OwnedMember:
@@ -66,58 +65,43 @@ class OwnedMember:
         """The headers of a client's request that the server gets."""
         return headers if self._headers_of is None else self._headers_of(headers)
 
-    def start(
-        self,
-        session: str,
-        initialize: Request,
-        on_lost: Callable[[OwnedBackend], object],
-        is_needed: Callable[[], bool],
-        has_left: Callable[[], bool] | None = None,
-    ) -> Started:
-        """A child that has answered `initialize` and knows that it is initialized.
+    def start(self, wanted: Wanted) -> Started:
+        """A child that has answered initialize and knows that it is initialized.
 
-        `session` is what the pauses between its starts are remembered by. Raises ProxyError where
-        it cannot be started.
+        Raises ProxyError where it cannot be started.
         """
         owner = self._owner
-        owner.backoff.require_over(session)
+        owner.backoff.require_over(wanted.session)
         owner.reserve()
         try:
             with (
                 called_by(self.headers_for({})),
-                owner.turns.take(owner.options.request_timeout, has_left),
+                owner.turns.take(owner.options.request_timeout, wanted.has_left),
             ):
-                return self._started(session, initialize, on_lost, is_needed, has_left)
+                return self._started(wanted)
         except BackendError as error:
             owner.backoff.note_failure(error)
-            owner.backoff.note_exit(session, lifetime=0)
+            owner.backoff.note_exit(wanted.session, lifetime=0)
             raise
         finally:
             owner.unreserve()
 
-    def _started(
-        self,
-        session: str,
-        initialize: Request,
-        on_lost: Callable[[OwnedBackend], object],
-        is_needed: Callable[[], bool],
-        has_left: Callable[[], bool] | None,
-    ) -> Started:
+    def _started(self, wanted: Wanted) -> Started:
         owner = self._owner
 
         def note_lost(backend: OwnedBackend) -> None:
             owner.count_lost(backend)
-            owner.backoff.note_exit(session, time.monotonic() - backend.started)
-            on_lost(backend)
+            owner.backoff.note_exit(wanted.session, time.monotonic() - backend.started)
+            wanted.on_lost(backend)
 
         bridge: Bridge = owner.spawn(on_lost=note_lost)
         try:
             timeout = owner.options.request_timeout
-            result = handshake.initialized(bridge, initialize, timeout, has_left)
+            result = handshake.initialized(bridge, wanted.initialize, timeout, wanted.has_left)
         except BaseException:
             bridge.close()
             raise
-        owner.lend(bridge, is_needed)
+        owner.lend(bridge, wanted.is_needed)
         owner.backoff.note_success()
         return Started(bridge, result)
 
@@ -146,13 +130,6 @@ class AbsentMember:
         """It gets nothing."""
         return headers
 
-    def start(
-        self,
-        session: str,
-        initialize: Request,
-        on_lost: Callable[[OwnedBackend], object],
-        is_needed: Callable[[], bool],
-        has_left: Callable[[], bool] | None = None,
-    ) -> Started:
+    def start(self, wanted: Wanted) -> Started:
         """Raises BackendNotStarted."""
         raise BackendNotStarted(f"The server is not served: {self._reason}")

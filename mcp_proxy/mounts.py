@@ -10,13 +10,10 @@ ends once no call needs it; until then what those calls may need is passed on.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
@@ -24,20 +21,18 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mcp_proxy.auth.caller_env import EnvFor
 from mcp_proxy.auth.protected_resource import MOUNT, ProtectedResource
-from mcp_proxy.backends.catalogue import GATHER_TIMEOUT, Catalogue
-from mcp_proxy.backends.group import Group, Member, Settings
+from mcp_proxy.backends.group import Group
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.forwarded import mount_of
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import ConfigError, NotFound, ServerRemoved
-from mcp_proxy.ownership.members import AbsentMember, OwnedMember
+from mcp_proxy.group_mounts import GroupMounts
 from mcp_proxy.ownership.memory import Memory
 from mcp_proxy.ownership.owner import Owner, ReplicaParts
 from mcp_proxy.server_table import is_other_process
 from mcp_proxy.servers import (
-    GroupMember,
     HttpServer,
     Served,
     Server,
@@ -130,8 +125,7 @@ class Mounts:
         self._lock = threading.Lock()  # guards changes
         self._leaving: tuple[_Leaving, ...] = ()
         self._keeps_spares = False
-        #: What the servers of groups list.
-        self._catalogue = Catalogue(parts.timer, max(4, 2 * (os.cpu_count() or 1)))
+        self._groups = GroupMounts(config, parts, edge, lambda: self.current)
         made = {server.name: self._transports_of(server) for server in servers}
         #: What serves requests just now.
         self.current = self._composed({server.name: server for server in servers}, made, {})
@@ -249,10 +243,13 @@ class Mounts:
             for backend in owner.backends:
                 if isinstance(backend, Group):
                     backend.announce_changes()
+        for transport in self.transports:
+            if isinstance(transport, StreamableProxy) and transport.together is not None:
+                transport.together.announce_changes()
 
     def close(self) -> None:
         """Asks no server for its lists any more."""
-        self._catalogue.close()
+        self._groups.close()
 
     def _made(self, servers: Sequence[Server]) -> dict[str, _Transports]:
         """New transports in front of these; raises ConfigError, and then there are none."""
@@ -335,7 +332,11 @@ class Mounts:
         manager = SessionManager(storage, unknown_status=self._config.unknown_status)
         manager.replica = self._parts.replica
         if isinstance(server, ServerGroup):
-            return self._in_front_of(self._owner_of_group(server, manager), self._config)
+            made = self._in_front_of(self._groups.owner(server, manager), self._config)
+            for transport in made.values():
+                if isinstance(transport, StreamableProxy):
+                    transport.together = self._groups.front(server.name)
+            return made
         options = _options_for(server, self._config)
         if isinstance(server, StdioServer):
             owner = Owner(server, manager, self._parts, options, env_for=self._env_for)
@@ -353,33 +354,6 @@ class Mounts:
         proxy.server_name, proxy.scopes = server.name, server.jwt_scopes
         return {"": proxy}
 
-    def _owner_of_group(self, group: ServerGroup, manager: SessionManager) -> Owner:
-        settings = Settings(
-            group.name, version("mcp-wsgi-proxy"), self._config.request_timeout, GATHER_TIMEOUT
-        )
-
-        def make() -> Group:
-            return Group(partial(self._members_of, group.name), self._catalogue, settings)
-
-        return Owner(group, manager, self._parts, self._config, make=make)
-
-    def _members_of(self, name: str) -> list[Member]:
-        """The servers of a group, as they are now."""
-        group = self.current.servers.get(name)
-        if not isinstance(group, ServerGroup):
-            return []
-        return [self._member_of(member) for member in group.members]
-
-    def _member_of(self, member: GroupMember) -> Member:
-        transport = next(iter(self.current.transports.get(member.server, {}).values()), None)
-        if isinstance(transport, StdioTransport):
-            return OwnedMember(member, transport.owner)
-        if isinstance(transport, TransparentProxy) and transport.bridge_owner is not None:
-            return OwnedMember(member, transport.bridge_owner, transport.own_headers)
-        server = self.current.servers.get(member.server)
-        reason = server.reason if isinstance(server, UnservedServer) else "it is not served"
-        return AbsentMember(member, reason)
-
     def _in_front_of(self, owner: Owner, options: ProxyConfig) -> _Transports:
         """The transports of what has a process for each session."""
         made: _Transports = {}
@@ -394,11 +368,9 @@ class Mounts:
         transports: Mapping[str, _Transports],
         removed: Mapping[str, _Transports],
     ) -> Composition:
-        for name, server in servers.items():
+        for server in servers.values():
             if isinstance(server, ServerGroup):
-                scopes = _scopes_of(server, servers)
-                for transport in transports[name].values():
-                    transport.scopes = scopes
+                self._groups.fit(server, servers, transports)
         front = self._dispatcher(
             transports, removed, lambda transport: transport, lambda transport: transport.removed
         )
@@ -502,13 +474,6 @@ def _options_for(server: Served, config: ProxyConfig) -> ProxyConfig:
     if isinstance(server, HttpServer) and server.headers:
         config = replace(config, forward_headers=(*config.forward_headers, *server.headers))
     return config
-
-
-def _scopes_of(group: ServerGroup, servers: Mapping[str, Server]) -> tuple[str, ...]:
-    """The scopes that a token must have for a group: those of all its servers."""
-    members = (servers.get(member.server) for member in group.members)
-    found = (scope for one in members if isinstance(one, Served) for scope in one.jwt_scopes)
-    return tuple(dict.fromkeys(found))
 
 
 def _at_its_server(environ: WSGIEnvironment) -> WSGIEnvironment:

@@ -7,11 +7,13 @@ for which URL it was issued, and which scopes it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
-from mcp_proxy.auth.principal import Caller, until_expiry
+from msgspec.structs import replace
+
+from mcp_proxy.auth.principal import NO_MEMBERS, Caller, until_expiry
 from mcp_proxy.auth.protected_resource import ProtectedResource
 from mcp_proxy.errors import ConfigError, NotPermitted, Unauthenticated
 
@@ -97,8 +99,11 @@ class AccessTokens:
         environ: WSGIEnvironment,
         server: str | None,
         scopes: tuple[str, ...] = (),
+        members: Mapping[str, tuple[str, ...]] = NO_MEMBERS,
     ) -> Caller:
         """Who has a token, None for none, for a request to `server`, which wants these scopes, too.
+
+        Of a group with `members` those of one are enough; the principal may use whose it has.
 
         Raises Unauthenticated, NotPermitted where the token lacks a scope, and KeysUnavailable.
         """
@@ -112,10 +117,16 @@ class AccessTokens:
             reason = error.message
             challenge = self.resource.challenge(environ, scopes, "invalid_token", reason)
             raise Unauthenticated(reason, challenge) from None
-        if missing := self._scopes.union(scopes) - principal.scopes:
+        missing = self._scopes - principal.scopes
+        permitted = [one for one, wanted in members.items() if principal.scopes.issuperset(wanted)]
+        if not permitted:
+            missing |= frozenset(scopes) - principal.scopes
+        if missing:
             reason = f"The token lacks the scope {' '.join(sorted(missing))}"
             challenge = self.resource.challenge(environ, scopes, "insufficient_scope", reason)
             raise NotPermitted(reason, challenge)
+        if len(permitted) < len(members):
+            principal = replace(principal, servers=frozenset(permitted))
         return until_expiry(principal)
 
 

@@ -10,11 +10,19 @@ half a minute.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Self
 
 from mcp_proxy.auth.keys import ApiKeys
-from mcp_proxy.auth.principal import Authenticate, Caller, Principal, bearer_token, until_expiry
-from mcp_proxy.errors import ConfigError, Unauthenticated
+from mcp_proxy.auth.principal import (
+    NO_MEMBERS,
+    Authenticate,
+    Caller,
+    Principal,
+    bearer_token,
+    until_expiry,
+)
+from mcp_proxy.errors import ConfigError, NotPermitted, Unauthenticated
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -99,29 +107,40 @@ class Authenticator:
             self._tokens.stop()
 
     def caller_of(
-        self, environ: WSGIEnvironment, server: str | None, scopes: tuple[str, ...] = ()
+        self,
+        environ: WSGIEnvironment,
+        server: str | None,
+        scopes: tuple[str, ...] = (),
+        members: Mapping[str, tuple[str, ...]] = NO_MEMBERS,
     ) -> Caller:
         """Who sends a request to `server`, None for none of ours, for which an access token needs
         these scopes, too.
+
+        Where that is a group `members` are its servers, with the scopes that each of them needs:
+        one of them that the caller may use is enough, and the principal knows which.
 
         Raises Unauthenticated, NotPermitted where the caller may not use that server, and
         KeysUnavailable where that cannot be found out now.
         """
         caller = None if self._hook is None else _called_back(self._hook, environ)
         if caller is None and self._keys is not None:
-            caller = _with_key(self._keys, environ, server)
+            caller = _with_key(self._keys, environ, server, members)
         if caller is None and self._tokens is not None:
-            caller = self._tokens.caller(bearer_token(environ), environ, server, scopes)
+            caller = self._tokens.caller(bearer_token(environ), environ, server, scopes, members)
         if caller is None:
             raise Unauthenticated
+        if not caller.principal.may_use(server, members):
+            raise NotPermitted("The caller may not use this server")
         return caller
 
 
-def _with_key(keys: ApiKeys, environ: WSGIEnvironment, server: str | None) -> Caller | None:
+def _with_key(
+    keys: ApiKeys, environ: WSGIEnvironment, server: str | None, members: Collection[str]
+) -> Caller | None:
     """Who has a key that a request shows; raises NotPermitted."""
     keys.start()
     for shown in (bearer_token(environ), environ.get("HTTP_X_API_KEY")):
-        caller = None if shown is None else keys.caller(shown.strip(), server)
+        caller = None if shown is None else keys.caller(shown.strip(), server, members)
         if caller is not None:
             return caller
     return None

@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -43,7 +43,7 @@ _BYTES = 32
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}")
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
-_WORDS = re.compile(r"[A-Za-z0-9_.:/-]+(,[A-Za-z0-9_.:/-]+)*")
+_WORDS = re.compile(r"@?[A-Za-z0-9_.:/-]+(,@?[A-Za-z0-9_.:/-]+)*")
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ class Key(msgspec.Struct, frozen=True):
     @property
     def principal(self) -> Principal:
         """Whom the key stands for; the keys of one name stand for the same."""
-        return Principal(f"key:{self.name}", self.scopes, {}, self.expires)
+        return Principal(f"key:{self.name}", self.scopes, {}, self.expires, self.servers)
 
 
 def new_key() -> str:
@@ -242,20 +242,21 @@ class ApiKeys:
             self.doubt = None
             log.info("api_keys: %d keys from now on", len(self._keys))
 
-    def caller(self, key: str, server: str | None) -> Caller | None:
+    def caller(self, key: str, server: str | None, members: Collection[str] = ()) -> Caller | None:
         """Who has a key, for a request to `server`; None where nobody has it, or it has expired.
 
-        Raises NotPermitted where the key is not for that server.
+        Raises NotPermitted where the key is not for that server, nor for one of its `members` where
+        that is a group.
         """
         digest = digest_of(key)
         if (found := self._found(digest)) is None:
             return None
-        if found.servers is not None and server not in found.servers:
+        if not found.principal.may_use(server, members):
             raise NotPermitted("The API key is not for this server")
         counters = metrics.current()
         if counters is not None:
             counters.page.key_uses.note(digest, time.time())
-        return Caller(found.principal, lambda: self._still_has(digest, found, server))
+        return Caller(found.principal, lambda: self._still_has(digest, found, server, members))
 
     def _found(self, digest: str) -> Key | None:
         found = self._keys.get(digest)
@@ -263,12 +264,14 @@ class ApiKeys:
             return None
         return found if found.expires is None or time.time() < found.expires else None
 
-    def _still_has(self, digest: str, began_as: Key, server: str | None) -> bool:
+    def _still_has(
+        self, digest: str, began_as: Key, server: str | None, members: Collection[str]
+    ) -> bool:
         """Whether a key is the same principal's, and still for the server."""
         found = self._found(digest)
         if found is None or found.name != began_as.name:
             return False
-        return found.servers is None or server in found.servers
+        return found.principal.may_use(server, members)
 
 
 def stamp_of(path: str) -> object:

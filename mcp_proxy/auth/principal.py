@@ -7,7 +7,8 @@ alone decides: whoever has it gets what is bound to it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -22,13 +23,28 @@ class Principal(msgspec.Struct, frozen=True):
 
     `scopes` are what the caller may do beyond calling, `claims` what an issuer says of it.
     `expires` ends the standing streams of the caller, in seconds since the epoch; None: never.
+    `servers` are the names of those that the caller may use, `@` and a name for a group; None: all.
     """
 
     name: str
     scopes: frozenset[str] = frozenset()
     claims: dict[str, Any] = {}
     expires: float | None = None  # seconds since the epoch
+    servers: frozenset[str] | None = None
 
+    def may_use(self, server: str | None, members: Collection[str] = ()) -> bool:
+        """Whether the caller may use a server, or a group or at least one of its `members`."""
+        return (
+            self.servers is None or server in self.servers or not self.servers.isdisjoint(members)
+        )
+
+    def may_use_member(self, group: str, server: str) -> bool:
+        """Whether the caller may use a server of a group there: it, or all of the group."""
+        return self.servers is None or group in self.servers or server in self.servers
+
+
+#: The servers of a group, and the scopes that each needs: none, of what is no group.
+NO_MEMBERS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 #: An embedder's own authentication: who calls, None where nobody is known.
 Authenticate = Callable[["WSGIEnvironment"], Principal | None]

@@ -157,7 +157,7 @@ class Catalogue:
         try:
             self._executor.submit(key, lambda: self._ask(key, act))
         except RuntimeError as error:
-            self._note_failure(key, f"It cannot be asked: {error}")
+            self.note_failure(key, f"It cannot be asked: {error}")
             self._note_asked(key)
 
     def note(self, key: str, listed: Listed) -> None:
@@ -189,10 +189,10 @@ class Catalogue:
         except (BackendDraining, BackendExited):
             pass  # who asked has left; somebody else asks again
         except ProxyError as error:
-            self._note_failure(key, error.message)
+            self.note_failure(key, error.message)
         except Exception:
             log.exception("the lists of a server could not be read")
-            self._note_failure(key, "Its lists could not be read")
+            self.note_failure(key, "Its lists could not be read")
         finally:
             self._note_asked(key)
 
@@ -202,7 +202,8 @@ class Catalogue:
         for waiter in asking.waiters:
             waiter()
 
-    def _note_failure(self, key: str, reason: str) -> None:
+    def note_failure(self, key: str, reason: str) -> None:
+        """Why a server has not said what it lists."""
         with self._lock:
             self._failed[key] = _Failed(reason, time.monotonic())
             if len(self._failed) > _MAX_FAILED:

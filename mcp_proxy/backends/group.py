@@ -13,7 +13,6 @@ catalogue ask for lists. One lock guards the tables; everything that waits happe
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import logging
 import threading
@@ -27,7 +26,9 @@ from typing import NamedTuple, Protocol
 import msgspec
 from msgspec import UNSET, Raw
 
-from mcp_proxy.backends import handshake
+from mcp_proxy.auth.caller_env import Values
+from mcp_proxy.auth.group_env import of_server
+from mcp_proxy.backends import group_requests, handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.catalogue import Catalogue, Gathering, Listed
 from mcp_proxy.backends.exchange import (
@@ -38,6 +39,15 @@ from mcp_proxy.backends.exchange import (
     wait_for,
 )
 from mcp_proxy.backends.group_lists import GroupLists, Part, lists_of, require_bounded
+from mcp_proxy.backends.group_messages import ServerVoice, named
+from mcp_proxy.backends.group_requests import (
+    BY_NAME,
+    BY_URI,
+    COMPLETE,
+    NO_VALUES,
+    SUBSCRIBE,
+    UNSUBSCRIBE,
+)
 from mcp_proxy.backends.owned import OwnedBackend
 from mcp_proxy.errors import (
     INVALID_PARAMS,
@@ -48,13 +58,11 @@ from mcp_proxy.errors import (
     BackendLost,
     BackendUnreached,
     ClientError,
-    InvalidParams,
     ProxyError,
     RequestId,
     ServerRefused,
-    UnknownTool,
 )
-from mcp_proxy.wire import jsonrpc, merging, naming, refusals, results, revisions
+from mcp_proxy.wire import jsonrpc, merging, results, revisions
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from mcp_proxy.wire.tools import ToolFilter
@@ -86,30 +94,27 @@ _MAX_SUBSCRIPTIONS = 256
 _OVER = "The session has ended"
 
 _EMPTY = Raw(b"{}")
-_NO_VALUES = Raw(b'{"completion":{"values":[]}}')
 
-_COMPLETE = "completion/complete"
 _SET_LEVEL = "logging/setLevel"
-_SUBSCRIBE, _UNSUBSCRIBE = "resources/subscribe", "resources/unsubscribe"
-_UPDATED = "notifications/resources/updated"
 # What a client says that may be for any of the servers.
 _PASSED_ON = frozenset(
     {jsonrpc.CANCELLED, "notifications/roots/list_changed", "notifications/progress"}
 )
-_BY_NAME = frozenset({"tools/call", "prompts/get"})
-_BY_URI = frozenset({"resources/read", _SUBSCRIBE, _UNSUBSCRIBE})
 
 
 class Wanted(NamedTuple):
     """A server that a group wants to be started.
 
-    `session` is what the pauses between its starts are remembered by; `on_lost` is called when it
+    `session` is what the pauses between its starts are remembered by; `values` and `headers` are
+    those of the client, for all servers of the group; `on_lost` is called when it
     is lost; `is_needed` says whether it must not be stopped for others although nobody calls it;
     `has_left` whether the client has left that waits for it.
     """
 
     session: str
     initialize: Request
+    values: Values | None
+    headers: Mapping[str, str]
     on_lost: Callable[[OwnedBackend], object]
     is_needed: Callable[[], bool]
     has_left: Callable[[], bool] | None
@@ -130,8 +135,14 @@ class Member(Protocol):
     tools: ToolFilter | None
     schemes: frozenset[str]
 
-    def key(self, declared: bytes) -> str:
-        """What its lists are known by, for a client that has declared these capabilities."""
+    @property
+    def timeout(self) -> float:
+        """Seconds that a call of the server may take."""
+
+    def key(self, declared: bytes, values: Values | None) -> str:
+        """What its lists are known by, for a client that has declared these capabilities, and of
+        whom the servers get these variables.
+        """
 
     def start(self, wanted: Wanted) -> Started:
         """Starts the server for a session; raises ProxyError."""
@@ -152,14 +163,21 @@ class Settings(NamedTuple):
 class Group(OwnedBackend):
     """Several servers as one session sees them. Thread-safe.
 
-    `members` are those that there are just now, in their order. Nothing starts in the constructor.
+    `members` are those that there are just now, in their order. `values` are variables that they
+    get of the caller, and say which of them are hidden from it. Nothing starts in the constructor.
     """
 
     def __init__(
-        self, members: Callable[[], Sequence[Member]], catalogue: Catalogue, settings: Settings
+        self,
+        members: Callable[[], Sequence[Member]],
+        catalogue: Catalogue,
+        settings: Settings,
+        values: Values | None = None,
     ) -> None:
         super().__init__()
-        self._members = members
+        self._all_members = members
+        self.caller_values = values
+        self._headers: Mapping[str, str] = {}  # of the client's last call
         self._catalogue = catalogue
         self._settings = settings
         self._serials = itertools.count(1)
@@ -194,6 +212,16 @@ class Group(OwnedBackend):
         for running in self._all_running():
             running.bridge.note_session(session_id)
 
+    def _members(self) -> Sequence[Member]:
+        """The servers of the group that the caller may use."""
+        values, members = self.caller_values, self._all_members()
+        if not values:
+            return members
+        return [each for each in members if not of_server(values, each.name).is_hidden]
+
+    def _key(self, member: Member) -> str:
+        return member.key(self._declared, self.caller_values)
+
     def _all_running(self) -> list[_Running]:
         with self._lock:
             return list(self._running.values())
@@ -202,6 +230,7 @@ class Group(OwnedBackend):
 
     def send(self, exchange: Exchange) -> None:
         self.last_used = time.monotonic()
+        self._headers = exchange.headers
         if not self.is_alive:
             raise BackendExited(_OVER)
         if len(exchange.requests) > 1:
@@ -217,13 +246,13 @@ class Group(OwnedBackend):
         with self._lock:
             self._under_way += 1
         try:
-            if method in _BY_NAME:
+            if method in BY_NAME:
                 self._send_by_name(exchange, request)
-            elif method in _BY_URI:
+            elif method in BY_URI:
                 self._send_by_uri(exchange, request)
             elif method in merging.KINDS:
                 self._answer_list(exchange, request)
-            elif method == _COMPLETE:
+            elif method == COMPLETE:
                 self._complete(exchange, request)
             else:
                 self._answer_here(exchange, request)
@@ -249,22 +278,11 @@ class Group(OwnedBackend):
             self._offer(exchange, Response(request.id, error=error))
 
     def _send_by_name(self, exchange: Exchange, request: Request) -> None:
-        public = merging.text_in(request.params or _EMPTY, "name")
-        if naming.may_be_cut(public):
+        if group_requests.needs_lists(request):
             self._wait_for_lists(exchange.has_left)
         members, lists = self._now()
-        found = lists.named(request.method, public)
-        if found is None:
-            if request.method == "tools/call":
-                raise UnknownTool(public[:200])
-            raise InvalidParams(f"Unknown prompt: {public[:200]}")
-        number, own = found
-        member = members[number]
-        params = merging.with_field(request.params or _EMPTY, "name", own)
-        renamed = Request(request.id, request.method, params)
-        if member.tools is not None:
-            renamed = member.tools.admitted(renamed)
-        self._forward(exchange, member, renamed)
+        number, renamed = group_requests.by_name(request, members, lists)
+        self._forward(exchange, members[number], renamed)
 
     def _wait_for_lists(self, has_left: Callable[[], bool] | None) -> None:
         """Waits for lists that are unknown, where they say whose something is."""
@@ -273,10 +291,10 @@ class Group(OwnedBackend):
         wait_for(are_known, self._settings.gather_timeout + 1, has_left)
 
     def _send_by_uri(self, exchange: Exchange, request: Request) -> None:
-        uri = merging.text_in(request.params or _EMPTY, "uri")
+        uri = group_requests.uri_of(request)
         self._wait_for_lists(exchange.has_left)
         members, lists = self._now()
-        found = lists.owners.find(uri)
+        found = group_requests.by_uri(request, lists)
         if found is None:
             code, sentence = results.RESOURCE_NOT_FOUND, f"Resource not found: {uri[:200]}"
             self._attach(exchange)
@@ -285,36 +303,21 @@ class Group(OwnedBackend):
             return
         member = members[found.number]
         with self._lock:
-            if request.method == _SUBSCRIBE and len(self._subscriptions) < _MAX_SUBSCRIPTIONS:
+            if request.method == SUBSCRIBE and len(self._subscriptions) < _MAX_SUBSCRIPTIONS:
                 self._subscriptions[uri] = member.name
-            elif request.method == _UNSUBSCRIBE:
+            elif request.method == UNSUBSCRIBE:
                 self._subscriptions.pop(uri, None)
-        params = merging.with_field(request.params or _EMPTY, "uri", found.uri)
-        self._forward(exchange, member, Request(request.id, request.method, params))
+        self._forward(exchange, member, found.request)
 
     def _complete(self, exchange: Exchange, request: Request) -> None:
         """A completion of an argument of a prompt, or of a template; none where nobody has any."""
-        reference = jsonrpc.fields_of(request.params).get("ref", _EMPTY)
-        key = "name" if merging.text_in(reference, "name") else "uri"
         members, lists = self._now()
-        of_prompt = merging.text_in(reference, key)
-        found: tuple[int, str] | None
-        if key == "name":
-            found = lists.named("prompts/get", of_prompt)
-        else:
-            found = lists.owners.find_template(of_prompt)
-        if found is None or not self._completes(members[found[0]]):
+        found = group_requests.completion(request, lists)
+        if found is None:
             self._attach(exchange)
-            self._offer(exchange, Response(request.id, _NO_VALUES))
-            return
-        number, own = found
-        reference = merging.with_field(reference, key, own)
-        params = merging.with_field(request.params or _EMPTY, "ref", reference)
-        self._forward(exchange, members[number], Request(request.id, request.method, params))
-
-    def _completes(self, member: Member) -> bool:
-        listed = self._listed(member)
-        return listed is None or "completions" in jsonrpc.fields_of(listed.capabilities)
+            self._offer(exchange, Response(request.id, NO_VALUES))
+        else:
+            self._forward(exchange, members[found.number], found.request)
 
     def submit(
         self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
@@ -414,7 +417,7 @@ class Group(OwnedBackend):
         found = lists.left_out()
         for member in members:
             if self._listed(member) is None:
-                reason = self._catalogue.reason(member.key(self._declared))
+                reason = self._catalogue.reason(self._key(member))
                 found[member.name] = reason or "it has not answered yet"
         return found
 
@@ -422,7 +425,7 @@ class Group(OwnedBackend):
         """Calls `done` once the lists of all servers are known that can be waited for."""
         looks: dict[str, Callable[[], Listed]] = {}
         for member in self._members():
-            key = member.key(self._declared)
+            key = self._key(member)
             look = partial(copy_context().run, self._look_up, member)
             if self._catalogue.is_awaited(key):
                 looks[key] = look
@@ -442,7 +445,7 @@ class Group(OwnedBackend):
             running = self._running.get(member.name)
         is_running = running is not None and running.bridge.is_alive
         changed = running.changed if running is not None and is_running else None
-        return changed or self._catalogue.listed(member.key(self._declared))
+        return changed or self._catalogue.listed(self._key(member))
 
     def _now(self) -> tuple[Sequence[Member], GroupLists]:
         """The servers, and their lists, as they are known just now."""
@@ -457,7 +460,7 @@ class Group(OwnedBackend):
 
     def note_listed(self, key: str) -> None:
         """Another server's lists are known, or have changed: the client hears of it soon."""
-        if any(member.key(self._declared) == key for member in self._members()):
+        if any(self._key(member) == key for member in self._members()):
             self.announce_changes()
 
     def note_changed(self, running: _Running, notification: str) -> None:
@@ -528,6 +531,8 @@ class Group(OwnedBackend):
     def _forward(self, exchange: Exchange, member: Member, request: Request) -> None:
         """Hands a call on; again, to a new process, where the first certainly got nothing of it."""
         original, resend = exchange.requests, exchange.resend
+        if exchange.timeout is not None:
+            exchange.timeout = member.timeout
         exchange.requests = [request]
         exchange.resend = partial(self._forward_again, member)
         try:
@@ -543,7 +548,7 @@ class Group(OwnedBackend):
         try:
             self._send_to(member, exchange)
         except BackendUnreached as error:
-            raise BackendLost(f"{_label(member)}: {error.message}") from error
+            raise BackendLost(f"{label_of(member)}: {error.message}") from error
 
     def _send_to(self, member: Member, exchange: Exchange) -> None:
         try:
@@ -551,11 +556,11 @@ class Group(OwnedBackend):
         except BackendExited:
             if not self.is_alive:
                 raise
-            raise BackendLost(f"{_label(member)}: The server has exited") from None
+            raise BackendLost(f"{label_of(member)}: The server has exited") from None
         except (BackendUnreached, ServerRefused) as error:
-            raise BackendLost(f"{_label(member)}: {error.message}") from error
+            raise BackendLost(f"{label_of(member)}: {error.message}") from error
         except BackendError as error:
-            raise _named(error, _label(member)) from error
+            raise named(error, label_of(member)) from error
         exchange.rewrite = running.shown
         exchange.headers = member.headers_for(exchange.headers)
         running.bridge.log = self.log
@@ -589,7 +594,15 @@ class Group(OwnedBackend):
         running = _Running(self, member, next(self._serials))
         request = Request(f"mcp-proxy-{INITIALIZE}", INITIALIZE, self._params)
         is_needed = self._is_subscribed_to(member)
-        wanted = Wanted(self.child_id, request, running.note_lost, is_needed, has_left)
+        wanted = Wanted(
+            self.child_id,
+            request,
+            self.caller_values,
+            self._headers,
+            running.note_lost,
+            is_needed,
+            has_left,
+        )
         running.begin(member.start(wanted))
         running.bridge.log = self.log
         running.bridge.note_session(self._session)
@@ -602,7 +615,7 @@ class Group(OwnedBackend):
             raise BackendExited(_OVER)
         running.listen()
         self._restore_state(running, has_left)
-        self._catalogue.ask(member.key(self._declared), running.listed)
+        self._catalogue.ask(self._key(member), running.listed)
         return running
 
     def _is_subscribed_to(self, member: Member) -> Callable[[], bool]:
@@ -616,7 +629,7 @@ class Group(OwnedBackend):
             for request in requests:
                 if request.method == _SET_LEVEL:
                     self._level = request.params or _EMPTY
-                elif request.method == _SUBSCRIBE:
+                elif request.method == SUBSCRIBE:
                     uri = merging.text_in(request.params or _EMPTY, "uri")
                     self._subscriptions[uri] = ""
 
@@ -647,7 +660,7 @@ class Group(OwnedBackend):
             if found is not None and members[found.number].name == running.member.name:
                 self._subscriptions[uri] = running.member.name
                 params = jsonrpc.as_payload({"uri": found.uri})
-                requests.append(Request(f"mcp-proxy-subscribe-{number}", _SUBSCRIBE, params))
+                requests.append(Request(f"mcp-proxy-subscribe-{number}", SUBSCRIBE, params))
         until = time.monotonic() + RESTORE_TIME
         for request in requests:
             try:
@@ -862,6 +875,7 @@ class _Running:
         self.changed: Listed | None = None
         self.is_changed = False
         self._group = group
+        self._voice = ServerVoice(label_of(member), member.prefix, partial(group.with_uris, member))
         self._lock = threading.Lock()  # guards _listening
         self._listening: _Inner | None = None
 
@@ -952,11 +966,8 @@ class _Running:
 
     def shown(self, message: ServerMessage) -> ServerMessage | None:
         """A message as the client gets it; None where it gets none."""
-        if message.failure is not None:
-            return self._shown_failure(message, message.failure)
         if message.is_response:
-            plain = refusals.as_plain_error(message.data)  # a challenge is not for the group
-            return message._replace(data=self._with_own_uris(plain))
+            return self._voice.answer(message)
         parsed = jsonrpc.parse_message(message.data)
         if isinstance(parsed, Response):
             return message
@@ -966,28 +977,14 @@ class _Running:
     def _shown(self, message: Request | Notification) -> Request | Notification:
         if isinstance(message, Request):
             asked = Request(self.public_id(message.id), message.method, message.params)
-            return merging.marked(self.member.prefix, asked)
+            return self._voice.question(asked)
         if message.method == jsonrpc.CANCELLED:
             asked_id = jsonrpc.cancelled_id_of(message)
             if asked_id is not None:
                 public = self.public_id(asked_id)
                 params = jsonrpc.replace_field(message.params, ("requestId",), public)
                 return Notification(message.method, params)
-        if message.method == _UPDATED and message.params is not UNSET:
-            return Notification(_UPDATED, Raw(self._with_own_uris(bytes(message.params))))
-        return merging.marked(self.member.prefix, message)
-
-    def _shown_failure(self, message: ServerMessage, failure: BackendError) -> ServerMessage:
-        failure = _named(failure, _label(self.member))
-        parsed = jsonrpc.parse_message(message.data)
-        key = parsed.id if isinstance(parsed, Response) else None
-        data = jsonrpc.encode_error(PROXY_ERROR, failure.message, key)
-        return message._replace(data=data, failure=failure)
-
-    def _with_own_uris(self, data: bytes) -> bytes:
-        if b"uri" not in data and b"Uri" not in data:
-            return data
-        return merging.without_structured(data, partial(self._group.with_uris, self.member))
+        return self._voice.notification(message)
 
     def public_id(self, own: RequestId) -> str:
         """The id of a question of the server, as the client knows it."""
@@ -1092,13 +1089,6 @@ class _Batch:
             inner.exchange.close()
 
 
-def _label(member: Member) -> str:
-    """What people read of whose something is."""
+def label_of(member: Member) -> str:
+    """What people read of whose something of a group is."""
     return member.prefix or member.name
-
-
-def _named(error: BackendError, label: str) -> BackendError:
-    """The same error, which says of which server it is."""
-    renamed = copy.copy(error)
-    renamed.args = (f"{label}: {error.message}",)
-    return renamed

@@ -60,6 +60,11 @@ class GroupLists:
         """The names of servers whose entries are left out, with the reason."""
         return {name: _TOO_LONG for _, names in self._entries.values() for name in names}
 
+    def may_complete(self, number: int) -> bool:
+        """Whether a server completes arguments, as far as is known."""
+        listed = self._parts[number].listed
+        return listed is None or "completions" in jsonrpc.fields_of(listed.capabilities)
+
     def named(self, method: str, public: str) -> tuple[int, str] | None:
         """The number of the server whose tool or prompt has this name, and its own name for it.
 

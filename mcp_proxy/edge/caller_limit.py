@@ -20,6 +20,7 @@ from mcp_proxy.edge.forwarded import client_address
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import ConfigError, RateLimited, StorageUnavailable, in_seconds
 from mcp_proxy.rate_buckets import CountEverywhere, Key, Rate, key_of, rate_of
+from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Batch, Message, Request
 
 # The bits of an IPv6 address that one customer has for itself (RFC 6177 section 2).
@@ -118,6 +119,44 @@ class CallerLimit:
         if request.principal_name is not None:
             return f"principal {request.principal_name}"
         return f"address {_network_of(client_address(request.environ, self._trusted))}"
+
+
+class MembersLimit:
+    """The limits of the servers of a group, each as at the server's own endpoint. Thread-safe.
+
+    `member_of` says whose the tool or prompt of this name is, None for nobody's: the server's name,
+    and its limit. What is for no single server counts for the group, by its `own` limit.
+    """
+
+    def __init__(
+        self,
+        own: CallerLimit | None,
+        member_of: Callable[[str], tuple[str, CallerLimit | None] | None],
+    ) -> None:
+        self._own = own
+        self._member_of = member_of
+
+    def __repr__(self) -> str:
+        return f"<MembersLimit own={self._own!r}>"
+
+    def count(self, name: str, request: ClientRequest, message: Message | Batch) -> None:
+        """Counts as each limit does, and has metrics know which server a call is for.
+
+        Raises RateLimited where the caller may have no more of one of the requests in a batch.
+        """
+        if request.is_counted:
+            return
+        for part in message if isinstance(message, list) else [message]:
+            if not isinstance(part, Request):
+                continue
+            is_named = part.method in ("tools/call", "prompts/get")
+            member = self._member_of(jsonrpc.names_in(part.params)[0]) if is_named else None
+            server, limit = (name, self._own) if member is None else member
+            if part is message:
+                request.server = server
+            if limit is not None:
+                request.is_counted = False
+                limit.count(server, request, part)
 
 
 @lru_cache(maxsize=1024)

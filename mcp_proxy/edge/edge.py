@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from mcp_proxy import metrics
 from mcp_proxy.auth.authenticator import Authenticator
+from mcp_proxy.auth.principal import NO_MEMBERS
 from mcp_proxy.auth.protected_resource import ProtectedResource
 from mcp_proxy.background import Workers
 from mcp_proxy.config import ProxyOptions
@@ -120,10 +121,11 @@ class Edge:
         is_own: bool = False,
         server: str | None = None,
         scopes: tuple[str, ...] = (),
+        members: Mapping[str, tuple[str, ...]] = NO_MEMBERS,
     ) -> Iterable[bytes]:
         """Answers one request with the reply or the error of `handle`, if the guard allows it and
         the caller may use `server`, which is None where the request is for none; an access token
-        needs these `scopes` for it.
+        needs these `scopes` for it. Of a group with `members` one of them is enough.
 
         Our own endpoints (`is_own`) are served under any Host and to everybody, for health probes.
         """
@@ -135,7 +137,7 @@ class Edge:
         token = current_request.set(request.id)
         try:
             try:
-                reply = self._answer(request, handle, is_own, server, scopes)
+                reply = self._answer(request, handle, is_own, server, scopes, members)
             except Passed:
                 start_response(STATUS_LINES[202], [])  # nobody gets it
                 return []
@@ -194,6 +196,7 @@ class Edge:
         is_own: bool,
         server: str | None,
         scopes: tuple[str, ...],
+        members: Mapping[str, tuple[str, ...]],
     ) -> Reply:
         try:
             require_path(request.environ)
@@ -203,7 +206,7 @@ class Edge:
             if request.method == "OPTIONS" and "HTTP_ORIGIN" in request.environ:
                 return empty_reply(204, self._guard.preflight_headers())
             if self.authenticator is not None:
-                self._authenticate(self.authenticator, request, server, scopes)
+                self._authenticate(self.authenticator, request, server, scopes, members)
             return handle(request)
         except ProxyError as error:
             log.debug("%s: %s", type(error).__name__, error)
@@ -220,6 +223,7 @@ class Edge:
         request: ClientRequest,
         server: str | None,
         scopes: tuple[str, ...],
+        members: Mapping[str, tuple[str, ...]],
     ) -> None:
         """Has the request know its principal; raises Unauthenticated, NotPermitted.
 
@@ -229,7 +233,8 @@ class Edge:
         if request.path.startswith(_METADATA):
             raise NotFound
         try:
-            request.identify(authenticator.caller_of(request.environ, server, scopes))
+            caller = authenticator.caller_of(request.environ, server, scopes, members)
+            request.identify(caller)
         except Unauthenticated:
             if self._refused.is_due():
                 log.warning(

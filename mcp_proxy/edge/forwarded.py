@@ -108,6 +108,10 @@ class HeaderPolicy:
         headers.setdefault("X-Forwarded-Proto", environ["wsgi.url_scheme"])
         return self.changed(headers)
 
+    def of_client(self, environ: WSGIEnvironment) -> dict[str, str]:
+        """As `outbound`, without the headers that `changes` set."""
+        return {n: v for n, v in self.outbound(environ).items() if n not in self._set}
+
     def changed(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Headers as `changes` say: without those that are removed, and with those that are set."""
         kept = {name: value for name, value in headers.items() if name not in self._removed}

@@ -14,6 +14,8 @@ from functools import lru_cache
 import msgspec
 
 from mcp_proxy.auth import caller_env
+from mcp_proxy.auth.caller_env import Values
+from mcp_proxy.auth.group_env import of_server
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.group import Started, Wanted
@@ -46,10 +48,15 @@ class OwnedMember:
     def __repr__(self) -> str:
         return f"<OwnedMember {self.name} as {self.prefix!r}>"
 
-    def key(self, declared: bytes) -> str:
+    @property
+    def timeout(self) -> float:
+        """Seconds that a call of the server may take."""
+        return self._owner.options.request_timeout
+
+    def key(self, declared: bytes, values: Values | None) -> str:
         """What its lists are known by: the same for what starts the same process for a caller."""
-        values = caller_env.current_values()
-        of_caller = b"" if values is None else caller_env.as_text(values)
+        own = of_server(values, self.name)
+        of_caller = caller_env.as_text({**own.values, "": own.lacks or ""})
         return _key(self.name, self._encoded(), declared, of_caller)
 
     def _encoded(self) -> bytes:
@@ -70,12 +77,15 @@ class OwnedMember:
 
         Raises ProxyError where it cannot be started.
         """
-        owner = self._owner
+        owner, of_caller = self._owner, of_server(wanted.values, self.name)
+        if of_caller.lacks is not None:
+            raise BackendNotStarted(of_caller.lacks)
         owner.backoff.require_over(wanted.session)
         owner.reserve()
         try:
             with (
-                called_by(self.headers_for({})),
+                called_by(self.headers_for(wanted.headers)),
+                caller_env.on_behalf_of(of_caller.values),
                 owner.turns.take(owner.options.request_timeout, wanted.has_left),
             ):
                 return self._started(wanted)
@@ -112,6 +122,10 @@ def _key(name: str, server: bytes, declared: bytes, of_caller: bytes) -> str:
     return f"{name}/{digest}"
 
 
+#: Seconds for a call of a server that is not served: it fails at once.
+NOT_SERVED = 1.0
+
+
 class AbsentMember:
     """A server of a group that is not served, for a reason."""
 
@@ -121,8 +135,9 @@ class AbsentMember:
         self.tools = member.tools
         self.schemes = frozenset(member.schemes)
         self._reason = reason
+        self.timeout = NOT_SERVED
 
-    def key(self, declared: bytes) -> str:
+    def key(self, declared: bytes, values: Values | None) -> str:
         """What is known of it: why it is not served."""
         return f"{self.name}/{self._reason}"
 

@@ -27,6 +27,7 @@ from typing import NamedTuple, TypeVar
 from mcp_proxy import metrics
 from mcp_proxy.auth import caller_env
 from mcp_proxy.auth.caller_env import CallerEnv, EnvFor, Values
+from mcp_proxy.auth.group_env import GroupEnv
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.exchange import Backend, Exchange, wait_for
@@ -180,7 +181,7 @@ class Owner:
     ) -> None:
         self.server, self._options, self._env_for, self._make = server, options, env_for, make
         #: What children get of their caller; None: nothing.
-        self.caller_env = CallerEnv.of(server, env_for)
+        self.caller_env: CallerEnv | GroupEnv | None = CallerEnv.of(server, env_for)
         self.manager = manager
         self.relay = parts.relay
         self.events = manager.storage.event_log()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from msgspec import Raw
@@ -311,6 +311,10 @@ class EraBridge:
             reply.body.close()
         self._modern.clear()
         return None
+
+    def on_behalf_of(self, request: ClientRequest) -> AbstractContextManager[None]:
+        """Has what is done meanwhile be done for whoever has sent a request."""
+        return called_by(self._headers_of(request))
 
     def _headers_of(self, request: ClientRequest) -> Mapping[str, str]:
         return taken_along(self._policy.outbound(request.environ))

@@ -56,7 +56,7 @@ from mcp_proxy.errors import (
     StorageUnavailable,
     in_seconds,
 )
-from mcp_proxy.ownership.owner import Owner, ReplicaParts
+from mcp_proxy.ownership.owner import ReplicaParts
 from mcp_proxy.sessions import handshake
 from mcp_proxy.sessions.manager import SessionManager
 from mcp_proxy.sessions.refresh import SessionRefresher
@@ -77,7 +77,7 @@ from mcp_proxy.transparent.forwarding import (
     unbuffered,
 )
 from mcp_proxy.transparent.hidden_tools import Found, HiddenTools, uncompressed
-from mcp_proxy.transparent.own_calls import OwnCalls, Watch
+from mcp_proxy.transparent.own_calls import OwnCalls, Watch, taken_along
 from mcp_proxy.transparent.protected_resource import PublicName, with_body
 from mcp_proxy.transparent.reachability import Reachability
 from mcp_proxy.transparent.session_affinity import KIND, Route, SessionAffinity
@@ -154,6 +154,8 @@ class TransparentProxy(Transport):
     allows all http(s) URLs. `verify` is passed to requests. Nothing starts before the first
     request; `close` ends everything that was started. The constructor raises ConfigError.
     """
+
+    rate_limit: CallerLimit | None
 
     def __init__(
         self,
@@ -279,9 +281,13 @@ class TransparentProxy(Transport):
         self._calls: dict[HttpCall, bool] = {}  # running; whether each is a standing stream
 
     @property
-    def bridge_owner(self) -> Owner | None:
-        """Who begins conversations with the server for others; None where nothing is bridged."""
-        return None if self._bridge is None else self._bridge.front.owner
+    def bridge(self) -> EraBridge | None:
+        """What begins conversations with the server for others; None where nothing is bridged."""
+        return self._bridge
+
+    def client_headers(self, request: ClientRequest) -> Mapping[str, str]:
+        """The headers of a client's request that the server gets."""
+        return taken_along(self._policy.of_client(request.environ))
 
     def own_headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """A client's headers for the server, with those that the server is to have of us."""

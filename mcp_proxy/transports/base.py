@@ -6,14 +6,15 @@ import contextlib
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mcp_proxy.auth.access_tokens import AT_ONCE, AccessTokens
+from mcp_proxy.auth.principal import NO_MEMBERS
 from mcp_proxy.auth.protected_resource import MOUNT
 from mcp_proxy.config import ProxyOptions, require_seconds
-from mcp_proxy.edge.caller_limit import CallerLimit
+from mcp_proxy.edge.caller_limit import CallerLimit, MembersLimit
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest, with_path
@@ -57,12 +58,14 @@ class Transport(ABC):
 
     #: The scopes that an access token must have for it, beside those that each must have.
     scopes: tuple[str, ...] = ()
+    #: The servers of a group, and the scopes that an access token must have for each.
+    members: Mapping[str, tuple[str, ...]] = NO_MEMBERS
 
     #: The access tokens that it takes where it stands on its own, if any.
     tokens: AccessTokens | None = None
 
     #: How many requests a caller may have; None: as many as it sends.
-    rate_limit: CallerLimit | None = None
+    rate_limit: CallerLimit | MembersLimit | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not environ.get("PATH_INFO", "").startswith("/"):
@@ -75,7 +78,12 @@ class Transport(ABC):
                 scopes = self.scopes if self.is_endpoint(endpoint) else None
                 return self.edge.serve_metadata(environ, start_response, resource, endpoint, scopes)
         return self.edge.serve(
-            environ, start_response, self.handle, server=self.server_name, scopes=self.scopes
+            environ,
+            start_response,
+            self.handle,
+            server=self.server_name,
+            scopes=self.scopes,
+            members=self.members,
         )
 
     def overloaded(
@@ -86,7 +94,12 @@ class Transport(ABC):
         if self.tokens is not None:
             environ[MOUNT] = environ.get("SCRIPT_NAME", "")
         return self.edge.serve(
-            environ, start_response, self.refuse, server=self.server_name, scopes=self.scopes
+            environ,
+            start_response,
+            self.refuse,
+            server=self.server_name,
+            scopes=self.scopes,
+            members=self.members,
         )
 
     def removed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -97,6 +110,7 @@ class Transport(ABC):
             self.handle_removed,
             server=self.server_name,
             scopes=self.scopes,
+            members=self.members,
         )
 
     def __enter__(self) -> Self:

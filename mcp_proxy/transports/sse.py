@@ -172,7 +172,7 @@ class SSEProxy(StdioTransport):
         session = new_session(self.manager.mint_id(), KIND, **binding)
         session = self.owner.establish(session, bridge)
         exchange.on_close = lambda: self._end(session, answers)
-        stream = _Stream(bridge, request.principal_name, session.metadata.get(ENV_DIGEST))
+        stream = _Stream(bridge, self.bound_to(request), session.metadata.get(ENV_DIGEST))
         self._streams[session.id] = stream
         return session
 
@@ -231,7 +231,7 @@ class SSEProxy(StdioTransport):
         request.is_answered_elsewhere = isinstance(message, Request)
         bridge = self._bridge_of(request, session_id)
         if bridge is None:
-            self._deliver_elsewhere(request, session_id, act, isinstance(message, Request))
+            self._deliver_elsewhere(request, session_id, act, message)
             return
         if self.rate_limit is not None:
             self.rate_limit.count(self.server_name, request, message)
@@ -247,7 +247,7 @@ class SSEProxy(StdioTransport):
         caller's.
         """
         stream = self._streams.get(session_id)
-        if stream is None or stream.principal != request.principal_name:
+        if stream is None or stream.principal != self.bound_to(request):
             return None
         is_bound = self.owner.caller_env is not None and stream.principal is None
         if is_bound and self.binding(request).get(ENV_DIGEST) != stream.env_digest:
@@ -259,21 +259,21 @@ class SSEProxy(StdioTransport):
         request: ClientRequest,
         session_id: str,
         act: Callable[[Backend], None],
-        is_request: bool,
+        message: Message,
     ) -> None:
         """Delivers a message to the replica that holds the stream.
 
         A request is tried for `connect_timeout` while the store or that replica is out of reach.
         """
+        is_request, limit = isinstance(message, Request), self.rate_limit
         until = time.monotonic() + (self.options.connect_timeout if is_request else 0)
-        limit = self.rate_limit if is_request else None
         while True:
             try:
                 session = self._session(request, session_id)
                 pass_to_owner(self.owner, request, session)
                 request.is_relayed = self.owner.relay is not None
                 if limit is not None:  # a worker that is given the request counts it itself
-                    limit.take(self.server_name, request, 1)
+                    limit.count(self.server_name, request, message)
                     limit = None
                 self.owner.on_backend(session, act, request.has_left)
                 return

@@ -18,6 +18,7 @@ from msgspec import UNSET
 
 from mcp_proxy.auth import caller_env
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
+from mcp_proxy.backends.group_messages import named
 from mcp_proxy.backends.owned import caller_headers
 from mcp_proxy.background import KeyedExecutor
 from mcp_proxy.config import ProxyOptions
@@ -57,6 +58,9 @@ _PARAM_HEADER = "HTTP_MCP_PARAM_"
 
 class _Call:
     """A request, who calls, and what that client can be asked for."""
+
+    #: What errors of ours begin with.
+    label = ""
 
     def __init__(
         self,
@@ -101,16 +105,64 @@ class StatelessFront:
         meta = modern.require_valid(message, request.header)
         if message.method in modern.REMOVED:
             raise MethodNotFound(message.method)
-        call = self._call(request, message, meta)
         is_standing = message.method == modern.LISTEN
-        if is_standing and not request.accepts_stream:
-            raise NotAcceptable("Accept must name text/event-stream")
-        exchange = self._sent(call, is_standing)
+        if is_standing:
+            require_stream(request)
+        exchange = self._sent(self._call(request, message, meta), is_standing)
+        return reply_with(exchange, request, message, self._edge, self._options)
+
+    # --- for several servers together ------------------------------------------------------------
+
+    def open(
+        self, request: ClientRequest, message: Request, meta: ModernMeta, label: str
+    ) -> Exchange:
+        """The exchange of a request that has been checked; raises ProxyError.
+
+        What is said in the server's place, soon or late, begins with `label`.
+        """
+        call = self._call(request, message, meta)
+        call.label = label
         try:
-            return self._reply(request, exchange, message)
-        except BaseException:
-            exchange.close()
-            raise
+            return self._sent(call, is_standing=False)
+        except BackendError as error:
+            raise named(error, label) from error
+
+    def open_apart(self, request: ClientRequest, message: Request, meta: ModernMeta) -> Exchange:
+        """The exchange of a request that is sent on behalf of another one, by a thread of ours.
+
+        It may go on when the client of that one has left. Raises BackendError, StorageError.
+        """
+        call = self._call(request, message, meta)
+        exchange = self._exchange(call, is_standing=message.method == modern.LISTEN)
+        exchange.spans, exchange.has_left = None, lambda: exchange.is_closed
+        try:
+            self._submit(call, exchange)
+        except RuntimeError as error:
+            raise BackendError(f"There is no thread for it: {error}") from error
+        return exchange
+
+    def pass_to_home(self, request: ClientRequest, message: Request, meta: ModernMeta) -> None:
+        """Raises Passed where a request was given to the worker that has the homes of its caller in
+        its memory.
+        """
+        call = self._call(request, message, meta)
+        pass_by_id(self._owner, request, self._homes.id_for(call.caller, call.kinds))
+
+    def caller_of(self, request: ClientRequest, message: Request, meta: ModernMeta) -> str:
+        """What what the server says to this client is kept by: who calls, and what it can be asked
+        for. Raises StorageError.
+        """
+        call = self._call(request, message, meta)
+        return f"{call.caller}/{','.join(sorted(call.kinds))}"
+
+    def require_known(self, request: ClientRequest, message: Request, meta: ModernMeta) -> None:
+        """Raises what has a client fall back to initialize unless it may share a legacy server, or
+        the server is known for a modern one.
+        """
+        if not self.is_modern:
+            self._require_known(self._call(request, message, meta))
+
+    # --- sending ---------------------------------------------------------------------------------
 
     def _sent(self, call: _Call, is_standing: bool) -> Exchange:
         """The exchange of a request that its home has got.
@@ -129,6 +181,8 @@ class StatelessFront:
                 backend = self._owner.backend_at_hand(session)
                 is_late = may_wait and backend is None
             exchange = self._exchange(call, is_standing)
+            if is_standing:
+                take_stream(exchange, call.request, self._edge)
             try:
                 if is_late:
                     self._send_late(call, exchange)
@@ -165,10 +219,6 @@ class StatelessFront:
             headers={**caller_headers.get(), **_param_headers(request)},
         )
         exchange.has_left, exchange.spans = request.has_left, request.spans
-        if is_standing:
-            request.is_standing = True
-            self._edge.streams.acquire()
-            exchange.on_close = self._edge.streams.release
         return exchange
 
     def _send(
@@ -186,17 +236,23 @@ class StatelessFront:
         has_left = call.request.has_left
         call.request.stay()
         exchange.has_left = lambda: exchange.is_closed or has_left()
-        act = partial(copy_context().run, self._open, call, exchange)
         try:
-            self._openers.submit(f"{next(self._numbers)}", act)
+            self._submit(call, exchange)
         except RuntimeError:  # there is no thread: the client's own waits
-            act()
+            self._open(call, exchange)
+
+    def _submit(self, call: _Call, exchange: Exchange) -> None:
+        """Has a thread of ours send an exchange; raises RuntimeError where there is none."""
+        act = partial(copy_context().run, self._open, call, exchange)
+        self._openers.submit(f"{next(self._numbers)}", act)
 
     def _open(self, call: _Call, exchange: Exchange) -> None:
         try:
             self._send(call, exchange, self._home(call, exchange.has_left), None)
         except ProxyError as error:
             exchange.resend = None
+            if call.label and isinstance(error, BackendError):
+                error = named(error, call.label)
             exchange.refuse(error)
         except Exception:
             log.exception("a modern request could not be sent")
@@ -310,47 +366,79 @@ class StatelessFront:
     def _digest(self, shown: list[str]) -> str:
         return self._owner.manager.callers.digest("\0".join(shown).encode("latin-1", "replace"))
 
-    def _reply(self, request: ClientRequest, exchange: Exchange, message: Request) -> Reply:
-        """JSON with the status of its error where the answer comes first, else an event stream."""
-        early = self._received_early(request, exchange)
-        request.is_relayed, request.backend = exchange.is_relayed, exchange.backend
-        if exchange.is_over and early and early[0].is_response and request.accepts_json:
-            exchange.close()
-            (answer,) = early
-            if answer.failure is not None:
-                raise answer.failure
-            if refusals.TOLD_BY in answer.data:
-                refusals.require_none(answer.data)
-            return json_reply(answer.data, _status_of(answer))
-        exchange.begin_stream()
-        is_standing = request.is_standing
-        body = EventStream(
-            exchange,
-            request.standing_connection() if is_standing else ClientConnection(request.environ),
-            self._options.keepalive_interval,
-            early=early,
-            request_id=message.id,
-            on_failure=request.note,
-            on_response=request.answered,
-            watcher=self._edge.disconnects if is_standing else None,
-        )
-        return stream_reply(body)
 
-    def _received_early(self, request: ClientRequest, exchange: Exchange) -> list[ServerMessage]:
-        """The first message, which decides about the form of the answer, if it comes soon.
+def require_stream(request: ClientRequest) -> None:
+    """Raises NotAcceptable for a client that takes no event streams."""
+    if not request.accepts_stream:
+        raise NotAcceptable("Accept must name text/event-stream")
 
-        A client that takes JSON alone waits for the answer.
-        """
-        takes_stream = request.accepts_stream
-        waits = self._options.sse_after if takes_stream else threading.TIMEOUT_MAX
-        until = time.monotonic() + waits
-        while not exchange.is_over:
-            message = exchange.receive(until - time.monotonic())
-            if message is None:
-                break
-            if message.is_response or takes_stream:
-                return [message]
-        return []
+
+def take_stream(exchange: Exchange, request: ClientRequest, edge: Edge) -> None:
+    """Takes a place for the standing stream that a request asks for; raises Overloaded."""
+    request.is_standing = True
+    edge.streams.acquire()
+    exchange.on_close = edge.streams.release
+
+
+def reply_with(
+    exchange: Exchange, request: ClientRequest, message: Request, edge: Edge, options: ProxyOptions
+) -> Reply:
+    """The answer that an exchange has for a request; raises ProxyError, and closes it then.
+
+    JSON with the status of its error where the answer comes first, else an event stream.
+    """
+    try:
+        return _reply(exchange, request, message, edge, options)
+    except BaseException:
+        exchange.close()
+        raise
+
+
+def _reply(
+    exchange: Exchange, request: ClientRequest, message: Request, edge: Edge, options: ProxyOptions
+) -> Reply:
+    early = _received_early(request, exchange, options.sse_after)
+    request.is_relayed, request.backend = exchange.is_relayed, exchange.backend
+    if exchange.is_over and early and early[0].is_response and request.accepts_json:
+        exchange.close()
+        (answer,) = early
+        if answer.failure is not None:
+            raise answer.failure
+        if refusals.TOLD_BY in answer.data:
+            refusals.require_none(answer.data)
+        return json_reply(answer.data, _status_of(answer))
+    exchange.begin_stream()
+    is_standing = request.is_standing
+    body = EventStream(
+        exchange,
+        request.standing_connection() if is_standing else ClientConnection(request.environ),
+        options.keepalive_interval,
+        early=early,
+        request_id=message.id,
+        on_failure=request.note,
+        on_response=request.answered,
+        watcher=edge.disconnects if is_standing else None,
+    )
+    return stream_reply(body)
+
+
+def _received_early(
+    request: ClientRequest, exchange: Exchange, sse_after: float
+) -> list[ServerMessage]:
+    """The first message, which decides about the form of the answer, if it comes soon.
+
+    A client that takes JSON alone waits for the answer.
+    """
+    takes_stream = request.accepts_stream
+    waits = sse_after if takes_stream else threading.TIMEOUT_MAX
+    until = time.monotonic() + waits
+    while not exchange.is_over:
+        message = exchange.receive(until - time.monotonic())
+        if message is None:
+            break
+        if message.is_response or takes_stream:
+            return [message]
+    return []
 
 
 def is_modern(request: ClientRequest, message: Request | Notification) -> bool:

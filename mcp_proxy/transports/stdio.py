@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 from msgspec.structs import replace
@@ -14,6 +15,7 @@ from mcp_proxy.auth.access_tokens import AccessTokens
 from mcp_proxy.auth.authenticator import Authenticator
 from mcp_proxy.auth.caller_env import EnvFor
 from mcp_proxy.auth.principal import Authenticate
+from mcp_proxy.backends.owned import called_by
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.caller_limit import CallerLimit
 from mcp_proxy.edge.edge import Edge
@@ -44,6 +46,8 @@ class StdioTransport(Transport):
     """
 
     owner: Owner
+    #: The headers of a client's request that the servers of a group may get.
+    headers_of: Callable[[ClientRequest], Mapping[str, str]] | None = None
 
     def __init__(
         self,
@@ -179,16 +183,27 @@ class StdioTransport(Transport):
 
         A request that lacks some of them begins nothing (`require_values`).
         """
-        source = self.owner.caller_env
-        if source is None:
-            return serve(request)
+        source, headers_of = self.owner.caller_env, self.headers_of
         values = None
         try:
-            values = source.values_of(request.environ, request.principal)
+            if source is not None:
+                values = source.values_of(request.environ, request.principal)
         except ClientError as error:
             request.lacks = error
-        with caller_env.on_behalf_of(values):
+        headers = {} if headers_of is None else headers_of(request)
+        with caller_env.on_behalf_of(values), called_by(headers):
             return serve(request)
+
+    @contextlib.contextmanager
+    def on_behalf_of(self, request: ClientRequest) -> Iterator[None]:
+        """Has what is done meanwhile be done for whoever has sent a request.
+
+        Raises ClientError where that does not say all that the server has to get of its caller.
+        """
+        source = self.owner.caller_env
+        values = None if source is None else source.values_of(request.environ, request.principal)
+        with caller_env.on_behalf_of(values):
+            yield
 
     def require_values(self, request: ClientRequest) -> None:
         """Raises what the request lacks that the server has to get of its caller."""
@@ -197,12 +212,21 @@ class StdioTransport(Transport):
 
     def binding(self, request: ClientRequest) -> dict[str, str]:
         """The metadata that bind a session to the caller; raises StorageError."""
-        return self.manager.binding(request.principal_name, self._values_as_text())
+        return self.manager.binding(self.bound_to(request), self._values_as_text())
+
+    def bound_to(self, request: ClientRequest) -> str | None:
+        """What the sessions of a caller are bound to: its name and, in a group, the servers that it
+        may use, so that no session outlives that. None where callers are unknown.
+        """
+        principal = request.principal
+        if principal is None or principal.servers is None or not self.members:
+            return request.principal_name
+        return "\0".join((principal.name, *sorted(principal.servers)))
 
     def require_own(self, request: ClientRequest, session: Session) -> None:
         """Raises what an unknown id does unless the session is the caller's."""
         values = None if self.owner.caller_env is None else self._values_as_text()
-        self.manager.require_own(session, request.principal_name, values)
+        self.manager.require_own(session, self.bound_to(request), values)
 
     @staticmethod
     def _values_as_text() -> bytes | None:

@@ -43,6 +43,7 @@ from mcp_proxy.storage.session import MOVED, PROTOCOL_VERSION, Session
 from mcp_proxy.traces import Tracing
 from mcp_proxy.transports.event_stream import EventStream
 from mcp_proxy.transports.stateless import StatelessFront, is_modern
+from mcp_proxy.transports.stateless_group import StatelessGroup
 from mcp_proxy.transports.stdio import StdioTransport, pass_by_id, pass_new, pass_to_owner
 from mcp_proxy.wire import headers, jsonrpc, refusals, revisions
 from mcp_proxy.wire.handshake import CHANGES, INITIALIZE, Change, change_of
@@ -53,18 +54,14 @@ KIND = "streamable"
 _PATHS = frozenset({"", "/", "/mcp", "/mcp/"})
 _METHODS = "GET, POST, DELETE"
 
-# Clients fall back to initialize at that (MCP 2026-07-28, versioning, "Backward Compatibility").
-_SESSIONS_ONLY = (
-    f"Revision {revisions.FIRST_MODERN} is not served where several servers are served together; "
-    f"initialize at one of {', '.join(revisions.LEGACY)}"
-)
-
 
 class StreamableProxy(StdioTransport):
     """A WSGI application that serves a stdio server over streamable HTTP."""
 
     endpoint = ""
     stateless: StatelessFront
+    #: What answers modern requests where several servers are served together.
+    together: StatelessGroup | None = None
 
     def __repr__(self) -> str:
         return f"<StreamableProxy {self.owner!r} {self.manager!r}>"
@@ -79,6 +76,13 @@ class StreamableProxy(StdioTransport):
     def change(self, options: ProxyOptions, is_other: bool) -> None:
         super().change(options, is_other)
         self.stateless.change(options, is_other)
+        if self.together is not None:
+            self.together.change(options)
+
+    def end_streams(self) -> None:
+        super().end_streams()
+        if self.together is not None:
+            self.together.end_streams()
 
     def end_unless_busy(self) -> bool:
         has_ended = super().end_unless_busy()
@@ -96,7 +100,7 @@ class StreamableProxy(StdioTransport):
         if "HTTP_SEC_FETCH_SITE" in request.environ:
             require_own_site(request.environ)
         try:
-            if self.owner.caller_env is None:
+            if self.owner.caller_env is None and self.headers_of is None:
                 return self.serve(request)
             return self.for_caller(request, self.serve)
         except SessionEnded:
@@ -151,9 +155,8 @@ class StreamableProxy(StdioTransport):
         self.edge.require_open()
         if is_modern(request, message):
             self.require_values(request)
-            if self.owner.is_group:
-                raise InvalidRequest(_SESSIONS_ONLY)
-            return self.stateless.answer(request, message)
+            front = self.stateless if self.together is None else self.together
+            return front.answer(request, message)
         if message.method == INITIALIZE:
             return self._initialize(request, message)
         session = self._session(request)

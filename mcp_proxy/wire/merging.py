@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 
-from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire import jsonrpc, questions
 from mcp_proxy.wire.capabilities import drop_tasks
-from mcp_proxy.wire.jsonrpc import Notification, Request, Response
+from mcp_proxy.wire.jsonrpc import Notification, Response
 
 #: The methods that ask for a list: where the entries are in its result.
 KINDS: Mapping[str, str] = {
@@ -37,6 +38,12 @@ CAPABILITY: Mapping[str, str] = {
     "resources/templates/list": "resources",
 }
 
+#: The lists that say together whose something is.
+TOGETHER: Mapping[str, Sequence[str]] = {
+    "resources/list": ("resources/list", "resources/templates/list"),
+    "resources/templates/list": ("resources/list", "resources/templates/list"),
+}
+
 #: The key under which the result of a list names the servers that it lacks.
 MISSING = "mcp-wsgi-proxy/missing"
 
@@ -47,10 +54,14 @@ _MAX_INSTRUCTIONS = 16 * 1024
 _MAX_REASON = 200
 
 _STRUCTURED = b'"structuredContent"'
+_INPUT_REQUIRED = b'"input_required"'
+_ELICIT = "elicitation/create"
+_LOG = "notifications/message"
 _HEADING = re.compile(r"(?m)^(\s*)#")
 
 _SUBSCRIBE, _LIST_CHANGED = "subscribe", "listChanged"
 _TRUE, _EMPTY = Raw(b"true"), Raw(b"{}")
+_NO_HINTS: Mapping[str, object] = MappingProxyType({})
 
 # What a server may be able to do of which nothing is known.
 _ALL = ("completions", "logging", "prompts", "resources", "tools")
@@ -90,9 +101,27 @@ def with_field(payload: Raw, key: str, value: object) -> Raw:
     return jsonrpc.edited(payload, lambda fields: fields.update({key: encoded}))
 
 
-def list_result(method: str, entries: Sequence[Raw], missing: Mapping[str, str]) -> Raw:
-    """The result of a list; `missing` are reasons by the names of servers that it lacks."""
-    fields: dict[str, object] = {KINDS[method]: entries}
+def ttl_of(result: Raw) -> int:
+    """For how many milliseconds a result holds (MCP 2026-07-28, caching); without a word: 0."""
+    ttl = jsonrpc.id_of(jsonrpc.fields_of(result).get("ttlMs", UNSET))
+    return max(0, ttl) if isinstance(ttl, int) else 0
+
+
+def is_public(result: Raw) -> bool:
+    """Whether a result says that it is the same for everybody."""
+    return text_in(result, "cacheScope") == "public"
+
+
+def list_result(
+    method: str,
+    entries: Sequence[Raw],
+    missing: Mapping[str, str],
+    hints: Mapping[str, object] = _NO_HINTS,
+) -> Raw:
+    """The result of a list; `missing` are reasons by the names of servers that it lacks, `hints`
+    what is said of its caching.
+    """
+    fields: dict[str, object] = {KINDS[method]: entries, **hints}
     if missing:
         fields["_meta"] = {MISSING: missing}
     return jsonrpc.as_payload(fields)
@@ -156,31 +185,65 @@ def initialize_result(
     fields: dict[str, object] = {
         "protocolVersion": version,
         "capabilities": capabilities,
-        "serverInfo": {"name": name, "version": server_version},
+        "serverInfo": server_info(name, server_version),
     }
     if instructions:
         fields["instructions"] = instructions
     return jsonrpc.as_payload(fields)
 
 
+def discover_result(revisions: Sequence[str], capabilities: Raw, instructions: str) -> Raw:
+    """The DiscoverResult of such an endpoint (MCP 2026-07-28)."""
+    fields: dict[str, object] = {"supportedVersions": revisions, "capabilities": capabilities}
+    if instructions:
+        fields["instructions"] = instructions
+    return jsonrpc.as_payload(fields)
+
+
+def server_info(name: str, version: str) -> Raw:
+    """What such an endpoint says of itself."""
+    return jsonrpc.as_payload({"name": name, "version": version})
+
+
 # --- what a server asks and tells -----------------------------------------------------------------
 
 
-def marked(prefix: str, message: Request | Notification) -> Request | Notification:
-    """A server's message with what tells people whose it is: a question begins with the prefix, and
-    so does the logger of a log message. Without a prefix it stays as it is.
+def marked_question(prefix: str, method: str, params: Raw | UnsetType) -> Raw | UnsetType:
+    """The params of a server's question, which people read: what they are asked begins with the
+    prefix. Those of any other request, or without a prefix, stay as they are.
     """
-    params = message.params
-    if not prefix or params is UNSET or not jsonrpc.is_object(params):
-        return message
-    if isinstance(message, Request) and message.method == "elicitation/create":
-        params = with_field(params, "message", f"{prefix}: {text_in(params, 'message')}")
-        return Request(message.id, message.method, params)
-    if isinstance(message, Notification) and message.method == "notifications/message":
-        logger = text_in(params, "logger")
-        params = with_field(params, "logger", f"{prefix}/{logger}" if logger else prefix)
-        return Notification(message.method, params)
-    return message
+    if not prefix or method != _ELICIT or not jsonrpc.is_object(params):
+        return params
+    assert params is not UNSET
+    return with_field(params, "message", f"{prefix}: {text_in(params, 'message')}")
+
+
+def marked_questions(prefix: str, data: bytes) -> bytes:
+    """An answer whose questions, if it has any (`input_required`), are marked so."""
+    if not prefix or _INPUT_REQUIRED not in data or _ELICIT.encode() not in data:
+        return data
+    answer = jsonrpc.parse_message(data)
+    if not isinstance(answer, Response) or answer.result is UNSET:
+        return data
+    found = questions.input_required_of(answer.result)
+    if found is None:
+        return data
+    asked = {
+        key: {"method": method, "params": marked_question(prefix, method, params)}
+        for key, (method, params) in found.requests.items()
+    }
+    return jsonrpc.encode(Response(answer.id, with_field(answer.result, "inputRequests", asked)))
+
+
+def marked_log(prefix: str, notification: Notification) -> Notification:
+    """A log message whose logger begins with the prefix; anything else stays as it is."""
+    params = notification.params
+    if not prefix or notification.method != _LOG or not jsonrpc.is_object(params):
+        return notification
+    assert params is not UNSET
+    logger = text_in(params, "logger")
+    params = with_field(params, "logger", f"{prefix}/{logger}" if logger else prefix)
+    return Notification(notification.method, params)
 
 
 def without_structured(data: bytes, change: Callable[[bytes], bytes]) -> bytes:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.front import HttpFront, McpClient
+from tests.support.groups import call, entry, tools
 from tests.support.proxy_process import ProxyProcess
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import eventually
-from tests.transports.test_groups import call, entry, tools
 
 
 @pytest.fixture

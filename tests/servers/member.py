@@ -2,9 +2,9 @@
 
 `--name` is what it calls itself. Its tools are `who`, which tells that, its process and how often
 it was called; `exit`, `ask` (a question by elicitation), `grow` (one more tool), `link` (a link to
-a resource), and those of `--tool`; `challenge`, `ask-later` and `large` are not listed unless named
-so. `--resource` are the URIs of its resources, `--template` those
-of its templates. `--delay` are seconds before it answers initialize, `--mute` has it never answer.
+a resource), and those of `--tool`; `challenge`, `ask-later`, `slow` and `large` are not listed
+unless named so. `--resource` are the URIs of its resources, `--template` those of its templates.
+`--delay` are seconds before it answers initialize, `--mute` has it never answer.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class Member:
             raise Refused({"mcpProxyRefusal": {"status": 401, "headers": [["Set-Cookie", "a=b"]]}})
         if name == "ask-later":
             threading.Thread(target=question, args=(f"Is it {self.name}?",), daemon=True).start()
+        if name == "slow":
+            time.sleep(60)
         if name == "large":
             return text("x" * 5_000_000)
         if name == "link":
@@ -109,6 +111,7 @@ class Member:
         if name not in self.tools:
             raise KeyError(name)
         told = {"name": self.name, "pid": os.getpid(), "calls": self.calls, "seen": self.seen}
+        told["token"] = os.environ.get("TOKEN")
         return text(json.dumps({**told, "tool": name}))
 
 

@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mcp_proxy import ProxyConfig, create_app
-from mcp_proxy.app import Application
 from mcp_proxy.errors import ConfigError
-from tests.support.front import McpClient, WsgiFront
+from tests.support.front import WsgiFront
+from tests.support.groups import House, Json, call, entry, said, tools
 from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
-
-Json = dict[str, Any]
-
-MEMBER = str(Path(__file__).parents[1] / "servers" / "member.py")
-
-
-def entry(name: str, *options: str) -> Json:
-    """A server that says its name."""
-    return {"command": sys.executable, "args": ["-I", MEMBER, "--name", name, *options]}
-
-
-class House:
-    """An application in front of a group."""
-
-    def __init__(self, directory: Path) -> None:
-        self._file = directory / "servers.json"
-        self._apps: list[Application] = []
-
-    def write(self, servers: Json, members: list[Any] | None = None) -> None:
-        """Has the file list these servers, and a group of them."""
-        group = {"g": {"members": members or list(servers)}}
-        self._file.write_text(json.dumps({"mcpServers": servers, "groups": group}))
-
-    def serve(self, servers: Json, members: list[Any] | None = None, **settings: Any) -> McpClient:
-        """A client of the group's endpoint, whose session has begun."""
-        self.write(servers, members)
-        self.made(**settings)
-        return self.client().open()
-
-    def made(self, **settings: Any) -> None:
-        """Makes the application."""
-        self.app = create_app(ProxyConfig(config=str(self._file), **settings))
-        self._apps.append(self.app)
-
-    def client(self, path: str = "/groups/g/mcp") -> McpClient:
-        """Another client of the group's endpoint."""
-        return McpClient(WsgiFront(self.app), path)
-
-    def children(self) -> int:
-        """How many processes there are."""
-        return self.app.parts.supervisor.children
-
-    def close(self) -> None:
-        """Ends everything."""
-        for app in self._apps:
-            app.close()
 
 
 @pytest.fixture
@@ -71,21 +22,6 @@ def house(tmp_path: Path) -> Iterator[House]:
     made = House(tmp_path)
     yield made
     made.close()
-
-
-def tools(client: McpClient) -> list[str]:
-    """The names of all tools."""
-    return [tool["name"] for tool in client.result("tools/list")["tools"]]
-
-
-def said(result: Json) -> Any:
-    """What a tool of the servers says."""
-    return json.loads(result["content"][0]["text"])
-
-
-def call(client: McpClient, name: str) -> Any:
-    """What a tool says."""
-    return said(client.result("tools/call", {"name": name, "arguments": {}}))
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -350,7 +286,7 @@ def test_a_batch_is_split_and_joined(house: House) -> None:
     assert answers["ping"]["result"] == {}
 
 
-def test_a_token_needs_the_scopes_of_all_servers_of_a_group(house: House) -> None:
+def test_clients_are_told_the_scopes_of_all_servers_of_a_group(house: House) -> None:
     scoped = {**entry("A"), "jwt_scopes": ["read"]}
     house.write({"one": scoped, "two": {**entry("B"), "jwt_scopes": ["write", "read"]}})
     house.made(jwt_issuer="https://issuer.example", public_url="https://proxy.example")
@@ -363,15 +299,6 @@ def test_what_a_group_does_not_know_is_said(house: House) -> None:
     client = house.serve({"one": entry("A")})
     assert client.call("nonsense/do").error()["code"] == -32601
     assert client.call("tools/list", {"cursor": "x"}).error()["code"] == -32602
-    assert client.result("ping") == {}
-
-
-def test_clients_of_the_newest_revision_are_told_to_begin_a_session(house: House) -> None:
-    client = house.serve({"one": entry("A")})
-    meta = {"io.modelcontextprotocol/protocolVersion": "2026-07-28"}
-    answer = house.client().call("server/discover", {"_meta": meta})
-    assert answer.status == 400
-    assert answer.error()["code"] == -32600
     assert client.result("ping") == {}
 
 

@@ -1,0 +1,203 @@
+"""What stands in front of groups: the transports of several servers together, as these change.
+
+A group has its servers from what is mounted for each of them alone: their owners, their fronts for
+modern requests, their limits and what they get of a caller are the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from mcp_proxy.auth import caller_env
+from mcp_proxy.auth.caller_env import CallerEnv
+from mcp_proxy.auth.group_env import EnvOfServer, GroupEnv
+from mcp_proxy.backends.catalogue import GATHER_TIMEOUT, Catalogue
+from mcp_proxy.backends.group import Group, Member, Settings
+from mcp_proxy.config import ProxyConfig
+from mcp_proxy.edge.caller_limit import CallerLimit, MembersLimit
+from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.request import ClientRequest
+from mcp_proxy.ownership.members import AbsentMember, OwnedMember
+from mcp_proxy.ownership.owner import Owner, ReplicaParts
+from mcp_proxy.servers import GroupMember, Served, Server, ServerGroup, UnservedServer
+from mcp_proxy.sessions.manager import SessionManager
+from mcp_proxy.transparent.proxy import TransparentProxy
+from mcp_proxy.transports.base import Transport
+from mcp_proxy.transports.stateless_group import FrontedMember, StatelessGroup
+from mcp_proxy.transports.stdio import StdioTransport
+from mcp_proxy.transports.streamable import StreamableProxy
+from mcp_proxy.wire import naming
+
+if TYPE_CHECKING:
+    from mcp_proxy.mounts import Composition
+
+_Transports = Mapping[str, Mapping[str, Transport]]
+
+
+class GroupMounts:
+    """The groups of an application. Thread-safe.
+
+    `current` is what is mounted just now.
+    """
+
+    def __init__(
+        self,
+        config: ProxyConfig,
+        parts: ReplicaParts,
+        edge: Edge,
+        current: Callable[[], Composition],
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._edge = edge
+        self._current = current
+        #: What the servers of groups list.
+        self._catalogue = Catalogue(parts.timer, max(4, 2 * (os.cpu_count() or 1)))
+
+    def __repr__(self) -> str:
+        return f"<GroupMounts {self._catalogue!r}>"
+
+    def close(self) -> None:
+        """Asks no server for its lists any more."""
+        self._catalogue.close()
+
+    # --- making ----------------------------------------------------------------------------------
+
+    def owner(self, group: ServerGroup, manager: SessionManager) -> Owner:
+        """Who has the sessions of a group."""
+        settings = self._settings_of(group.name)
+
+        def make() -> Group:
+            members, values = partial(self._members_of, group.name), caller_env.current_values()
+            return Group(members, self._catalogue, settings, values)
+
+        return Owner(group, manager, self._parts, self._config, make=make)
+
+    def front(self, name: str) -> StatelessGroup:
+        """What answers the modern requests for a group."""
+        return StatelessGroup(
+            partial(self._fronted_of, name),
+            self._catalogue,
+            self._settings_of(name),
+            self._edge,
+            self._config,
+        )
+
+    def _settings_of(self, name: str) -> Settings:
+        own = version("mcp-wsgi-proxy")
+        return Settings(name, own, self._config.request_timeout, GATHER_TIMEOUT)
+
+    def fit(
+        self, group: ServerGroup, servers: Mapping[str, Server], transports: _Transports
+    ) -> None:
+        """Has the transports of a group know what its servers, which may be others now, ask for."""
+        firsts = {
+            member.server: next(iter(transports.get(member.server, {}).values()), None)
+            for member in group.members
+        }
+        envs = [EnvOfServer(name, _env_of(one)) for name, one in firsts.items()]
+        is_env_needed = self._edge.authenticator is not None or any(each.env for each in envs)
+        env = GroupEnv(group.name, lambda: envs) if is_env_needed else None
+        over_http = [one for one in firsts.values() if isinstance(one, TransparentProxy)]
+        timeouts = [one.options.request_timeout for one in firsts.values() if one is not None]
+        longest = max(timeouts, default=self._config.request_timeout)
+        scopes = {name: _scopes_of(servers.get(name)) for name in firsts}
+        for transport in transports[group.name].values():
+            assert isinstance(transport, StdioTransport)
+            transport.owner.caller_env = env
+            transport.headers_of = partial(_client_headers, over_http) if over_http else None
+            transport.options = replace(transport.options, request_timeout=longest)
+            transport.members = scopes
+            transport.scopes = tuple(dict.fromkeys(s for of in scopes.values() for s in of))
+            own = CallerLimit.of(self._config, group.name, transport.manager.storage.rate_counter)
+            transport.rate_limit = MembersLimit(own, partial(_limit_of, group, firsts))
+
+    # --- the servers of a group ------------------------------------------------------------------
+
+    def _fronted_of(self, name: str, request: ClientRequest) -> list[FrontedMember]:
+        """The servers of a group that the caller may use, as they are now, with what answers modern
+        requests for each.
+        """
+        group, caller = self._current().servers.get(name), request.principal
+        if not isinstance(group, ServerGroup):
+            return []
+        return [
+            self._fronted(member)
+            for member in group.members
+            if caller is None or caller.may_use_member(name, member.server)
+        ]
+
+    def _fronted(self, member: GroupMember) -> FrontedMember:
+        found = self._member_of(member)
+        for transport in self._current().transports.get(member.server, {}).values():
+            if isinstance(transport, StreamableProxy):
+                return FrontedMember(found, transport.stateless, transport.on_behalf_of)
+            if isinstance(transport, TransparentProxy) and transport.bridge is not None:
+                bridge = transport.bridge
+                return FrontedMember(found, bridge.front.stateless, bridge.on_behalf_of)
+        return FrontedMember(found, None, lambda request: nullcontext(), self._why_not(member))
+
+    def _members_of(self, name: str) -> Sequence[Member]:
+        """The servers of a group, as they are now."""
+        group = self._current().servers.get(name)
+        if not isinstance(group, ServerGroup):
+            return []
+        return [self._member_of(member) for member in group.members]
+
+    def _member_of(self, member: GroupMember) -> Member:
+        transport = next(iter(self._current().transports.get(member.server, {}).values()), None)
+        if isinstance(transport, StdioTransport):
+            return OwnedMember(member, transport.owner)
+        if isinstance(transport, TransparentProxy) and transport.bridge is not None:
+            return OwnedMember(member, transport.bridge.front.owner, transport.own_headers)
+        return AbsentMember(member, self._why_not(member))
+
+    def _why_not(self, member: GroupMember) -> str:
+        """Why a server of a group is not served."""
+        server = self._current().servers.get(member.server)
+        return server.reason if isinstance(server, UnservedServer) else "it is not served"
+
+
+def _env_of(transport: Transport | None) -> CallerEnv | None:
+    """What the server behind a transport gets of its caller."""
+    env = transport.owner.caller_env if isinstance(transport, StdioTransport) else None
+    return env if isinstance(env, CallerEnv) else None
+
+
+def _scopes_of(server: Server | None) -> tuple[str, ...]:
+    """The scopes that an access token must have for a server, beside those of the settings."""
+    return server.jwt_scopes if isinstance(server, Served) else ()
+
+
+def _client_headers(
+    over_http: Sequence[TransparentProxy], request: ClientRequest
+) -> Mapping[str, str]:
+    """The headers of a client's request that one of these servers gets."""
+    found: dict[str, str] = {}
+    for transport in over_http:
+        found |= transport.client_headers(request)
+    return found
+
+
+def _limit_of(
+    group: ServerGroup, transports: Mapping[str, Transport | None], public: str
+) -> tuple[str, CallerLimit | None] | None:
+    """Whose a tool or prompt of a group is, and the limit of that server."""
+    prefix, _ = naming.split_name(public)
+    others = None
+    for member in group.members:
+        transport = transports[member.server]
+        limit = None if transport is None else transport.rate_limit
+        found = member.server, limit if isinstance(limit, CallerLimit) else None
+        if member.prefix == prefix and prefix:
+            return found
+        if not member.prefix:
+            others = found
+    return others

@@ -7,11 +7,10 @@ modern requests, their limits and what they get of a caller are the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -35,29 +34,19 @@ from mcp_proxy.transports.stdio import StdioTransport
 from mcp_proxy.transports.streamable import StreamableProxy
 from mcp_proxy.wire import naming
 
-if TYPE_CHECKING:
-    from mcp_proxy.mounts import Composition
-
 _Transports = Mapping[str, Mapping[str, Transport]]
 
 
 class GroupMounts:
-    """The groups of an application. Thread-safe.
+    """The groups of an application. Thread-safe."""
 
-    `current` is what is mounted just now.
-    """
-
-    def __init__(
-        self,
-        config: ProxyConfig,
-        parts: ReplicaParts,
-        edge: Edge,
-        current: Callable[[], Composition],
-    ) -> None:
+    def __init__(self, config: ProxyConfig, parts: ReplicaParts, edge: Edge) -> None:
         self._config = config
         self._parts = parts
         self._edge = edge
-        self._current = current
+        # By the names of groups; what is under a name is replaced, never changed.
+        self._members: dict[str, Sequence[Member]] = {}
+        self._fronted: dict[str, Sequence[FrontedMember]] = {}
         #: What the servers of groups list.
         self._catalogue = Catalogue(parts.timer, max(4, 2 * (os.cpu_count() or 1)))
 
@@ -97,7 +86,12 @@ class GroupMounts:
     def fit(
         self, group: ServerGroup, servers: Mapping[str, Server], transports: _Transports
     ) -> None:
-        """Has the transports of a group know what its servers, which may be others now, ask for."""
+        """Has a group have these servers, and its transports know what they ask for."""
+        fronted = [
+            _fronted(member, servers, transports.get(member.server, {})) for member in group.members
+        ]
+        self._members[group.name] = [one.member for one in fronted]
+        self._fronted[group.name] = fronted
         firsts = {
             member.server: next(iter(transports.get(member.server, {}).values()), None)
             for member in group.members
@@ -121,48 +115,38 @@ class GroupMounts:
 
     # --- the servers of a group ------------------------------------------------------------------
 
-    def _fronted_of(self, name: str, request: ClientRequest) -> list[FrontedMember]:
-        """The servers of a group that the caller may use, as they are now, with what answers modern
-        requests for each.
-        """
-        group, caller = self._current().servers.get(name), request.principal
-        if not isinstance(group, ServerGroup):
-            return []
-        return [
-            self._fronted(member)
-            for member in group.members
-            if caller is None or caller.may_use_member(name, member.server)
-        ]
-
-    def _fronted(self, member: GroupMember) -> FrontedMember:
-        found = self._member_of(member)
-        for transport in self._current().transports.get(member.server, {}).values():
-            if isinstance(transport, StreamableProxy):
-                return FrontedMember(found, transport.stateless, transport.on_behalf_of)
-            if isinstance(transport, TransparentProxy) and transport.bridge is not None:
-                bridge = transport.bridge
-                return FrontedMember(found, bridge.front.stateless, bridge.on_behalf_of)
-        return FrontedMember(found, None, lambda request: nullcontext(), self._why_not(member))
-
     def _members_of(self, name: str) -> Sequence[Member]:
-        """The servers of a group, as they are now."""
-        group = self._current().servers.get(name)
-        if not isinstance(group, ServerGroup):
-            return []
-        return [self._member_of(member) for member in group.members]
+        return self._members.get(name, ())
 
-    def _member_of(self, member: GroupMember) -> Member:
-        transport = next(iter(self._current().transports.get(member.server, {}).values()), None)
-        if isinstance(transport, StdioTransport):
-            return OwnedMember(member, transport.owner)
+    def _fronted_of(self, name: str, request: ClientRequest) -> Sequence[FrontedMember]:
+        """The servers of a group that the caller may use, as they are now."""
+        caller, fronted = request.principal, self._fronted.get(name, ())
+        if caller is None or caller.servers is None:
+            return fronted
+        return [one for one in fronted if caller.may_use_member(name, one.member.name)]
+
+
+def _fronted(
+    member: GroupMember, servers: Mapping[str, Server], transports: Mapping[str, Transport]
+) -> FrontedMember:
+    """A server of a group, and what answers the modern requests for it."""
+    for transport in transports.values():
+        if isinstance(transport, StreamableProxy):
+            found = OwnedMember(member, transport.owner)
+            return FrontedMember(found, transport.stateless, transport.on_behalf_of)
         if isinstance(transport, TransparentProxy) and transport.bridge is not None:
-            return OwnedMember(member, transport.bridge.front.owner, transport.own_headers)
-        return AbsentMember(member, self._why_not(member))
+            front = transport.bridge.front
+            over_http = OwnedMember(member, front.owner, transport.own_headers)
+            return FrontedMember(over_http, front.stateless, transport.bridge.on_behalf_of)
+        if isinstance(transport, StdioTransport):
+            return FrontedMember(OwnedMember(member, transport.owner), None, _for_nobody)
+    server = servers.get(member.server)
+    reason = server.reason if isinstance(server, UnservedServer) else "it is not served"
+    return FrontedMember(AbsentMember(member, reason), None, _for_nobody, reason)
 
-    def _why_not(self, member: GroupMember) -> str:
-        """Why a server of a group is not served."""
-        server = self._current().servers.get(member.server)
-        return server.reason if isinstance(server, UnservedServer) else "it is not served"
+
+def _for_nobody(request: ClientRequest) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _env_of(transport: Transport | None) -> CallerEnv | None:

@@ -125,7 +125,7 @@ class Mounts:
         self._lock = threading.Lock()  # guards changes
         self._leaving: tuple[_Leaving, ...] = ()
         self._keeps_spares = False
-        self._groups = GroupMounts(config, parts, edge, lambda: self.current)
+        self._groups = GroupMounts(config, parts, edge)
         made = {server.name: self._transports_of(server) for server in servers}
         #: What serves requests just now.
         self.current = self._composed({server.name: server for server in servers}, made, {})

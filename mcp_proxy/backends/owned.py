@@ -27,8 +27,8 @@ caller_headers: ContextVar[Mapping[str, str]] = ContextVar("caller_headers", def
 
 @contextlib.contextmanager
 def called_by(headers: Mapping[str, str]) -> Iterator[None]:
-    """Has what is sent meanwhile go with the headers of a client, if there are any."""
-    token = caller_headers.set(headers or caller_headers.get())
+    """Has what is sent meanwhile go with these headers of a client, and with no others."""
+    token = caller_headers.set(headers)
     try:
         yield
     finally:

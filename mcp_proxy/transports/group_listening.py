@@ -125,7 +125,7 @@ class GroupListening:
     def _announce_lists(self) -> None:
         for change in self._wanted.changes():
             if change.method != listening.UPDATED:
-                self._announce_soon(change)
+                self._announce_once(change)
 
     # --- the servers -----------------------------------------------------------------------------
 
@@ -187,11 +187,11 @@ class GroupListening:
 
     def _offer_from(self, notification: Notification) -> None:
         if notification.method in _LISTS:
-            self._announce_soon(notification)
+            self._announce_once(notification)
         else:
             self._offer(listening.tagged(notification, self._id))
 
-    def _announce_soon(self, change: Notification) -> None:
+    def _announce_once(self, change: Notification) -> None:
         """Tells of a change of lists, once in `CHANGES_APART` seconds."""
         method = change.method
         with self._lock:

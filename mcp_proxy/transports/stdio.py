@@ -202,7 +202,7 @@ class StdioTransport(Transport):
         """
         source = self.owner.caller_env
         values = None if source is None else source.values_of(request.environ, request.principal)
-        with caller_env.on_behalf_of(values):
+        with caller_env.on_behalf_of(values), called_by({}):
             yield
 
     def require_values(self, request: ClientRequest) -> None:

@@ -224,3 +224,14 @@ def test_a_call_counts_for_its_server_alone(house: House, client: Callable[..., 
     for _ in range(3):
         assert who(made, "b")["name"] == "B"
     assert prefixes(made) == ["a", "b"]
+
+
+def test_a_home_is_the_same_in_a_group_and_alone(house: House) -> None:
+    """Beside a server that gets headers of clients, too, which say who calls there."""
+    with EraServerProcess("modern") as server:
+        house.write({"a": entry("A"), "web": {"url": server.url}})
+        house.made()
+        front = WsgiFront(house.app, {"HTTP_COOKIE": "me=1"})
+        there, here = ModernClient(front, path="/servers/a/mcp"), ModernClient(front, path=PATH)
+        alone = said(result(there, "tools/call", name="who", arguments={}))
+        assert who(here, "a")["pid"] == alone["pid"]

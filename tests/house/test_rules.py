@@ -22,6 +22,7 @@ ORDER = (
     ("app", "__init__", "wsgi", "django"),
     ("monitoring",),
     ("mounts",),
+    ("group_mounts",),
     ("transparent",),
     ("transports",),
     ("ownership",),

@@ -607,8 +607,10 @@ class Bridge(OwnedBackend):
             call = self._switchboard.pop_answered(response.id)
             if call is not None:
                 self.last_used = time.monotonic()
-                if response.error is not UNSET and not self._child.may_refuse:
-                    response = refusals.without(response)
+                if response.error is not UNSET:
+                    response = Response(response.id, error=mending.error_of(response.error))
+                    if not self._child.may_refuse:
+                        response = refusals.without(response)
                 if call.method == INITIALIZE:
                     self._has_answered = True
                     self._is_initializing = response.result is not UNSET
@@ -620,7 +622,10 @@ class Bridge(OwnedBackend):
                     call.exchange.offer(ServerMessage(data, is_response=True))
                 self._switchboard = self._switchboard.successor or self._switchboard
         if call is None:
-            log.debug("[%s] dropped an answer to no pending call", self.name)
+            if self._undelivered.allows():
+                log.info(
+                    "[%s] nobody waits for the answer with the id %.64r", self.name, response.id
+                )
             return None
         if self._switchboard.lines:
             self._write_lines()

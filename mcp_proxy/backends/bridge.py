@@ -37,7 +37,7 @@ from mcp_proxy.errors import (
     ClientLeft,
     RequestId,
 )
-from mcp_proxy.processes.child import shown
+from mcp_proxy.processes.child import LineStart, shown
 from mcp_proxy.processes.noise import Brake, NoiseLog
 from mcp_proxy.servers import Served
 from mcp_proxy.wire import jsonrpc, mending, refusals
@@ -56,6 +56,8 @@ NOISE_SHOWN = 5
 
 # Seconds to wait for the exit of a child that has closed its input.
 _NOTICE = 1.0
+
+_TOO_LONG = "the line is longer than max_message_bytes allows"
 
 _UNTAKEN = "The server took nothing of the request before its client left"
 
@@ -537,6 +539,10 @@ class Bridge(OwnedBackend):
 
     def _parse(self, line: bytes) -> Iterable[Message]:
         """The messages in a line of output: none if it is invalid, several if it is a batch."""
+        if isinstance(line, LineStart):
+            if not self._take_misanswer(line, _TOO_LONG):
+                self._brake.slow()
+            return ()
         try:
             parsed = jsonrpc.parse(line, keeps_halves=False)
         except ClientError:
@@ -549,16 +555,16 @@ class Bridge(OwnedBackend):
             try:
                 yield jsonrpc.parse_message(part)
             except ClientError as error:
-                if part.strip() and not self._take_misanswer(part, error):
-                    self._note_noise(part, error)
+                why = _of_a_line(error)
+                if part.strip() and not self._take_misanswer(part, why):
+                    self._note_noise(part, why)
 
-    def _note_noise(self, line: bytes, reason: ClientError) -> None:
+    def _note_noise(self, line: bytes, why: str) -> None:
         if self._noise.allows():
-            why = _of_a_line(reason)
             log.warning("[%s] a line on stdout is no message (%s): %s", self.name, why, shown(line))
         self._brake.slow()
 
-    def _take_misanswer(self, line: bytes, reason: ClientError) -> bool:
+    def _take_misanswer(self, line: bytes, why: str) -> bool:
         """Ends the call that an unreadable line is about; False where it is about none."""
         found = mending.misanswer_of(line)
         if found is None:
@@ -574,7 +580,6 @@ class Bridge(OwnedBackend):
                 data = jsonrpc.encode(Response(call.id, error=found.error))
                 call.exchange.offer(ServerMessage(data, is_response=True))
                 return True
-        why = _of_a_line(reason)
         log.warning("[%s] an answer cannot be read (%s): %s", self.name, why, shown(line))
         _fail(call, BackendError(f"The server's answer cannot be read: {why}"))
         return True
@@ -602,8 +607,10 @@ class Bridge(OwnedBackend):
             call = self._switchboard.pop_answered(response.id)
             if call is not None:
                 self.last_used = time.monotonic()
-                if response.error is not UNSET and not self._child.may_refuse:
-                    response = refusals.without(response)
+                if response.error is not UNSET:
+                    response = Response(response.id, error=mending.error_of(response.error))
+                    if not self._child.may_refuse:
+                        response = refusals.without(response)
                 if call.method == INITIALIZE:
                     self._has_answered = True
                     self._is_initializing = response.result is not UNSET
@@ -615,7 +622,10 @@ class Bridge(OwnedBackend):
                     call.exchange.offer(ServerMessage(data, is_response=True))
                 self._switchboard = self._switchboard.successor or self._switchboard
         if call is None:
-            log.debug("[%s] dropped an answer to no pending call", self.name)
+            if self._undelivered.allows():
+                log.info(
+                    "[%s] nobody waits for the answer with the id %.64r", self.name, response.id
+                )
             return None
         if self._switchboard.lines:
             self._write_lines()

@@ -19,6 +19,7 @@ import ssl
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -273,18 +274,24 @@ class HttpCall:
         try:
             self._response = self._client.send(self, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            if self._abort_reason is not None:
-                raise self._abort_reason from error
-            found = _translated(error, timeout, self._was_connected)
-            if isinstance(found, BackendUnreached):
-                way = self._client.way_to(self.address)
-                found.detail = f"{way}: {_words_of_the_system(error) or found}"
-            raise found from error
+            _clear_frames(error)
+            raise self._failure_of(error, timeout) from error
         raw = self._response.raw
         self.status = raw.status
         self.headers = list(raw.headers.iteritems())
         self.media_type = media_type(self.header("Content-Type") or "")
         self.sets_cookie = "Set-Cookie" in raw.headers
+
+    def _failure_of(
+        self, error: requests.RequestException | urllib3.exceptions.HTTPError, timeout: float
+    ) -> ProxyError:
+        if self._abort_reason is not None:
+            return self._abort_reason
+        found = _translated(error, timeout, self._was_connected)
+        if isinstance(found, BackendUnreached):
+            way = self._client.way_to(self.address)
+            found.detail = f"{way}: {_words_of_the_system(error) or found}"
+        return found
 
     def header(self, name: str) -> str | None:
         """The first value of a response header, None where it is absent."""
@@ -552,9 +559,14 @@ class HttpCall:
             self._on_close.append(act)
 
     def close(self) -> None:
-        """Frees the connection and calls the functions of `on_close`; logs their errors."""
+        """Frees the connection and calls the functions of `on_close`; logs their errors.
+
+        Called by who reads, once nothing is read any more.
+        """
         with self._lock:
             acts, self._on_close = self._on_close, []
+            # Where it was raised, its traceback holds the call: only the collector would free both.
+            self._abort_reason = None
         for act in (self._free_connection, *reversed(acts)):
             try:
                 act()
@@ -566,6 +578,18 @@ class HttpCall:
         if self._response is not None:
             is_read = self._response.raw.isclosed()
             self._response.close() if is_read else self._response.raw.close()
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Clears what has raised an error, and those before it, of its local variables.
+
+    urllib3's `urlopen` has one of them in a local variable, and that has the frame of `urlopen` in
+    its traceback, with those of whoever called: only the collector would free all of that.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__context__
 
 
 def _buffered(sock: socket.socket, reader: Any) -> bytes:

@@ -216,8 +216,12 @@ class ClientRequest:
         return ClientConnection(self.environ, self._is_known)
 
     def note(self, error: ProxyError) -> None:
-        """Has the access line say what went wrong, and counts it."""
-        self.failure = error
+        """Has the access line say what went wrong, and counts it.
+
+        The error loses its traceback: the frames there hold this request, which holds the error,
+        and all of that would stay until the collector comes.
+        """
+        self.failure = error.with_traceback(None)
         counters = metrics.current()
         if counters is not None:
             count_failure(counters, self.server, error)

@@ -60,6 +60,10 @@ _TAIL_LINES = 20
 _LINE_SHOWN = 2000  # characters of a line of noise or stderr that the log gets
 
 
+class LineStart(bytes):
+    """The start of a line that is longer than `max_message_bytes` allows; it may name a call."""
+
+
 class Child:
     """A running server process.
 
@@ -125,8 +129,8 @@ class Child:
     def read_lines(self, on_line: Callable[[bytes], None]) -> None:
         """Reads until the server closes its output; the body of the reader thread.
 
-        `on_line` gets every line without its line break, of one that is too long the start, and may
-        block to slow the server down.
+        `on_line` gets every line without its line break, of one that is too long a LineStart, and
+        may block to slow the server down.
         """
         try:
             while (line := self._next_line()) is not None and not self._is_over:
@@ -163,7 +167,7 @@ class Child:
                 if len(line) <= self._max_message:
                     return line
                 self._skip_rest(line)
-                return line[:_LINE_SHOWN]  # it may name the call that it was to answer
+                return LineStart(line[:_LINE_SHOWN])
         except (OSError, ValueError):
             log.debug("[%s] reading ended", self.label, exc_info=True)
         return None

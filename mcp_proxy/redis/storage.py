@@ -158,6 +158,16 @@ class RedisStorage(Storage):
             text = self.connection.client.info("server")["redis_version"]
         return tuple(int(part) for part in text.split(".")[:3])
 
+    def eviction(self) -> str:
+        """By which policy a server whose memory is full drops records; empty where by none.
+
+        Raises StorageUnavailable.
+        """
+        with self.connection.mapped_errors():
+            memory = self.connection.client.info("memory")
+        policy = str(memory.get("maxmemory_policy", ""))
+        return policy if memory.get("maxmemory") and policy != "noeviction" else ""
+
     def scoped(self, name: str) -> RedisStorage:
         require_name(name)
         return RedisStorage(self.connection, self.ttl, f"{self.prefix}{name}:")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gunicorn.http import wsgi
+from gunicorn.http.errors import UnsupportedTransferCoding
 from gunicorn.http.parser import RequestParser
 
 from mcp_proxy.edge.logs import escaped
@@ -126,6 +127,8 @@ def refusal_of(handle_error: Callable[..., object], addr: Any, error: Exception)
     """A whole response that says what gunicorn's `handle_error` says of an error, and logs."""
     written = Gathering()
     handle_error(written, addr, error)
+    if isinstance(error, UnsupportedTransferCoding):  # RFC 9112 section 6.1
+        return refusal("501 Not Implemented", f"{error}")
     is_refused = written.status.startswith("4")
     return refusal(written.status, str(error) if is_refused else "Internal error")
 

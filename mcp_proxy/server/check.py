@@ -67,6 +67,11 @@ _OPEN = (
     "or jwt_issuer, unless something in front authenticates"
 )
 
+_DROPS = (
+    "Redis {} drops records of sessions that are in use once its memory is full (maxmemory-policy "
+    "{}): their clients have to begin anew; noeviction has new ones refused instead"
+)
+
 # The exit code of a command that SIGINT has ended, as shells have it.
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -268,12 +273,15 @@ def _store(config: ProxyConfig) -> Row:
         try:
             store.check()
             version = ".".join(map(str, store.version()))
+            eviction = store.eviction()
         finally:
             store.close()
     except StorageUnavailable as error:
         return Row("sessions", False, error.detail)
     except ProxyError as error:
         return Row("sessions", False, str(error))
+    if eviction:
+        return Row("sessions", True, _DROPS.format(version, eviction), is_warning=True)
     return Row("sessions", True, f"Redis {version}, which takes writes")
 
 

@@ -25,6 +25,7 @@ from mcp_proxy.server.gunicorn import (
     require_worker_class,
     serve,
 )
+from mcp_proxy.server.machine import open_standard_streams
 from mcp_proxy.servers import as_command
 from mcp_proxy.shown_commands import shown_arguments
 
@@ -64,6 +65,7 @@ _SOURCES = ("command", "target_url", "config", "env", "env_from", "cwd")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; 2 for a configuration that cannot be served."""
+    open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["check"]:

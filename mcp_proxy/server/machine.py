@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import sys
 import tempfile
 from collections.abc import Iterable
 
@@ -23,6 +24,8 @@ _FILES_OF_A_SESSION = 4
 
 # Connections that a worker may have, if there are files for them.
 _CONNECTIONS = 4_096
+
+_STDOUT, _STDERR = 1, 2
 
 # Memory that is a file system: writable in most containers whose file system is not.
 _SHARED_MEMORY = "/dev/shm"
@@ -93,6 +96,18 @@ def keep_heap_small() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(_M_ARENA_MAX, 1)
             libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+def open_standard_streams() -> None:
+    """Has nothing else take the numbers of the standard streams, where they were closed.
+
+    A connection to a client could get that of stderr, and with it the lines of the log.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(_STDOUT, "w", closefd=False)  # noqa: SIM115  # never closed
+    sys.stderr = sys.stderr or open(_STDERR, "w", closefd=False)  # noqa: SIM115
 
 
 def allow_many_files() -> None:

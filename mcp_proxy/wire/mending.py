@@ -140,6 +140,45 @@ def _without_nan(text: bytes) -> bytes:
     return bytes(result + text[done:])
 
 
+# --- errors ---------------------------------------------------------------------------------------
+
+
+class _Error(msgspec.Struct):
+    code: int
+    message: str
+
+
+_error = msgspec.json.Decoder(_Error)
+
+
+def error_of(told: Raw) -> Raw:
+    """What a server tells as an error, as the object that it has to be (JSON-RPC 2.0 section 5.1).
+
+    An error without a number as its code, or without a message, is none to clients, which wait on.
+    """
+    try:
+        _error.decode(told)
+        return told
+    except msgspec.ValidationError:
+        pass
+    if bytes(memoryview(told)[:1]) != b"{":
+        return Raw(msgspec.json.encode(_Error(PROXY_ERROR, _start_of(told))))
+    fields = _fields.decode(told)
+    for name, kind, value in (
+        ("code", int, PROXY_ERROR),
+        ("message", str, _start_of(fields.get("message", told))),
+    ):
+        try:
+            msgspec.json.decode(fields.get(name, b"null"), type=kind)
+        except msgspec.ValidationError:
+            fields[name] = Raw(msgspec.json.encode(value))
+    return Raw(msgspec.json.encode(fields))
+
+
+def _start_of(payload: Raw) -> str:
+    return bytes(payload)[:_ENDS].decode("utf-8", "replace")
+
+
 # --- what stays unreadable ------------------------------------------------------------------------
 
 
@@ -183,9 +222,8 @@ def misanswer_of(line: bytes) -> Misanswer | None:
     error = fields.get("error", UNSET)
     if error is not UNSET and bytes(memoryview(error)[:5]) == b"null":
         error = UNSET
-    if error is not UNSET and bytes(memoryview(error)[:1]) != b"{":
-        told = bytes(error)[:_ENDS].decode("utf-8", "replace")
-        error = Raw(msgspec.json.encode({"code": PROXY_ERROR, "message": told}))
+    if error is not UNSET:
+        error = error_of(error)
     match = _ID.fullmatch(b'"id":' + bytes(fields.get("id", b"null")))
     found = None if match is None else _id_of(match)
     return None if found is None and error is UNSET else Misanswer(found, error)

@@ -495,11 +495,17 @@ def raw(bridge: Bridge, line: bytes) -> None:
     [
         (b'{"jsonrpc":"2.0","id":"ID","result":{"a":1}}', Response("i", Raw(b'{"a":1}'))),
         (b'{"jsonrpc":"2.0","id":ID,"result":{},"error":null}', Response("i", Raw(b"{}"))),
-        (b'{"jsonrpc":"2.0","id":ID,"result":null,"error":{}}', Response("i", error=Raw(b"{}"))),
+        (
+            b'{"jsonrpc":"2.0","id":ID,"result":null,"error":{}}',
+            Response("i", error=Raw(b'{"code":-32000,"message":"{}"}')),
+        ),
         (b'{"jsonrpc":"2.0","id":ID,"result":{"a":NaN}}', Response("i", Raw(b'{"a":null}'))),
         (b'{"jsonrpc":"2.0","id":ID,"result":"\xff"}', Response("i", Raw(b'"\xef\xbf\xbd"'))),
         (b'\xef\xbb\xbf{"jsonrpc":"2.0","id":ID,"result":1}', Response("i", Raw(b"1"))),
-        (b'{"jsonrpc":"2.0","id":ID,"error":"no"}', Response("i", error=Raw(b'"no"'))),
+        (
+            b'{"jsonrpc":"2.0","id":ID,"error":"no"}',
+            Response("i", error=Raw(b'{"code":-32000,"message":"\\"no\\""}')),
+        ),
     ],
 )
 def test_what_a_server_writes_a_little_wrong_is_understood(

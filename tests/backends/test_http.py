@@ -603,6 +603,44 @@ def test_a_call_is_forgotten_without_the_collector(
         gc.enable()
 
 
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_a_call_that_was_aborted_is_forgotten_without_the_collector(
+    client: HttpClient, backend: HttpBackend, is_sent: bool
+) -> None:
+    backend.on("GET", "/x", stream(b"one", Feed(), framing="close"))
+    gc.disable()
+    try:
+        call = HttpCall(client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")
+        if is_sent:
+            call.send(5)
+        call.abort()
+        with pytest.raises(ClientLeft):
+            call.read(100) if is_sent else call.send(5)
+        call.close()
+        gone = weakref.ref(call)
+        del call
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_call_that_reached_nobody_is_forgotten_without_the_collector(
+    client: HttpClient, backend: HttpBackend
+) -> None:
+    backend.stop()
+    gc.disable()
+    try:
+        call = HttpCall(client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")
+        with pytest.raises(BackendUnreached):
+            call.send(5)
+        call.close()
+        gone = weakref.ref(call)
+        del call
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_idle_connections_grow_old(
     calls: Calls, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

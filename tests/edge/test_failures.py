@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -237,3 +239,20 @@ def test_what_succeeds_has_no_reason(caplog: pytest.LogCaptureFixture) -> None:
     (record,) = caplog.records
     assert "reason" not in logs.TextFormatter().format(record)
     assert json.loads(logs.JsonFormatter().format(record))["reason"] == ""
+
+
+def test_a_request_that_failed_is_forgotten_without_the_collector() -> None:
+    edge = Edge(ProxyOptions())
+    failures: list[weakref.ref[errors.ProxyError]] = []
+
+    def fail(request: ClientRequest) -> Reply:
+        failure = errors.ClientLeft()
+        failures.append(weakref.ref(failure))
+        raise failure
+
+    gc.disable()
+    try:
+        edge.serve(create_environ("/mcp"), lambda *_: bytes, fail)
+        assert [failure() for failure in failures] == [None]
+    finally:
+        gc.enable()

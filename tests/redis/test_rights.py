@@ -29,6 +29,7 @@ def everything(storage: RedisStorage) -> None:
     """Everything that a proxy asks of Redis."""
     storage.check()
     storage.version()
+    storage.eviction()
     storage.create(record())
     storage.load("s")
     storage.peek("s")

@@ -52,6 +52,7 @@ CALLS: dict[str, Callable[[RedisStorage], object]] = {
     "issued": lambda storage: storage.issued("s"),
     "check": lambda storage: storage.check(),
     "version": lambda storage: storage.version(),
+    "eviction": lambda storage: storage.eviction(),
 }
 
 

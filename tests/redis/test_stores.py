@@ -108,6 +108,7 @@ def test_one_of_many_swaps_wins(storage: RedisStorage) -> None:
 def test_the_store_says_that_it_is_there_and_which_version(storage: RedisStorage) -> None:
     storage.check()
     assert storage.version()[:2] >= (6, 2)
+    assert storage.eviction() == ""
     versions = [info["redis_version"] for info in storage.connection.info()]
     assert len(set(versions)) == 1
     storage.connection.ping()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from mcp_proxy import ProxyConfig
 from mcp_proxy.config import from_values
@@ -21,6 +22,7 @@ from tests.servers.old_server import OldServer
 from tests.support.front import SCRIPTED
 from tests.support.modern_client import server_of
 from tests.support.outbound import OutboundProxy
+from tests.support.redis_server import RedisServer
 from tests.support.sse_servers import SseServer, python_2
 from tests.support.tls import Certificates
 
@@ -281,6 +283,22 @@ def test_a_store_that_takes_no_writes_is_no_store(capsys: Printed) -> None:
     assert code == 1
     assert "FAIL  sessions" in said
     assert "hunter22" not in said
+
+
+def test_a_store_that_drops_sessions_is_a_warning(
+    own_server: RedisServer, admin: redis.Redis, capsys: Printed
+) -> None:
+    given: dict[str, object] = {
+        "redis_url": own_server.url,
+        "command": [sys.executable, "-c", ""],
+    }
+    admin.config_set("maxmemory-policy", "volatile-lru")
+    assert re.search("^ok +sessions", checked(capsys, **given)[1], re.MULTILINE)
+    admin.config_set("maxmemory", "100mb")
+    said = checked(capsys, **given)[1]
+    assert re.search(r"^WARN +sessions .*\(maxmemory-policy volatile-lru\)", said, re.MULTILINE)
+    admin.config_set("maxmemory-policy", "noeviction")
+    assert re.search("^ok +sessions", checked(capsys, **given)[1], re.MULTILINE)
 
 
 def test_memory_that_workers_do_not_share_is_not_in_order(

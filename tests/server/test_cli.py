@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from mcp_proxy.errors import ConfigError
 from mcp_proxy.server.cli import main, read_config
 from tests.config.samples import NEED_COMMAND, SAMPLES
 from tests.support.proxy_process import GUNICORN
+from tests.support.waiting import eventually
 
 ADDRESS = "bind: expected HOST:PORT, with a port up to 65535, or unix:PATH, got "
 CPUS = sorted(os.sched_getaffinity(0))
@@ -377,3 +380,20 @@ class Hidden(MetaPathFinder):
 
 sys.meta_path.insert(0, Hidden())
 """
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_who_starts_it_may_have_closed_the_standard_streams(closed: str, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    command = [sys.executable, "-m", "mcp_proxy", "--bind", f"unix:{path}", "--", sys.executable]
+    run = ["bash", "-c", f'exec "$@" {closed}', "bash", *command]
+    with subprocess.Popen(run, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            eventually(path.exists, 20)
+            with closing(socket.socket(socket.AF_UNIX)) as client:
+                client.connect(str(path))
+                client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                assert client.makefile("rb").read().startswith(b"HTTP/1.0 200 OK\r\n")
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0

@@ -173,6 +173,7 @@ def test_chunks_and_requests_in_one_go_are_served(tmp_path: Path) -> None:
         (b"GET / HTTP/1.1\r\nA: %s" % (b"x" * 40_000), 431),
         (b"GET / HTTP/1.1\r\nA: %s\r\n\r\n" % (b"x" * 10_000), 431),
         (b"GET / HTTP/1.1\r\nHost: a\r\nExpect: more\r\n\r\n", 417),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: odd\r\n\r\n", 501),
         (_LARGE.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"), 413),
     ],
 )

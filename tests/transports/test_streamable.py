@@ -789,6 +789,20 @@ def test_noise_on_stdout_is_skipped(client: McpClient) -> None:
     assert client.result("echo", {"a": 1}) == {"a": 1}
 
 
+def test_an_error_without_a_code_is_one_that_clients_can_read(client: McpClient) -> None:
+    line = b'{"jsonrpc":"2.0","id":$id,"error":{"message":"boom"}}\n'
+    answer = client.call("raw", {"bytes": base64.b64encode(line).decode()})
+    assert answer.error() == {"code": -32000, "message": "boom"}
+
+
+def test_an_answer_that_nobody_waits_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mcp_proxy.backends.bridge")
+    line = b'{"jsonrpc":"2.0","id":"999","result":{}}\n'
+    with running("wsgi") as proxy:
+        proxy.client().open().result("raw", {"bytes": base64.b64encode(line).decode()})
+        assert "nobody waits for the answer with the id '999'" in caplog.text
+
+
 def test_invalid_unicode_costs_a_character_not_the_answer(client: McpClient) -> None:
     result = b'{"text": "a\xffb \\ud83d c"}'
     params = {"bytes": base64.b64encode(result).decode()}
@@ -826,7 +840,9 @@ def test_a_line_over_the_limit_is_dropped_and_the_session_lives() -> None:
         began = time.monotonic()
         answer = client.call("big", {"size": 50_000})
         assert answer.failure == "bad-answer"
-        assert "cannot be read" in answer.error()["message"]
+        assert answer.error()["message"] == (
+            "The server's answer cannot be read: the line is longer than max_message_bytes allows"
+        )
         assert time.monotonic() - began < 10
         assert client.result("echo", {"a": 1}) == {"a": 1}
 

@@ -102,15 +102,36 @@ def test_what_python_writes_of_any_floats_is_mended(value: Any) -> None:
     assert json.loads(mending.mended(json.dumps(value).encode())) == finite(value)
 
 
+_ERROR = b'{"code":1,"message":"m"}'
+
+
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        (b'{"code":1,"message":"m"}', {"code": 1, "message": "m"}),
+        (b'{"code":1,"message":"m","data":[1]}', {"code": 1, "message": "m", "data": [1]}),
+        (b'{"message":"m","data":[1]}', {"code": -32000, "message": "m", "data": [1]}),
+        (b'{"code":"E","message":"m"}', {"code": -32000, "message": "m"}),
+        (b'{"code":null,"message":null}', {"code": -32000, "message": "null"}),
+        (b'{"code":5}', {"code": 5, "message": '{"code":5}'}),
+        (b'{"code":5,"message":{"a":1}}', {"code": 5, "message": '{"a":1}'}),
+        (b'"boom"', {"code": -32000, "message": '"boom"'}),
+        (b"[]", {"code": -32000, "message": "[]"}),
+    ],
+)
+def test_an_error_has_a_code_and_a_message(told: bytes, error: Any) -> None:
+    assert json.loads(bytes(mending.error_of(Raw(told)))) == error
+
+
 @pytest.mark.parametrize(
     ("line", "request_id", "error"),
     [
-        (b'{"jsonrpc":"2.0","id":null,"error":{"code":1}}', None, b'{"code":1}'),
-        (b'{"jsonrpc":"2.0","error":{"code":1}}', None, b'{"code":1}'),
-        (b'{"id":3,"error":{"code":1}}', 3, b'{"code":1}'),
+        (b'{"jsonrpc":"2.0","id":null,"error":{"code":1,"message":"m"}}', None, _ERROR),
+        (b'{"jsonrpc":"2.0","error":{"code":1,"message":"m"}}', None, _ERROR),
+        (b'{"id":3,"error":{"code":1,"message":"m"}}', 3, _ERROR),
         (b'{"jsonrpc":"2.0","id":3,"error":"no"}', 3, b'{"code":-32000,"message":"\\"no\\""}'),
         (b'{"jsonrpc":"2.0","id":3}', 3, None),
-        (b'{"jsonrpc":"2.0","id":"3","result":{},"error":{"code":1}}', "3", b'{"code":1}'),
+        (b'{"id":"3","result":{},"error":{"code":1,"message":"m"}}', "3", _ERROR),
         (b'{"jsonrpc":"1.0","id":3.0,"result":{}}', 3, None),
         (b'{"jsonrpc":"2.0","id":3,"error":null}', 3, None),
         (b'{"jsonrpc":"2.0","id":3,"result":{"a":"b', 3, None),

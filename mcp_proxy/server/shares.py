@@ -18,6 +18,7 @@ from mcp_proxy.errors import Overloaded, RequestId
 from mcp_proxy.server.answers import Gathering
 from mcp_proxy.server.connection import Connection
 from mcp_proxy.server.passing import Held, can_be_passed, rebuilt
+from mcp_proxy.server.slot import Slot
 
 # What the application calls: (session, body, id of the request, is counted, ids of the calls).
 Admit = Callable[[str, bytes, str, bool, Collection[RequestId]], frozenset[RequestId] | None]
@@ -31,6 +32,7 @@ class PutOff:
 
     session: str
     calls: Collection[RequestId]
+    since: float  # monotonic
     cancelled: set[RequestId] = field(default_factory=set)
 
     def has(self, session: str, call: RequestId) -> bool:
@@ -53,6 +55,8 @@ class Shares:
     def __init__(self, limit: Callable[[], int], resume: Callable[[Connection], object]) -> None:
         self._limit = limit
         self._resume = resume
+        #: By which workers of one master hear of cancellations that another one has got.
+        self.slot: Slot | None = None
         self._lock = threading.Lock()  # guards the fields below
         self._calls: dict[str, int] = {}
         self._waiting: dict[str, dict[Connection, Held]] = {}
@@ -88,8 +92,8 @@ class Shares:
         one that cannot be read once more.
         """
         cancelled = self._cancelled_of(conn) if self._put_off else frozenset()
-        needs_no_place = bool(cancelled) and cancelled.issuperset(calls)
-        if needs_no_place or conn.share is not None or self._counts(conn, session):
+        is_cancelled = bool(cancelled) and cancelled.issuperset(calls)
+        if is_cancelled or conn.share is not None or self._counts(conn, session):
             return cancelled
         head = rebuilt(req, len(body), request_id)
         is_whole = len(head) <= conn.max_header_bytes and can_be_passed(req, len(body))
@@ -98,7 +102,7 @@ class Shares:
         again = conn.to_read_again(head + body, session, is_counted)
         conn.held = Held(again, time.monotonic())
         with self._lock:
-            self._put_off[conn] = PutOff(session, calls, set(cancelled))
+            self._put_off[conn] = PutOff(session, calls, conn.held.since, set(cancelled))
         response.sock = Gathering()
         return None
 
@@ -106,16 +110,28 @@ class Shares:
         """The calls that were cancelled while their request was put off; from now on it is not."""
         with self._lock:
             put_off = self._put_off.pop(conn, None)
-            return frozenset(() if put_off is None else put_off.cancelled)
+        if put_off is None:
+            return frozenset()
+        if self.slot is not None:
+            session, since = put_off.session, put_off.since
+            for call in put_off.calls:
+                if self.slot.was_cancelled(session, call, since):
+                    put_off.cancelled.add(call)
+        return frozenset(put_off.cancelled)
 
     def cancel(self, session: str, call: RequestId | None) -> bool:
-        """Has the call of that id be answered as a cancelled one; False where none is put off."""
+        """Has the call of that id be answered as a cancelled one; False where none is put off here.
+
+        One that waits at another worker is answered so when its turn comes.
+        """
         if call is None:
             return False
         with self._lock:
             found = ((conn, one) for conn, one in self._put_off.items() if one.has(session, call))
             conn, put_off = next(found, (None, None))
             if conn is None or put_off is None:
+                if self.slot is not None:
+                    self.slot.note_cancelled(session, call)
                 return False
             put_off.cancelled.add(call)
             resumes = put_off.is_cancelled and conn in self._waiting.get(session, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from tests.live.connections import Connection
+from tests.proofs.sockets import peers_of
+from tests.support import needs
 from tests.support.front import HttpFront, Json, McpClient
 from tests.support.proxy_process import ROOT, ProxyProcess
 from tests.support.waiting import eventually
@@ -28,7 +31,10 @@ LONG = 4
 SHARED = {"threads": ("--threads", "4"), "without passing": ("--threads", "4", "--passing", "off")}
 
 
-@pytest.fixture(params=[*SHARED.values(), (*SHARED["threads"], "--workers", "2")], ids=str)
+TWO = pytest.param((*SHARED["threads"], "--workers", "2"), marks=needs.MEMORY)
+
+
+@pytest.fixture(params=[*SHARED.values(), TWO], ids=str)
 def proxy(request: pytest.FixtureRequest) -> Iterator[ProxyProcess]:
     with ProxyProcess(options=request.param) as process:
         yield process
@@ -65,6 +71,7 @@ def counting(pool: ThreadPoolExecutor, client: McpClient, keys: Sequence[int]) -
     return [pool.submit(count, client, key) for key in keys]
 
 
+@needs.SHARES
 def test_the_calls_of_one_session_leave_threads_to_the_others(
     proxy: ProxyProcess, pool: ThreadPoolExecutor
 ) -> None:
@@ -155,6 +162,7 @@ def before_tally(request: pytest.FixtureRequest, tally: Tally) -> Iterator[Proxy
             yield stack.enter_context(ProxyProcess(tally.command, options=SHARED["threads"]))
 
 
+@needs.SHARES
 def test_a_call_that_is_cancelled_while_it_waits_is_not_made(
     pool: ThreadPoolExecutor, before_tally: ProxyProcess, tally: Tally
 ) -> None:
@@ -178,6 +186,7 @@ def as_batch(*numbers: int) -> list[Json]:
     return [{**about, "id": number, "params": plain(number)} for number in numbers]
 
 
+@needs.SHARES
 def test_a_call_of_a_batch_that_is_cancelled_while_it_waits_is_not_made(
     pool: ThreadPoolExecutor, before_tally: ProxyProcess, tally: Tally
 ) -> None:
@@ -202,6 +211,59 @@ def test_a_call_of_a_batch_that_is_cancelled_while_it_waits_is_not_made(
     assert tally.begun() == {1, 2, 3, 5}
 
 
+def connection_to(worker: int, proxy: ProxyProcess, stack: ExitStack) -> http.client.HTTPConnection:
+    """A kept connection that this worker has accepted."""
+    while True:
+        made = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
+        connection = stack.enter_context(closing(made))
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read()
+        if connection.sock.getsockname()[1] in peers_of(worker, proxy.port):
+            return connection
+
+
+def ask(connection: http.client.HTTPConnection, client: McpClient, message: Json) -> Json:
+    """The answer to a message of a client's session, on this connection."""
+    assert client.session is not None
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    headers["Mcp-Session-Id"] = client.session
+    connection.request("POST", "/mcp", json.dumps({"jsonrpc": "2.0", **message}), headers)
+    body = connection.getresponse().read()
+    answer: Json = json.loads(body) if body else {}
+    return answer
+
+
+@needs.SHARES
+def test_a_cancellation_that_another_worker_gets_is_heard_of(
+    pool: ThreadPoolExecutor, tally: Tally, redis_url: str, redis_prefix: str
+) -> None:
+    options = ("--threads", "4", "--workers", "2", "--redis-url", redis_url)
+    with ExitStack() as stack:
+        server = stack.enter_context(ProxyProcess(tally.command, options=("--threads", "32")))
+        options = (*options, "--redis-prefix", redis_prefix, "--target-url", server.url)
+        proxy = stack.enter_context(ProxyProcess(options=options))
+        one, other = proxy.worker_pids()
+        client = session_of(proxy)
+
+        def call(key: int, seconds: float = 0) -> Future[Json]:
+            connection = connection_to(one, proxy, stack)
+            message = {"id": key, "method": "tools/call", "params": plain(key, seconds)}
+            return pool.submit(ask, connection, client, message)
+
+        running = [call(1, LONG), call(2, LONG)]
+        eventually(lambda: tally.begun() == {1, 2})
+        waiting = [call(3), call(4)]
+        elsewhere = connection_to(other, proxy, stack)
+        cancel = {"method": "notifications/cancelled", "params": {"requestId": 3}}
+        while not any(each.done() for each in running):
+            assert ask(elsewhere, client, cancel) == {}
+        assert all("result" in each.result() for each in running)
+        assert "cancelled" in waiting[0].result()["error"]["message"]
+        assert "result" in waiting[1].result()
+        assert tally.begun() == {1, 2, 4}
+
+
+@needs.SHARES
 def test_a_call_whose_client_leaves_while_it_waits_is_not_made(
     pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
@@ -260,6 +322,7 @@ def test_in_front_of_an_http_server(pool: ThreadPoolExecutor) -> None:
         assert [call.result()["id"] for call in calls] == list(range(10, 18))
 
 
+@needs.SHARES
 def test_a_call_that_waits_too_long_is_refused(pool: ThreadPoolExecutor) -> None:
     options = ("--threads", "4", "--request-timeout", "1.5")
     with ProxyProcess(options=options) as proxy:

@@ -27,11 +27,17 @@ PASSING = _needs("gevent passes no connections")
 #: Several workers whose sessions are in memory.
 MEMORY = _needs("several gevent workers want Redis, since they pass no connections")
 
+#: A worker that leaves, and whose sessions in memory go on at the one that comes.
+HANDING_ON = _needs("a gevent worker leaves its sessions in memory to no other one")
+
 #: A bound of the calls of one session, and calls that wait for it.
 SHARES = _needs("gevent has no shares: a call waits for no thread")
 
 #: A worker with so many threads, which may all be taken.
 THREADS = _needs("gevent has no thread for each request")
+
+#: A worker that is bound to a CPU.
+PINNING = _needs("gevent workers are bound to no CPU")
 
 #: A worker that has had its `max_requests` and waits for old calls before it leaves.
 PATIENT_RECYCLING = _needs("a gevent worker that has had max_requests leaves at once")

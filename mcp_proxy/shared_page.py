@@ -15,12 +15,15 @@ from collections.abc import Iterable
 # The bytes of a cell.
 _CELL = 8
 
-# Cells of a line: what a worker says of itself, the heirs of workers that had the slot before, and
-# the homes that it has.
+# Cells of a line: what a worker says of itself, the heirs of workers that had the slot before,
+# cancellations that it has got, each with its time, and the homes that it has.
 _NUMBERS = 16
 HEIRS = 64
+CANCELLATIONS = 64
 HOMES = 512
-_CELLS = _NUMBERS + HEIRS + HOMES
+_FIRST_CANCELLATION = _NUMBERS + HEIRS
+_FIRST_HOME = _FIRST_CANCELLATION + 2 * CANCELLATIONS
+_CELLS = _FIRST_HOME + HOMES
 
 _NONCE_BITS = 32
 
@@ -66,6 +69,7 @@ class Line:
     is_replaced = _Cell(9)
     # How many heirs were ever written; cell 8 is the heartbeat.
     _heir_count = _Cell(10)
+    _cancellation_count = _Cell(11)
 
     def __init__(self, memory: memoryview) -> None:
         self.numbers = memory.cast("Q")
@@ -118,17 +122,33 @@ class Line:
                 return pair & (1 << _NONCE_BITS) - 1
         return None
 
+    # --- cancellations ---------------------------------------------------------------------------
+
+    def add_cancellation(self, call: int, now: float) -> None:
+        """The worker has got a cancellation of a call, a number other than 0, that it knows nothing
+        of. For one thread at a time. The last `CANCELLATIONS` of a slot are remembered.
+        """
+        at = _FIRST_CANCELLATION + 2 * (self._cancellation_count % CANCELLATIONS)
+        self.numbers[at] = 0  # the time of the older one is not this one's
+        self._seconds[at + 1] = now
+        self.numbers[at] = call
+        self._cancellation_count += 1
+
+    def has_cancelled(self, call: int, since: float) -> bool:
+        """Whether the worker has got a cancellation of a call since that time."""
+        rows = range(_FIRST_CANCELLATION, _FIRST_HOME, 2)
+        return any(self.numbers[at] == call and self._seconds[at + 1] >= since for at in rows)
+
     # --- homes -----------------------------------------------------------------------------------
 
     def set_homes(self, homes: Iterable[int]) -> None:
         """The homes that the worker has, each a number other than 0; those beyond `HOMES` are not
         found.
         """
-        first = _NUMBERS + HEIRS
         listed = list(homes)[:HOMES]
-        for number, home in enumerate(listed, first):
+        for number, home in enumerate(listed, _FIRST_HOME):
             self.numbers[number] = home
-        for number in range(first + len(listed), _CELLS):
+        for number in range(_FIRST_HOME + len(listed), _CELLS):
             if not self.numbers[number]:
                 break
             self.numbers[number] = 0
@@ -168,7 +188,7 @@ class SharedPage:
         at = self._memory.find(cell)
         while at >= 0:
             number, offset = divmod(at, self._size)
-            if offset % _CELL == 0 and offset // _CELL >= _NUMBERS + HEIRS:
+            if offset % _CELL == 0 and offset // _CELL >= _FIRST_HOME:
                 return number
             at = self._memory.find(cell, at + 1)
         return None

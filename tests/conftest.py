@@ -13,6 +13,7 @@ import redis
 from hypothesis import settings
 
 from mcp_proxy.redis.client import Connection
+from tests.support import needs
 from tests.support.redis_connections import Openers
 from tests.support.redis_server import RedisServer
 from tests.support.transparent import FRONTS
@@ -62,6 +63,17 @@ def _every_client_is_closed(request: pytest.FixtureRequest, _openers: Openers) -
     module = request.node.getparent(pytest.Module)
     if not module.stash.get(_HAS_FIXTURES, False):
         _openers.judge()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Says what the mark is for (`tests/support/needs.py`)."""
+    config.addinivalue_line("markers", f"{needs.NAME}(reason): what gevent workers have not")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves out, with the reason, what gevent workers have not, where all proxies have those."""
+    if (reason := needs.missing_for(item)) is not None:
+        pytest.skip(reason)
 
 
 def pytest_fixture_setup(

@@ -12,6 +12,7 @@ import itertools
 import logging
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class ClientConnection:
         if self._socket is None:
             return False
         try:
-            poll = select.poll()
+            poll = _system_poll()
             poll.register(self._socket, _GONE)
             return bool(poll.poll(0))
         except (OSError, ValueError):
@@ -133,6 +134,14 @@ class DisconnectWatcher(Worker):
                     on_disconnect()
                 except Exception:
                     log.exception("acting on a client's disconnect failed")
+
+
+def _system_poll() -> select.poll:
+    """The system's, also where gevent has put its own there: that hears of no peer that leaves."""
+    patches = sys.modules.get("gevent.monkey")
+    make = select.poll if patches is None else patches.get_original("select", "poll")
+    poll: select.poll = make()
+    return poll
 
 
 def _nothing() -> None:

@@ -24,6 +24,7 @@ from mcp_proxy.edge.reply import STATUS_LINES, Body, Reply, empty_reply, event_r
 from mcp_proxy.edge.request import ClientRequest, RequestIds, require_path
 from mcp_proxy.errors import (
     INTERNAL_ERROR,
+    Cancelled,
     ClientLeft,
     Draining,
     MethodNotAllowed,
@@ -348,6 +349,9 @@ def render(error: ProxyError, request: ClientRequest, failure_status: str) -> Re
     """
     request.note(error)
     message = request.message
+    if isinstance(error, Cancelled) and message is not None:
+        body = _answers(error, message) or as_message(error)
+        return json_reply(body) if request.accepts_json else event_reply(body)
     if not error.kind:
         request_id = message.id if isinstance(message, Request) else error.request_id
         if isinstance(error, SessionNotFound) and error.status == 404:

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, Raw, UnsetType
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
@@ -23,10 +23,12 @@ from mcp_proxy.edge.operations import Operations, count_failure, kind_of
 from mcp_proxy.errors import (
     BodyTooLarge,
     BodyTooSlow,
+    Cancelled,
     ClientError,
     InvalidRequest,
     Passed,
     ProxyError,
+    RequestId,
 )
 from mcp_proxy.wire import headers
 from mcp_proxy.wire.jsonrpc import (
@@ -307,20 +309,30 @@ class ClientRequest:
         if ADMIT not in self.environ:
             self.body = b""
 
-    def admit(self, session_id: str) -> None:
+    def admit(self, session_id: str) -> frozenset[RequestId]:
         """Raises Passed where calls of this session have as many threads as those of one may have.
 
         The request then comes again, when one of them has ended; Overloaded is raised for one that
-        cannot, Cancelled for one that was cancelled until then. To be called for a request that
-        waits for an answer, before anything is done.
+        cannot. What is returned are calls of a batch that were cancelled until then; Cancelled is
+        raised where all were. To be called for a request that waits for an answer, before anything
+        is done.
         """
         admit = None if self.rpc in _NEVER_HELD else self.environ.pop(ADMIT, None)
-        if admit is not None:
-            call = self.message.id if isinstance(self.message, Request) else None
-            if not admit(session_id, self.body, self.id, self.is_counted, call):
-                raise Passed
+        cancelled = frozenset() if admit is None else self._admitted(admit, session_id)
         if PASS_TO not in self.environ:
             self.body = b""
+        return cancelled
+
+    def _admitted(self, admit: Callable[..., Any], session_id: str) -> frozenset[RequestId]:
+        parts = self.message if isinstance(self.message, list) else [self.message]
+        calls = [part.id for part in parts if isinstance(part, Request)]
+        cancelled: frozenset[RequestId] | None
+        cancelled = admit(session_id, self.body, self.id, self.is_counted, calls)
+        if cancelled is None:
+            raise Passed
+        if cancelled and cancelled.issuperset(calls):
+            raise Cancelled
+        return cancelled
 
     def cancels_waiting(self, session_id: str, notification: Notification) -> bool:
         """Whether a notification has cancelled a call of its session that was put off (`admit`), of

@@ -1,25 +1,48 @@
 """The share of one session: however many calls it makes at once, threads are left to the others.
 
 A call that is over the share goes back to the main loop, with its body. It is read once more when a
-call of its session has ended, or when it was cancelled itself, which the application then learns.
+call of its session has ended, or when it was cancelled itself, which the application then learns. A
+batch is one call here, and each of its requests can be cancelled.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mcp_proxy.errors import Cancelled, Overloaded, RequestId
+from mcp_proxy.errors import Overloaded, RequestId
 from mcp_proxy.server.answers import Gathering
 from mcp_proxy.server.connection import Connection
 from mcp_proxy.server.passing import Held, can_be_passed, rebuilt
+from mcp_proxy.server.slot import Slot
 
-# What the application calls: (session, body, id of the request, is counted, id of the call). A
-# batch has none.
-Admit = Callable[[str, bytes, str, bool, RequestId | None], bool]
+# What the application calls: (session, body, id of the request, is counted, ids of the calls).
+Admit = Callable[[str, bytes, str, bool, Collection[RequestId]], frozenset[RequestId] | None]
+
+
+@dataclass
+class PutOff:
+    """A request that is to be read once more, with the calls in it, and those that were cancelled
+    since.
+    """
+
+    session: str
+    calls: Collection[RequestId]
+    since: float  # monotonic
+    cancelled: set[RequestId] = field(default_factory=set)
+
+    def has(self, session: str, call: RequestId) -> bool:
+        """Whether this is to be made: a call of that session and id."""
+        return self.session == session and call in self.calls and call not in self.cancelled
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nothing of it is to be made."""
+        return bool(self.cancelled) and self.cancelled.issuperset(self.calls)
 
 
 class Shares:
@@ -32,13 +55,13 @@ class Shares:
     def __init__(self, limit: Callable[[], int], resume: Callable[[Connection], object]) -> None:
         self._limit = limit
         self._resume = resume
+        #: By which workers of one master hear of cancellations that another one has got.
+        self.slot: Slot | None = None
         self._lock = threading.Lock()  # guards the fields below
         self._calls: dict[str, int] = {}
         self._waiting: dict[str, dict[Connection, Held]] = {}
-        # The calls that were put off, by session and id, until they are read once more.
-        self._put_off: dict[Connection, tuple[str, RequestId | None]] = {}
-        # Those of them that were cancelled. Each operation is atomic.
-        self._cancelled: set[Connection] = set()
+        # Until they are read once more.
+        self._put_off: dict[Connection, PutOff] = {}
         #: How many requests wait, and their size.
         self.waiting = 0
         self.waiting_bytes = 0
@@ -61,17 +84,17 @@ class Shares:
         body: bytes,
         request_id: str,
         is_counted: bool,
-        call: RequestId | None,
-    ) -> bool:
-        """Whether a call may go on; else nobody gets what the application answers.
+        calls: Collection[RequestId],
+    ) -> frozenset[RequestId] | None:
+        """Which calls of a request were cancelled while it waited: none of one that may go on now.
 
-        Raises Overloaded for one that cannot be read once more, Cancelled for one that was
-        cancelled while it waited.
+        None where it has to wait: nobody gets what the application answers. Raises Overloaded for
+        one that cannot be read once more.
         """
-        if (self._put_off or self._cancelled) and self._was_cancelled(conn):
-            raise Cancelled
-        if conn.share is not None or self._counts(conn, session):
-            return True
+        cancelled = self._cancelled_of(conn) if self._put_off else frozenset()
+        is_cancelled = bool(cancelled) and cancelled.issuperset(calls)
+        if is_cancelled or conn.share is not None or self._counts(conn, session):
+            return cancelled
         head = rebuilt(req, len(body), request_id)
         is_whole = len(head) <= conn.max_header_bytes and can_be_passed(req, len(body))
         if response.headers_sent or not is_whole:
@@ -79,31 +102,42 @@ class Shares:
         again = conn.to_read_again(head + body, session, is_counted)
         conn.held = Held(again, time.monotonic())
         with self._lock:
-            self._put_off[conn] = (session, call)
+            self._put_off[conn] = PutOff(session, calls, conn.held.since, set(cancelled))
         response.sock = Gathering()
-        return False
+        return None
 
-    def _was_cancelled(self, conn: Connection) -> bool:
-        """Whether a call was cancelled while it was put off; from now on it no longer is."""
+    def _cancelled_of(self, conn: Connection) -> frozenset[RequestId]:
+        """The calls that were cancelled while their request was put off; from now on it is not."""
         with self._lock:
-            self._put_off.pop(conn, None)
-            was_cancelled = conn in self._cancelled
-            self._cancelled.discard(conn)
-        return was_cancelled
+            put_off = self._put_off.pop(conn, None)
+        if put_off is None:
+            return frozenset()
+        if self.slot is not None:
+            session, since = put_off.session, put_off.since
+            for call in put_off.calls:
+                if self.slot.was_cancelled(session, call, since):
+                    put_off.cancelled.add(call)
+        return frozenset(put_off.cancelled)
 
     def cancel(self, session: str, call: RequestId | None) -> bool:
-        """Has the call of that id be answered as a cancelled one; False where none is put off."""
+        """Has the call of that id be answered as a cancelled one; False where none is put off here.
+
+        One that waits at another worker is answered so when its turn comes.
+        """
+        if call is None:
+            return False
         with self._lock:
-            wanted = (session, call)
-            conn = next((one for one, its in self._put_off.items() if its == wanted), None)
-            if call is None or conn is None:
+            found = ((conn, one) for conn, one in self._put_off.items() if one.has(session, call))
+            conn, put_off = next(found, (None, None))
+            if conn is None or put_off is None:
+                if self.slot is not None:
+                    self.slot.note_cancelled(session, call)
                 return False
-            del self._put_off[conn]
-            self._cancelled.add(conn)
-            waits = conn in self._waiting.get(session, ())
-            if waits:
+            put_off.cancelled.add(call)
+            resumes = put_off.is_cancelled and conn in self._waiting.get(session, ())
+            if resumes:
                 self._take_out(conn, session)
-        if waits:
+        if resumes:
             self._resume(conn)
         return True
 
@@ -119,8 +153,8 @@ class Shares:
     def leave(self, conn: Connection) -> None:
         """A request has been answered; the oldest one that waits gets the place of a call."""
         session, conn.share = conn.share, None
-        if (self._put_off or self._cancelled) and conn.held is None:
-            self._was_cancelled(conn)  # nobody asks any more
+        if self._put_off and conn.held is None:
+            self._cancelled_of(conn)  # nobody asks any more
         if session is None:
             return
         with self._lock:
@@ -152,8 +186,8 @@ class Shares:
         """A request waits from now on, unless a call of its session has ended meanwhile."""
         session = held.request.session
         with self._lock:
-            count = self._calls.get(session, 0)
-            if conn in self._cancelled:  # it needs no place
+            count, put_off = self._calls.get(session, 0), self._put_off.get(conn)
+            if put_off is not None and put_off.is_cancelled:  # it needs no place
                 is_full = False
             elif is_full := count >= self._limit():
                 self._waiting.setdefault(session, {})[conn] = held

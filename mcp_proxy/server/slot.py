@@ -10,6 +10,7 @@ or that one's heir, or for a home the worker that has it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import socket
 import time
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mcp_proxy.errors import ConfigError
+from mcp_proxy.errors import ConfigError, RequestId
 from mcp_proxy.replica import own_process, process_of
 from mcp_proxy.server.passing import drain
 from mcp_proxy.shared_page import Line, SharedPage, State
@@ -210,6 +211,18 @@ class Slot:
         found = (_HOME.fullmatch(home) for home in homes)
         self.line.set_homes([int(home[2], 16) for home in found if home is not None])
 
+    def note_cancelled(self, session: str, call: RequestId) -> None:
+        """This worker has got a cancellation of a call that does not wait here: it may elsewhere.
+
+        For one thread at a time.
+        """
+        self.line.add_cancellation(_as_number(session, call), time.monotonic())
+
+    def was_cancelled(self, session: str, call: RequestId, since: float) -> bool:
+        """Whether any worker has got a cancellation of a call since that (monotonic) time."""
+        number = _as_number(session, call)
+        return any(line.has_cancelled(number, since) for line in self._lines)
+
     @property
     def is_stopping(self) -> bool:
         """Whether all workers are told to stop, or have ended."""
@@ -273,3 +286,9 @@ class Slot:
     def leave(self) -> None:
         """Says that this worker takes nothing more that another one could answer."""
         self.line.state = State.LEAVING
+
+
+def _as_number(session: str, call: RequestId) -> int:
+    """What stands for a call of a session in the shared page."""
+    digest = hashlib.blake2b(f"{session} {call!r}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") or 1

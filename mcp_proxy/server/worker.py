@@ -594,6 +594,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
     def _begin_passing(self, slot: Slot) -> None:
         limits = (self.client_timeout, self.max_header_bytes)
         self.giving = Giving(slot, *limits, self._go_on, self._give_no_thread, self._close)
+        self.shares.slot = slot
         self._memory = getattr(self.wsgi, "memory", None)
         self._session_count = getattr(self.wsgi, "session_count", self._session_count)
         self._is_draining = getattr(self.wsgi, "is_draining", self._is_draining)

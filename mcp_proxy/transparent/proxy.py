@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -143,6 +143,19 @@ class Inbound(NamedTuple):
         if not isinstance(self.message, list):
             return []
         return [part.id for part in self.message if isinstance(part, Request)]
+
+    def without(self, cancelled: Collection[RequestId]) -> Inbound:
+        """The same without some requests of a batch, which nobody is to answer any more (MCP
+        2025-03-26, cancellation).
+        """
+        if not cancelled or not isinstance(self.message, list):
+            return self
+        left = [
+            part
+            for part in self.message
+            if not isinstance(part, Request) or part.id not in cancelled
+        ]
+        return self._replace(body=jsonrpc.encoded(left), message=left)
 
 
 class TransparentProxy(Transport):
@@ -714,7 +727,7 @@ class TransparentProxy(Transport):
     def _in_session(self, inbound: Inbound, session: Session) -> Reply:
         request, message = inbound.request, inbound.message
         if message is not None and _has_request(message):
-            request.admit(session.id)
+            inbound = inbound.without(request.admit(session.id))
         if isinstance(message, Notification) and request.cancels_waiting(session.id, message):
             return empty_reply(202)
         if request.method == "DELETE":

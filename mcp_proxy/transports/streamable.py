@@ -218,15 +218,17 @@ class StreamableProxy(StdioTransport):
         if any(call.method == INITIALIZE for call in calls):
             raise InvalidRequest("initialize must not be part of a batch")
         request.rpc = f"batch of {len(batch)}"
+        cancelled: frozenset[RequestId] = frozenset()
         if calls:
             self.edge.require_open()
-            request.admit(session.id)
+            cancelled = request.admit(session.id)
         for message in batch:
             if not isinstance(message, Request):
                 self.pass_on(request, session, message)
         if not calls:
             return empty_reply(202)
         exchange = self._exchange(request, calls)
+        exchange.answer_cancelled(cancelled)
         self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
         return self._answer(request, exchange, None, session)

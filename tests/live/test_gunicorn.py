@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.server.ways_in import with_certificate
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import (
     COMMAND,
@@ -282,6 +283,7 @@ def test_health_while_redis_is_away(own_redis: Any) -> None:
 # --- CPUs ----------------------------------------------------------------------------------------
 
 
+@needs.PINNING
 def test_the_worker_has_one_cpu_and_its_children_all() -> None:
     everything = os.sched_getaffinity(0)
     with ProxyProcess(SCRIPTED, options=["--cpu-affinity", str(max(everything))]) as process:
@@ -388,8 +390,9 @@ def leave(process: ProxyProcess, method: str, params: dict[str, Any], session: s
             connection.recv(1)
 
 
-def test_callers_that_take_json_alone_free_their_threads_when_they_leave() -> None:
-    with ProxyProcess(SCRIPTED, options=["--threads", "4"]) as process:
+@pytest.mark.parametrize("kind", ["gthread", "gevent"])
+def test_callers_that_take_json_alone_free_their_threads_when_they_leave(kind: str) -> None:
+    with ProxyProcess(SCRIPTED, options=["--threads", "4", "--worker-class", kind]) as process:
         client = client_of(process).open()
         with ThreadPoolExecutor(4) as pool:
             left = [
@@ -404,9 +407,11 @@ def test_callers_that_take_json_alone_free_their_threads_when_they_leave() -> No
         eventually(lambda: " 499 " in process.log())
 
 
-def test_a_client_that_gives_up_during_a_slow_initialize_leaves_nothing() -> None:
+@pytest.mark.parametrize("kind", ["gthread", "gevent"])
+def test_a_client_that_gives_up_during_a_slow_initialize_leaves_nothing(kind: str) -> None:
     command = [*SCRIPTED, "--slow-start", "2"]
-    with ProxyProcess(command, options=["--max-sessions", "1"]) as process:
+    options = ["--max-sessions", "1", "--worker-class", kind]
+    with ProxyProcess(command, options=options) as process:
         leave(process, "initialize", {"protocolVersion": "2025-06-18"})
         eventually(lambda: client_of(process).initialize().has_succeeded, timeout=20)
 

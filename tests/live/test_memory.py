@@ -16,6 +16,7 @@ import pytest
 from tests.live.test_passing import LABELLED, Client, Got, Pair, head, listened, message, request
 from tests.proofs.labelled import LABEL
 from tests.servers.http_backend import HttpBackend
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import ProxyProcess
 from tests.support.waiting import eventually
@@ -59,6 +60,7 @@ def pair() -> Iterator[Pair]:
         yield found
 
 
+@needs.MEMORY
 def test_a_session_is_served_through_every_worker(shared: Pair) -> None:
     session, owner = shared.open()
     for worker in shared.process.worker_pids():
@@ -69,6 +71,7 @@ def test_a_session_is_served_through_every_worker(shared: Pair) -> None:
             assert answer.result == {"n": number}
 
 
+@needs.MEMORY
 def test_a_pool_of_connections_is_passed(shared: Pair) -> None:
     """There is nobody who could relay."""
     sessions = [shared.open(worker) for worker in shared.process.worker_pids()]
@@ -79,6 +82,7 @@ def test_a_pool_of_connections_is_passed(shared: Pair) -> None:
         assert (answer.status, answer.worker) == (200, owner)
 
 
+@needs.MEMORY
 def test_sessions_are_spread_where_one_worker_gets_all_connections() -> None:
     with workers(2) as pair:
         first = min(pair.process.worker_pids())
@@ -86,6 +90,7 @@ def test_sessions_are_spread_where_one_worker_gets_all_connections() -> None:
         assert min(Counter(owners).values()) >= 7
 
 
+@needs.MEMORY
 def test_a_session_that_nobody_has_is_404(shared: Pair) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -100,6 +105,7 @@ def test_a_session_that_nobody_has_is_404(shared: Pair) -> None:
     assert "set redis_url" not in shared.process.log()
 
 
+@needs.MEMORY
 def test_a_request_of_a_form_that_cannot_be_passed_is_refused_in_a_sentence(shared: Pair) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -109,6 +115,7 @@ def test_a_request_of_a_form_that_cannot_be_passed_is_refused_in_a_sentence(shar
     assert "cannot go to the worker that has its session" in answer.body.decode()
 
 
+@needs.MEMORY
 def test_a_standing_stream_is_passed(shared: Pair) -> None:
     session, owner = shared.open()
     stream = listened(shared.at(shared.other(owner)), session)
@@ -129,6 +136,7 @@ def call_modern(client: Client, method: str = "count", caller: str = "") -> Got:
 
 
 @pytest.mark.parametrize("caller", ["", "one", "two", "three"])
+@needs.MEMORY
 def test_a_caller_has_one_home_whichever_worker_is_asked(shared: Pair, caller: str) -> None:
     workers = shared.process.worker_pids()
     for worker in workers:
@@ -139,6 +147,7 @@ def test_a_caller_has_one_home_whichever_worker_is_asked(shared: Pair, caller: s
     assert len(set(found)) == 1
 
 
+@needs.MEMORY
 def test_messages_of_the_older_wire_go_to_their_stream() -> None:
     with workers(2, MCP_PROXY_STDIO_TRANSPORTS="sse") as pair:
         stream = pair.connect()
@@ -159,6 +168,7 @@ def test_messages_of_the_older_wire_go_to_their_stream() -> None:
 # --- workers that do not take ---------------------------------------------------------------------
 
 
+@needs.MEMORY
 def test_a_killed_worker_s_sessions_are_404_and_the_others_see_nothing(pair: Pair) -> None:
     first, owner = pair.open()
     other = pair.other(owner)
@@ -170,6 +180,7 @@ def test_a_killed_worker_s_sessions_are_404_and_the_others_see_nothing(pair: Pai
     eventually(lambda: pair.at(other).call("echo", {}, first).status == 404)
 
 
+@needs.MEMORY
 def test_a_request_waits_for_a_frozen_worker(pair: Pair) -> None:
     session, owner = pair.open()
     client = pair.at(pair.other(owner))
@@ -181,6 +192,7 @@ def test_a_request_waits_for_a_frozen_worker(pair: Pair) -> None:
     assert (answer.worker, answer.result["calls"]) == (owner, 1)
 
 
+@needs.MEMORY
 def test_a_request_of_a_worker_that_stays_frozen_is_refused() -> None:
     with workers(2, MCP_PROXY_CLIENT_TIMEOUT="1.5") as pair:
         session, owner = pair.open()
@@ -204,6 +216,7 @@ def gone(pair: Pair, worker: int) -> bool:
     return worker not in pair.process.worker_pids()
 
 
+@needs.MEMORY
 def test_sessions_of_a_worker_that_is_taken_away_go_on(pair: Pair) -> None:
     found = [pair.open(worker) for worker in pair.process.worker_pids() for _ in range(3)]
     leaving = min(pair.process.worker_pids())
@@ -214,6 +227,7 @@ def test_sessions_of_a_worker_that_is_taken_away_go_on(pair: Pair) -> None:
         assert (answer.status, answer.result["calls"]) == (200, 1), (owner, leaving)
 
 
+@needs.MEMORY
 def test_sessions_outlive_a_reload(pair: Pair) -> None:
     before = pair.process.worker_pids()
     found = [pair.open(worker)[0] for worker in before]
@@ -223,6 +237,7 @@ def test_sessions_outlive_a_reload(pair: Pair) -> None:
         assert pair.connect().call("echo", {"a": 1}, session).result == {"a": 1}
 
 
+@needs.MEMORY
 def test_a_standing_stream_begins_anew_where_its_session_went(pair: Pair) -> None:
     """Its events stay behind. SDKs resume it by the last one, and give it up after a refusal."""
     before = pair.process.worker_pids()
@@ -237,6 +252,7 @@ def test_a_standing_stream_begins_anew_where_its_session_went(pair: Pair) -> Non
         assert next(again.stream())["params"]["n"] == 7
 
 
+@needs.MEMORY
 def test_a_worker_with_homes_alone_leaves_at_once(pair: Pair) -> None:
     for worker in pair.process.worker_pids():
         call_modern(pair.at(worker))
@@ -247,6 +263,7 @@ def test_a_worker_with_homes_alone_leaves_at_once(pair: Pair) -> None:
     assert time.monotonic() - began < 8
 
 
+@needs.HANDING_ON
 def test_sessions_of_http_servers_outlive_a_reload() -> None:
     with HttpBackend() as backend, ProxyProcess(options=["--target-url", backend.url]) as process:
         client = McpClient(HttpFront(process.base)).open()
@@ -257,6 +274,7 @@ def test_sessions_of_http_servers_outlive_a_reload() -> None:
         assert len(backend.calls("initialize")) == 1
 
 
+@needs.MEMORY
 def test_a_session_that_is_busy_to_the_end_goes_on_without_that_call() -> None:
     with workers(2, MCP_PROXY_SSE_AFTER="0.2") as pair:
         session, owner = pair.open(min(pair.process.worker_pids()))
@@ -270,6 +288,7 @@ def test_a_session_that_is_busy_to_the_end_goes_on_without_that_call() -> None:
         assert (answer.status, answer.result["calls"]) == (200, 1)
 
 
+@needs.MEMORY
 def test_a_session_that_is_busy_follows_when_it_is_idle(pair: Pair) -> None:
     worker = min(pair.process.worker_pids())
     session, owner = pair.open(worker)
@@ -287,7 +306,7 @@ def test_a_session_that_is_busy_follows_when_it_is_idle(pair: Pair) -> None:
 # --- a restart ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=needs.MEMORY)])
 def test_sessions_outlive_a_restart(count: int, tmp_path: Path) -> None:
     kept = tmp_path / "sessions"
     settings = {"MCP_PROXY_SESSION_DIR": str(kept)}

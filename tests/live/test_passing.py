@@ -18,6 +18,7 @@ from tests.live import connections
 from tests.live.connections import Answer
 from tests.proofs.labelled import LABEL, WAY
 from tests.proofs.sockets import peers_of
+from tests.support import needs
 from tests.support.front import SCRIPTED, Json
 from tests.support.proxy_process import ProxyProcess
 from tests.support.redis_server import RedisServer
@@ -175,6 +176,7 @@ def pair(redis_url: str, redis_prefix: str) -> Iterator[Pair]:
 # --- the way of a request ------------------------------------------------------------------------
 
 
+@needs.PASSING
 def test_a_connection_goes_to_its_session_and_stays_there(shared: Pair) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -185,6 +187,7 @@ def test_a_connection_goes_to_its_session_and_stays_there(shared: Pair) -> None:
         assert (later.worker, later.is_passed, later.result) == (owner, False, {"a": number})
 
 
+@needs.PASSING
 def test_a_passed_request_has_one_line_in_the_log(shared: Pair) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -194,6 +197,7 @@ def test_a_passed_request_has_one_line_in_the_log(shared: Pair) -> None:
     assert shared.process.log().count("the-only-one") == 1
 
 
+@needs.PASSING
 def test_what_wants_no_answer_is_passed_too(shared: Pair) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -206,6 +210,7 @@ def test_what_wants_no_answer_is_passed_too(shared: Pair) -> None:
 
 
 @pytest.mark.parametrize("keep", ["close", "keep-alive"])
+@needs.PASSING
 def test_http_1_0(shared: Pair, keep: str) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -218,6 +223,7 @@ def test_http_1_0(shared: Pair, keep: str) -> None:
         assert client.call("echo", {"a": 2}, session).result == {"a": 2}
 
 
+@needs.PASSING
 def test_a_client_that_waits_to_be_told_to_go_on(shared: Pair) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -231,6 +237,7 @@ def test_a_client_that_waits_to_be_told_to_go_on(shared: Pair) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 100_000, 150_000, 400_000])
+@needs.PASSING
 def test_a_body_in_chunks(shared: Pair, size: int) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -255,6 +262,7 @@ def test_trailers_are_not_passed(shared: Pair) -> None:
 
 
 @pytest.mark.parametrize("size", [130_000, 200_000, 3_000_000])
+@needs.PASSING
 def test_a_large_body(shared: Pair, size: int) -> None:
     session, owner = shared.open()
     client = shared.at(shared.other(owner))
@@ -292,6 +300,7 @@ def test_a_pool_of_connections_is_relayed(shared: Pair) -> None:
     assert {one.worker for one in again} == {owner}, "it was a pool's"
 
 
+@needs.PASSING
 def test_who_changes_once_goes_there_with_the_second_request(shared: Pair) -> None:
     first, owner = shared.open()
     second, other = shared.open(shared.other(owner))
@@ -310,6 +319,7 @@ def listened(client: Client, session: str) -> Answer:
     return client.read_head()
 
 
+@needs.PASSING
 def test_a_standing_stream(shared: Pair) -> None:
     session, owner = shared.open()
     stream = listened(shared.at(shared.other(owner)), session)
@@ -317,6 +327,7 @@ def test_a_standing_stream(shared: Pair) -> None:
     assert stream.headers[WAY] == "passed"
 
 
+@needs.PASSING
 def test_calls_without_a_session_go_to_their_home(shared: Pair) -> None:
     def call(client: Client) -> Got:
         params = {"name": "any", "arguments": {}, "_meta": _META}
@@ -336,6 +347,7 @@ def test_calls_without_a_session_go_to_their_home(shared: Pair) -> None:
     }
 
 
+@needs.PASSING
 def test_messages_of_the_older_wire(redis_url: str, redis_prefix: str) -> None:
     with pair_over(redis_url, redis_prefix, MCP_PROXY_STDIO_TRANSPORTS="sse") as pair:
         stream = pair.connect()
@@ -394,6 +406,7 @@ def test_clients_that_leave_at_once_leave_nothing_behind(shared: Pair) -> None:
     eventually(is_as_before, 10)
 
 
+@needs.PASSING
 def test_a_frozen_owner_gets_nothing_and_its_clients_are_answered_once(pair: Pair) -> None:
     session, owner = pair.open()
     other = pair.other(owner)
@@ -445,6 +458,7 @@ def occupied(pair: Pair, session: str, owner: int) -> Iterator[None]:
         answer.read()
 
 
+@needs.PASSING
 def test_an_owner_without_a_file_for_a_connection_is_relayed_to(
     redis_url: str, redis_prefix: str
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import COMMAND, GUNICORN, ProxyProcess, is_alive
 from tests.support.redis_server import RedisServer
@@ -67,7 +68,7 @@ def try_open(process: ProxyProcess, name: str) -> McpClient | None:
 # --- a file of servers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", ["memory", "redis"])
+@pytest.mark.parametrize("store", [pytest.param("memory", marks=needs.MEMORY), "redis"])
 def test_nobody_notices_a_reload_whose_server_stays(
     store: str, tmp_path: Path, redis_server: RedisServer, redis_prefix: str
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_mistake_in_the_file_changes_nothing_and_is_said(
     assert process.worker_pids() == workers
 
 
+@needs.MEMORY
 def test_an_http_server_that_workers_could_not_share_is_a_mistake_of_its_entry(file: Path) -> None:
     environment = {"MCP_PROXY_CONFIG": str(file), "MCP_PROXY_WORKERS": "2"}
     with ProxyProcess(way=GUNICORN, environment=environment) as process:

@@ -30,6 +30,7 @@ from tests.proofs import (
     replica_failures,
     replicas,
     sessions,
+    soak,
     spares,
     sse,
     sse_transparent,
@@ -51,6 +52,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "redis-outage": replica_failures.outage,
     "sse-load": sse.load,
     "passing": given_connections.passing,
+    "passing-many": partial(given_connections.many, 100_000),
     "memory": memory.memory,
     "metrics": metrics.metrics,
     "sessions-churn": churn.sessions_churn,
@@ -74,6 +76,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "spares": spares.spares,
     "reload": reload.reload,
     "pages": pages.pages,
+    "soak": soak.soak,
 }
 
 
@@ -89,6 +92,7 @@ def main() -> int:
         "hostile": hostile.hostile,
         "hostile-probes": hostile.hostile_probes,
         "both-eras": both_eras.both_eras,
+        "soak": soak.soak,
     }
     parser.add_argument(
         "--seconds",

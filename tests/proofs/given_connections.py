@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from email.message import Message
 from typing import Any
@@ -36,6 +37,9 @@ from tests.support.waiting import eventually
 
 _CLIENTS = 60
 
+# Connections that are passed at the same time, where very many are.
+_AT_ONCE = 8
+
 _ABOUT = {"name": "proof", "version": "1"}
 _PARAMS = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": _ABOUT}
 
@@ -54,23 +58,34 @@ def passing(seconds: float = 30.0) -> None:
 
 
 def many(count: int = 1000) -> None:
-    """So many connections that are passed, one after the other, leave no file open."""
+    """So many connections that are passed leave no file open."""
     with replicas(workers=2, passing="on") as scene, closing(_connection(scene)) as first:
         begun = _posted(first, {"id": 1, "method": "initialize", "params": _PARAMS}, None)
-        session, owner = begun["Mcp-Session-Id"], begun[LABEL]
-        made = passed = 0
+        counts: Counter[str] = Counter()
         files: list[list[int]] = []
-        while passed < count:
-            made += 1
-            with closing(_connection(scene)) as connection:
-                found = _posted(connection, {"id": made, "method": "tools/list"}, session)
-            assert found[LABEL] == owner
-            passed += found[WAY] == "passed"
-            if found[WAY] == "passed" and passed in (count // 10, count):
-                time.sleep(1.0)
-                files.append(sorted(scene.proxy.worker_files()))
-    print(f"{passed} of {made} connections passed; files of the workers, early and late: {files}")
+        for wanted in (count // 10, count):
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                parts = [
+                    pool.submit(_pass, scene, begun, (wanted - counts["passed"]) // _AT_ONCE)
+                    for _ in range(_AT_ONCE)
+                ]
+                for part in parts:
+                    counts += part.result()
+            time.sleep(1.0)
+            files.append(sorted(scene.proxy.worker_files()))
+    print(f"{dict(counts)}; files of the workers, early and late: {files}", flush=True)
     assert all(late <= early + 4 for early, late in zip(*files, strict=True)), files
+
+
+def _pass(scene: Scene, begun: Message, count: int) -> Counter[str]:
+    """How the calls of a session came to its owner, until so many were passed."""
+    ways: Counter[str] = Counter()
+    while ways["passed"] < count:
+        with closing(_connection(scene)) as connection:
+            request = {"id": ways.total() + 2, "method": "tools/list"}
+            found = _posted(connection, request, begun["Mcp-Session-Id"])
+        ways[found[WAY] if found[LABEL] == begun[LABEL] else "relayed"] += 1
+    return ways
 
 
 def _connection(scene: Scene) -> http.client.HTTPConnection:

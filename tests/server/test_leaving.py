@@ -20,6 +20,7 @@ import requests
 
 from mcp_proxy.server.leaving import Leaving
 from tests.server.test_worker import serving
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import GUNICORN, ProxyProcess
 from tests.support.redis_server import RedisServer
@@ -136,6 +137,7 @@ def test_a_worker_that_has_served_its_requests_goes_on_until_no_call_is_old(
             assert new.ask("/").status == 200
 
 
+@needs.PATIENT_RECYCLING
 def test_a_worker_that_has_served_its_requests_waits_for_old_calls_of_other_workers(
     redis_server: RedisServer, redis_prefix: str
 ) -> None:

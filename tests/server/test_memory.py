@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import needs
 from tests.support.proxy_process import ProxyProcess
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of glibc's")
@@ -45,7 +46,10 @@ print(int(heap[0], 16) <= id(block) < int(heap[1], 16))
 """
 
 
-@pytest.mark.parametrize(("told", "expected"), [({}, 0), ({"MALLOC_ARENA_MAX": "4"}, 3)])
+FOUR = pytest.param({"MALLOC_ARENA_MAX": "4"}, 3, marks=needs.THREADS)
+
+
+@pytest.mark.parametrize(("told", "expected"), [({}, 0), FOUR])
 def test_the_threads_of_a_worker_share_a_heap(told: dict[str, str], expected: int) -> None:
     with ProxyProcess(options=["--threads", "16"], environment=told) as process:
         (worker,) = process.worker_pids()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from tests.live.connections import Connection
+from tests.proofs.sockets import peers_of
+from tests.support import needs
 from tests.support.front import HttpFront, Json, McpClient
 from tests.support.proxy_process import ROOT, ProxyProcess
 from tests.support.waiting import eventually
@@ -28,7 +31,10 @@ LONG = 4
 SHARED = {"threads": ("--threads", "4"), "without passing": ("--threads", "4", "--passing", "off")}
 
 
-@pytest.fixture(params=[*SHARED.values(), (*SHARED["threads"], "--workers", "2")], ids=str)
+TWO = pytest.param((*SHARED["threads"], "--workers", "2"), marks=needs.MEMORY)
+
+
+@pytest.fixture(params=[*SHARED.values(), TWO], ids=str)
 def proxy(request: pytest.FixtureRequest) -> Iterator[ProxyProcess]:
     with ProxyProcess(options=request.param) as process:
         yield process
@@ -65,6 +71,7 @@ def counting(pool: ThreadPoolExecutor, client: McpClient, keys: Sequence[int]) -
     return [pool.submit(count, client, key) for key in keys]
 
 
+@needs.SHARES
 def test_the_calls_of_one_session_leave_threads_to_the_others(
     proxy: ProxyProcess, pool: ThreadPoolExecutor
 ) -> None:
@@ -138,33 +145,125 @@ def fill_share(pool: ThreadPoolExecutor, client: McpClient, tally: Tally) -> lis
     return running
 
 
-@pytest.mark.parametrize("is_http", [False, True], ids=["stdio", "http"])
-def test_a_call_that_is_cancelled_while_it_waits_is_not_made(
-    pool: ThreadPoolExecutor, tmp_path: Path, is_http: bool
-) -> None:
-    tally = Tally(tmp_path)
+@pytest.fixture
+def tally(tmp_path: Path) -> Tally:
+    return Tally(tmp_path)
+
+
+@pytest.fixture(params=["stdio", "http"])
+def before_tally(request: pytest.FixtureRequest, tally: Tally) -> Iterator[ProxyProcess]:
+    """A proxy in front of that server, or of another proxy in front of it."""
     with ExitStack() as stack:
-        if is_http:
+        if request.param == "http":
             server = stack.enter_context(ProxyProcess(tally.command, options=("--threads", "32")))
             options = (*SHARED["threads"], "--target-url", server.url)
-            proxy = stack.enter_context(ProxyProcess(options=options))
+            yield stack.enter_context(ProxyProcess(options=options))
         else:
-            proxy = stack.enter_context(ProxyProcess(tally.command, options=SHARED["threads"]))
+            yield stack.enter_context(ProxyProcess(tally.command, options=SHARED["threads"]))
+
+
+@needs.SHARES
+def test_a_call_that_is_cancelled_while_it_waits_is_not_made(
+    pool: ThreadPoolExecutor, before_tally: ProxyProcess, tally: Tally
+) -> None:
+    client = session_of(before_tally)
+    running = fill_share(pool, client, tally)
+    waiting = pool.submit(client.call, "tools/call", plain(3), 3)
+    while not waiting.done():
+        assert client.notify("notifications/cancelled", {"requestId": 3}).status == 202
+    assert not any(call.done() for call in running)
+    assert waiting.result().status == 200
+    answer = waiting.result().message()
+    assert (answer["id"], answer["error"]["code"]) == (3, -32000)
+    assert "cancelled" in answer["error"]["message"]
+    assert all("result" in call.result() for call in running)
+    assert "result" in client.call("tools/call", plain(4), 3).message()
+    assert tally.begun() == {1, 2, 4}
+
+
+def as_batch(*numbers: int) -> list[Json]:
+    about = {"jsonrpc": "2.0", "method": "tools/call"}
+    return [{**about, "id": number, "params": plain(number)} for number in numbers]
+
+
+@needs.SHARES
+def test_a_call_of_a_batch_that_is_cancelled_while_it_waits_is_not_made(
+    pool: ThreadPoolExecutor, before_tally: ProxyProcess, tally: Tally
+) -> None:
+    client = session_of(before_tally, "2025-03-26")
+    running = fill_share(pool, client, tally)
+    waiting = pool.submit(client.post, as_batch(3, 4, 5))
+    whole = pool.submit(client.post, as_batch(6, 7))
+    while not whole.done():
+        for key in (4, 6, 7):
+            assert client.notify("notifications/cancelled", {"requestId": key}).status == 202
+    assert not any(call.done() for call in [*running, waiting])
+    refused = {answer["id"]: answer["error"]["message"] for answer in whole.result().messages()}
+    assert refused.keys() == {6, 7}
+    assert all("cancelled" in message for message in refused.values())
+    assert all("result" in call.result() for call in running)
+    answers = {answer["id"]: answer for answer in waiting.result().messages()}
+    # An HTTP server's answer passes as it came: MCP wants none for a call that was cancelled.
+    assert {3, 5} <= answers.keys() <= {3, 4, 5}
+    assert all("result" in answers[key] for key in (3, 5))
+    if 4 in answers:
+        assert "cancelled" in answers[4]["error"]["message"]
+    assert tally.begun() == {1, 2, 3, 5}
+
+
+def connection_to(worker: int, proxy: ProxyProcess, stack: ExitStack) -> http.client.HTTPConnection:
+    """A kept connection that this worker has accepted."""
+    while True:
+        made = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
+        connection = stack.enter_context(closing(made))
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read()
+        if connection.sock.getsockname()[1] in peers_of(worker, proxy.port):
+            return connection
+
+
+def ask(connection: http.client.HTTPConnection, client: McpClient, message: Json) -> Json:
+    """The answer to a message of a client's session, on this connection."""
+    assert client.session is not None
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    headers["Mcp-Session-Id"] = client.session
+    connection.request("POST", "/mcp", json.dumps({"jsonrpc": "2.0", **message}), headers)
+    body = connection.getresponse().read()
+    answer: Json = json.loads(body) if body else {}
+    return answer
+
+
+@needs.SHARES
+def test_a_cancellation_that_another_worker_gets_is_heard_of(
+    pool: ThreadPoolExecutor, tally: Tally, redis_url: str, redis_prefix: str
+) -> None:
+    options = ("--threads", "4", "--workers", "2", "--redis-url", redis_url)
+    with ExitStack() as stack:
+        server = stack.enter_context(ProxyProcess(tally.command, options=("--threads", "32")))
+        options = (*options, "--redis-prefix", redis_prefix, "--target-url", server.url)
+        proxy = stack.enter_context(ProxyProcess(options=options))
+        one, other = proxy.worker_pids()
         client = session_of(proxy)
-        running = fill_share(pool, client, tally)
-        waiting = pool.submit(client.call, "tools/call", plain(3), 3)
-        while not waiting.done():
-            assert client.notify("notifications/cancelled", {"requestId": 3}).status == 202
-        assert not any(call.done() for call in running)
-        assert waiting.result().status == 200
-        answer = waiting.result().message()
-        assert (answer["id"], answer["error"]["code"]) == (3, -32000)
-        assert "cancelled" in answer["error"]["message"]
-        assert all("result" in call.result() for call in running)
-        assert "result" in client.call("tools/call", plain(4), 3).message()
+
+        def call(key: int, seconds: float = 0) -> Future[Json]:
+            connection = connection_to(one, proxy, stack)
+            message = {"id": key, "method": "tools/call", "params": plain(key, seconds)}
+            return pool.submit(ask, connection, client, message)
+
+        running = [call(1, LONG), call(2, LONG)]
+        eventually(lambda: tally.begun() == {1, 2})
+        waiting = [call(3), call(4)]
+        elsewhere = connection_to(other, proxy, stack)
+        cancel = {"method": "notifications/cancelled", "params": {"requestId": 3}}
+        while not any(each.done() for each in running):
+            assert ask(elsewhere, client, cancel) == {}
+        assert all("result" in each.result() for each in running)
+        assert "cancelled" in waiting[0].result()["error"]["message"]
+        assert "result" in waiting[1].result()
         assert tally.begun() == {1, 2, 4}
 
 
+@needs.SHARES
 def test_a_call_whose_client_leaves_while_it_waits_is_not_made(
     pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
@@ -223,6 +322,7 @@ def test_in_front_of_an_http_server(pool: ThreadPoolExecutor) -> None:
         assert [call.result()["id"] for call in calls] == list(range(10, 18))
 
 
+@needs.SHARES
 def test_a_call_that_waits_too_long_is_refused(pool: ThreadPoolExecutor) -> None:
     options = ("--threads", "4", "--request-timeout", "1.5")
     with ProxyProcess(options=options) as proxy:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 
 import pytest
 
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.server.slot import STALE, Holder, Slot, SlotTable
-from mcp_proxy.shared_page import HEIRS, HOMES, SharedPage, State
+from mcp_proxy.shared_page import CANCELLATIONS, HEIRS, HOMES, SharedPage, State
 
 
 def session(nonce: str) -> str:
@@ -184,3 +185,27 @@ def test_there_is_room_for_twice_the_workers() -> None:
         table.require_room(20)
         with pytest.raises(ConfigError, match="can have 20 workers"):
             table.require_room(21)
+
+
+def test_a_cancellation_is_heard_of_by_the_calls_that_came_before_it(workers: Workers) -> None:
+    first, second, _ = workers.slots
+    before = time.monotonic()
+    first.note_cancelled("s", 1)
+    for slot in workers.slots:
+        assert slot.was_cancelled("s", 1, before)
+        assert not slot.was_cancelled("s", 1, time.monotonic()), "the id is used once more"
+        assert not slot.was_cancelled("s", "1", before)
+        assert not slot.was_cancelled("t", 1, before)
+    workers.end(0)
+    assert second.was_cancelled("s", 1, before)
+
+
+def test_the_latest_cancellations_of_a_worker_are_remembered(workers: Workers) -> None:
+    slot = workers.slots[0]
+    slot.set_homes([home("a", 7)])
+    before = time.monotonic()
+    for call in range(CANCELLATIONS + 1):
+        slot.note_cancelled("s", call)
+    heard = [slot.was_cancelled("s", call, before) for call in range(CANCELLATIONS + 1)]
+    assert heard == [False] + [True] * CANCELLATIONS
+    assert workers.page.find_home(7) == 0

@@ -227,6 +227,10 @@ class ApiKeys:
         """From now on these are the keys."""
         self._keys = {key.digest: key for key in keys}
 
+    def digests(self) -> Collection[str]:
+        """The digests of the keys, those included that have expired."""
+        return self._keys.keys()
+
     def look(self) -> None:
         """Reads the file again if it has changed."""
         stamp = stamp_of(self._path)

@@ -366,6 +366,17 @@ def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
         ({"command": "x", "headers": {"A": "b"}}, "headers belong to a url"),
         ({"url": "http://h", "headers": {"A": "b\r\nC: d"}}, "the header 'A'"),
         ({"url": "http://h", "headers": {"A b": "c"}}, "the header 'A b'"),
+        ({"url": "http://h", "headers": {"A(b)": "c"}}, r"the header 'A\(b\)'"),
+        ({"url": "http://h", "headers": {"A": "b\N{SNOWMAN}"}}, "the header 'A'"),
+        ({"url": "http://h", "headers": {"A": "b\x7f"}}, "the header 'A'"),
+        (
+            {"url": "http://h", "headers": {"transfer-Encoding": "chunked"}},
+            "the header 'transfer-Encoding' belongs to each connection",
+        ),
+        (
+            {"url": "http://h", "headers": {"Content-Length": "5"}},
+            "the header 'Content-Length' belongs to each connection",
+        ),
         (
             {"command": "x", "timeout": 0},
             "^timeout: expected a number above 0 .*, got 0$",

@@ -29,6 +29,7 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
+from mcp_proxy.entry_values import named_files
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import LIMIT
 from mcp_proxy.server_groups import ALL, SIGN, group_of_all
@@ -765,6 +766,11 @@ def is_malloc_told() -> bool:
     """Whether glibc has been told in the environment how to allocate memory."""
     names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     return any(name in os.environ for name in names)
+
+
+def files_named_in(text: str) -> list[str]:
+    """The files whose content comes into the entries of the file of servers with this text."""
+    return named_files(text, os.environ)
 
 
 def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from tests.proofs import (
     replica_failures,
     replicas,
     sessions,
+    six_servers,
     spares,
     sse,
     sse_transparent,
@@ -73,6 +74,8 @@ PROOFS: dict[str, Callable[[], None]] = {
     "homes": homes.homes,
     "spares": spares.spares,
     "reload": reload.reload,
+    "six-servers": partial(six_servers.six_servers, "memory"),
+    "six-servers-redis": partial(six_servers.six_servers, "redis"),
     "pages": pages.pages,
 }
 

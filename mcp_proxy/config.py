@@ -29,6 +29,7 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
+from mcp_proxy.entry_values import named_files
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.rate_buckets import LIMIT
 from mcp_proxy.server_groups import ALL, SIGN, group_of_all
@@ -46,7 +47,7 @@ from mcp_proxy.servers import (
 )
 from mcp_proxy.servers_file import ignored_keys, read_servers
 from mcp_proxy.shown_commands import shown_arguments, shown_command
-from mcp_proxy.wire.headers import FIELD_VALUE
+from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, OF_CONNECTIONS
 from mcp_proxy.wire.urls import ascii_host, parse_target
 
 PREFIX = "MCP_PROXY_"
@@ -96,7 +97,7 @@ Change = Annotated[
     str,
     _only(
         "changes (Name: value sets, Name: removes)",
-        rf"\s*[!#$%&'*+.^_`|~0-9A-Za-z-]+\s*:{FIELD_VALUE.pattern}",
+        rf"\s*{FIELD_NAME.pattern}\s*:{FIELD_VALUE.pattern}",
     ),
 ]
 Peer = Annotated[
@@ -336,6 +337,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 msgspec.structs.force_setattr(self, setting.name, _checked(setting, value))
         for peer in self.trusted_proxies:
             _require_network(peer)
+        for change in self.forward_headers:
+            _require_end_to_end(change)
         if self.public_url is not None:
             msgspec.structs.force_setattr(self, "public_url", _as_public_url(self.public_url))
         if self.backend_proxy is not None:
@@ -765,6 +768,11 @@ def is_malloc_told() -> bool:
     return any(name in os.environ for name in names)
 
 
+def files_named_in(text: str) -> list[str]:
+    """The files whose content comes into the entries of the file of servers with this text."""
+    return named_files(text, os.environ)
+
+
 def environment_values(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The values of `MCP_PROXY_*` variables; raises ConfigError for an unknown name.
 
@@ -945,6 +953,13 @@ def require_seconds(name: str, value: object, or_zero: bool = False) -> None:
     raise ConfigError(
         f"{name} must be a number of seconds {bound} and at most {MAX_SECONDS}, not {value!r}"
     )
+
+
+def _require_end_to_end(change: str) -> None:
+    """Raises ConfigError for a change that sets what each connection says for itself."""
+    name, _, value = (part.strip() for part in change.partition(":"))
+    if value and name.lower() in OF_CONNECTIONS:
+        raise ConfigError(f"forward_headers: {name} belongs to each connection and cannot be set")
 
 
 def _require_network(peer: str) -> None:

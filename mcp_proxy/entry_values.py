@@ -11,8 +11,12 @@ from typing import Any
 #: Bytes that a file may have of which the content is a value, or whose lines are variables.
 MAX_FILE = 64 * 1024
 
-# `${NAME}`, `${env:NAME}` and `${NAME:-default}`, or `${file:PATH}`.
-_REFERENCE = re.compile(r"\$\{(?:(?:env:)?(\w+)(?::-([^}]*))?|file:([^}]*))\}")
+# `${NAME}`, `${env:NAME}` and `${NAME:-default}`, or `${file:PATH}`, in whose path these may stand:
+# `${file:${CREDENTIALS_DIRECTORY}/token}`.
+_VARIABLE = re.compile(r"\$\{(?:env:)?(\w+)(?::-([^}]*))?\}")
+_FILE = re.compile(rf"\$\{{file:((?:{_VARIABLE.pattern}|[^}}])*)\}}")
+_REFERENCE = re.compile(rf"{_FILE.pattern}|{_VARIABLE.pattern}")
+_ENV_FILE = re.compile(r'"envFile"\s*:\s*"([^"]*)"')
 
 # What only an editor can replace: VS Code and Cursor do.
 _INPUT = re.compile(r"\$\{input:[^}]*\}")
@@ -62,19 +66,33 @@ class EntryValues:
         return value
 
     def _meant(self, key: str, reference: re.Match[str]) -> str:
-        name, default, path = reference.groups()
-        if path is not None:
-            if key in _SHOWN:
-                raise ValueError(f"{key}: it is shown, and so may have no content of a file in it")
-            secret = _LAST_LINE_BREAK.sub("", _content(path))
-            self.secrets.append(secret)
-            return secret
-        value = self._environ.get(name, default)
+        path = reference[1]
+        if path is None:
+            return self._variable(reference[0])
+        if key in _SHOWN:
+            raise ValueError(f"{key}: it is shown, and so may have no content of a file in it")
+        path = _VARIABLE.sub(lambda match: self._variable(match[0]), path)
+        secret = _LAST_LINE_BREAK.sub("", _content(path))
+        self.secrets.append(secret)
+        return secret
+
+    def _variable(self, reference: str) -> str:
+        name, default = _VARIABLE.fullmatch(reference).groups()  # type: ignore[union-attr]
+        value: str | None = self._environ.get(name, default)
         if value is None and name in _NAMES_OF_EDITORS:
-            raise ValueError(f"{reference[0]} is known to an editor alone: write the value itself")
+            raise ValueError(f"{reference} is known to an editor alone: write the value itself")
         if value is None:
             raise ValueError(f"the environment variable {name} is not set")
         return value
+
+
+def named_files(text: str, environ: Mapping[str, str]) -> list[str]:
+    """The files whose content or variables come into the entries of the file with this text."""
+    named = [found[1] for pattern in (_FILE, _ENV_FILE) for found in pattern.finditer(text)]
+    return [
+        os.path.expanduser(_VARIABLE.sub(lambda m: environ.get(m[1], m[2] or ""), name))
+        for name in named
+    ]
 
 
 def read_env_file(path: str) -> dict[str, str]:

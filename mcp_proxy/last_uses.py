@@ -61,6 +61,11 @@ class LastUses:
         return min(rows, key=lambda at: self._cells[at + 1])
 
 
+def short(digest: str) -> str:
+    """The part of a key's digest by which its last use is told."""
+    return digest[:_DIGITS]
+
+
 def last_use_of(digest: str, uses: Mapping[str, float]) -> float | None:
     """When the key with this digest was last used; None where nobody knows."""
-    return uses.get(digest[:_DIGITS])
+    return uses.get(short(digest))

@@ -378,6 +378,12 @@ class Counters:
         at = self._rows.get(key) or self._row_of(metric, key)
         self._numbers[at + _BUCKETS] = value
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker is the first one of its gunicorn that goes on."""
+        going_on = [n for n, health in self.page.health().items() if health is not Health.DRAINING]
+        return min(going_on, default=None) == self.number
+
     def say(self, health: Health) -> None:
         """Tells others how this worker is."""
         self._cells[self._start + _STATE] = health

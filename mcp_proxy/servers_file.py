@@ -27,6 +27,7 @@ from mcp_proxy.servers import (
     path_name,
     require_types,
 )
+from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, OF_CONNECTIONS
 from mcp_proxy.wire.urls import parse_target
 
 _BOM = b"\xef\xbb\xbf"
@@ -36,8 +37,6 @@ _SERVERS = ("mcpServers", "servers")
 
 # A string, and the colon behind it where it is a key; the beginning and the end of what is nested.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?=\s*(:))?|[{}\[\]]')
-
-_HEADER = re.compile(r"[^\s:]+: [^\r\n\0]+")
 
 # A string; a comment; a comma before the end of a list or an object.
 _COMMENTED = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
@@ -320,11 +319,17 @@ def _http_server(name: str, url: str, entry: _Entry) -> HttpServer:
         raise ValueError("env_from belongs to a command")
     if parse_target(url) is None:
         raise ValueError("its url is not an absolute http:// or https:// URL")
-    headers = tuple(f"{key.strip()}: {text.strip()}" for key, text in entry.headers.items())
-    for header in headers:
-        if not _HEADER.fullmatch(header):
-            raise ValueError(f"the header {header.partition(':')[0]!r} has no name or no value")
+    headers = tuple(_header(key.strip(), text.strip()) for key, text in entry.headers.items())
     return HttpServer(name, (url,), headers, entry.timeout)
+
+
+def _header(name: str, value: str) -> str:
+    """A header of an entry as it is kept; raises ValueError for one that cannot be sent."""
+    if not FIELD_NAME.fullmatch(name) or not value or not FIELD_VALUE.fullmatch(value):
+        raise ValueError(f"the header {name!r} has no name or no value that can be sent")
+    if name.lower() in OF_CONNECTIONS:
+        raise ValueError(f"the header {name!r} belongs to each connection: leave it out")
+    return f"{name}: {value}"
 
 
 def _url(entry: _Entry) -> str | None:

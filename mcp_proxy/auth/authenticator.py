@@ -85,6 +85,10 @@ class Authenticator:
     def __repr__(self) -> str:
         return f"<Authenticator hook={self._hook is not None} {self._keys!r} {self._tokens!r}>"
 
+    def key_digests(self) -> Collection[str]:
+        """The digests of the API keys that there are now."""
+        return () if self._keys is None else self._keys.digests()
+
     def doubt(self) -> str | None:
         """What is wrong although callers are known, None where nothing is."""
         return None if self._keys is None else self._keys.doubt

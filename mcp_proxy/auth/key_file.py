@@ -20,6 +20,9 @@ from mcp_proxy.errors import ConfigError
 # Whoever reads the file may not forge a key from it, but nobody else has to know who has one.
 _MODE = 0o600
 
+# What some editors write before the first line.
+_BOM = "\ufeff"
+
 
 class Unwritable(ConfigError):
     """The file cannot be replaced here: a bind mount, say, or a file system that is read only."""
@@ -74,7 +77,7 @@ def line_of(key: Key, expires: str | None) -> str:
 
 def _is_of(line: str, name: str) -> bool:
     """Whether a line is that of a name, even if the rest of it cannot be read."""
-    words = line.split()
+    words = line.removeprefix(_BOM).split()
     return bool(words) and words[0] == name
 
 

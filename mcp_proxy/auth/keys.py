@@ -74,6 +74,15 @@ def digest_of(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def require_name(name: str) -> None:
+    """Raises ConfigError for what no caller can be named."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            "expected a NAME of letters, digits and _.@+- that begins with one of the former two, "
+            f"at most 64 characters, got {name!r}"
+        )
+
+
 # --- the form of the file ------------------------------------------------------------------------
 
 
@@ -157,7 +166,7 @@ def parse(text: str) -> list[Key]:
 def read(path: str) -> list[Key]:
     """The keys in a file; raises ConfigError where it cannot be read."""
     try:
-        return parse(Path(path).read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
     except ConfigError as error:
         raise ConfigError(f"api_keys {path}: {error}") from None
     except OSError as error:
@@ -226,6 +235,10 @@ class ApiKeys:
     def use(self, keys: Iterable[Key]) -> None:
         """From now on these are the keys."""
         self._keys = {key.digest: key for key in keys}
+
+    def digests(self) -> Collection[str]:
+        """The digests of the keys, those included that have expired."""
+        return self._keys.keys()
 
     def look(self) -> None:
         """Reads the file again if it has changed."""

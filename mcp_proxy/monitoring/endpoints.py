@@ -28,6 +28,7 @@ from mcp_proxy.errors import InvalidRequest, MethodNotAllowed, NotFound
 from mcp_proxy.metrics import Counters, Health, Metric
 from mcp_proxy.monitoring import status
 from mcp_proxy.monitoring.hosts import Hosts
+from mcp_proxy.monitoring.key_uses import KeyUses
 from mcp_proxy.monitoring.orders import Orders, Task
 from mcp_proxy.recent import shortened
 from mcp_proxy.storage.records import Storage
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _INTERVAL = 1.0  # seconds between two writes
 _ASKED = 60.0  # seconds after a question for which workers say how they are
 _LONGEST_ABOUT = 512  # characters of what an operator names: a session, a server
+_WRITTEN = 1.0  # seconds at most, at the end, for what is still to be written
 
 _HEALTH = {
     "ready": Health.READY,
@@ -95,6 +97,9 @@ class Monitoring:
         self._thread = Periodic("mcp-monitoring", _INTERVAL, self._look, workers)
         self._thread.is_essential = False
         self._hosts = Hosts(storage, self._shown_to_others, workers) if storage.is_shared else None
+        self._shared_uses: KeyUses | None = None
+        if storage.is_shared and edge.authenticator is not None:
+            self._shared_uses = KeyUses(storage, edge.authenticator.key_digests, workers)
         self._writing = threading.Lock()  # held while the text of this worker is written
         self._endpoints: dict[str, Handler] = {
             "/metrics": self.metrics,
@@ -142,14 +147,17 @@ class Monitoring:
     def keep(self) -> None:
         """Has other workers see how this one is, from now on."""
         self._thread.start()
-        if self._hosts is not None:
-            self._hosts.start()
+        for shared in (self._hosts, self._shared_uses):
+            if shared is not None:
+                shared.start()
 
     def close(self) -> None:
-        """Ends the threads; harmless when repeated."""
+        """Ends the threads; harmless when repeated. Waits a second at most for what one writes."""
         self._thread.stop()
         if self._hosts is not None:
             self._hosts.stop()
+        if self._shared_uses is not None:
+            self._shared_uses.stop(_WRITTEN)
 
     def may_leave(self) -> bool:
         """Whether this worker is ending, and another one can answer in its place."""
@@ -288,8 +296,10 @@ class Monitoring:
         return json_reply(msgspec.json.encode(result))
 
     def _key_uses(self, request: ClientRequest) -> Reply:
-        """When the API keys were last used."""
-        return json_reply(msgspec.json.encode(_counters().page.key_uses.read()))
+        """When the API keys were last used, here and on the hosts that share the store."""
+        here = _counters().page.key_uses
+        uses = here.read() if self._shared_uses is None else self._shared_uses.read(here)
+        return json_reply(msgspec.json.encode(uses))
 
     def _state_of_all(self, counters: Counters, own: State) -> State:
         """The workers are parts, those left out that have not looked at themselves yet."""

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from mcp_proxy import metrics
 from mcp_proxy.background import Periodic, Workers
 from mcp_proxy.errors import StorageError
-from mcp_proxy.metrics import Counters, Health
 from mcp_proxy.monitoring import status
 from mcp_proxy.storage.records import Storage
 
@@ -51,7 +50,7 @@ class Hosts(Periodic):
     def exchange(self) -> None:
         """Shows what this gunicorn does and sees what others do, if anybody looks anywhere."""
         counters = metrics.current()
-        if counters is None or not _is_first(counters):
+        if counters is None or not counters.is_first:
             return
         page, now = counters.page, time.monotonic()
         is_seen_here = now - page.looked_at() < status.LOOKED
@@ -83,10 +82,3 @@ class Hosts(Periodic):
 
 def _name(number: int) -> str:
     return f"host {number}"
-
-
-def _is_first(counters: Counters) -> bool:
-    """Whether this worker is the first one of its gunicorn that goes on."""
-    healths = counters.page.health()
-    going_on = [slot for slot, health in healths.items() if health is not Health.DRAINING]
-    return min(going_on, default=None) == counters.number

@@ -47,8 +47,8 @@ _STATE = re.compile(r"(home-[0-9a-f]{40})\..+")
 # What the pauses between attempts to learn the era are remembered by.
 _ERA = "era"
 
-#: Seconds for a child of a home to answer: well within a claim.
-START_TIME = claims.CLAIM_TIME / 3
+#: Seconds for a child of a home to answer, within a claim: it may have to be fetched first.
+START_TIME = claims.CLAIM_TIME * 3 / 4
 
 
 def home_of(state: str) -> str | None:

@@ -89,8 +89,8 @@ _ROUNDS = 5
 # Children that are brought back at the same time.
 _RESTORED_AT_ONCE = 64
 
-# Seconds for a new child to answer the replay: well within a claim.
-_REPLAY_TIME = claims.CLAIM_TIME / 3
+# Seconds for a new child to answer the replay, within a claim: it may have to be fetched first.
+_REPLAY_TIME = claims.CLAIM_TIME * 3 / 4
 
 # Sweeps in the time that an unused session lives, and the seconds between two at most and at least.
 _SWEEPS_PER_TTL = 4

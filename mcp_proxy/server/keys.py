@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from mcp_proxy.auth.key_file import Unwritable, add, line_numbers, line_of, remove
-from mcp_proxy.auth.keys import Key, digest_of, new_key, parse_line, read, seconds_of
+from mcp_proxy.auth.keys import Key, digest_of, new_key, parse_line, read, require_name, seconds_of
 from mcp_proxy.config import ProxyConfig, value_in_environment
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.last_uses import last_use_of
@@ -96,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(path: str, given: argparse.Namespace) -> int:
-    if given.expires is not None:
-        seconds_of(given.expires)
+    require_name(given.name)
+    is_over = given.expires is not None and seconds_of(given.expires) <= time.time()
     key = new_key()
     servers = None if given.server is None else frozenset(_names_in(given.server))
     entry = Key(given.name, digest_of(key), servers, frozenset(_names_in(given.scope or ())))
@@ -109,6 +109,11 @@ def _add(path: str, given: argparse.Namespace) -> int:
         print(f"mcp-wsgi-proxy: {error}. Put this line there:\n{line}", file=sys.stderr)
         print(key)
         return 1
+    count = len(line_numbers(path, given.name))
+    if count > 1:
+        print(f"{given.name} has {count} keys now, and each of them counts", file=sys.stderr)
+    if is_over:
+        print(f"it counts no longer: {given.expires} is over", file=sys.stderr)
     print(f"The key of {given.name}, which is shown this once:", file=sys.stderr)
     print(key)
     return 0

@@ -14,8 +14,6 @@ the loop. `handle_usr1` has all processes open their log files anew.
 from __future__ import annotations
 
 import logging
-import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from mcp_proxy.config import ProxyConfig
+from mcp_proxy.config import ProxyConfig, files_named_in
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.server_table import ServerTable, encode
 from mcp_proxy.servers import Server
@@ -33,9 +31,6 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks at the files.
 _LOOK = 1.0
-
-# What names another file in the file of servers: its content is a value, or its lines variables.
-_NAMED = re.compile(r'\$\{file:([^}]*)\}|"envFile"\s*:\s*"([^"]*)"')
 
 
 class Reloading:
@@ -157,8 +152,7 @@ class _Files:
         except OSError:  # it is being replaced, perhaps
             text = ""
         if text:
-            named = [found[1] or found[2] for found in _NAMED.finditer(text)]
-            self._named = [Path(os.path.expanduser(name)) for name in named]
+            self._named = [Path(name) for name in files_named_in(text)]
         self._known = self._last = self._looks()
 
     def have_changed(self) -> bool:

@@ -31,6 +31,9 @@ SESSION_ID_FORM = re.compile(rf"[\x21-\x7e]{{1,{MAX_SESSION_ID}}}")
 #: The form of a header's value that can be sent (RFC 9110 section 5.5): no control characters.
 FIELD_VALUE = re.compile(r"[ \t\x21-\x7e\x80-\xff]*")
 
+#: The form of a header's name (RFC 9110 section 5.1).
+FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
 #: Connection-level fields (RFC 9110 section 7.6.1, with the older names that still turn up).
 HOP_BY_HOP = frozenset(
     {
@@ -46,6 +49,9 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
+
+#: Fields that whoever sends a request writes itself: no setting and no entry can set them.
+OF_CONNECTIONS = HOP_BY_HOP | {"content-length"}
 
 # A value that no header can carry as it is (MCP 2026-07-28, transports, "Value Encoding").
 #: How an encoded value begins.

@@ -46,6 +46,14 @@ def test_the_lines_of_a_name_are_removed_and_the_rest_stays(file: Path) -> None:
     assert remove(str(file), "alice") == 0
 
 
+def test_a_line_behind_a_byte_order_mark_is_removed_too(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"\ufeffbob sha256:{HEX}\n# ours\n")
+    assert line_numbers(str(path), "bob") == [1]
+    assert remove(str(path), "bob") == 1
+    assert path.read_text() == "# ours\n"
+
+
 def test_a_new_file_is_for_its_user_alone(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     add(str(path), f"bob sha256:{HEX}")

@@ -114,6 +114,13 @@ def test_a_key_that_is_there_twice_is_refused() -> None:
         parse(f"a sha256:{HEX}\n\nb sha256:{HEX}")
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Some editors write one."""
+    path = tmp_path / "keys"
+    path.write_text(f"\ufeffa sha256:{HEX}\r\nb sha256:{'cd' * 32}\r\n")
+    assert [key.name for key in read(str(path))] == ["a", "b"]
+
+
 @pytest.mark.parametrize("content", [None, b"\xff"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "keys"

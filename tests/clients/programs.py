@@ -57,6 +57,20 @@ def python_with_mcp1() -> str:
     return str(_present(_MCP1, mend))
 
 
+def environment_of(name: str) -> Path:
+    """The environment with what requirements-<name>.txt beside this says; made if missing."""
+    folder = ROOT / f".venv-{name}"
+    requirements = HERE / f"requirements-{name}.txt"
+    installed = folder / "installed"
+    if not installed.exists() or installed.read_text() != requirements.read_text():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        pip += ["--disable-pip-version-check", "--requirement", str(requirements)]
+        subprocess.run(pip, check=True)
+        installed.write_text(requirements.read_text())
+    return folder
+
+
 def go() -> str:
     """The command of Go."""
     found = shutil.which("go", path=os.path.dirname(sys.executable)) or shutil.which("go")

@@ -611,6 +611,15 @@ def test_a_change_of_headers_names_a_header(change: str) -> None:
     assert refusal(forward_headers=(change,)).startswith("forward_headers: only changes (Name: ")
 
 
+def test_a_header_of_the_connection_can_be_removed_and_not_set() -> None:
+    assert ProxyOptions(forward_headers=("TE:",)).forward_headers == ("TE:",)
+    for change in ("Transfer-Encoding: chunked", "content-length : 5", "Connection:close"):
+        assert refusal(forward_headers=("X-A: 1", change)) == (
+            f"forward_headers: {change.partition(':')[0].strip()} belongs to each connection "
+            "and cannot be set"
+        )
+
+
 # --- secrets -------------------------------------------------------------------------------------
 
 

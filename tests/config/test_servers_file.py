@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_proxy.config import ProxyConfig
-from mcp_proxy.entry_values import MAX_FILE
+from mcp_proxy.entry_values import MAX_FILE, named_files
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.servers import HttpServer, StdioServer, UnservedServer
 from mcp_proxy.servers_file import read_servers
@@ -366,6 +366,17 @@ def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
         ({"command": "x", "headers": {"A": "b"}}, "headers belong to a url"),
         ({"url": "http://h", "headers": {"A": "b\r\nC: d"}}, "the header 'A'"),
         ({"url": "http://h", "headers": {"A b": "c"}}, "the header 'A b'"),
+        ({"url": "http://h", "headers": {"A(b)": "c"}}, r"the header 'A\(b\)'"),
+        ({"url": "http://h", "headers": {"A": "b\N{SNOWMAN}"}}, "the header 'A'"),
+        ({"url": "http://h", "headers": {"A": "b\x7f"}}, "the header 'A'"),
+        (
+            {"url": "http://h", "headers": {"transfer-Encoding": "chunked"}},
+            "the header 'transfer-Encoding' belongs to each connection",
+        ),
+        (
+            {"url": "http://h", "headers": {"Content-Length": "5"}},
+            "the header 'Content-Length' belongs to each connection",
+        ),
         (
             {"command": "x", "timeout": 0},
             "^timeout: expected a number above 0 .*, got 0$",
@@ -556,6 +567,18 @@ def test_the_content_of_a_file_is_a_value_without_its_last_line_break(
     (server,) = file.servers({"a": entry}, KEY="k")
     assert server.argv == ("x", f"a{expected}b")
     assert server.env == {"A": expected}
+
+
+@pytest.mark.parametrize("directory", ["${DIR}", "${env:DIR}", "${NONE:-%s}"])
+def test_a_file_may_be_named_by_a_variable(file: File, tmp_path: Path, directory: str) -> None:
+    """As systemd names the directory of credentials, `CREDENTIALS_DIRECTORY`."""
+    (tmp_path / "secret").write_text("swordfish\n")
+    reference = f"${{file:{directory.replace('%s', str(tmp_path))}/secret}}"
+    (server,) = file.servers({"a": {"command": "x", "env": {"A": reference}}}, DIR=str(tmp_path))
+    assert server.env == {"A": "swordfish"}
+    text = json.dumps({"env": {"A": reference}, "envFile": "${DIR}/more"})
+    environ = {"DIR": str(tmp_path)}
+    assert named_files(text, environ) == [f"{tmp_path}/secret", f"{tmp_path}/more"]
 
 
 def test_the_content_of_a_file_is_never_shown(file: File, tmp_path: Path) -> None:

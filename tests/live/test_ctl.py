@@ -290,6 +290,23 @@ def test_keys_are_shown_with_their_last_use_whichever_worker_was_used(
     assert used_at(text) == {"alice": "-", "bob": "-"}
 
 
+def test_a_key_that_was_used_on_another_host_is_shown_with_its_last_use(
+    tmp_path: Path, redis_server: RedisServer, redis_prefix: str
+) -> None:
+    keys = KeyFile(tmp_path / "keys")
+    alice = keys.add("alice")
+    options = ["--redis-url", redis_server.url, "--redis-prefix", redis_prefix]
+    options += ["--api-keys", keys.text]
+    one, other = tmp_path / "one.sock", tmp_path / "other.sock"
+    with ProxyProcess(SCRIPTED, options=[*options, "--ctl-socket", str(one)]):
+        began = time.time()
+        with ProxyProcess(SCRIPTED, options=[*options, "--ctl-socket", str(other)]) as process:
+            McpClient(Knowing(HttpFront(process.base), alice)).open()
+        shown = used_at(ctl(one, "--api-keys", keys.text, "keys")[1])["alice"]
+        used = datetime.datetime.fromisoformat(shown).timestamp()
+        assert began - 60 <= used <= time.time()
+
+
 def used_at(text: str) -> dict[str, str]:
     """The column LAST USE of the list, by the names."""
     rows = [re.split(r"\s{2,}", line) for line in text.splitlines() if "sha256" not in line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,19 @@ def test_a_session_deleted_while_its_server_comes_back_stays_deleted() -> None:
             app.manager.end(client.session)
             assert call.result(10) == 404
         eventually(lambda: children(app) == 0)
+
+
+def test_a_server_may_take_most_of_a_minute_to_come_back(tmp_path: Path) -> None:
+    """As one that `uvx` or `npx` fetches first, in a version that is new in the file of servers."""
+    script = (
+        "import os, sys, time; was_there = os.path.exists(sys.argv[1]); open(sys.argv[1], 'w');"
+        "time.sleep(25 if was_there else 0); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "was-there"), *SCRIPTED]
+    with contextlib.closing(StreamableProxy(command)) as app:
+        client = McpClient(WsgiFront(app)).open()
+        kill_server(app, client)
+        assert client.result("count")["calls"] == 1
 
 
 def test_a_session_whose_initialize_was_too_long_to_keep_is_over(

@@ -30,6 +30,7 @@ from tests.proofs import (
     replica_failures,
     replicas,
     sessions,
+    six_servers,
     soak,
     spares,
     sse,
@@ -75,6 +76,8 @@ PROOFS: dict[str, Callable[[], None]] = {
     "homes": homes.homes,
     "spares": spares.spares,
     "reload": reload.reload,
+    "six-servers": partial(six_servers.six_servers, "memory"),
+    "six-servers-redis": partial(six_servers.six_servers, "redis"),
     "pages": pages.pages,
     "soak": soak.soak,
 }

@@ -21,7 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tests.clients.programs import HERE, ROOT, go_program, node, node_modules, python_with_mcp1
+from tests.clients.programs import (
+    HERE,
+    ROOT,
+    environment_of,
+    go_program,
+    node,
+    node_modules,
+    python_with_mcp1,
+)
 from tests.proofs.replica_failures import ask
 from tests.servers.http_backend import HttpBackend, Leave, Turn
 from tests.support.proxy_process import ProxyProcess
@@ -134,7 +142,9 @@ class DrivenClient(Startable):
 
 def commands() -> dict[str, Callable[[str], list[str]]]:
     """What starts each client, by its name, for a URL."""
-    fastmcp, langchain = _environment("fastmcp"), _environment("langchain")
+    fastmcp, langchain = (
+        str(environment_of(name) / "bin" / "python") for name in ("fastmcp", "langchain")
+    )
     node_modules()
     found: dict[str, Callable[[str], list[str]]] = {
         "python 1": lambda url: [python_with_mcp1(), _PYTHON, url, "sdk"],
@@ -149,20 +159,6 @@ def commands() -> dict[str, Callable[[str], list[str]]]:
     go_client = go_program("clients/go/driven_client")
     found["go"] = lambda url: [go_client, url]
     return found
-
-
-def _environment(name: str) -> str:
-    """The interpreter of the environment of a client; made if it is missing."""
-    folder = ROOT / f".venv-{name}"
-    interpreter = str(folder / "bin" / "python")
-    requirements = HERE / f"requirements-{name}.txt"
-    installed = folder / "installed"
-    if not installed.exists() or installed.read_text() != requirements.read_text():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--requirement", str(requirements)], check=True)
-        installed.write_text(requirements.read_text())
-    return interpreter
 
 
 # --- what happens to their sessions --------------------------------------------------------------

@@ -63,6 +63,29 @@ def test_what_no_line_could_have_is_refused(
     assert not path.exists()
 
 
+@pytest.mark.parametrize("name", ["a b", "a=b", "", "#a"])
+def test_what_is_no_name_is_named_and_not_its_line(
+    path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(path, "add", name) == 2
+    assert capsys.readouterr().err == (
+        "mcp-wsgi-proxy: expected a NAME of letters, digits and _.@+- that begins with one of "
+        f"the former two, at most 64 characters, got {name!r}\n"
+    )
+    assert not path.exists()
+
+
+def test_a_further_key_of_a_name_and_one_that_is_over_are_said_to_be_so(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(path, "add", "alice")
+    assert "now" not in capsys.readouterr().err
+    run(path, "add", "alice", "--expires", "2020-01-01")
+    said = capsys.readouterr().err
+    assert "alice has 2 keys now, and each of them counts\n" in said
+    assert "it counts no longer: 2020-01-01 is over\n" in said
+
+
 def test_the_list_has_everything_but_a_key(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(path, "add", "bob", "--server", "a", "--expires", "2020-01-01")
     run(path, "add", "alice", "--scope", "admin")

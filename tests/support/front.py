@@ -146,14 +146,15 @@ class WsgiFront:
 
 
 class HttpFront:
-    """Talks to a server."""
+    """Talks to a server, with so many seconds of patience for the next byte."""
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, patience: float = _PATIENCE) -> None:
         self.base = base
+        self.patience = patience
 
     def request(self, method: str, path: str, headers: Json, body: bytes | None) -> Answer:
         response = requests.request(
-            method, self.base + path, headers=headers, data=body, stream=True, timeout=_PATIENCE
+            method, self.base + path, headers=headers, data=body, stream=True, timeout=self.patience
         )
         pieces = iter(lambda: response.raw.read1(), b"")
         answer = Answer(response.status_code, response.headers, pieces, response.close)

@@ -488,6 +488,11 @@ def test_the_headers_of_each_call_reach_a_modern_server(modern: EraServerProcess
         assert modern.requests("tools/call")[-1]["mcp-param-region"].startswith("=?base64?")
 
 
+def test_arguments_are_repeated_in_headers_wherever_their_tool_is_listed() -> None:
+    with EraServerProcess("modern", "--page-size", "2") as modern, proxied(modern.url) as front:
+        told(opened(front), "header", region="Zürich", query="all")
+
+
 def test_calls_at_the_same_time_go_with_the_headers_of_their_own(
     legacy: EraServerProcess,
 ) -> None:

@@ -484,9 +484,9 @@ class Owner:
 
         `backend` is that one where it is known (`backend_at_hand`).
         """
-        exchange.resend = partial(self._send_to_new_backend, session)
-        if self.caller_env is not None:  # its answer may have become a stream until then
-            exchange.resend = partial(copy_context().run, exchange.resend)
+        # Whoever sends it once more does so for the same caller.
+        resend = partial(self._send_to_new_backend, session)
+        exchange.resend = partial(copy_context().run, resend)
         try:
             (backend or self.backend_of(session, has_left=exchange.has_left)).send(exchange)
         except BackendUnreached:

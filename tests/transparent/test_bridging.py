@@ -448,6 +448,15 @@ def test_a_server_of_the_other_era_may_take_the_place_of_one(before: str, after:
             assert last.get("mcp-method") == ("tools/call" if after == "modern" else None)
 
 
+def test_a_bridged_server_that_has_forgotten_all_is_asked_with_its_callers_token() -> None:
+    with EraServerProcess("legacy", "--deny", "401") as server, proxied(server.url, sse_after=1e-6) as front:
+        client = ModernClient(front, authorization="Bearer token")
+        assert client.told("echo", text="1") == {"text": "1"}
+        server.kill()
+        server.start()
+        assert client.told("echo", text="2") == {"text": "2"}
+
+
 def test_the_era_of_a_server_is_remembered(
     legacy: EraServerProcess, modern: EraServerProcess
 ) -> None:

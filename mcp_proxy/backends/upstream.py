@@ -26,7 +26,10 @@ from mcp_proxy.backends.owned import caller_headers
 from mcp_proxy.background import KeyedExecutor, Workers
 from mcp_proxy.errors import (
     HEADER_MISMATCH,
+    INTERNAL_ERROR,
     INVALID_PARAMS,
+    METHOD_NOT_FOUND,
+    MISSING_CAPABILITY,
     PROXY_ERROR,
     UNSUPPORTED_REVISION,
     BackendError,
@@ -86,6 +89,9 @@ _PING = jsonrpc.encode(Request("mcp-proxy-ping", "ping"))
 # How a modern server refuses a request without metadata.
 _MISSES_METADATA = frozenset({INVALID_PARAMS, HEADER_MISMATCH, UNSUPPORTED_REVISION})
 _ANSWERS = (200, 400, 404)
+
+# What a modern server may refuse a request of its own era with.
+_MODERN_CODES = _MISSES_METADATA | {METHOD_NOT_FOUND, MISSING_CAPABILITY, INTERNAL_ERROR}
 
 
 class Link(Protocol):
@@ -163,6 +169,7 @@ class Upstream:
         self._numbers = itertools.count(1)
         self._session_id: str | None = None  # of a legacy server
         self._version: str | None = None
+        self._is_modern = False  # a modern request has had a result
         self._cookies = ""
         self._known_tools: tuple[float, Mapping[str, Mapping[str, Path]]] | None = None
         self._is_over = threading.Event()
@@ -334,19 +341,37 @@ class Upstream:
         return call.status == 404 and self._session_id is not None
 
     def _is_another(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> bool:
-        """Whether a modern server has taken the place of a legacy one.
+        """Whether a server of the other era has taken the place of the one that there was."""
+        if request.meta.protocol_version is UNSET:
+            return self._version is not None and self._is_modern_now(call, own)
+        return self._is_modern and self._is_legacy_now(request, call, own)
 
-        It misses what modern requests say of themselves, and knows neither sessions nor `ping`.
+    def _is_modern_now(self, call: HttpCall, own: Mapping[str, str]) -> bool:
+        """A modern server misses what modern requests say of themselves, and knows neither sessions
+        nor `ping`.
         """
-        is_legacy = self._version is not None and request.meta.protocol_version is UNSET
-        if not is_legacy or call.status not in _ANSWERS or _code_in(call) not in _MISSES_METADATA:
+        if call.status not in _ANSWERS or _code_in(call) not in _MISSES_METADATA:
             return False
+        return self._is_refused(_PING, own, self._session_headers())
+
+    def _is_legacy_now(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> bool:
+        """A legacy server misses a session, and has no code of modern ones for it; it does not know
+        `server/discover` either.
+        """
+        if not _is_unknown(call) or _code_in(call) in _MODERN_CODES:
+            return False
+        discover = Request("mcp-proxy-discover", modern.DISCOVER, _own_params(request))
+        given = dict(modern.headers_of(discover))
+        return self._is_refused(jsonrpc.encode(discover), own, given)
+
+    def _is_refused(self, body: bytes, own: Mapping[str, str], given: Mapping[str, str]) -> bool:
+        """Whether the server has no result for a request of ours that wants nothing of it."""
         try:
-            ping = self._sent("POST", _PING, own, self._session_headers(), TAKE_TIME)
+            call = self._sent("POST", body, own, given, TAKE_TIME)
             try:
-                return ping.status in _ANSWERS and not list(_results(ping))
+                return _is_unknown(call) or (call.status == 200 and not list(_results(call)))
             finally:
-                self._done(ping)
+                self._done(call)
         except ProxyError:  # nothing says so
             return False
 
@@ -434,6 +459,8 @@ class Upstream:
             return False
         if message.result is not UNSET and request.method == INITIALIZE:
             self._version = jsonrpc.protocol_version_of(message.result)
+        elif message.result is not UNSET and not self._is_modern:
+            self._is_modern = request.meta.protocol_version is not UNSET
         self.on_line(jsonrpc.encode(message, request.id))
         return True
 
@@ -647,6 +674,11 @@ def _own_params(request: Request) -> Raw:
     """The params of a request of our own for the client of another one."""
     meta = modern.meta_of(request.params)
     return jsonrpc.as_payload({"_meta": {n: v for n, v in meta.items() if n in _LISTED}})
+
+
+def _is_unknown(call: HttpCall) -> bool:
+    """Whether a server says that it does not know a request, and not that it wants a token."""
+    return 400 <= call.status < 500 and call.status not in refusals.STATUSES
 
 
 def _code_in(call: HttpCall) -> int | None:

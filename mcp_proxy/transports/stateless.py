@@ -176,10 +176,22 @@ class StatelessFront:
     ) -> None:
         """Sends an exchange to its home; without one the state of its request leads to none."""
         if session is not None:
-            self._owner.send(session, exchange, backend)
+            self._owner.send(session, exchange, backend, partial(self._send_anew, call))
         else:
             data = questions.invalid_state(call.message.id)
             exchange.offer(ServerMessage(data, is_response=True))
+
+    def _send_anew(self, call: _Call, exchange: Exchange) -> None:
+        """Sends an exchange to the home that it has in front of a server of the other era.
+
+        By any thread: the client's connection stays here.
+        """
+        call.request.stay()
+        session = self._home(call, exchange.has_left)
+        if session is not None:
+            self._owner.send(session, exchange)
+        else:
+            self._send(call, exchange, None, None)
 
     def _send_late(self, call: _Call, exchange: Exchange) -> None:
         """Has another thread send an exchange to its home, which has to start first."""

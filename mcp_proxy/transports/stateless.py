@@ -381,6 +381,8 @@ def is_modern(request: ClientRequest, message: Request | Notification) -> bool:
 
 def _param_headers(request: ClientRequest) -> dict[str, str]:
     """The headers that repeat arguments of a tool, by their names in lower case."""
+    if _PARAM_HEADER not in "\n".join(request.environ):  # nearly always, and this is the quickest
+        return {}
     return {
         "mcp-param-" + name.removeprefix(_PARAM_HEADER).lower().replace("_", "-"): value
         for name, value in request.environ.items()

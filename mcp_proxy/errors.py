@@ -385,6 +385,10 @@ class BadAnswer(BackendLost):
     kind = "bad-answer"
 
 
+class OtherEra(BadAnswer):
+    """A server that was started is of another era than it was; it got nothing of a request."""
+
+
 class RedirectRefused(BackendError):
     """An HTTP server redirects its MCP endpoint to where it is not followed; it has executed
     nothing.

@@ -26,7 +26,10 @@ from mcp_proxy.backends.owned import caller_headers
 from mcp_proxy.background import KeyedExecutor, Workers
 from mcp_proxy.errors import (
     HEADER_MISMATCH,
+    INTERNAL_ERROR,
     INVALID_PARAMS,
+    METHOD_NOT_FOUND,
+    MISSING_CAPABILITY,
     PROXY_ERROR,
     UNSUPPORTED_REVISION,
     BackendError,
@@ -34,6 +37,7 @@ from mcp_proxy.errors import (
     BackendUnreached,
     BadAnswer,
     ClientError,
+    ParseError,
     ProxyError,
     RequestId,
 )
@@ -60,8 +64,11 @@ _SHOWN = 200
 #: Seconds between two attempts to open a GET stream, the first and the longest.
 FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 
-# Seconds for which the tools of a modern server are known.
+# Seconds for which the tools of a modern server are known, those within which it is not asked for
+# them again because it refuses a call's headers, and the pages of their list that are read.
 _TOOLS_TIME = 10.0
+_TOOLS_PAUSE = 1.0
+_MAX_PAGES = 100
 
 # What a request of our own repeats of a client's metadata.
 _LISTED = frozenset({modern.PROTOCOL_VERSION, modern.CLIENT_CAPABILITIES, modern.CLIENT_INFO})
@@ -82,6 +89,9 @@ _PING = jsonrpc.encode(Request("mcp-proxy-ping", "ping"))
 # How a modern server refuses a request without metadata.
 _MISSES_METADATA = frozenset({INVALID_PARAMS, HEADER_MISMATCH, UNSUPPORTED_REVISION})
 _ANSWERS = (200, 400, 404)
+
+# What a modern server may refuse a request of its own era with.
+_MODERN_CODES = _MISSES_METADATA | {METHOD_NOT_FOUND, MISSING_CAPABILITY, INTERNAL_ERROR}
 
 
 class Link(Protocol):
@@ -159,6 +169,7 @@ class Upstream:
         self._numbers = itertools.count(1)
         self._session_id: str | None = None  # of a legacy server
         self._version: str | None = None
+        self._is_modern = False  # a modern request has had a result
         self._cookies = ""
         self._known_tools: tuple[float, Mapping[str, Mapping[str, Path]]] | None = None
         self._is_over = threading.Event()
@@ -295,6 +306,13 @@ class Upstream:
     def _await(self, request: Request, own: Mapping[str, str], given: Mapping[str, str]) -> None:
         body = jsonrpc.encode(request)
         call = self._sent("POST", body, own, given, self._link.timeout, request.id)
+        if self._is_outdated(request, call):
+            self._done(call)
+            self._known_tools = None
+            given = self._modern_headers(request, own)
+            call = self._sent(
+                "POST", body, own, given, self._link.timeout, request.id, is_new=False
+            )
         is_stream = call.media_type == headers.EVENT_STREAM and call.status < 300
         try:
             if request.method == INITIALIZE and call.status < 300:
@@ -323,28 +341,47 @@ class Upstream:
         return call.status == 404 and self._session_id is not None
 
     def _is_another(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> bool:
-        """Whether a modern server has taken the place of a legacy one.
+        """Whether a server of the other era has taken the place of the one that there was."""
+        if request.meta.protocol_version is UNSET:
+            return self._version is not None and self._is_modern_now(call, own)
+        return self._is_modern and self._is_legacy_now(request, call, own)
 
-        It misses what modern requests say of themselves, and knows neither sessions nor `ping`.
+    def _is_modern_now(self, call: HttpCall, own: Mapping[str, str]) -> bool:
+        """A modern server misses what modern requests say of themselves, and knows neither sessions
+        nor `ping`.
         """
-        is_legacy = self._version is not None and request.meta.protocol_version is UNSET
-        if not is_legacy or call.status not in _ANSWERS or call.media_type != headers.JSON:
+        if call.status not in _ANSWERS or _code_in(call) not in _MISSES_METADATA:
             return False
+        return self._is_refused(_PING, own, self._session_headers())
+
+    def _is_legacy_now(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> bool:
+        """A legacy server misses a session, and has no code of modern ones for it; it does not know
+        `server/discover` either.
+        """
+        if not _is_unknown(call) or _code_in(call) in _MODERN_CODES:
+            return False
+        discover = Request("mcp-proxy-discover", modern.DISCOVER, _own_params(request))
+        given = dict(modern.headers_of(discover))
+        return self._is_refused(jsonrpc.encode(discover), own, given)
+
+    def _is_refused(self, body: bytes, own: Mapping[str, str], given: Mapping[str, str]) -> bool:
+        """Whether the server has no result for a request of ours that wants nothing of it."""
         try:
-            answer = jsonrpc.parse_message(jsonrpc.one_line(call.read(_MAX_ANSWER)))
-        except ClientError:
-            return False
-        error = answer.error if isinstance(answer, Response) else UNSET
-        if error is UNSET or results.code_of(error) not in _MISSES_METADATA:
-            return False
-        try:
-            ping = self._sent("POST", _PING, own, self._session_headers(), TAKE_TIME)
+            call = self._sent("POST", body, own, given, TAKE_TIME)
             try:
-                return ping.status in _ANSWERS and not list(_results(ping))
+                return _is_unknown(call) or (call.status == 200 and not list(_results(call)))
             finally:
-                self._done(ping)
+                self._done(call)
         except ProxyError:  # nothing says so
             return False
+
+    def _is_outdated(self, request: Request, call: HttpCall) -> bool:
+        """Whether a call was refused for its headers, which are those of tools as they were."""
+        known = self._known_tools
+        if known is None or request.method != "tools/call" or call.status != 400:
+            return False
+        is_old = known[0] < time.monotonic() - _TOOLS_PAUSE
+        return is_old and _code_in(call) == HEADER_MISMATCH
 
     def _read(self, answer: _Answer, call: HttpCall) -> None:
         """Takes a stream up to the answer, by whichever thread is there when something comes."""
@@ -422,6 +459,8 @@ class Upstream:
             return False
         if message.result is not UNSET and request.method == INITIALIZE:
             self._version = jsonrpc.protocol_version_of(message.result)
+        elif message.result is not UNSET and not self._is_modern:
+            self._is_modern = request.meta.protocol_version is not UNSET
         self.on_line(jsonrpc.encode(message, request.id))
         return True
 
@@ -594,23 +633,63 @@ class Upstream:
         known = self._known_tools
         if known is not None and known[0] > time.monotonic() - _TOOLS_TIME:
             return known[1]
-        meta = modern.meta_of(request.params)
-        params = jsonrpc.as_payload({"_meta": {n: v for n, v in meta.items() if n in _LISTED}})
-        listing = Request("mcp-proxy-tools", "tools/list", params)
-        found: Mapping[str, Mapping[str, Path]] = {}
+        pages: list[Raw] = []
         try:
-            given = dict(modern.headers_of(listing))
-            call = self._sent("POST", jsonrpc.encode(listing), own, given, TAKE_TIME)
-            try:
-                found = param_headers.annotated(_results(call))
-            finally:
-                self._done(call)
+            pages.extend(self._tool_pages(request, own))
         except BackendUnreached:
             raise
         except ProxyError as error:
             log.warning("[%s] the tools could not be listed: %s", self.label, error)
+        found = param_headers.annotated(pages)
         self._known_tools = (time.monotonic(), found)
         return found
+
+    def _tool_pages(self, request: Request, own: Mapping[str, str]) -> Iterator[Raw]:
+        """The pages of the server's list of tools, as many as there is time for."""
+        params = _own_params(request)
+        until = time.monotonic() + TAKE_TIME
+        for _ in range(_MAX_PAGES):
+            listing = Request("mcp-proxy-tools", "tools/list", params)
+            given = dict(modern.headers_of(listing))
+            left = max(0.0, until - time.monotonic())
+            call = self._sent("POST", jsonrpc.encode(listing), own, given, left)
+            try:
+                page = next(_results(call), None)
+            finally:
+                self._done(call)
+            if page is None:
+                return
+            yield page
+            cursor = jsonrpc.member(jsonrpc.fields_of(page), "nextCursor")
+            if cursor is UNSET:
+                return
+            params = jsonrpc.edited(params, partial(_set_cursor, cursor))
+
+
+def _set_cursor(cursor: Raw, fields: dict[str, Raw]) -> None:
+    fields["cursor"] = cursor
+
+
+def _own_params(request: Request) -> Raw:
+    """The params of a request of our own for the client of another one."""
+    meta = modern.meta_of(request.params)
+    return jsonrpc.as_payload({"_meta": {n: v for n, v in meta.items() if n in _LISTED}})
+
+
+def _is_unknown(call: HttpCall) -> bool:
+    """Whether a server says that it does not know a request, and not that it wants a token."""
+    return 400 <= call.status < 500 and call.status not in refusals.STATUSES
+
+
+def _code_in(call: HttpCall) -> int | None:
+    """The code of the JSON-RPC error that is the whole answer, None without one."""
+    if call.media_type != headers.JSON:
+        return None
+    try:
+        error = jsonrpc.fields_of(Raw(call.read(_MAX_ANSWER).strip())).get("error")
+    except ParseError:
+        return None
+    return None if error is None else results.code_of(error)
 
 
 def _is_cancellation(message: Message) -> bool:

@@ -263,7 +263,8 @@ class LegacySessionSwitchboard(ModernSwitchboard):
             return _failed(call, f"The server's result is of a type that nobody asked for: {kind}")
         if asking is not None:
             self._complete_visits(asking, call)
-        return jsonrpc.encode(Response(call.id, results.downgraded_result(response.result)))
+        result = results.downgraded_result(call.method, response.result)
+        return jsonrpc.encode(Response(call.id, result))
 
     def deliver(self, message: Request | Notification) -> Exchange | None:
         if isinstance(message, Request):

@@ -26,7 +26,14 @@ from mcp_proxy.eras import probing
 from mcp_proxy.eras.legacy_home import LegacyHome, Started
 from mcp_proxy.eras.questions import QuestionSwitchboard
 from mcp_proxy.eras.tool_headers import ToolHeaders
-from mcp_proxy.errors import BackendError, BadAnswer, SessionExists, SessionNotFound, StorageError
+from mcp_proxy.errors import (
+    BackendError,
+    BadAnswer,
+    OtherEra,
+    SessionExists,
+    SessionNotFound,
+    StorageError,
+)
 from mcp_proxy.ownership.owner import Owner
 from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
@@ -336,6 +343,8 @@ class Homes:
             if isinstance(error, BadAnswer) or not self._has_started:
                 with self._lock:
                     self._is_modern, self._must_ask = None, True
+            if isinstance(error, BadAnswer):
+                raise OtherEra(error.message) from error
             raise
         self._has_started = True
         return home

@@ -45,6 +45,7 @@ from mcp_proxy.errors import (
     BackendNotStarted,
     BackendUnreached,
     Draining,
+    OtherEra,
     Overloaded,
     SessionEnded,
     SessionNotFound,
@@ -479,22 +480,43 @@ class Owner:
 
     # --- a known session -------------------------------------------------------------------------
 
-    def send(self, session: Session, exchange: Exchange, backend: Backend | None = None) -> None:
+    def send(
+        self,
+        session: Session,
+        exchange: Exchange,
+        backend: Backend | None = None,
+        send_anew: Callable[[Exchange], object] | None = None,
+    ) -> None:
         """Sends an exchange to the session's backend; again, to a new one, where it is certain
         that the first got nothing of it.
 
-        `backend` is that one where it is known (`backend_at_hand`).
+        `backend` is that one where it is known (`backend_at_hand`). `send_anew` is called where a
+        start has shown that the server is of another era than the session.
         """
-        exchange.resend = partial(self._send_to_new_backend, session)
-        if self.caller_env is not None:  # its answer may have become a stream until then
-            exchange.resend = partial(copy_context().run, exchange.resend)
+        # Whoever sends it once more does so for the same caller.
+        resend = partial(self._send_to_new_backend, session, send_anew=send_anew)
+        exchange.resend = partial(copy_context().run, resend)
         try:
             (backend or self.backend_of(session, has_left=exchange.has_left)).send(exchange)
         except BackendUnreached:
-            self._send_to_new_backend(session, exchange)
+            self._send_to_new_backend(session, exchange, send_anew)
+        except OtherEra:
+            if send_anew is None:
+                raise
+            send_anew(exchange)
 
-    def _send_to_new_backend(self, session: Session, exchange: Exchange) -> None:
-        self._new_backend_of(session, exchange.has_left).send(exchange)
+    def _send_to_new_backend(
+        self,
+        session: Session,
+        exchange: Exchange,
+        send_anew: Callable[[Exchange], object] | None = None,
+    ) -> None:
+        try:
+            self._new_backend_of(session, exchange.has_left).send(exchange)
+        except OtherEra:
+            if send_anew is None:
+                raise
+            send_anew(exchange)
 
     def on_backend(
         self,

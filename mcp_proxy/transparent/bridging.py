@@ -25,7 +25,6 @@ from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
     HEADER_MISMATCH,
-    INVALID_PARAMS,
     METHOD_NOT_FOUND,
     MISSING_CAPABILITY,
     UNSUPPORTED_REVISION,
@@ -44,7 +43,7 @@ from mcp_proxy.transparent.forwarding import error_in
 from mcp_proxy.transparent.own_calls import taken_along
 from mcp_proxy.transports import stateless
 from mcp_proxy.transports.streamable import KIND, StreamableProxy
-from mcp_proxy.wire import headers, results, revisions
+from mcp_proxy.wire import headers, modern, results, revisions
 from mcp_proxy.wire.jsonrpc import Batch, Message, Notification, Request
 from mcp_proxy.wire.tools import ToolFilter
 from mcp_proxy.wire.urls import Address, Target, request_target
@@ -66,9 +65,6 @@ _REFUSALS = frozenset({400, 404, 405, 406, 415, 422})
 
 # What only a modern server answers.
 _MODERN = frozenset({HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_REVISION})
-
-# How a modern server refuses initialize.
-_NO_HANDSHAKE = frozenset({UNSUPPORTED_REVISION, METHOD_NOT_FOUND, HEADER_MISMATCH, INVALID_PARAMS})
 
 
 # Which backends a new conversation is for; where none of these can be reached any may have it.
@@ -240,7 +236,7 @@ class EraBridge:
         if call.status not in _REFUSALS and not is_error_in_200:
             return False
         error = _error_of(call)
-        if error is None or results.code_of(error) not in _NO_HANDSHAKE:
+        if error is None or results.code_of(error) not in modern.NO_HANDSHAKE:
             return False
         named = results.supported_in(error)
         return not named or any(map(revisions.is_modern, named))

@@ -14,7 +14,7 @@ from msgspec import UNSET
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.sessions import claims
 from mcp_proxy.transparent.forwarding import InitializeReader, is_lost_session
-from mcp_proxy.wire import headers, jsonrpc
+from mcp_proxy.wire import headers, jsonrpc, modern, results
 from mcp_proxy.wire.handshake import INITIALIZED
 from mcp_proxy.wire.headers import Headers
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
@@ -64,6 +64,12 @@ class Answered(NamedTuple):
     def has_result(self) -> bool:
         """Whether this is a JSON-RPC result."""
         return self.response is not None and self.response.result is not UNSET
+
+    @property
+    def knows_no_sessions(self) -> bool:
+        """Whether this is how a server of 2026-07-28 refuses what belongs to a session."""
+        error = UNSET if self.response is None else self.response.error
+        return error is not UNSET and results.code_of(error) in modern.NO_HANDSHAKE
 
 
 class OwnCalls:

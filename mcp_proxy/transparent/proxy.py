@@ -804,9 +804,18 @@ class TransparentProxy(Transport):
             self._affinity.follow_cookies(session, call.headers)
         if call.status in (400, 404):
             with closed_on_error(call):
-                if is_lost_session(call):
+                if is_lost_session(call) or self._has_other_era(inbound, route, call):
                     raise SessionEnded
         return call
+
+    def _has_other_era(self, inbound: Inbound, route: Route, call: HttpCall) -> bool:
+        """Whether a request was refused since its backend knows no sessions any more."""
+        bridge = self._bridge
+        if bridge is None or not bridge.is_refusal_of_initialize(call):
+            return False
+        outbound = self._policy.outbound(inbound.request.environ)
+        watch = self._watch_of(inbound.request)
+        return self._affinity.knows_no_sessions(route, outbound, watch)
 
     def _delete(self, inbound: Inbound, session: Session) -> Reply:
         """Ends the session at its backend, and here whatever becomes of that.

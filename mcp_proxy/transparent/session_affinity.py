@@ -238,6 +238,21 @@ class SessionAffinity:
         except StorageError as error:  # the request was served all the same
             log.warning("a balancer's cookie was not recorded: %s", error)
 
+    def knows_no_sessions(
+        self, route: Route, request_headers: Mapping[str, str], watch: Watch
+    ) -> bool:
+        """Whether a server of 2026-07-28 has taken the place of a session's backend: it refuses
+        what every legacy one answers.
+        """
+        if route.session_id is None:
+            return False
+        given = taken_along(request_headers)
+        try:
+            answer = self._calls.waited_for(watch).ping(route.address, given, route.session_id)
+        except BackendError:  # nothing says so
+            return False
+        return answer.knows_no_sessions
+
     # --- initialized again -----------------------------------------------------------------------
 
     def reinitialize(
@@ -286,9 +301,13 @@ class SessionAffinity:
         if self._is_shared_address(claimed, given, calls):
             self._manager.end(claimed.id)
             raise SessionEnded
-        new = self._balancer.first_reached(
-            lambda address: self._initialize(address, body, given, timeout, calls)
-        )
+        try:
+            new = self._balancer.first_reached(
+                lambda address: self._initialize(address, body, given, timeout, calls)
+            )
+        except SessionEnded:
+            self._manager.end(claimed.id)
+            raise
         if claimed.metadata.get(PROTOCOL_VERSION, new.version) != new.version:
             # The client would go on in a revision that this server does not speak.
             self._manager.end(claimed.id)
@@ -351,6 +370,8 @@ class SessionAffinity:
         answer = calls.ask(address, given, body, timeout)
         response = answer.response
         if answer.status >= 300 or response is None or not answer.has_result:
+            if answer.knows_no_sessions:
+                raise SessionEnded
             raise BadAnswer(f"The server refused to be initialized again (status {answer.status})")
         version = jsonrpc.protocol_version_of(response.result)
         if not headers.FIELD_VALUE.fullmatch(f"{version}{answer.session_id}"):

@@ -226,10 +226,22 @@ class StatelessFront:
     ) -> None:
         """Sends an exchange to its home; without one the state of its request leads to none."""
         if session is not None:
-            self._owner.send(session, exchange, backend)
+            self._owner.send(session, exchange, backend, partial(self._send_anew, call))
         else:
             data = questions.invalid_state(call.message.id)
             exchange.offer(ServerMessage(data, is_response=True))
+
+    def _send_anew(self, call: _Call, exchange: Exchange) -> None:
+        """Sends an exchange to the home that it has in front of a server of the other era.
+
+        By any thread: the client's connection stays here.
+        """
+        call.request.stay()
+        session = self._home(call, exchange.has_left)
+        if session is not None:
+            self._owner.send(session, exchange)
+        else:
+            self._send(call, exchange, None, None)
 
     def _send_late(self, call: _Call, exchange: Exchange) -> None:
         """Has another thread send an exchange to its home, which has to start first."""
@@ -457,6 +469,8 @@ def is_modern(request: ClientRequest, message: Request | Notification) -> bool:
 
 def _param_headers(request: ClientRequest) -> dict[str, str]:
     """The headers that repeat arguments of a tool, by their names in lower case."""
+    if _PARAM_HEADER not in "\n".join(request.environ):  # nearly always, and this is the quickest
+        return {}
     return {
         "mcp-param-" + name.removeprefix(_PARAM_HEADER).lower().replace("_", "-"): value
         for name, value in request.environ.items()

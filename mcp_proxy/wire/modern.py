@@ -13,6 +13,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from mcp_proxy.errors import (
     HEADER_MISMATCH,
+    INVALID_PARAMS,
     METHOD_NOT_FOUND,
     MISSING_CAPABILITY,
     UNSUPPORTED_REVISION,
@@ -58,6 +59,9 @@ REMOVED = frozenset(
         "tasks/result",
     }
 )
+
+#: The codes with which a modern server refuses initialize, and whatever says nothing of itself.
+NO_HANDSHAKE = frozenset({UNSUPPORTED_REVISION, METHOD_NOT_FOUND, HEADER_MISMATCH, INVALID_PARAMS})
 
 LOG_LEVELS = frozenset(
     {"debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"}

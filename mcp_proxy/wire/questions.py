@@ -24,6 +24,8 @@ _RESPONSES = "inputResponses"
 #: The field in which a server keeps what it wants to find again in the retry.
 STATE = "requestState"
 
+_ANSWERS_KEY, _STATE_KEY = _RESPONSES.encode(), STATE.encode()
+
 _INVALID_STATE = "The question is no longer open; the tool may have acted; call it anew"
 
 #: The method of a question, and its params.
@@ -140,10 +142,9 @@ def without_retry(params: Raw | UnsetType) -> Raw | UnsetType:
 
 def _may_be_retry(params: Raw | UnsetType) -> bool:
     """Whether params may have answers or a state; nearly all have none, and are not decoded."""
-    if params is UNSET or not jsonrpc.is_object(params):
-        return False
-    encoded = bytes(params)
-    return b"\\" in encoded or _RESPONSES.encode() in encoded or STATE.encode() in encoded
+    encoded = bytes(params or b"")
+    is_suspect = b"\\" in encoded or _ANSWERS_KEY in encoded or _STATE_KEY in encoded
+    return is_suspect and jsonrpc.is_object(params)
 
 
 def _drop_retry(fields: dict[str, Raw]) -> None:

@@ -16,7 +16,7 @@ from mcp_proxy.errors import (
     INVALID_PARAMS,
     ParseError,
 )
-from mcp_proxy.wire import jsonrpc, revisions
+from mcp_proxy.wire import jsonrpc, revisions, structured, tools
 from mcp_proxy.wire.capabilities import without_tasks
 from mcp_proxy.wire.modern import DISCOVER, PREFIX, SERVER_INFO, SUPPORTED, edit_meta
 
@@ -105,7 +105,7 @@ def discover_result(initialize_result: Raw, versions: Sequence[str] = SUPPORTED)
 # --- a modern server's, for a legacy client -------------------------------------------------------
 
 
-def downgraded_result(result: Raw) -> Raw:
+def downgraded_result(method: str, result: Raw) -> Raw:
     """A modern server's result without what legacy clients do not know.
 
     What is no object, or cannot be read, stays as it is.
@@ -116,6 +116,10 @@ def downgraded_result(result: Raw) -> Raw:
             fields.pop(name, None)
         if "_meta" in fields:
             edit_meta(fields, lambda meta: meta.pop(SERVER_INFO, None))
+        if method == tools.CALL:
+            structured.require_object(fields)
+        elif method == tools.LIST:
+            structured.require_object_schemas(fields)
 
     return _edited(result, downgrade)
 

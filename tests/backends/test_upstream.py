@@ -198,6 +198,33 @@ def test_a_modern_request_has_headers_that_say_what_it_says(
     assert len(backend.calls("tools/list")) == 1
 
 
+def test_a_call_whose_tool_has_changed_is_sent_again_with_other_headers(
+    new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "_TOOLS_PAUSE", 0.0)
+    listed = {"name": "go", "inputSchema": {"type": "object"}}
+    backend.rpc["tools/list"] = lambda turn: turn.result({"tools": [listed]})
+    params = {"name": "go", "arguments": {"city": "Oslo"}, "_meta": MODERN}
+    assert "result" in new.ask("tools/call", 1, params)
+    city = {"type": "string", "x-mcp-header": "City"}
+    listed["inputSchema"] = {"type": "object", "properties": {"city": city}}
+    mismatch = {"jsonrpc": "2.0", "id": 2, "error": {"code": -32020, "message": "Mcp-Param-City"}}
+
+    def call(turn: Turn) -> None:
+        if turn.seen.header("Mcp-Param-City") == "Oslo":
+            turn.result({"content": []})
+        else:
+            reply(400, json.dumps(mismatch).encode(), "Content-Type: application/json")(turn)
+
+    backend.rpc["tools/call"] = call
+    assert "result" in new.ask("tools/call", 2, params)
+    assert len(backend.calls("tools/call")) == 3
+    backend.rpc["tools/call"] = reply(
+        400, json.dumps(mismatch).encode(), "Content-Type: application/json"
+    )
+    assert new.ask("tools/call", 3, params)["error"]["code"] == -32020
+
+
 def test_sticky_cookies_are_kept(new: Conversation, backend: HttpBackend) -> None:
     cookie = "Set-Cookie: route=a; Path=/"
     backend.rpc["initialize"] = lambda turn: backend.initialize(turn, cookie)

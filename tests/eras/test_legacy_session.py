@@ -242,6 +242,19 @@ def test_results_and_errors_are_those_of_a_legacy_server() -> None:
         assert error_of(exchange) == {"code": seen, "message": "why", "data": [1]}
 
 
+def test_structured_output_is_an_object_whatever_the_server_returns() -> None:
+    child = opened()
+    listed = child.send("tools/list")
+    tool = {"name": "tool", "outputSchema": {"type": "array"}}
+    child.answer(child.next(), {"resultType": "complete", "tools": [tool]})
+    properties = {"result": {"type": "array"}}
+    schema = {"type": "object", "properties": properties, "required": ["result"]}
+    assert got(listed)[0]["result"] == {"tools": [{"name": "tool", "outputSchema": schema}]}
+    called = call(child)
+    child.answer(child.next(), {"resultType": "complete", "structuredContent": [1]})
+    assert got(called)[0]["result"] == {"structuredContent": {"result": [1]}}
+
+
 def test_a_result_of_an_unknown_type_is_none() -> None:
     child = opened()
     exchange = call(child)

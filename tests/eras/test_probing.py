@@ -265,15 +265,8 @@ def test_a_server_that_is_replaced_by_one_of_the_other_era_is_learnt_anew(
         assert client.call("server/discover").status == 200
         program.write_text(as_program(then), encoding="utf-8")
         assert client.tool("crash").message()["error"]
-        discovered = eventually(lambda: served(client))
+        assert client.pid()
+        discovered = client.call("server/discover").message()["result"]
         info = discovered["_meta"]["io.modelcontextprotocol/serverInfo"]
         assert info["name"] == then
-        assert client.pid()
         assert one[0].children == 1
-
-
-def served(client: ModernClient) -> Json | None:
-    """The result of server/discover, None while there is none."""
-    answer = client.call("server/discover")
-    result: Json | None = answer.message().get("result")
-    return result

@@ -130,7 +130,7 @@ class Asked:
         self.given: list[Json] = []
         self.used: list[tuple[str, Json]] = []
         self.heard = self.wire.call(tool, arguments)
-        self.workers = {self.heard.worker}
+        self.ways = {(self.heard.worker, self.heard.was_passed)}
 
     @property
     def state(self) -> str:
@@ -162,7 +162,7 @@ class Asked:
         self.used.append((self.state, responses))
         self.given.append(responses)
         self.heard = self.retried(self.state, responses)
-        self.workers.add(self.heard.worker)
+        self.ways.add((self.heard.worker, self.heard.was_passed))
 
     def retried(self, state: str, responses: Json, wire: Modern | None = None) -> Heard:
         """The answer to a retry."""
@@ -196,7 +196,7 @@ class Asked:
         self.tally.require_own(is_own, f"{self.heard.answer} came for {self.given}")
         self.tally.require("intruder" not in text, f"an intruder was heard: {text}")
         self.tally.add("answered")
-        self.tally.add("answered over several workers" if len(self.workers) > 1 else "on one")
+        self.tally.add("answered over several workers" if len(self.ways) > 1 else "on one")
 
 
 def answer_to(asked: Json, text: str) -> Json:

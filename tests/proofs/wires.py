@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.proofs.labelled import LABEL
+from tests.proofs.labelled import LABEL, WAY
 
 Json = dict[str, Any]
 
@@ -37,10 +37,14 @@ class Failed(Exception):
 
 @dataclass
 class Heard:
-    """What came for one request: notifications, and the answer. `worker` is who served it."""
+    """What came for one request: notifications, and the answer.
+
+    `worker` is who served it, which another one has accepted where it `was_passed`.
+    """
 
     status: int = 0
     worker: int = 0
+    was_passed: bool = False
     told: list[Json] = field(default_factory=list)
     answer: Json = field(default_factory=dict)
 
@@ -119,9 +123,15 @@ def messages_in(response: http.client.HTTPResponse) -> Iterator[Json]:
             yield json.loads(line[5:])
 
 
+def heard_of(response: http.client.HTTPResponse) -> Heard:
+    """What the head of a response says."""
+    headers = response.headers
+    return Heard(response.status, int(headers.get(LABEL, 0)), headers.get(WAY) == "passed")
+
+
 def heard_in(response: http.client.HTTPResponse, request_id: int) -> Heard:
     """Everything up to the answer to a request."""
-    heard = Heard(response.status, int(response.headers.get(LABEL, 0)))
+    heard = heard_of(response)
     for message in messages_in(response):
         if "method" in message:
             heard.told.append(message)
@@ -185,7 +195,7 @@ class Modern(Wire):
         """subscriptions/listen, until `hear` returns False or the stream ends."""
         message, headers = self.message("subscriptions/listen", {"notifications": wanted})
         with self.sent("POST", message, headers, patience) as response:
-            heard = Heard(response.status, int(response.headers.get(LABEL, 0)))
+            heard = heard_of(response)
             for told in messages_in(response):
                 if "method" not in told:
                     heard.answer = told
@@ -245,7 +255,7 @@ class Legacy(Wire):
         params = {"name": tool, "arguments": arguments, **meta}
         message = {"id": next(self.ids), "method": "tools/call", "params": params}
         with self.sent("POST", message, self.headers, patience) as response:
-            heard = Heard(response.status, int(response.headers.get(LABEL, 0)))
+            heard = heard_of(response)
             for told in messages_in(response):
                 if "method" in told and "id" in told:
                     heard.told.append(told)

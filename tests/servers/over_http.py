@@ -263,16 +263,23 @@ class ModernEndpoint(Endpoint):
         while first is None and not turn.has_left():
             first = turn.next_of(messages)
         if first is not None and is_answer(first, call_id):
-            status = _STATUS.get(first.get("error", {}).get("code"), 200)
+            code = first.get("error", {}).get("code")
+            says_nothing = "error" in first and version_in(params) is None
+            status = 400 if says_nothing else _STATUS.get(code, 200)
             turn.send_json(status, {"jsonrpc": "2.0", **first})
         elif first is None or not turn.stream(messages, call_id, first=first):
             turn.close_connection = True
             self.server.stop(call)
 
 
+def version_in(params: Json) -> Any:
+    """The revision that a request says it is of."""
+    return (params.get("_meta") or {}).get(f"{_META}protocolVersion")
+
+
 def mismatch(turn: Turn, message: Json, params: Json) -> str | None:
     """What the headers of a modern request do not say as its body does."""
-    version = (params.get("_meta") or {}).get(f"{_META}protocolVersion")
+    version = version_in(params)
     if version is None:
         return None  # the server refuses what says nothing of itself
     method = message["method"]

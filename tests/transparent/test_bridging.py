@@ -435,17 +435,32 @@ def test_a_server_of_the_other_era_may_take_the_place_of_one(before: str, after:
         with proxied(old.url) as front:
             client = ModernClient(front)
             assert client.told("echo", text="1") == {"text": "1"}
-            assert told(opened(front), "echo", text="1") == {"text": "1"}
+            session = opened(front)
+            assert told(session, "echo", text="1") == {"text": "1"}
             old.kill()
             new.port = old.port
             new.start()
-            call = functools.partial(client.call, "tools/call", called("echo", text="2"))
-            eventually(lambda: "result" in call().message())
             for _ in range(3):
                 assert client.told("echo", text="3") == {"text": "3"}
                 assert told(opened(front), "echo", text="3") == {"text": "3"}
             last = new.requests("tools/call")[-2]
             assert last.get("mcp-method") == ("tools/call" if after == "modern" else None)
+            if after == "legacy":
+                assert told(session, "echo", text="4") == {"text": "4"}
+            else:  # its client begins another one
+                assert session.call("tools/call", called("echo", text="4")).status == 404
+
+
+def test_a_bridged_server_that_has_forgotten_all_is_asked_with_its_callers_token() -> None:
+    with (
+        EraServerProcess("legacy", "--deny", "401") as server,
+        proxied(server.url, sse_after=1e-6) as front,
+    ):
+        client = ModernClient(front, authorization="Bearer token")
+        assert client.told("echo", text="1") == {"text": "1"}
+        server.kill()
+        server.start()
+        assert client.told("echo", text="2") == {"text": "2"}
 
 
 def test_the_era_of_a_server_is_remembered(
@@ -486,6 +501,11 @@ def test_the_headers_of_each_call_reach_a_modern_server(modern: EraServerProcess
         assert (last["authorization"], last["mcp-name"]) == ("Bearer two", "echo")
         told(client, "header", region="Zürich", query="all")
         assert modern.requests("tools/call")[-1]["mcp-param-region"].startswith("=?base64?")
+
+
+def test_arguments_are_repeated_in_headers_wherever_their_tool_is_listed() -> None:
+    with EraServerProcess("modern", "--page-size", "2") as modern, proxied(modern.url) as front:
+        told(opened(front), "header", region="Zürich", query="all")
 
 
 def test_calls_at_the_same_time_go_with_the_headers_of_their_own(

@@ -16,6 +16,7 @@ from tests.support import json_values
 SERVER = "io.modelcontextprotocol/serverInfo"
 TASKS = "io.modelcontextprotocol/tasks"
 INFO = Raw(b'{"name":"s", "version":"1"}')
+STRING = {"type": "string"}
 
 CACHEABLE = [
     "server/discover",
@@ -31,7 +32,12 @@ CACHEABLE = [
 
 #: Results as hypothesis makes them, with the names that count among others.
 RESULTS = json_values.values | st.dictionaries(
-    st.sampled_from(["resultType", "ttlMs", "cacheScope", "_meta", "x", "capabilities"]),
+    st.sampled_from(
+        [
+            *("resultType", "ttlMs", "cacheScope", "_meta", "x", "capabilities"),
+            *("tools", "structuredContent"),
+        ]
+    ),
     json_values.values | st.just("complete") | st.dictionaries(st.just(SERVER), json_values.values),
 )
 
@@ -40,8 +46,8 @@ def upgraded(method: str, result: Any, info: Raw | None = None) -> Any:
     return json.loads(bytes(results.upgraded_result(method, jsonrpc.as_payload(result), info)))
 
 
-def downgraded(result: Any) -> Any:
-    return json.loads(bytes(results.downgraded_result(jsonrpc.as_payload(result))))
+def downgraded(result: Any, method: str = "tools/list") -> Any:
+    return json.loads(bytes(results.downgraded_result(method, jsonrpc.as_payload(result))))
 
 
 def error(code: Any) -> Raw:
@@ -91,20 +97,68 @@ def test_a_result_names_its_server() -> None:
 @pytest.mark.parametrize("result", [b"null", b"5", b'"x"', b"[ {} ]", b"{1}"])
 def test_what_is_no_object_is_left_alone(result: bytes) -> None:
     assert results.upgraded_result("tools/list", Raw(result), INFO) == Raw(result)
-    assert results.downgraded_result(Raw(result)) == Raw(result)
+    assert results.downgraded_result("tools/call", Raw(result)) == Raw(result)
 
 
 def test_the_content_of_a_result_keeps_its_bytes() -> None:
     given = Raw(b'{"content":[ 1.0,"\\u00e9\\ud83d" ]}')
     found = results.upgraded_result("tools/call", given, None)
     assert found == Raw(b'{"content":[ 1.0,"\\u00e9\\ud83d" ],"resultType":"complete"}')
-    assert results.downgraded_result(found) == given
+    assert results.downgraded_result("tools/call", found) == given
 
 
 def test_a_legacy_client_sees_nothing_of_the_modern_era() -> None:
     given = {"a": 1, "resultType": "complete", "ttlMs": 5, "cacheScope": "public"}
     assert downgraded({**given, "_meta": {SERVER: {}}}) == {"a": 1}
     assert downgraded({**given, "_meta": {SERVER: {}, "b": 2}}) == {"a": 1, "_meta": {"b": 2}}
+
+
+@pytest.mark.parametrize("value", [[1, 2], "s", 5, True, None])
+def test_structured_content_is_an_object_for_a_legacy_client(value: Any) -> None:
+    given = {"content": [], "structuredContent": value}
+    wrapped = {"content": [], "structuredContent": {"result": value}}
+    assert downgraded(given, "tools/call") == wrapped
+    assert downgraded(wrapped, "tools/call") == wrapped
+    assert downgraded(given, "prompts/get") == given
+
+
+DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+REFERRING = {"type": "array", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "legacy"),
+    [
+        ({"type": "array", "items": {"type": "string"}}, {"type": "array", "items": STRING}),
+        ({**DIALECT, "type": "string"}, STRING),
+        ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
+        (REFERRING, {}),
+        ({"type": "string", "enum": ["\u00e9"]}, {"type": "string", "enum": ["\u00e9"]}),
+    ],
+)
+def test_an_output_schema_is_that_of_the_object(schema: Any, legacy: Any) -> None:
+    tool = {"name": "t", "outputSchema": schema}
+    wrapped = {"type": "object", "properties": {"result": legacy}, "required": ["result"]}
+    dialect = DIALECT if "$schema" in schema else {}
+    found = downgraded({"tools": [tool]})
+    assert found == {"tools": [{"name": "t", "outputSchema": {**dialect, **wrapped}}]}
+    assert downgraded(found) == found
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{}, {"anyOf": [{"type": "object"}]}, {"type": ["object", "null"]}, {"type": []}, True],
+)
+def test_a_schema_of_objects_and_others_says_less(schema: Any) -> None:
+    tool = {"name": "t", "outputSchema": schema}
+    assert downgraded({"tools": [tool]}) == {
+        "tools": [{"name": "t", "outputSchema": {"type": "object"}}]
+    }
+
+
+def test_tools_whose_output_is_an_object_keep_their_bytes() -> None:
+    given = Raw(b'{"tools":[ {"name":"a"}, {"outputSchema": {"type" : "object"}, "x":1.0} ]}')
+    assert results.downgraded_result("tools/list", given) == given
 
 
 @given(st.sampled_from([*CACHEABLE, "tools/call"]), RESULTS)
@@ -115,8 +169,8 @@ def test_any_result_can_be_said_in_the_other_era(method: str, result: Any) -> No
         return
     assert isinstance(found["resultType"], str)
     assert SERVER in found["_meta"]
-    back = downgraded(found)
-    assert downgraded(back) == back
+    back = downgraded(found, method)
+    assert downgraded(back, method) == back
     assert {"resultType", "ttlMs", "cacheScope"}.isdisjoint(back)
     assert SERVER not in back.get("_meta", {})
     assert back.get("x") == result.get("x")

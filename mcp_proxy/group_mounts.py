@@ -58,6 +58,8 @@ class GroupMounts:
         self._parts = parts
         self._edge = edge
         self._current = current
+        # The servers of groups, and when that was; replaced as a whole.
+        self._made: tuple[Composition | None, dict[str, Sequence[Member]]] = (None, {})
         #: What the servers of groups list.
         self._catalogue = Catalogue(parts.timer, max(4, 2 * (os.cpu_count() or 1)))
 
@@ -145,11 +147,17 @@ class GroupMounts:
         return FrontedMember(found, None, lambda request: nullcontext(), self._why_not(member))
 
     def _members_of(self, name: str) -> Sequence[Member]:
-        """The servers of a group, as they are now."""
-        group = self._current().servers.get(name)
-        if not isinstance(group, ServerGroup):
-            return []
-        return [self._member_of(member) for member in group.members]
+        """The servers of a group, as they are now; the same objects until others are mounted."""
+        current = self._current()
+        of, made = self._made
+        if of is not current:
+            made = {}
+            self._made = (current, made)
+        if name not in made:
+            group = current.servers.get(name)
+            members = group.members if isinstance(group, ServerGroup) else ()
+            made[name] = [self._member_of(member) for member in members]
+        return made[name]
 
     def _member_of(self, member: GroupMember) -> Member:
         transport = next(iter(self._current().transports.get(member.server, {}).values()), None)

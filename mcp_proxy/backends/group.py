@@ -280,9 +280,12 @@ class Group(OwnedBackend):
     def _send_by_name(self, exchange: Exchange, request: Request) -> None:
         if group_requests.needs_lists(request):
             self._wait_for_lists(exchange.has_left)
-        members, lists = self._now()
-        number, renamed = group_requests.by_name(request, members, lists)
-        self._forward(exchange, members[number], renamed)
+        members = self._members()
+        addressed = group_requests.by_prefix(request, members)
+        if addressed is None:
+            members, lists = self._now()
+            addressed = group_requests.by_name(request, members, lists)
+        self._forward(exchange, members[addressed.number], addressed.request)
 
     def _wait_for_lists(self, has_left: Callable[[], bool] | None) -> None:
         """Waits for lists that are unknown, where they say whose something is."""

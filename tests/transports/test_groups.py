@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mcp_proxy.backends.catalogue import Catalogue
 from mcp_proxy.errors import ConfigError
 from tests.support.front import WsgiFront
 from tests.support.groups import House, Json, call, entry, said, tools
@@ -65,6 +66,21 @@ def test_prompts_and_completions_lead_to_their_server(house: House) -> None:
     assert client.result("completion/complete", asked) == {"completion": {"values": ["B"]}}
     asked["ref"] = {"type": "ref/prompt", "name": "nobody__greet"}
     assert client.result("completion/complete", asked) == {"completion": {"values": []}}
+
+
+def test_a_call_is_handed_on_by_its_name_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = house.serve({name: entry(name) for name in ("one", "two", "three")})
+    call(client, "two__who")
+    asked: list[str] = []
+
+    def listed(catalogue: Catalogue, key: str) -> None:
+        asked.append(key)
+
+    monkeypatch.setattr(Catalogue, "listed", listed)
+    assert call(client, "two__who")["name"] == "two"
+    assert asked == []
 
 
 # --- resources -----------------------------------------------------------------------------------

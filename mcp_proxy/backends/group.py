@@ -49,6 +49,7 @@ from mcp_proxy.backends.group_requests import (
     UNSUBSCRIBE,
 )
 from mcp_proxy.backends.owned import OwnedBackend
+from mcp_proxy.backends.switchboard import PROGRESS
 from mcp_proxy.errors import (
     INVALID_PARAMS,
     METHOD_NOT_FOUND,
@@ -97,9 +98,7 @@ _EMPTY = Raw(b"{}")
 
 _SET_LEVEL = "logging/setLevel"
 # What a client says that may be for any of the servers.
-_PASSED_ON = frozenset(
-    {jsonrpc.CANCELLED, "notifications/roots/list_changed", "notifications/progress"}
-)
+_PASSED_ON = frozenset({jsonrpc.CANCELLED, "notifications/roots/list_changed", PROGRESS})
 
 
 class Wanted(NamedTuple):
@@ -888,7 +887,12 @@ class _Running:
         self.bridge.on_notice = self._take_notice
 
     def _take_notice(self, notification: Notification) -> bool:
-        """Whether a notification is for the group: that a list has changed. Quick."""
+        """Whether a notification is for the group, or for nobody. Quick.
+
+        For the group is that a list has changed, for nobody is progress of calls of others.
+        """
+        if notification.method == PROGRESS:
+            return not self.bridge.is_of_a_call(notification)
         if notification.method not in merging.CHANGED:
             return False
         self._group.note_changed(self, notification.method)

@@ -16,6 +16,8 @@ from tests.support.groups import House, Json, call, entry, said, tools
 from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
 
+HOSTILE = str(Path(__file__).parents[1] / "servers" / "hostile_member.py")
+
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
@@ -191,6 +193,15 @@ def test_instructions_say_whose_they_are(house: House) -> None:
 
 
 # --- what servers ask and tell -------------------------------------------------------------------
+
+
+def test_progress_is_told_of_calls_of_its_server_alone(house: House) -> None:
+    hostile = {"command": sys.executable, "args": ["-I", HOSTILE, "--name", "one"]}
+    client = house.serve({"one": entry("A"), "false": hostile})
+    params = {"name": "false__link", "arguments": {}, "_meta": {"progressToken": 19}}
+    told = client.call("tools/call", params).messages()
+    progress = [each["params"] for each in told if each.get("method") == "notifications/progress"]
+    assert [each["progressToken"] for each in progress] == [19]
 
 
 def test_questions_with_one_id_are_told_apart_and_say_whose_they_are(house: House) -> None:

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextvars import copy_context
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -467,18 +467,36 @@ class Group(OwnedBackend):
 
     def note_changed(self, running: _Running, notification: str) -> None:
         """A running server says that its lists have changed: they are asked for, for this session
-        alone, and then the client is told the same. Never waits.
+        alone and at most every `CHANGES_APART` seconds, and then the client is told the same. Never
+        waits.
         """
-        running.is_changed = True
+        with self._lock:
+            running.changes.add(notification)
+            if running.is_looking:
+                return
+            running.is_looking = True
+            seconds = running.looked_at + CHANGES_APART - time.monotonic()
+        if seconds > 0:
+            with contextlib.suppress(RuntimeError):  # no thread: it is looked at now
+                self._catalogue.timer.call_later(seconds, partial(self._look_again, running))
+                return
+        self._look_again(running)
+
+    def _look_again(self, running: _Running) -> None:
+        with self._lock:
+            changes, running.changes = running.changes, set()
         key = f"{self.child_id}/{running.serial}"
-        done = partial(self._note_looked, running, notification)
+        done = partial(self._note_looked, running, changes)
         self._catalogue.look(key, running.look_again, done)
 
-    def _note_looked(self, running: _Running, notification: str) -> None:
-        if running.is_changed and running.bridge.is_alive:  # meanwhile once more
-            self.note_changed(running, notification)
-        else:
+    def _note_looked(self, running: _Running, changes: Set[str]) -> None:
+        with self._lock:
+            running.is_looking, running.looked_at = False, time.monotonic()
+            more = next(iter(running.changes), None)
+        for notification in changes:
             self.announce_changes(notification)
+        if more is not None and running.bridge.is_alive:  # meanwhile once more
+            self.note_changed(running, more)
 
     def announce_changes(self, notification: str | None = None) -> None:
         """Has the client told of lists that are others than it has heard, and what `notification`
@@ -873,9 +891,13 @@ class _Running:
     def __init__(self, group: Group, member: Member, serial: int) -> None:
         self.member = member
         self.serial = serial
-        #: Its lists, once it has changed them, and whether it has done so again since.
+        #: Its lists, once it has changed them.
         self.changed: Listed | None = None
-        self.is_changed = False
+        #: What it has said of them since they were looked at, whether somebody does or will, and
+        #: when that was done last (monotonic). The group's lock guards these.
+        self.changes: set[str] = set()
+        self.is_looking = False
+        self.looked_at = -CHANGES_APART
         self._group = group
         self._voice = ServerVoice(label_of(member), member.prefix, partial(group.with_uris, member))
         self._lock = threading.Lock()  # guards _listening
@@ -900,8 +922,9 @@ class _Running:
 
     def look_again(self) -> None:
         """Asks for the lists that have changed."""
-        self.is_changed = False
-        self.changed = self.listed()
+        found = self.listed()
+        if not found.is_same(self.changed):  # the same object has the same lists joined
+            self.changed = found
 
     def is_usable(self) -> bool:
         """Whether calls can be sent; one of an older form of its server ends between two."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,6 +195,27 @@ def test_instructions_say_whose_they_are(house: House) -> None:
 
 
 # --- what servers ask and tell -------------------------------------------------------------------
+
+
+def test_lists_that_change_all_the_time_are_looked_at_once_a_second(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = {"command": sys.executable, "args": ["-I", HOSTILE, "--name", "one"]}
+    client = house.serve({"false": hostile})
+    tools(client)
+    looks: list[float] = []
+    look = Catalogue.look
+
+    def counted(*arguments: Any) -> None:
+        looks.append(time.monotonic())
+        look(*arguments)
+
+    monkeypatch.setattr(Catalogue, "look", counted)
+    arguments = {"a_second": 200, "seconds": 2.5}
+    client.result("tools/call", {"name": "false__flood", "arguments": arguments})
+    eventually(lambda: len(looks) > 2, 20, "it was not looked at again")
+    assert all(later - earlier > 0.9 for earlier, later in itertools.pairwise(looks))
+    eventually(lambda: "false__changed2" in " ".join(tools(client)), 20, "nothing has changed")
 
 
 def test_progress_is_told_of_calls_of_its_server_alone(house: House) -> None:

@@ -19,6 +19,7 @@ from tests.proofs import (
     ended_parts,
     fuzz,
     given_connections,
+    groups_hostile,
     homes,
     hostile,
     memory,
@@ -74,6 +75,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "spares": spares.spares,
     "reload": reload.reload,
     "pages": pages.pages,
+    "groups-hostile": groups_hostile.groups_hostile,
 }
 
 
@@ -89,6 +91,7 @@ def main() -> int:
         "hostile": hostile.hostile,
         "hostile-probes": hostile.hostile_probes,
         "both-eras": both_eras.both_eras,
+        "groups-hostile": groups_hostile.groups_hostile,
     }
     parser.add_argument(
         "--seconds",

@@ -2,8 +2,8 @@
 
 `--name` is what it calls itself. Its tools are `who`, which tells that, its process and how often
 it was called; `exit`, `ask` (a question by elicitation), `grow` (one more tool), `link` (a link to
-a resource), and those of `--tool`; `challenge`, `ask-later`, `slow`, `large` and `touch` (its
-first resource has changed) are not listed unless named so. `--resource` are the URIs of its resources,
+a resource), and those of `--tool`; `challenge`, `ask-later`, `slow`, `large` and `touch` (its first
+resource has changed) are not listed unless named so. `--resource` are the URIs of its resources,
 `--template` those of its templates. `--delay` are seconds before it answers initialize, `--mute`
 has it never answer.
 """

@@ -486,7 +486,7 @@ def opened(job: Job) -> list[Client]:
     """The clients of a job, with their sessions.
 
     A session is not used over the connection that has opened it: where several processes serve the
-    port, its calls arrive at any of them.
+    port, its calls arrive at any of them. Each has called once: what starts with that has started.
     """
     clients = [Client(job.port, job.modern, job.path, job.tool) for _ in range(job.connections)]
     for client in clients:
@@ -500,6 +500,7 @@ def opened(job: Job) -> list[Client]:
     random.shuffle(sessions)
     for client, session in zip(clients, sessions, strict=True):
         client.session = session
+        client.first_call()
     return clients
 
 

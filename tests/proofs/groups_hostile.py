@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-from tests.proofs.hostile import SLOWER, Repeated, _during, _quantile
+from tests.proofs.hostile import SLOWER, Repeated, during, quantile
 from tests.proofs.worker import footprint
 from tests.support.front import Answer, HttpFront, McpClient
 from tests.support.proxy_process import ProxyProcess
@@ -412,10 +412,10 @@ def calls(process: ProxyProcess, worker: int, seconds: float) -> None:
         stack.close()
         quiet = [stack.enter_context(GoodCaller(process, "quiet")) for _ in range(_CALLERS)]
         times["quiet again"] = _measured(quiet, seconds / 2)
-    p99 = {name: _quantile(found, 0.99) for name, found in times.items()}
+    p99 = {name: quantile(found, 0.99) for name, found in times.items()}
     for name, found in times.items():
         print(
-            f"  {name:<12} {len(found):6} calls: p50 {1000 * _quantile(found, 0.5):.1f} ms, "
+            f"  {name:<12} {len(found):6} calls: p50 {1000 * quantile(found, 0.5):.1f} ms, "
             f"p99 {1000 * p99[name]:.1f} ms, longest {1000 * max(found):.0f} ms"
         )
     usual = max(p99["quiet"], p99["quiet again"])
@@ -446,7 +446,7 @@ class HostileCaller(Repeated):
 
 
 def _measured(callers: Sequence[GoodCaller], seconds: float) -> list[float]:
-    found = [timed for done in _during(list(callers), seconds) for timed in done]
+    found = [timed for done in during(list(callers), seconds) for timed in done]
     wrong = [timed.wrong for timed in found if timed.wrong]
     assert not wrong, f"{len(wrong)} answers were wrong: {wrong[:3]}"
     return [timed.seconds for timed in found]

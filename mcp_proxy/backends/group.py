@@ -440,7 +440,18 @@ class Group(OwnedBackend):
 
     def _look_up(self, member: Member) -> Listed:
         """What a server lists, which is started for that where it does not run."""
-        return self._running_of(member, None).listed()
+        return self._listed_by(self._running_of(member, None))
+
+    def _listed_by(self, running: _Running) -> Listed:
+        """What a running server lists; raises BackendExited where it was the session that ended:
+        that says nothing of the server.
+        """
+        try:
+            return running.listed()
+        except BackendError as error:
+            if self.is_alive:
+                raise
+            raise BackendExited(_OVER) from error
 
     def _listed(self, member: Member) -> Listed | None:
         with self._lock:
@@ -635,7 +646,7 @@ class Group(OwnedBackend):
             raise BackendExited(_OVER)
         running.listen()
         self._restore_state(running, has_left)
-        self._catalogue.ask(self._key(member), running.listed)
+        self._catalogue.ask(self._key(member), partial(self._listed_by, running))
         return running
 
     def _is_subscribed_to(self, member: Member) -> Callable[[], bool]:

@@ -6,8 +6,9 @@ others, answers to ids that it was not given, cancellations of questions that ar
 resources of others have changed, and log messages in their names.
 
 `--tools` are how many more it lists, `--resources` the same of resources, `--endless` has each page
-name another one. The tool `ask` asks the client in another's name; after `flood`, with `a_second`
-and `seconds`, it says so many times a second that its lists have changed, and they have.
+name another one, and `--page-delay` are the seconds that each takes. The tool `ask` asks the client
+in another's name; after `flood`, with `a_second` and `seconds`, it says so many times a second that
+its lists have changed, and they have.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Hostile:
         self.names = options.name
         self.uris = options.uri
         self.is_endless = options.endless
+        self.page_delay = options.page_delay
         self.tools = [f"more{number}" for number in range(options.tools)]
         self.resources = [f"more://{number}" for number in range(options.resources)]
         self.pages = itertools.count(1)
@@ -90,6 +92,7 @@ class Hostile:
 
     def page(self, key: str, entries: list[Json]) -> Json:
         """The entries; of an endless list one more, and where to go on."""
+        time.sleep(self.page_delay)
         if not self.is_endless:
             return {key: entries}
         number = next(self.pages)
@@ -153,6 +156,7 @@ def main() -> None:
     for option in ("--tools", "--resources"):
         parser.add_argument(option, type=int, default=0)
     parser.add_argument("--endless", action="store_true")
+    parser.add_argument("--page-delay", type=float, default=0.0)
     hostile = Hostile(parser.parse_args())
 
     def serve(message: Json) -> None:

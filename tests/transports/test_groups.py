@@ -197,6 +197,15 @@ def test_instructions_say_whose_they_are(house: House) -> None:
 # --- what servers ask and tell -------------------------------------------------------------------
 
 
+def test_a_session_that_ends_while_its_servers_are_asked_takes_nothing_from_others(
+    house: House,
+) -> None:
+    slow = ["-I", HOSTILE, "--name", "slow", "--page-delay", "1"]
+    client = house.serve({"one": {"command": sys.executable, "args": slow}})
+    assert client.delete().status in (200, 204)
+    assert "one__slow" in tools(house.client().open())
+
+
 def test_lists_that_change_all_the_time_are_looked_at_once_a_second(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

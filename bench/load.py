@@ -52,7 +52,8 @@ _META = (
 )
 _MODERN_CALL = _CALL[:-2] + b"," + _META + b"}}"
 
-_CALLED = b"Mcp-Method: tools/call\r\nMcp-Name: echo\r\n"
+_CALLED = b"Mcp-Method: tools/call\r\nMcp-Name: %s\r\n"
+_LISTS_TOOLS = b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}'
 
 _LISTEN = (
     b'{"jsonrpc":"2.0","id":1,"method":"subscriptions/listen",'
@@ -74,6 +75,8 @@ class Job(msgspec.Struct):
     With `modern` the calls are those of 2026-07-28. They have no sessions: who has none of its own
     has no Authorization, and so the same server process behind it as all others.
 
+    `tool` is called at `path`.
+
     `proxy` is the process whose CPU time, with that of what it has started but for `scripts`, is
     told, and so is that of `redis`, which listens on `redis_port`.
     """
@@ -88,6 +91,8 @@ class Job(msgspec.Struct):
     scripts: tuple[str, ...] = ()
     redis: int | None = None
     redis_port: int = 0
+    path: str = "/mcp"
+    tool: str = "echo"
 
 
 class Measurement(msgspec.Struct):
@@ -122,7 +127,20 @@ class _Answer(msgspec.Struct):
     result: _Result
 
 
+class _Tool(msgspec.Struct):
+    name: str
+
+
+class _Tools(msgspec.Struct):
+    tools: list[_Tool]
+
+
+class _ToolList(msgspec.Struct):
+    result: _Tools
+
+
 _answer = msgspec.json.Decoder(_Answer)
+_tool_list = msgspec.json.Decoder(_ToolList)
 
 
 # --- reading HTTP ---------------------------------------------------------------------------------
@@ -192,10 +210,15 @@ class Client:
     What a `session` is to a legacy client a token in its Authorization is to a modern one.
     """
 
-    def __init__(self, port: int, is_modern: bool = False) -> None:
+    def __init__(
+        self, port: int, is_modern: bool = False, path: str = "/mcp", tool: str = "echo"
+    ) -> None:
         self._port = port
         self._is_modern = is_modern
-        self._call = _MODERN_CALL if is_modern else _CALL
+        self._path = path.encode()
+        self._called = _CALLED % tool.encode()
+        call = _MODERN_CALL if is_modern else _CALL
+        self._call = call.replace(b'"echo"', b'"%s"' % tool.encode())
         self.socket = self._connect()
         self.is_closing = False
         self.session: bytes | None = None
@@ -235,6 +258,14 @@ class Client:
             raise Wrong(f"initialize was answered by {reply.status} {reply.body[:500]!r}")
         self.session = found[1] if found else None
 
+    def list_tools(self) -> list[str]:
+        """Asks for the names of the tools, in a session."""
+        reply = self._ask(_LISTS_TOOLS)
+        try:
+            return [tool.name for tool in _tool_list.decode(message_in(reply)).result.tools]
+        except msgspec.DecodeError as error:
+            raise Wrong(f"tools/list was answered by {reply.body[:500]!r}") from error
+
     def first_call(self) -> None:
         """A call that starts what is to be measured."""
         text = b"first"
@@ -252,7 +283,8 @@ class Client:
         The head of the answer is read, and of a modern one its first event.
         """
         if self._is_modern:
-            head = self._head(b"POST").replace(_CALLED, b"Mcp-Method: subscriptions/listen\r\n")
+            listens = b"Mcp-Method: subscriptions/listen\r\n"
+            head = self._head(b"POST").replace(self._called, listens)
             request = b"%sContent-Length: %d\r\n\r\n%s" % (head, len(_LISTEN), _LISTEN)
         else:
             request = self._head(b"GET") + b"\r\n"
@@ -320,16 +352,16 @@ class Client:
 
     def _head(self, method: bytes) -> bytes:
         if self._is_modern:
-            version, session = _MODERN, _CALLED
+            version, session = _MODERN, self._called
             if self.session:
                 session += b"Authorization: Bearer %s\r\n" % self.session
         else:
             version = _VERSION
             session = b"Mcp-Session-Id: %s\r\n" % self.session if self.session else b""
         return (
-            b"%s /mcp HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
+            b"%s %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
             b"Accept: application/json, text/event-stream\r\nMCP-Protocol-Version: %s\r\n%s"
-            % (method, self._port, version, session)
+            % (method, self._path, self._port, version, session)
         )
 
 
@@ -454,9 +486,9 @@ def opened(job: Job) -> list[Client]:
     """The clients of a job, with their sessions.
 
     A session is not used over the connection that has opened it: where several processes serve the
-    port, its calls arrive at any of them.
+    port, its calls arrive at any of them. Each has called once: what starts with that has started.
     """
-    clients = [Client(job.port, job.modern) for _ in range(job.connections)]
+    clients = [Client(job.port, job.modern, job.path, job.tool) for _ in range(job.connections)]
     for client in clients:
         if job.one_session and job.modern:
             client.first_call()
@@ -468,6 +500,7 @@ def opened(job: Job) -> list[Client]:
     random.shuffle(sessions)
     for client, session in zip(clients, sessions, strict=True):
         client.session = session
+        client.first_call()
     return clients
 
 

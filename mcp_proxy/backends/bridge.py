@@ -156,6 +156,11 @@ class Bridge(OwnedBackend):
         """The last lines that the server wrote to stderr."""
         return self._child.stderr_tail
 
+    def is_of_a_call(self, progress: Notification) -> bool:
+        """Whether a `notifications/progress` of the child has the token of a call in flight."""
+        with self._lock:
+            return self._switchboard.is_of_a_call(progress)
+
     def speak(self, switchboard: Switchboard) -> None:
         """From now on the child's messages are delivered as `switchboard` says.
 

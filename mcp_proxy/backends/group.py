@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextvars import copy_context
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -49,6 +49,7 @@ from mcp_proxy.backends.group_requests import (
     UNSUBSCRIBE,
 )
 from mcp_proxy.backends.owned import OwnedBackend
+from mcp_proxy.backends.switchboard import PROGRESS
 from mcp_proxy.errors import (
     INVALID_PARAMS,
     METHOD_NOT_FOUND,
@@ -97,9 +98,7 @@ _EMPTY = Raw(b"{}")
 
 _SET_LEVEL = "logging/setLevel"
 # What a client says that may be for any of the servers.
-_PASSED_ON = frozenset(
-    {jsonrpc.CANCELLED, "notifications/roots/list_changed", "notifications/progress"}
-)
+_PASSED_ON = frozenset({jsonrpc.CANCELLED, "notifications/roots/list_changed", PROGRESS})
 
 
 class Wanted(NamedTuple):
@@ -280,9 +279,12 @@ class Group(OwnedBackend):
     def _send_by_name(self, exchange: Exchange, request: Request) -> None:
         if group_requests.needs_lists(request):
             self._wait_for_lists(exchange.has_left)
-        members, lists = self._now()
-        number, renamed = group_requests.by_name(request, members, lists)
-        self._forward(exchange, members[number], renamed)
+        members = self._members()
+        addressed = group_requests.by_prefix(request, members)
+        if addressed is None:
+            members, lists = self._now()
+            addressed = group_requests.by_name(request, members, lists)
+        self._forward(exchange, members[addressed.number], addressed.request)
 
     def _wait_for_lists(self, has_left: Callable[[], bool] | None) -> None:
         """Waits for lists that are unknown, where they say whose something is."""
@@ -438,7 +440,18 @@ class Group(OwnedBackend):
 
     def _look_up(self, member: Member) -> Listed:
         """What a server lists, which is started for that where it does not run."""
-        return self._running_of(member, None).listed()
+        return self._listed_by(self._running_of(member, None))
+
+    def _listed_by(self, running: _Running) -> Listed:
+        """What a running server lists; raises BackendExited where it was the session that ended:
+        that says nothing of the server.
+        """
+        try:
+            return running.listed()
+        except BackendError as error:
+            if self.is_alive:
+                raise
+            raise BackendExited(_OVER) from error
 
     def _listed(self, member: Member) -> Listed | None:
         with self._lock:
@@ -465,18 +478,36 @@ class Group(OwnedBackend):
 
     def note_changed(self, running: _Running, notification: str) -> None:
         """A running server says that its lists have changed: they are asked for, for this session
-        alone, and then the client is told the same. Never waits.
+        alone and at most every `CHANGES_APART` seconds, and then the client is told the same. Never
+        waits.
         """
-        running.is_changed = True
+        with self._lock:
+            running.changes.add(notification)
+            if running.is_looking:
+                return
+            running.is_looking = True
+            seconds = running.looked_at + CHANGES_APART - time.monotonic()
+        if seconds > 0:
+            with contextlib.suppress(RuntimeError):  # no thread: it is looked at now
+                self._catalogue.timer.call_later(seconds, partial(self._look_again, running))
+                return
+        self._look_again(running)
+
+    def _look_again(self, running: _Running) -> None:
+        with self._lock:
+            changes, running.changes = running.changes, set()
         key = f"{self.child_id}/{running.serial}"
-        done = partial(self._note_looked, running, notification)
+        done = partial(self._note_looked, running, changes)
         self._catalogue.look(key, running.look_again, done)
 
-    def _note_looked(self, running: _Running, notification: str) -> None:
-        if running.is_changed and running.bridge.is_alive:  # meanwhile once more
-            self.note_changed(running, notification)
-        else:
+    def _note_looked(self, running: _Running, changes: Set[str]) -> None:
+        with self._lock:
+            running.is_looking, running.looked_at = False, time.monotonic()
+            more = next(iter(running.changes), None)
+        for notification in changes:
             self.announce_changes(notification)
+        if more is not None and running.bridge.is_alive:  # meanwhile once more
+            self.note_changed(running, more)
 
     def announce_changes(self, notification: str | None = None) -> None:
         """Has the client told of lists that are others than it has heard, and what `notification`
@@ -615,7 +646,7 @@ class Group(OwnedBackend):
             raise BackendExited(_OVER)
         running.listen()
         self._restore_state(running, has_left)
-        self._catalogue.ask(self._key(member), running.listed)
+        self._catalogue.ask(self._key(member), partial(self._listed_by, running))
         return running
 
     def _is_subscribed_to(self, member: Member) -> Callable[[], bool]:
@@ -871,9 +902,13 @@ class _Running:
     def __init__(self, group: Group, member: Member, serial: int) -> None:
         self.member = member
         self.serial = serial
-        #: Its lists, once it has changed them, and whether it has done so again since.
+        #: Its lists, once it has changed them.
         self.changed: Listed | None = None
-        self.is_changed = False
+        #: What it has said of them since they were looked at, whether somebody does or will, and
+        #: when that was done last (monotonic). The group's lock guards these.
+        self.changes: set[str] = set()
+        self.is_looking = False
+        self.looked_at = -CHANGES_APART
         self._group = group
         self._voice = ServerVoice(label_of(member), member.prefix, partial(group.with_uris, member))
         self._lock = threading.Lock()  # guards _listening
@@ -885,7 +920,12 @@ class _Running:
         self.bridge.on_notice = self._take_notice
 
     def _take_notice(self, notification: Notification) -> bool:
-        """Whether a notification is for the group: that a list has changed. Quick."""
+        """Whether a notification is for the group, or for nobody. Quick.
+
+        For the group is that a list has changed, for nobody is progress of calls of others.
+        """
+        if notification.method == PROGRESS:
+            return not self.bridge.is_of_a_call(notification)
         if notification.method not in merging.CHANGED:
             return False
         self._group.note_changed(self, notification.method)
@@ -893,8 +933,9 @@ class _Running:
 
     def look_again(self) -> None:
         """Asks for the lists that have changed."""
-        self.is_changed = False
-        self.changed = self.listed()
+        found = self.listed()
+        if not found.is_same(self.changed):  # the same object has the same lists joined
+            self.changed = found
 
     def is_usable(self) -> bool:
         """Whether calls can be sent; one of an older form of its server ends between two."""

@@ -79,10 +79,7 @@ class GroupLists:
         kind = _NAMED[method]
         if not self._parts[number].prefix or naming.may_be_cut(public):
             rest = self._names[number][kind].get(public, rest)
-        tools = self._parts[number].tools
-        if kind == _TOOLS and tools is not None and not tools.shows(rest):
-            return None
-        return number, rest
+        return None if is_hidden(method, rest, self._parts[number].tools) else (number, rest)
 
     @cached_property
     def _names(self) -> list[Mapping[str, Mapping[str, str]]]:
@@ -133,6 +130,11 @@ class GroupLists:
 def lists_of(parts: tuple[Part, ...]) -> GroupLists:
     """The lists of these servers; the same object for the same servers."""
     return GroupLists(parts)
+
+
+def is_hidden(method: str, own: str, tools: ToolFilter | None) -> bool:
+    """Whether a call names a tool that these hide, by its server's own name."""
+    return method == "tools/call" and tools is not None and not tools.shows(own)
 
 
 def require_bounded(method: str, entries: Sequence[Raw]) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from msgspec import Raw
 
-from mcp_proxy.backends.group_lists import GroupLists
+from mcp_proxy.backends.group_lists import GroupLists, is_hidden
 from mcp_proxy.errors import InvalidParams, UnknownTool
 from mcp_proxy.wire import jsonrpc, merging, naming
 from mcp_proxy.wire.jsonrpc import Request
@@ -38,6 +38,12 @@ class Served(Protocol):
     @property
     def tools(self) -> ToolFilter | None:
         """Which of its tools the group hides."""
+
+
+class Prefixed(Served, Protocol):
+    """One that is known by its prefix."""
+
+    prefix: str
 
 
 class Addressed(NamedTuple):
@@ -66,6 +72,22 @@ def uri_of(request: Request) -> str:
     return merging.text_in(request.params or _EMPTY, "uri")
 
 
+def by_prefix(request: Request, servers: Sequence[Prefixed]) -> Addressed | None:
+    """Whose tool or prompt it is where its name says that alone, as most do; else None, and lists
+    have to be looked at. Raises what a filter raises.
+    """
+    public = name_of(request)
+    prefix, own = naming.split_name(public)
+    if not prefix or naming.may_be_cut(public):
+        return None
+    for number, server in enumerate(servers):
+        if server.prefix == prefix:
+            if is_hidden(request.method, own, server.tools):
+                raise UnknownTool(public[:_SHOWN])
+            return _addressed(number, request, own, server)
+    return None
+
+
 def by_name(request: Request, servers: Sequence[Served], lists: GroupLists) -> Addressed:
     """Whose tool or prompt it is; raises UnknownTool, InvalidParams, and what a filter raises."""
     public = name_of(request)
@@ -75,8 +97,12 @@ def by_name(request: Request, servers: Sequence[Served], lists: GroupLists) -> A
             raise UnknownTool(public[:_SHOWN])
         raise InvalidParams(f"Unknown prompt: {public[:_SHOWN]}")
     number, own = found
+    return _addressed(number, request, own, servers[number])
+
+
+def _addressed(number: int, request: Request, own: str, server: Served) -> Addressed:
     renamed = _with(request, "name", own)
-    tools = servers[number].tools
+    tools = server.tools
     return Addressed(number, renamed if tools is None else tools.admitted(renamed))
 
 

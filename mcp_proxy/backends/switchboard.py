@@ -128,6 +128,10 @@ class Switchboard:
         """Whether an exchange has unanswered calls."""
         return exchange in self._posts
 
+    def is_of_a_call(self, progress: Notification) -> bool:
+        """Whether a `notifications/progress` has the token of a call in flight."""
+        return jsonrpc.progress_token_of(progress) in self._tokens
+
     # --- calls of the client ---------------------------------------------------------------------
 
     def enter(self, request: Request, exchange: Exchange, deadline: float | None = None) -> bytes:

@@ -58,6 +58,18 @@ def test_relay_compares_owned_and_relayed_calls(tmp_path: Path) -> None:
     assert len(document["findings"]) == 4
 
 
+def test_groups_are_compared_with_the_server_alone(tmp_path: Path) -> None:
+    options = ("--behind", "stdio", "--era", "legacy", "--size", "1", "--size", "2")
+    document = measured(tmp_path, "groups", *options)
+    rows = {(row["group"], row["name"]): row["figures"] for row in document["rows"]}
+    one = "stdio servers, legacy calls, one call at a time"
+    assert {name for group, name in rows if group == one} == {"alone", "of1", "of2"}
+    assert all(rows[one, name]["CPU us"][0] > 0 for name in ("alone", "of1", "of2"))
+    assert rows["the first list of 2 stdio servers", "second"]["initialize and list ms"][0] > 0
+    processes = rows["5 sessions with a group of 8 stdio servers", "processes"]["processes"]
+    assert processes == [10]
+
+
 def test_scale_says_what_replicas_ask_of_redis(tmp_path: Path) -> None:
     document = measured(tmp_path, "scale", "--replicas", "1", "--replicas", "3")
     rows = {(row["group"], row["name"]): row["figures"] for row in document["rows"]}

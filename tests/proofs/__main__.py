@@ -19,6 +19,8 @@ from tests.proofs import (
     ended_parts,
     fuzz,
     given_connections,
+    groups_hostile,
+    groups_under_kills,
     homes,
     hostile,
     memory,
@@ -58,6 +60,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "metrics": metrics.metrics,
     "sessions-churn": churn.sessions_churn,
     "conformance-replicas": conformance.through_replicas,
+    "conformance-group": conformance.of_a_group,
     "conformance-clients": conformance.of_clients,
     "sse-transparent": sse_transparent.load,
     "routing-commands": passing.routing_commands,
@@ -80,6 +83,9 @@ PROOFS: dict[str, Callable[[], None]] = {
     "six-servers-redis": partial(six_servers.six_servers, "redis"),
     "pages": pages.pages,
     "soak": soak.soak,
+    "groups-hostile": groups_hostile.groups_hostile,
+    "groups-same": groups_under_kills.groups_same,
+    "groups-many": groups_under_kills.groups_many,
 }
 
 
@@ -96,6 +102,8 @@ def main() -> int:
         "hostile-probes": hostile.hostile_probes,
         "both-eras": both_eras.both_eras,
         "soak": soak.soak,
+        "groups-hostile": groups_hostile.groups_hostile,
+        "groups-many": groups_under_kills.groups_many,
     }
     parser.add_argument(
         "--seconds",
@@ -107,7 +115,16 @@ def main() -> int:
         "--cases", type=int, default=fuzz.CASES, metavar="N", help="of fuzz (%(default)s)"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of fuzz (another one each time)")
+    parser.add_argument(
+        "--kill-every",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds between two kills of groups-same (%(default)s)",
+    )
     given = parser.parse_args()
+    same = partial(groups_under_kills.groups_same, between_kills=given.kill_every)
+    PROOFS["groups-same"] = lasting["groups-same"] = same
     PROOFS["fuzz"] = partial(fuzz.fuzz, given.cases, given.seed)
     if given.seconds is not None:
         PROOFS.update({name: partial(proof, given.seconds) for name, proof in lasting.items()})

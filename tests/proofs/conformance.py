@@ -57,9 +57,24 @@ def through_replicas() -> None:
     assert expected[REVISIONS[-1]][1:3] == MODERN, expected
 
 
-def suite(ways: Sequence[str], options: Sequence[str]) -> str:
-    """Runs the suite for all revisions, prints and returns what was said; fails where it does."""
-    revisions = [part for revision in REVISIONS for part in ("--spec-version", revision)]
+def of_a_group() -> None:
+    """The suite through a group with one server without a prefix scores what it does without one.
+
+    Legacy revisions: a group has sessions.
+    """
+    revisions = REVISIONS[:-1]
+    ran = suite(
+        [p for way in ("direct", "stdio", "group") for p in ("--through", way)], [], revisions
+    )
+    for revision in revisions:
+        alone, grouped = (rows(ran, way, revision) for way in ("stdio", "group"))
+        assert len(alone) == 1, ran
+        assert grouped == alone, (revision, alone, grouped)
+
+
+def suite(ways: Sequence[str], options: Sequence[str], of: Sequence[str] = REVISIONS) -> str:
+    """Runs the suite for these revisions, prints and returns what was said; fails where it does."""
+    revisions = [part for revision in of for part in ("--spec-version", revision)]
     command = [sys.executable, str(_SCRIPT), *revisions, *ways, "--", *options]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     print(

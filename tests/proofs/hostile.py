@@ -226,15 +226,15 @@ def hostile(seconds: float = 60.0, share: float = 1.0) -> None:
         ]
         everything = [*callers, *probes]
         _start_what_starts_once(process)
-        quiet = _during(everything, _QUIET * seconds)
+        quiet = during(everything, _QUIET * seconds)
         (worker,) = process.worker_pids()
         before = footprint(worker)
         with HostileCrowd(process.port, share) as crowd:
-            among = _during(everything, seconds)
+            among = during(everything, seconds)
             most = footprint(worker)
             seen = crowd.finish()
         after, is_settled = _settled(worker, before)
-        later = _during(everything, _QUIET * seconds)
+        later = during(everything, _QUIET * seconds)
         places = _free_places(process)
         _show(seen, share)
         print(f"  before {before}\n  among  {most}\n  after  {after}")
@@ -259,11 +259,11 @@ def hostile_probes(seconds: float = 30.0, share: float = 1.0) -> None:
             stack.enter_context(Prober(process.port, path)) for path in ("/healthz", "/readyz")
         ]
         time.sleep(2)
-        alone = _during(probes, seconds / 2)
+        alone = during(probes, seconds / 2)
         print("  eight slow calls, nobody else")
         _show_probes(probes, alone)
         crowd = stack.enter_context(HostileProbesCrowd(process.port, share))
-        among = _during(probes, seconds)
+        among = during(probes, seconds)
         crowd.close()
         print("  and the crowd")
         _judge_probes(probes, among)
@@ -282,7 +282,7 @@ class HostileProbesCrowd(HostileCrowd):
 Span = tuple[float, list[list[Timed]]]
 
 
-def _during(acting: list[Any], seconds: float) -> list[list[Timed]]:
+def during(acting: list[Any], seconds: float) -> list[list[Timed]]:
     """What each did within that many seconds from now on, the last one to its end."""
     at = [len(one.done) for one in acting]
     time.sleep(seconds)
@@ -294,7 +294,7 @@ def _during(acting: list[Any], seconds: float) -> list[list[Timed]]:
     return [one.done[n:] for one, n in zip(acting, at, strict=True)]
 
 
-def _quantile(times: list[float], part: float) -> float:
+def quantile(times: list[float], part: float) -> float:
     return sorted(times)[int(len(times) * part)]
 
 
@@ -311,10 +311,10 @@ def _judge_calls(
         calls = [timed for done in run[: len(callers)] for timed in done]
         counts[name] = len(calls)
         times = [timed.seconds for timed in calls]
-        figures[name] = _quantile(times, 0.99)
+        figures[name] = quantile(times, 0.99)
         wrong += Counter(timed.wrong for timed in calls if timed.wrong)
         print(
-            f"  {name:<12} {len(calls):6} calls: p50 {1000 * _quantile(times, 0.5):.1f} ms, "
+            f"  {name:<12} {len(calls):6} calls: p50 {1000 * quantile(times, 0.5):.1f} ms, "
             f"p99 {1000 * figures[name]:.1f} ms, longest {1000 * max(times):.0f} ms"
         )
     usual = max(figures["quiet"], figures["quiet again"])
@@ -331,7 +331,7 @@ def _show_probes(probes: list[Prober], run: list[list[Timed]]) -> None:
         times = [timed.seconds for timed in done]
         wrong = Counter(timed.wrong for timed in done if timed.wrong)
         print(
-            f"  {probe.path:<12} {len(done):6} times: p50 {1000 * _quantile(times, 0.5):.1f} ms, "
+            f"  {probe.path:<12} {len(done):6} times: p50 {1000 * quantile(times, 0.5):.1f} ms, "
             f"longest {1000 * max(times):.0f} ms; wrong: {dict(wrong) or 'never'}",
             flush=True,
         )

@@ -2,9 +2,10 @@
 
 `--name` is what it calls itself. Its tools are `who`, which tells that, its process and how often
 it was called; `exit`, `ask` (a question by elicitation), `grow` (one more tool), `link` (a link to
-a resource), and those of `--tool`; `challenge`, `ask-later`, `slow` and `large` are not listed
-unless named so. `--resource` are the URIs of its resources, `--template` those of its templates.
-`--delay` are seconds before it answers initialize, `--mute` has it never answer.
+a resource), and those of `--tool`; `challenge`, `ask-later`, `slow`, `large` and `touch` (its first
+resource has changed) are not listed unless named so. `--resource` are the URIs of its resources,
+`--template` those of its templates. `--delay` are seconds before it answers initialize, `--mute`
+has it never answer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import queue
+import secrets
 import sys
 import threading
 import time
@@ -42,6 +44,7 @@ class Member:
         self.resources = options.resource
         self.templates = options.template
         self.calls = 0
+        self.born = secrets.token_hex(8)  # no other process has it
         self.seen: list[Json] = []
 
     def answer(self, message: Json) -> Json:
@@ -105,13 +108,17 @@ class Member:
             time.sleep(60)
         if name == "large":
             return text("x" * 5_000_000)
+        if name == "touch":
+            send(
+                {"method": "notifications/resources/updated", "params": {"uri": self.resources[0]}}
+            )
         if name == "link":
             uri = self.resources[0]
             return {"content": [{"type": "resource_link", "uri": uri, "name": uri}]}
         if name not in self.tools:
             raise KeyError(name)
         told = {"name": self.name, "pid": os.getpid(), "calls": self.calls, "seen": self.seen}
-        told["token"] = os.environ.get("TOKEN")
+        told |= {"token": os.environ.get("TOKEN"), "born": self.born}
         return text(json.dumps({**told, "tool": name}))
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mcp_proxy.backends.catalogue import Catalogue
 from mcp_proxy.errors import ConfigError
 from tests.support.front import WsgiFront
 from tests.support.groups import House, Json, call, entry, said, tools
 from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
+
+HOSTILE = str(Path(__file__).parents[1] / "servers" / "hostile_member.py")
 
 
 @pytest.fixture
@@ -65,6 +70,21 @@ def test_prompts_and_completions_lead_to_their_server(house: House) -> None:
     assert client.result("completion/complete", asked) == {"completion": {"values": ["B"]}}
     asked["ref"] = {"type": "ref/prompt", "name": "nobody__greet"}
     assert client.result("completion/complete", asked) == {"completion": {"values": []}}
+
+
+def test_a_call_is_handed_on_by_its_name_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = house.serve({name: entry(name) for name in ("one", "two", "three")})
+    call(client, "two__who")
+    asked: list[str] = []
+
+    def listed(catalogue: Catalogue, key: str) -> None:
+        asked.append(key)
+
+    monkeypatch.setattr(Catalogue, "listed", listed)
+    assert call(client, "two__who")["name"] == "two"
+    assert asked == []
 
 
 # --- resources -----------------------------------------------------------------------------------
@@ -175,6 +195,45 @@ def test_instructions_say_whose_they_are(house: House) -> None:
 
 
 # --- what servers ask and tell -------------------------------------------------------------------
+
+
+def test_a_session_that_ends_while_its_servers_are_asked_takes_nothing_from_others(
+    house: House,
+) -> None:
+    slow = ["-I", HOSTILE, "--name", "slow", "--page-delay", "1"]
+    client = house.serve({"one": {"command": sys.executable, "args": slow}})
+    assert client.delete().status in (200, 204)
+    assert "one__slow" in tools(house.client().open())
+
+
+def test_lists_that_change_all_the_time_are_looked_at_once_a_second(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = {"command": sys.executable, "args": ["-I", HOSTILE, "--name", "one"]}
+    client = house.serve({"false": hostile})
+    tools(client)
+    looks: list[float] = []
+    look = Catalogue.look
+
+    def counted(*arguments: Any) -> None:
+        looks.append(time.monotonic())
+        look(*arguments)
+
+    monkeypatch.setattr(Catalogue, "look", counted)
+    arguments = {"a_second": 200, "seconds": 2.5}
+    client.result("tools/call", {"name": "false__flood", "arguments": arguments})
+    eventually(lambda: len(looks) > 2, 20, "it was not looked at again")
+    assert all(later - earlier > 0.9 for earlier, later in itertools.pairwise(looks))
+    eventually(lambda: "false__changed2" in " ".join(tools(client)), 20, "nothing has changed")
+
+
+def test_progress_is_told_of_calls_of_its_server_alone(house: House) -> None:
+    hostile = {"command": sys.executable, "args": ["-I", HOSTILE, "--name", "one"]}
+    client = house.serve({"one": entry("A"), "false": hostile})
+    params = {"name": "false__link", "arguments": {}, "_meta": {"progressToken": 19}}
+    told = client.call("tools/call", params).messages()
+    progress = [each["params"] for each in told if each.get("method") == "notifications/progress"]
+    assert [each["progressToken"] for each in progress] == [19]
 
 
 def test_questions_with_one_id_are_told_apart_and_say_whose_they_are(house: House) -> None:

@@ -206,15 +206,14 @@ class StatelessGroup:
         message = call.message
         if message.method == COMPLETE:
             return group_requests.completion(message, self._lists(call))
+        members = [each.member for each in call.members]
+        if message.method in BY_NAME and (found := group_requests.by_prefix(message, members)):
+            return found
         if group_requests.needs_lists(message):
             self._learn(call)
-            lists = self._lists(call)
-        else:
-            lists = lists_of(tuple(_part(each.member, None) for each in call.members))
         if message.method in BY_NAME:
-            members = [each.member for each in call.members]
-            return group_requests.by_name(message, members, lists)
-        found = group_requests.by_uri(message, lists)
+            return group_requests.by_name(message, members, self._lists(call))
+        found = group_requests.by_uri(message, self._lists(call))
         if found is None:
             uri = group_requests.uri_of(message)
             error = InvalidParams(f"Resource not found: {uri[:200]}")

@@ -429,7 +429,7 @@ class TransparentProxy(Transport):
                 self._affinity.unsent.keep(
                     request.session_id, request.has_left, request.principal_name
                 )
-            if is_discover:
+            if is_discover and error.kind:
                 error.code = INTERNAL_ERROR
             error.headers = self._challenges(list(error.headers), request, None)
             raise

@@ -282,6 +282,18 @@ def test_the_refusal_of_a_modern_server_passes(modern: EraServerProcess) -> None
         assert len(backend.calls("server/discover")) == 1
 
 
+@pytest.mark.parametrize("method", ["server/discover", "tools/list"])
+def test_what_metadata_lack_is_said_with_its_code(counting: HttpBackend, method: str) -> None:
+    """Where a server refuses such a request by the status by which others refuse the revision."""
+    counting.on("POST", "/mcp", lambda turn: turn.error(400, -32602, "capabilities are missing"))
+    with proxied(counting.url) as front:
+        client = ModernClient(front)
+        message = client.request(method)
+        del message["params"]["_meta"]["io.modelcontextprotocol/clientCapabilities"]
+        answer = client.post(message)
+        assert (answer.status, answer.error()["code"]) == (400, -32602)
+
+
 def test_a_server_that_takes_neither_keeps_its_own_words(counting: HttpBackend) -> None:
     counting.on("POST", "/mcp", reply(400, b"go away"))
     with proxied(counting.url) as front:

@@ -18,7 +18,8 @@ from mcp_proxy.auth import caller_env
 from mcp_proxy.auth.caller_env import CallerEnv
 from mcp_proxy.auth.group_env import EnvOfServer, GroupEnv
 from mcp_proxy.backends.catalogue import GATHER_TIMEOUT, Catalogue
-from mcp_proxy.backends.group import Group, Member, Settings
+from mcp_proxy.backends.group import Group, Settings
+from mcp_proxy.backends.group_server import Member
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.edge.caller_limit import CallerLimit, MembersLimit
 from mcp_proxy.edge.edge import Edge

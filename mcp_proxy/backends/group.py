@@ -6,7 +6,7 @@ answered here, from what is known; a server starts when it is used, or when noth
 What a server asks or tells goes to the client with what tells the servers apart: the number of a
 running server in the id of a question, the prefix in what people read.
 
-Threads: request threads send, the servers' readers call `_Running.shown`, threads of the
+Threads: request threads send, the servers' readers call `RunningServer.shown`, threads of the
 catalogue ask for lists. One lock guards the tables; everything that waits happens outside it.
 """
 
@@ -21,25 +21,22 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextvars import copy_context
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import msgspec
-from msgspec import UNSET, Raw
+from msgspec import Raw
 
 from mcp_proxy.auth.caller_env import Values
 from mcp_proxy.auth.group_env import of_server
 from mcp_proxy.backends import group_requests, handshake
-from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.catalogue import Catalogue, Gathering, Listed
 from mcp_proxy.backends.exchange import (
-    MAX_BACKLOG,
     Exchange,
     ServerMessage,
-    StreamLog,
     wait_for,
 )
-from mcp_proxy.backends.group_lists import GroupLists, Part, lists_of, require_bounded
-from mcp_proxy.backends.group_messages import ServerVoice, named
+from mcp_proxy.backends.group_exchanges import InnerExchange, SplitBatch
+from mcp_proxy.backends.group_lists import GroupLists, Part, lists_of
+from mcp_proxy.backends.group_messages import named
 from mcp_proxy.backends.group_requests import (
     BY_NAME,
     BY_URI,
@@ -47,6 +44,13 @@ from mcp_proxy.backends.group_requests import (
     NO_VALUES,
     SUBSCRIBE,
     UNSUBSCRIBE,
+)
+from mcp_proxy.backends.group_server import (
+    CHANGES_APART,
+    Member,
+    RunningServer,
+    Wanted,
+    label_of,
 )
 from mcp_proxy.backends.owned import OwnedBackend
 from mcp_proxy.backends.switchboard import PROGRESS
@@ -60,31 +64,22 @@ from mcp_proxy.errors import (
     BackendUnreached,
     ClientError,
     ProxyError,
-    RequestId,
     ServerRefused,
 )
 from mcp_proxy.wire import jsonrpc, merging, results, revisions
 from mcp_proxy.wire.handshake import INITIALIZE
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
-from mcp_proxy.wire.tools import ToolFilter
 
 log = logging.getLogger(__name__)
 
 #: Seconds that initialize waits for servers of which nothing is known: for their instructions.
 INITIALIZE_WAIT = 3.0
 
-#: Seconds that a server has for all of its lists, and to be told what one before it knew.
-LOOK_TIME = 60.0
+#: Seconds that a server has to be told what one before it knew.
 RESTORE_TIME = 10.0
 
 #: Seconds that a running server has to take another log level.
 LEVEL_WAIT = 5.0
-
-#: Seconds that a client hears at most once in of changes of one kind of list.
-CHANGES_APART = 1.0
-
-# Pages of one list that are asked for.
-_MAX_PAGES = 100
 
 # Messages of ours that wait for a standing stream.
 _MAX_WAITING = 64
@@ -99,55 +94,6 @@ _EMPTY = Raw(b"{}")
 _SET_LEVEL = "logging/setLevel"
 # What a client says that may be for any of the servers.
 _PASSED_ON = frozenset({jsonrpc.CANCELLED, "notifications/roots/list_changed", PROGRESS})
-
-
-class Wanted(NamedTuple):
-    """A server that a group wants to be started.
-
-    `session` is what the pauses between its starts are remembered by; `values` and `headers` are
-    those of the client, for all servers of the group; `on_lost` is called when it
-    is lost; `is_needed` says whether it must not be stopped for others although nobody calls it;
-    `has_left` whether the client has left that waits for it.
-    """
-
-    session: str
-    initialize: Request
-    values: Values | None
-    headers: Mapping[str, str]
-    on_lost: Callable[[OwnedBackend], object]
-    is_needed: Callable[[], bool]
-    has_left: Callable[[], bool] | None
-
-
-class Started(NamedTuple):
-    """A server that has answered initialize, by `result`."""
-
-    bridge: Bridge
-    result: Raw
-
-
-class Member(Protocol):
-    """One server of a group, as the group needs it. Thread-safe."""
-
-    name: str
-    prefix: str
-    tools: ToolFilter | None
-    schemes: frozenset[str]
-
-    @property
-    def timeout(self) -> float:
-        """Seconds that a call of the server may take."""
-
-    def key(self, declared: bytes, values: Values | None) -> str:
-        """What its lists are known by, for a client that has declared these capabilities, and of
-        whom the servers get these variables.
-        """
-
-    def start(self, wanted: Wanted) -> Started:
-        """Starts the server for a session; raises ProxyError."""
-
-    def headers_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """The headers of a client's request that it gets."""
 
 
 class Settings(NamedTuple):
@@ -181,13 +127,13 @@ class Group(OwnedBackend):
         self._settings = settings
         self._serials = itertools.count(1)
         self._lock = threading.Lock()  # guards what follows
-        self._running: dict[str, _Running] = {}  # by the server's name
+        self._running: dict[str, RunningServer] = {}  # by the server's name
         self._starting: dict[str, threading.Event] = {}
         self._posts: set[Exchange] = set()  # those that are answered here
         self._under_way = 0  # calls that are being handed on
         self._stream: Exchange | None = None
         self._waiting: deque[ServerMessage] = deque(maxlen=_MAX_WAITING)
-        self._submitted: set[_Inner] = set()  # calls whose answers come on the stream
+        self._submitted: set[InnerExchange] = set()  # calls whose answers come on the stream
         self._subscriptions: dict[str, str] = {}  # names of servers by the URIs that clients know
         self._level: Raw | None = None
         self._params: Raw = _EMPTY  # of the client's initialize
@@ -221,7 +167,7 @@ class Group(OwnedBackend):
     def _key(self, member: Member) -> str:
         return member.key(self._declared, self.caller_values)
 
-    def _all_running(self) -> list[_Running]:
+    def _all_running(self) -> list[RunningServer]:
         with self._lock:
             return list(self._running.values())
 
@@ -233,7 +179,7 @@ class Group(OwnedBackend):
         if not self.is_alive:
             raise BackendExited(_OVER)
         if len(exchange.requests) > 1:
-            _Batch(exchange, self.log if exchange.accepts_stream else None).send(self._dispatch)
+            SplitBatch(exchange, self.log if exchange.accepts_stream else None).send(self._dispatch)
             return
         self.was_called = exchange.requests[0].method != INITIALIZE
         self._dispatch(exchange)
@@ -334,7 +280,7 @@ class Group(OwnedBackend):
         exchange = Exchange([request], timeout=timeout)
         exchange.may_be_logged = False
         exchange.has_left = has_left
-        inner = _Inner(exchange, stream, self._submitted.discard)
+        inner = InnerExchange(exchange, stream, self._submitted.discard)
         self._submitted.add(inner)
         inner.send(self._dispatch)
         due = exchange.deadline
@@ -442,7 +388,7 @@ class Group(OwnedBackend):
         """What a server lists, which is started for that where it does not run."""
         return self._listed_by(self._running_of(member, None))
 
-    def _listed_by(self, running: _Running) -> Listed:
+    def _listed_by(self, running: RunningServer) -> Listed:
         """What a running server lists; raises BackendExited where it was the session that ended:
         that says nothing of the server.
         """
@@ -476,7 +422,7 @@ class Group(OwnedBackend):
         if any(self._key(member) == key for member in self._members()):
             self.announce_changes()
 
-    def note_changed(self, running: _Running, notification: str) -> None:
+    def note_changed(self, running: RunningServer, notification: str) -> None:
         """A running server says that its lists have changed: they are asked for, for this session
         alone and at most every `CHANGES_APART` seconds, and then the client is told the same. Never
         waits.
@@ -493,14 +439,14 @@ class Group(OwnedBackend):
                 return
         self._look_again(running)
 
-    def _look_again(self, running: _Running) -> None:
+    def _look_again(self, running: RunningServer) -> None:
         with self._lock:
             changes, running.changes = running.changes, set()
         key = f"{self.child_id}/{running.serial}"
         done = partial(self._note_looked, running, changes)
         self._catalogue.look(key, running.look_again, done)
 
-    def _note_looked(self, running: _Running, changes: Set[str]) -> None:
+    def _note_looked(self, running: RunningServer, changes: Set[str]) -> None:
         with self._lock:
             running.is_looking, running.looked_at = False, time.monotonic()
             more = next(iter(running.changes), None)
@@ -597,7 +543,7 @@ class Group(OwnedBackend):
         running.bridge.log = self.log
         running.bridge.send(exchange)
 
-    def _running_of(self, member: Member, has_left: Callable[[], bool] | None) -> _Running:
+    def _running_of(self, member: Member, has_left: Callable[[], bool] | None) -> RunningServer:
         """The running server; it is started first where it does not run. Raises ProxyError."""
         while True:
             running = self._running.get(member.name)
@@ -621,8 +567,8 @@ class Group(OwnedBackend):
                     del self._starting[member.name]
                 is_started.set()
 
-    def _start(self, member: Member, has_left: Callable[[], bool] | None) -> _Running:
-        running = _Running(self, member, next(self._serials))
+    def _start(self, member: Member, has_left: Callable[[], bool] | None) -> RunningServer:
+        running = RunningServer(self, member, next(self._serials))
         request = Request(f"mcp-proxy-{INITIALIZE}", INITIALIZE, self._params)
         is_needed = self._is_subscribed_to(member)
         wanted = Wanted(
@@ -678,7 +624,7 @@ class Group(OwnedBackend):
             with contextlib.suppress(ProxyError):  # its next call says why
                 self._running_of(members[number], None)
 
-    def _restore_state(self, running: _Running, has_left: Callable[[], bool] | None) -> None:
+    def _restore_state(self, running: RunningServer, has_left: Callable[[], bool] | None) -> None:
         """Tells a server what the client has told it before, or the group; what it does not take
         in time it goes on without.
         """
@@ -711,7 +657,7 @@ class Group(OwnedBackend):
                 with contextlib.suppress(BackendError, ServerRefused):
                     handshake.ask(running.bridge, request, LEVEL_WAIT, has_left)
 
-    def note_lost(self, running: _Running) -> None:
+    def note_lost(self, running: RunningServer) -> None:
         """A server is lost; the next call of it has it started again."""
         with self._lock:
             if self._running.get(running.member.name) is running:
@@ -888,248 +834,3 @@ class Group(OwnedBackend):
         if stream is not None:
             stream.end()
         self._close_submitted()
-
-
-class _Running:
-    """One running server of a group, and what tells its messages from those of the others.
-
-    The first part of an id of its questions is `serial`, which no other of the session ever has.
-    """
-
-    bridge: Bridge
-    result: Raw = _EMPTY
-
-    def __init__(self, group: Group, member: Member, serial: int) -> None:
-        self.member = member
-        self.serial = serial
-        #: Its lists, once it has changed them.
-        self.changed: Listed | None = None
-        #: What it has said of them since they were looked at, whether somebody does or will, and
-        #: when that was done last (monotonic). The group's lock guards these.
-        self.changes: set[str] = set()
-        self.is_looking = False
-        self.looked_at = -CHANGES_APART
-        self._group = group
-        self._voice = ServerVoice(label_of(member), member.prefix, partial(group.with_uris, member))
-        self._lock = threading.Lock()  # guards _listening
-        self._listening: _Inner | None = None
-
-    def begin(self, started: Started) -> None:
-        """The server has answered initialize."""
-        self.bridge, self.result = started
-        self.bridge.on_notice = self._take_notice
-
-    def _take_notice(self, notification: Notification) -> bool:
-        """Whether a notification is for the group, or for nobody. Quick.
-
-        For the group is that a list has changed, for nobody is progress of calls of others.
-        """
-        if notification.method == PROGRESS:
-            return not self.bridge.is_of_a_call(notification)
-        if notification.method not in merging.CHANGED:
-            return False
-        self._group.note_changed(self, notification.method)
-        return True
-
-    def look_again(self) -> None:
-        """Asks for the lists that have changed."""
-        found = self.listed()
-        if not found.is_same(self.changed):  # the same object has the same lists joined
-            self.changed = found
-
-    def is_usable(self) -> bool:
-        """Whether calls can be sent; one of an older form of its server ends between two."""
-        bridge = self.bridge
-        if bridge.is_outdated and bridge.end_between_calls():
-            return False
-        return bridge.is_alive
-
-    def can(self, capability: str) -> bool:
-        """Whether the server has said that it can do something."""
-        found = jsonrpc.fields_of(self.result).get("capabilities", UNSET)
-        return capability in jsonrpc.fields_of(found)
-
-    def note_lost(self, backend: OwnedBackend) -> None:
-        """The server is lost."""
-        self._group.note_lost(self)
-
-    def listed(self) -> Listed:
-        """What the server lists, all pages, in `LOOK_TIME` seconds; raises ProxyError."""
-        until = time.monotonic() + LOOK_TIME
-        lists = {
-            method: self._entries(method, until) if self.can(capability) else []
-            for method, capability in merging.CAPABILITY.items()
-        }
-        return Listed(self.result, lists)
-
-    def _entries(self, method: str, until: float) -> list[Raw]:
-        found: list[Raw] = []
-        cursors: list[str | None] = [None]
-        for number in range(_MAX_PAGES):
-            params = jsonrpc.as_payload({"cursor": cursors[-1]}) if cursors[-1] else UNSET
-            request = Request(f"mcp-proxy-{method}-{number}", method, params)
-            answer = handshake.ask(self.bridge, request, max(0.1, until - time.monotonic()))
-            if answer.result is UNSET:
-                break
-            entries, cursor = merging.entries_of(answer.result, method)
-            found += entries
-            require_bounded(method, found)
-            if not cursor or cursor in cursors:
-                break
-            cursors.append(cursor)
-        return found
-
-    def listen(self) -> None:
-        """Has what names no call come on the client's standing stream, or wait where there is
-        none.
-        """
-        with self._lock:
-            older, self._listening = self._listening, None
-            if older is not None:
-                older.exchange.close()
-            stream = self._group.stream
-            if stream is None or not self.bridge.is_alive:
-                return
-            exchange = Exchange()
-            exchange.rewrite = self.shown
-            exchange.attach(self.bridge)
-            self._listening = _Inner(exchange, stream)
-        with contextlib.suppress(BackendError):  # it has ended meanwhile
-            self.bridge.deliver_to(exchange)
-
-    def pass_on(self) -> None:
-        """The client of the standing stream has room again."""
-        listening = self._listening
-        if listening is not None:
-            listening.pass_on()
-
-    # --- what the client gets of it --------------------------------------------------------------
-
-    def shown(self, message: ServerMessage) -> ServerMessage | None:
-        """A message as the client gets it; None where it gets none."""
-        if message.is_response:
-            return self._voice.answer(message)
-        parsed = jsonrpc.parse_message(message.data)
-        if isinstance(parsed, Response):
-            return message
-        changed = self._shown(parsed)
-        return message if changed is parsed else message._replace(data=jsonrpc.encode(changed))
-
-    def _shown(self, message: Request | Notification) -> Request | Notification:
-        if isinstance(message, Request):
-            asked = Request(self.public_id(message.id), message.method, message.params)
-            return self._voice.question(asked)
-        if message.method == jsonrpc.CANCELLED:
-            asked_id = jsonrpc.cancelled_id_of(message)
-            if asked_id is not None:
-                public = self.public_id(asked_id)
-                params = jsonrpc.replace_field(message.params, ("requestId",), public)
-                return Notification(message.method, params)
-        return self._voice.notification(message)
-
-    def public_id(self, own: RequestId) -> str:
-        """The id of a question of the server, as the client knows it."""
-        return f"{self._name}.{msgspec.json.encode(own).decode()}"
-
-    @property
-    def _name(self) -> str:
-        """What no other running server has ever had, also of a group that was here before."""
-        return f"{self._group.child_id[:6]}{self.serial}"
-
-    def own_id(self, public: RequestId) -> RequestId | None:
-        """The server's id of a question; None where the question is another's."""
-        number, dot, own = str(public).partition(".")
-        if not dot or number != self._name:
-            return None
-        return jsonrpc.id_of(Raw(own.encode()))
-
-
-class _Inner:
-    """An exchange whose messages go on to another one, in their order.
-
-    They wait where the client of that other one does not read. `on_over` is called when everything
-    has gone on.
-    """
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        target: Exchange,
-        on_over: Callable[[_Inner], object] | None = None,
-    ) -> None:
-        self.exchange = exchange
-        self._target = target
-        self._on_over = on_over
-        self._passing = threading.Lock()  # guards the order
-        exchange.set_on_ready(self.pass_on)
-
-    def send(self, dispatch: Callable[[Exchange], object]) -> None:
-        """Has its request sent; what keeps it from that is its answer."""
-        try:
-            dispatch(self.exchange)
-            self.exchange.resend = None  # whoever learns of it late is the server's own thread
-        except ProxyError as error:
-            self._offer_failure(error)
-
-    def pass_on(self) -> None:
-        """Passes on what has come, as far as the other's client has room for it. Never waits."""
-        try:
-            with self._passing:
-                while self._target.backlog <= MAX_BACKLOG:
-                    message = self.exchange.poll()
-                    if message is None:
-                        break
-                    self._target.offer(message)
-        except ProxyError as error:
-            self._offer_failure(error)
-        if self.exchange.is_over and self._on_over is not None:
-            self._on_over(self)
-
-    def _offer_failure(self, error: ProxyError) -> None:
-        for request in self.exchange.requests:
-            data = jsonrpc.encode_error(error.code, error.message, request.id, error.data)
-            failure = error if isinstance(error, BackendError) else None
-            self._target.offer(ServerMessage(data, is_response=True, failure=failure))
-        if self._on_over is not None:
-            self._on_over(self)
-
-
-class _Batch:
-    """A batch whose requests are for several servers: each is sent for itself."""
-
-    def __init__(self, exchange: Exchange, log: StreamLog | None) -> None:
-        exchange.attach(self, log, on_read=self._note_read)
-        self._inner: list[_Inner] = []
-        for request in exchange.requests:
-            own = Exchange([request], exchange.accepts_stream, exchange.timeout)
-            own.has_left, own.headers = exchange.has_left, exchange.headers
-            own.spans, own.may_be_logged = exchange.spans, False
-            self._inner.append(_Inner(own, exchange))
-
-    def send(self, dispatch: Callable[[Exchange], object]) -> None:
-        """Has each request sent."""
-        for inner in self._inner:
-            inner.send(dispatch)
-
-    def _note_read(self) -> None:
-        for inner in self._inner:
-            inner.pass_on()
-
-    def stream_begun(self, exchange: Exchange) -> None:
-        """Does nothing: no server need know."""
-
-    def expire(self, exchange: Exchange, failure: BackendError) -> None:
-        """Answers what is unanswered."""
-        for inner in self._inner:
-            inner.exchange.set_deadline(0.0, lambda: failure)
-            inner.exchange.expire_if_due()
-
-    def leave(self, exchange: Exchange) -> None:
-        """The client no longer listens."""
-        for inner in self._inner:
-            inner.exchange.close()
-
-
-def label_of(member: Member) -> str:
-    """What people read of whose something of a group is."""
-    return member.prefix or member.name

@@ -64,10 +64,13 @@ _SHOWN = 200
 #: Seconds between two attempts to open a GET stream, the first and the longest.
 FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 
-# Seconds for which the tools of a modern server are known, those within which it is not asked for
-# them again because it refuses a call's headers, and the pages of their list that are read.
+#: Seconds within which a modern server is not asked for its tools again because it refuses what a
+#: call repeats of its arguments.
+TOOLS_PAUSE = 1.0
+
+# Seconds for which the tools of a modern server are known, and the pages of their list that are
+# read.
 _TOOLS_TIME = 10.0
-_TOOLS_PAUSE = 1.0
 _MAX_PAGES = 100
 
 # What a request of our own repeats of a client's metadata.
@@ -380,7 +383,7 @@ class Upstream:
         known = self._known_tools
         if known is None or request.method != "tools/call" or call.status != 400:
             return False
-        is_old = known[0] < time.monotonic() - _TOOLS_PAUSE
+        is_old = known[0] < time.monotonic() - TOOLS_PAUSE
         return is_old and _code_in(call) == HEADER_MISMATCH
 
     def _read(self, answer: _Answer, call: HttpCall) -> None:

@@ -18,7 +18,7 @@ from mcp_proxy.auth.caller_env import Values
 from mcp_proxy.auth.group_env import of_server
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
-from mcp_proxy.backends.group import Started, Wanted
+from mcp_proxy.backends.group_server import Started, Wanted
 from mcp_proxy.backends.owned import OwnedBackend, called_by
 from mcp_proxy.errors import BackendError, BackendNotStarted
 from mcp_proxy.ownership.owner import Owner

@@ -17,13 +17,11 @@ from typing import NamedTuple, Protocol
 
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.backends.group_messages import ServerVoice
+from mcp_proxy.backends.group_server import CHANGES_APART
 from mcp_proxy.errors import BackendError, ProxyError, RequestId
 from mcp_proxy.wire import jsonrpc, listening
 from mcp_proxy.wire.jsonrpc import Notification, Response
 from mcp_proxy.wire.listening import Filter
-
-#: Seconds that a client hears at most once in of changes of one kind of list.
-CHANGES_APART = 1.0
 
 # Seconds that the acknowledgement waits for the servers.
 _ACKNOWLEDGED_AFTER = 3.0

@@ -21,10 +21,11 @@ from msgspec import Raw
 from mcp_proxy.backends import group_requests
 from mcp_proxy.backends.catalogue import Catalogue, Listed
 from mcp_proxy.backends.exchange import Exchange, ServerMessage, wait_for
-from mcp_proxy.backends.group import INITIALIZE_WAIT, LOOK_TIME, Member, Settings, label_of
+from mcp_proxy.backends.group import INITIALIZE_WAIT, Settings
 from mcp_proxy.backends.group_lists import GroupLists, Part, lists_of
 from mcp_proxy.backends.group_messages import ServerVoice
 from mcp_proxy.backends.group_requests import BY_NAME, COMPLETE, NO_VALUES, Addressed
+from mcp_proxy.backends.group_server import LOOK_TIME, Member, label_of
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
 from mcp_proxy.edge.reply import Reply

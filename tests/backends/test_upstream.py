@@ -201,7 +201,7 @@ def test_a_modern_request_has_headers_that_say_what_it_says(
 def test_a_call_whose_tool_has_changed_is_sent_again_with_other_headers(
     new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream_module, "_TOOLS_PAUSE", 0.0)
+    monkeypatch.setattr(upstream_module, "TOOLS_PAUSE", 0.0)
     listed = {"name": "go", "inputSchema": {"type": "object"}}
     backend.rpc["tools/list"] = lambda turn: turn.result({"tools": [listed]})
     params = {"name": "go", "arguments": {"city": "Oslo"}, "_meta": MODERN}

@@ -45,6 +45,7 @@ from mcp_proxy.backends.group_requests import (
     SUBSCRIBE,
     UNSUBSCRIBE,
 )
+from mcp_proxy.backends.group_roots import ROOTS, Asker, SharedRoots
 from mcp_proxy.backends.group_server import (
     CHANGES_APART,
     Member,
@@ -64,6 +65,7 @@ from mcp_proxy.errors import (
     BackendUnreached,
     ClientError,
     ProxyError,
+    RequestId,
     ServerRefused,
 )
 from mcp_proxy.wire import jsonrpc, merging, results, revisions
@@ -93,7 +95,8 @@ _EMPTY = Raw(b"{}")
 
 _SET_LEVEL = "logging/setLevel"
 # What a client says that may be for any of the servers.
-_PASSED_ON = frozenset({jsonrpc.CANCELLED, "notifications/roots/list_changed", PROGRESS})
+_ROOTS_CHANGED = "notifications/roots/list_changed"
+_PASSED_ON = frozenset({jsonrpc.CANCELLED, _ROOTS_CHANGED, PROGRESS})
 
 
 class Settings(NamedTuple):
@@ -138,6 +141,7 @@ class Group(OwnedBackend):
         self._level: Raw | None = None
         self._params: Raw = _EMPTY  # of the client's initialize
         self._declared = b""
+        self._roots = SharedRoots()
         self._shown_lists: dict[str, list[Raw]] = {}  # what the client has heard last
         self._to_announce: set[str] = set()  # notifications
         self._is_about_to_announce = False
@@ -293,6 +297,8 @@ class Group(OwnedBackend):
         self.last_used = time.monotonic()
         if notification.method not in _PASSED_ON:
             return  # each server is told that it is initialized when it starts
+        if notification.method == _ROOTS_CHANGED:
+            self._roots.forget()
         for running in self._all_running():
             with contextlib.suppress(BackendError):  # the others are to hear of it all the same
                 running.bridge.notify(notification, has_left)
@@ -303,6 +309,7 @@ class Group(OwnedBackend):
             own = running.own_id(response.id)
             if own is not None:
                 answer = Response(own, response.result, response.error)
+                self._answer_roots(self._roots.answered(Asker(running, own), answer), answer)
                 running.bridge.respond(answer, has_left)
                 return
         log.info("[%s] dropped a client's response to no pending request", self.name)
@@ -313,7 +320,9 @@ class Group(OwnedBackend):
         params = request.params or _EMPTY
         with self._lock:
             self._params = params
-            self._declared = bytes(jsonrpc.fields_of(params).get("capabilities", _EMPTY))
+            declared = jsonrpc.fields_of(params).get("capabilities", _EMPTY)
+            self._declared = bytes(declared)
+        self._roots.begin(declared)
         done = partial(self._offer_initialized, exchange, request)
         self._gather(min(INITIALIZE_WAIT, self._settings.gather_timeout), done)
 
@@ -662,6 +671,29 @@ class Group(OwnedBackend):
         with self._lock:
             if self._running.get(running.member.name) is running:
                 del self._running[running.member.name]
+        asker = self._roots.lost(running)
+        if asker is not None:
+            question = Request(asker.running.public_id(asker.own_id), ROOTS)
+            self._say(ServerMessage(jsonrpc.encode(question), is_response=False))
+
+    # --- the client's roots ----------------------------------------------------------------------
+
+    def passes_roots_question(self, running: RunningServer, own_id: RequestId) -> bool:
+        """Whether a server's `roots/list` goes to the client: not where that is known, or where the
+        client has it from another server. Never waits.
+        """
+        asker = Asker(running, own_id)
+        known = self._roots.ask(asker)
+        if known is not None:
+            self._answer_roots([asker], Response(own_id, known))
+        return self._roots.is_asked(asker)
+
+    def _answer_roots(self, askers: Sequence[Asker], answer: Response) -> None:
+        """Has servers get the same answer, by another thread: each may take its time."""
+        for running, own_id in askers:
+            own = Response(own_id, answer.result, answer.error)
+            key = f"{self.child_id}/roots/{running.serial}/{own_id}"
+            self._catalogue.look(key, partial(running.bridge.respond, own))
 
     # --- the standing stream ---------------------------------------------------------------------
 

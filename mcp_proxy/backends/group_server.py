@@ -40,6 +40,7 @@ CHANGES_APART = 1.0
 # Pages of one list that are asked for.
 _MAX_PAGES = 100
 
+_ROOTS = "roots/list"
 _EMPTY = Raw(b"{}")
 
 
@@ -115,6 +116,11 @@ class Hearer(Protocol):
 
     def note_lost(self, running: RunningServer) -> None:
         """The server is lost."""
+
+    def passes_roots_question(self, running: RunningServer, own_id: RequestId) -> bool:
+        """Whether a server's `roots/list` goes to the client: not where that is known, or where the
+        client has it from another server. Never waits.
+        """
 
 
 class RunningServer:
@@ -239,8 +245,14 @@ class RunningServer:
         parsed = jsonrpc.parse_message(message.data)
         if isinstance(parsed, Response):
             return message
+        if isinstance(parsed, Request) and parsed.method == _ROOTS and self._is_answered(parsed):
+            return None
         changed = self._shown(parsed)
         return message if changed is parsed else message._replace(data=jsonrpc.encode(changed))
+
+    def _is_answered(self, question: Request) -> bool:
+        """Whether a question for the client's roots is answered without it."""
+        return not self._group.passes_roots_question(self, question.id)
 
     def _shown(self, message: Request | Notification) -> Request | Notification:
         if isinstance(message, Request):

@@ -2,9 +2,10 @@
 
 `--name` is what it calls itself. Its tools are `who`, which tells that, its process and how often
 it was called; `exit`, `ask` (a question by elicitation), `grow` (one more tool), `link` (a link to
-a resource), and those of `--tool`; `challenge`, `ask-later`, `slow`, `large` and `touch` (its first
-resource has changed) are not listed unless named so. `--resource` are the URIs of its resources,
-`--template` those of its templates. `--delay` are seconds before it answers initialize, `--mute`
+a resource), and those of `--tool`; `challenge`, `ask-later`, `roots` (it asks for the client's),
+`slow`, `large` and `touch` (its first resource has changed) are not listed unless named so.
+`--resource` are the URIs of its resources, `--template` those of its templates. `--delay` are
+seconds before it answers initialize, `--mute`
 has it never answer.
 """
 
@@ -104,6 +105,8 @@ class Member:
             raise Refused({"mcpProxyRefusal": {"status": 401, "headers": [["Set-Cookie", "a=b"]]}})
         if name == "ask-later":
             threading.Thread(target=question, args=(f"Is it {self.name}?",), daemon=True).start()
+        if name == "roots":
+            return text(json.dumps(asked("roots/list")))
         if name == "slow":
             time.sleep(60)
         if name == "large":
@@ -141,10 +144,15 @@ def text(said: str) -> Json:
 
 
 def question(message: str) -> Json:
-    """The client's answer to a question, whose id is the same in every server."""
+    """The client's answer to a question of people."""
+    schema = {"type": "object", "properties": {}}
+    return asked("elicitation/create", message=message, requestedSchema=schema)
+
+
+def asked(method: str, **params: Any) -> Json:
+    """The client's answer to a request, whose id is the same in every server."""
     answers[1] = queue.SimpleQueue()
-    params = {"message": message, "requestedSchema": {"type": "object", "properties": {}}}
-    send({"id": 1, "method": "elicitation/create", "params": params})
+    send({"id": 1, "method": method, "params": params})
     return answers[1].get(timeout=30)
 
 

@@ -172,8 +172,9 @@ class ServerGroup(msgspec.Struct, frozen=True, tag=True):
                     f"the group {self.name!r}: {member.prefix!r} is no prefix: a letter, then "
                     f"letters, digits, - and _, {MAX_PREFIX} at most, no __ and no _ at the end"
                 )
-            other = prefixes.setdefault(same_prefix(member.prefix), member.server)
-            if other != member.server:
+            other = prefixes.pop(same_prefix(member.prefix), None)
+            prefixes[same_prefix(member.prefix)] = member.server
+            if other is not None:
                 raise ConfigError(
                     f"the group {self.name!r}: {other} and {member.server} would have the same "
                     "prefix: give one of them another"

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 # Between a server's name, which has none, and a variable. Without a variable: what the caller lacks
-# of the server, empty where it may not use that at all.
+# for the server.
 _SEPARATOR = "/"
+
+# What has no server's name: those that the caller may use, with commas, where it may not use all.
+_PERMITTED = ""
 
 
 class EnvOfServer(NamedTuple):
@@ -55,10 +58,10 @@ class GroupEnv:
         Raises ConfigError where `env_for` returns no such mapping.
         """
         found: dict[str, str] = {}
+        if principal is not None and not principal.may_use_whole(self._group):
+            found[_PERMITTED] = ",".join(sorted(principal.servers or ()))
         for name, env in self._servers():
-            if principal is not None and not principal.may_use_member(self._group, name):
-                found[f"{name}{_SEPARATOR}"] = ""
-            elif env is not None:
+            if env is not None and not _is_hidden(found, name):
                 try:
                     values = env.values_of(environ, principal)
                 except InvalidRequest as error:
@@ -73,4 +76,8 @@ def of_server(values: Values | None, name: str) -> OfServer:
     prefix = f"{name}{_SEPARATOR}"
     own = {key[len(prefix) :]: one for key, one in (values or {}).items() if key.startswith(prefix)}
     lacks = own.pop("", None)
-    return OfServer(own, lacks or None, is_hidden=lacks == "")
+    return OfServer(own, lacks, _is_hidden(values or {}, name))
+
+
+def _is_hidden(values: Values, name: str) -> bool:
+    return _PERMITTED in values and name not in values[_PERMITTED].split(",")

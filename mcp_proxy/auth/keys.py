@@ -284,7 +284,8 @@ class ApiKeys:
         found = self._found(digest)
         if found is None or found.name != began_as.name:
             return False
-        return found.principal.may_use(server, members)
+        is_as_it_was = not members or found.servers == began_as.servers
+        return is_as_it_was and found.principal.may_use(server, members)
 
 
 def stamp_of(path: str) -> object:

@@ -38,9 +38,13 @@ class Principal(msgspec.Struct, frozen=True):
             self.servers is None or server in self.servers or not self.servers.isdisjoint(members)
         )
 
+    def may_use_whole(self, group: str) -> bool:
+        """Whether the caller may use all servers of a group."""
+        return self.servers is None or group in self.servers
+
     def may_use_member(self, group: str, server: str) -> bool:
         """Whether the caller may use a server of a group there: it, or all of the group."""
-        return self.servers is None or group in self.servers or server in self.servers
+        return self.may_use_whole(group) or server in (self.servers or ())
 
 
 #: The servers of a group, and the scopes that each needs: none, of what is no group.

@@ -27,7 +27,7 @@ from msgspec import Raw
 
 from mcp_proxy.auth.caller_env import Values
 from mcp_proxy.auth.group_env import of_server
-from mcp_proxy.backends import group_requests, handshake
+from mcp_proxy.backends import group_requests
 from mcp_proxy.backends.catalogue import Catalogue, Gathering, Listed
 from mcp_proxy.backends.exchange import (
     Exchange,
@@ -53,7 +53,7 @@ from mcp_proxy.backends.group_server import (
     Wanted,
     label_of,
 )
-from mcp_proxy.backends.owned import OwnedBackend
+from mcp_proxy.backends.owned import OwnedBackend, caller_headers
 from mcp_proxy.backends.switchboard import PROGRESS
 from mcp_proxy.errors import (
     INVALID_PARAMS,
@@ -125,7 +125,7 @@ class Group(OwnedBackend):
         super().__init__()
         self._all_members = members
         self.caller_values = values
-        self._headers: Mapping[str, str] = {}  # of the client's last call
+        self.client_headers: Mapping[str, str] = {}  # of its last call
         self._catalogue = catalogue
         self._settings = settings
         self._serials = itertools.count(1)
@@ -169,7 +169,12 @@ class Group(OwnedBackend):
         return [each for each in members if not of_server(values, each.name).is_hidden]
 
     def _key(self, member: Member) -> str:
-        return member.key(self._declared, self.caller_values)
+        return member.key(self._declared, self.caller_values, self.client_headers)
+
+    def _note_call(self, headers: Mapping[str, str]) -> None:
+        """The client says something, with headers that servers may get, if it has any."""
+        self.last_used = time.monotonic()
+        self.client_headers = headers or self.client_headers
 
     def _all_running(self) -> list[RunningServer]:
         with self._lock:
@@ -178,8 +183,7 @@ class Group(OwnedBackend):
     # --- from the client -------------------------------------------------------------------------
 
     def send(self, exchange: Exchange) -> None:
-        self.last_used = time.monotonic()
-        self._headers = exchange.headers
+        self._note_call(exchange.headers)
         if not self.is_alive:
             raise BackendExited(_OVER)
         if len(exchange.requests) > 1:
@@ -275,13 +279,13 @@ class Group(OwnedBackend):
         self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
     ) -> None:
         """As promised: the answer comes as a call's of its own would, on the standing stream."""
-        self.last_used, self.was_called = time.monotonic(), True
-        stream = self._stream
+        self._note_call(caller_headers.get())
+        self.was_called, stream = True, self._stream
         if stream is None:
             raise BackendLost("There is no stream for the answer")
         if stream.on_submit is not None:
             request = stream.on_submit(request)
-        exchange = Exchange([request], timeout=timeout)
+        exchange = Exchange([request], timeout=timeout, headers=self.client_headers)
         exchange.may_be_logged = False
         exchange.has_left = has_left
         inner = InnerExchange(exchange, stream, self._submitted.discard)
@@ -294,23 +298,23 @@ class Group(OwnedBackend):
     def notify(
         self, notification: Notification, has_left: Callable[[], bool] | None = None
     ) -> None:
-        self.last_used = time.monotonic()
+        self._note_call(caller_headers.get())
         if notification.method not in _PASSED_ON:
             return  # each server is told that it is initialized when it starts
         if notification.method == _ROOTS_CHANGED:
             self._roots.forget()
         for running in self._all_running():
             with contextlib.suppress(BackendError):  # the others are to hear of it all the same
-                running.bridge.notify(notification, has_left)
+                running.notify(notification, has_left)
 
     def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
-        self.last_used = time.monotonic()
+        self._note_call(caller_headers.get())
         for running in self._all_running():
             own = running.own_id(response.id)
             if own is not None:
                 answer = Response(own, response.result, response.error)
                 self._answer_roots(self._roots.answered(Asker(running, own), answer), answer)
-                running.bridge.respond(answer, has_left)
+                running.respond(answer, has_left)
                 return
         log.info("[%s] dropped a client's response to no pending request", self.name)
 
@@ -516,7 +520,13 @@ class Group(OwnedBackend):
 
     def _forward(self, exchange: Exchange, member: Member, request: Request) -> None:
         """Hands a call on; again, to a new process, where the first certainly got nothing of it."""
-        original, resend = exchange.requests, exchange.resend
+        before = (
+            exchange.requests,
+            exchange.resend,
+            exchange.timeout,
+            exchange.headers,
+            exchange.rewrite,
+        )
         if exchange.timeout is not None:
             exchange.timeout = member.timeout
         exchange.requests = [request]
@@ -525,7 +535,13 @@ class Group(OwnedBackend):
             self._send_to(member, exchange)
         except BackendUnreached:
             if not self.is_alive:  # the session has another backend by now
-                exchange.requests, exchange.resend = original, resend
+                (
+                    exchange.requests,
+                    exchange.resend,
+                    exchange.timeout,
+                    exchange.headers,
+                    exchange.rewrite,
+                ) = before
                 raise
             exchange.resend = None
             self._forward_again(member, exchange)
@@ -548,9 +564,8 @@ class Group(OwnedBackend):
         except BackendError as error:
             raise named(error, label_of(member)) from error
         exchange.rewrite = running.shown
-        exchange.headers = member.headers_for(exchange.headers)
         running.bridge.log = self.log
-        running.bridge.send(exchange)
+        running.send(exchange)
 
     def _running_of(self, member: Member, has_left: Callable[[], bool] | None) -> RunningServer:
         """The running server; it is started first where it does not run. Raises ProxyError."""
@@ -584,7 +599,7 @@ class Group(OwnedBackend):
             self.child_id,
             request,
             self.caller_values,
-            self._headers,
+            self.client_headers,
             running.note_lost,
             is_needed,
             has_left,
@@ -651,7 +666,7 @@ class Group(OwnedBackend):
         for request in requests:
             try:
                 left = max(0.1, until - time.monotonic())
-                handshake.ask(running.bridge, request, left, has_left)
+                running.ask(request, left, has_left)
             except (BackendError, ServerRefused) as error:
                 log.warning("[%s] %s was not restored: %s", self.name, request.method, error)
 
@@ -664,7 +679,7 @@ class Group(OwnedBackend):
             if running.can("logging") and running.bridge.is_alive:
                 # Its next start gets the level in any case.
                 with contextlib.suppress(BackendError, ServerRefused):
-                    handshake.ask(running.bridge, request, LEVEL_WAIT, has_left)
+                    running.ask(request, LEVEL_WAIT, has_left)
 
     def note_lost(self, running: RunningServer) -> None:
         """A server is lost; the next call of it has it started again."""
@@ -693,7 +708,7 @@ class Group(OwnedBackend):
         for running, own_id in askers:
             own = Response(own_id, answer.result, answer.error)
             key = f"{self.child_id}/roots/{running.serial}/{own_id}"
-            self._catalogue.look(key, partial(running.bridge.respond, own))
+            self._catalogue.look(key, partial(running.respond, own))
 
     # --- the standing stream ---------------------------------------------------------------------
 

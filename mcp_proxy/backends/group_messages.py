@@ -12,7 +12,7 @@ from collections.abc import Callable
 from msgspec import UNSET, Raw
 
 from mcp_proxy.backends.exchange import ServerMessage
-from mcp_proxy.errors import PROXY_ERROR, BackendError
+from mcp_proxy.errors import PROXY_ERROR, BackendError, BackendLost, ServerRefused
 from mcp_proxy.wire import jsonrpc, merging, refusals
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
@@ -65,8 +65,12 @@ class ServerVoice:
         return merging.without_structured(data, self._with_uris)
 
 
-def named(error: BackendError, label: str) -> BackendError:
-    """The same error, which says of which server it is."""
+def named(error: BackendError | ServerRefused, label: str) -> BackendError:
+    """The same error, which says of which server it is; a challenge of the server's is not for the
+    group.
+    """
+    if isinstance(error, ServerRefused):
+        return BackendLost(f"{label}: {error.message}")
     renamed = copy.copy(error)
     renamed.args = (f"{label}: {error.message}",)
     return renamed

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -24,7 +25,7 @@ from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.backends.group_exchanges import InnerExchange
 from mcp_proxy.backends.group_lists import require_bounded
 from mcp_proxy.backends.group_messages import ServerVoice
-from mcp_proxy.backends.owned import OwnedBackend
+from mcp_proxy.backends.owned import OwnedBackend, called_by
 from mcp_proxy.backends.switchboard import PROGRESS
 from mcp_proxy.errors import BackendError, RequestId
 from mcp_proxy.wire import jsonrpc, merging
@@ -81,9 +82,9 @@ class Member(Protocol):
     def timeout(self) -> float:
         """Seconds that a call of the server may take."""
 
-    def key(self, declared: bytes, values: Values | None) -> str:
+    def key(self, declared: bytes, values: Values | None, headers: Mapping[str, str]) -> str:
         """What its lists are known by, for a client that has declared these capabilities, and of
-        whom the servers get these variables.
+        whom the servers get these variables and headers.
         """
 
     def start(self, wanted: Wanted) -> Started:
@@ -103,6 +104,8 @@ class Hearer(Protocol):
 
     #: What no other group has, nor one of the same session before it.
     child_id: str
+    #: The headers of the client's last call that servers may get.
+    client_headers: Mapping[str, str]
 
     @property
     def stream(self) -> Exchange | None:
@@ -170,6 +173,35 @@ class RunningServer:
         if not found.is_same(self.changed):  # the same object has the same lists joined
             self.changed = found
 
+    # --- what the client says to it --------------------------------------------------------------
+
+    def send(self, exchange: Exchange) -> None:
+        """Sends the requests of an exchange; raises BackendError."""
+        exchange.headers = self.member.headers_for(exchange.headers)
+        with self._for_client():
+            self.bridge.send(exchange)
+
+    def notify(self, notification: Notification, has_left: Callable[[], bool] | None) -> None:
+        """Passes a notification on; raises BackendError."""
+        with self._for_client():
+            self.bridge.notify(notification, has_left)
+
+    def respond(self, response: Response, has_left: Callable[[], bool] | None = None) -> None:
+        """Passes the answer to a question on, under the server's own id; raises BackendError."""
+        with self._for_client():
+            self.bridge.respond(response, has_left)
+
+    def ask(
+        self, request: Request, timeout: float, has_left: Callable[[], bool] | None = None
+    ) -> Response:
+        """The answer to a request of ours; raises what keeps the server from answering."""
+        with self._for_client():
+            return handshake.ask(self.bridge, request, timeout, has_left)
+
+    def _for_client(self) -> AbstractContextManager[None]:
+        """Has an HTTP server get the headers that it gets of the client alone."""
+        return called_by(self.member.headers_for(self._group.client_headers))
+
     def is_usable(self) -> bool:
         """Whether calls can be sent; one of an older form of its server ends between two."""
         bridge = self.bridge
@@ -201,7 +233,7 @@ class RunningServer:
         for number in range(_MAX_PAGES):
             params = jsonrpc.as_payload({"cursor": cursors[-1]}) if cursors[-1] else UNSET
             request = Request(f"mcp-proxy-{method}-{number}", method, params)
-            answer = handshake.ask(self.bridge, request, max(0.1, until - time.monotonic()))
+            answer = self.ask(request, max(0.1, until - time.monotonic()))
             if answer.result is UNSET:
                 break
             entries, cursor = merging.entries_of(answer.result, method)
@@ -227,7 +259,7 @@ class RunningServer:
             exchange.rewrite = self.shown
             exchange.attach(self.bridge)
             self._listening = InnerExchange(exchange, stream)
-        with contextlib.suppress(BackendError):  # it has ended meanwhile
+        with contextlib.suppress(BackendError), self._for_client():  # it has ended meanwhile
             self.bridge.deliver_to(exchange)
 
     def pass_on(self) -> None:

@@ -25,6 +25,10 @@ _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 caller_headers: ContextVar[Mapping[str, str]] = ContextVar("caller_headers", default=_NO_HEADERS)
 
 
+#: Headers by which HTTP servers know their callers, in title case.
+CREDENTIALS = frozenset({"Authorization", "Cookie", "X-Api-Key", "Api-Key"})
+
+
 @contextlib.contextmanager
 def called_by(headers: Mapping[str, str]) -> Iterator[None]:
     """Has what is sent meanwhile go with these headers of a client, and with no others."""

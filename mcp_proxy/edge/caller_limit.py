@@ -144,19 +144,24 @@ class MembersLimit:
 
         Raises RateLimited where the caller may have no more of one of the requests in a batch.
         """
-        if request.is_counted:
-            return
+        was_counted = request.is_counted
+        counts: dict[tuple[str, CallerLimit | None], int] = {}
         for part in message if isinstance(message, list) else [message]:
-            if not isinstance(part, Request):
-                continue
-            is_named = part.method in ("tools/call", "prompts/get")
-            member = self._member_of(jsonrpc.names_in(part.params)[0]) if is_named else None
-            server, limit = (name, self._own) if member is None else member
-            if part is message:
-                request.server = server
-            if limit is not None:
+            if isinstance(part, Request):
+                whose = self._whose(name, part)
+                counts[whose] = counts.get(whose, 0) + 1
+        if isinstance(message, Request):
+            request.server = next(iter(counts))[0]
+        for (server, limit), count in counts.items():
+            if limit is not None and not was_counted:
                 request.is_counted = False
-                limit.count(server, request, part)
+                limit.take(server, request, count)
+
+    def _whose(self, name: str, request: Request) -> tuple[str, CallerLimit | None]:
+        """Whose a request is, and the limit that it counts for."""
+        is_named = request.method in ("tools/call", "prompts/get")
+        member = self._member_of(jsonrpc.names_in(request.params)[0]) if is_named else None
+        return (name, self._own) if member is None else member
 
 
 @lru_cache(maxsize=1024)

@@ -207,11 +207,13 @@ class Homes:
         return frozenset() if self._is_modern else kinds
 
     def _new_id(self, caller: str, kinds: frozenset[str]) -> str:
-        """The first half says whose it is: one worker gets all homes of a caller."""
+        """The first half says whose it is, whatever else the caller shows a server: one worker gets
+        all homes of a caller, in front of whichever server.
+        """
         key = "\0".join((self._owner.server.name, caller, *sorted(kinds)))
         if self._is_per_replica:
             key = f"{self._owner.replica.id}\0{key}"
-        return f"home-{_digest(caller)}{_digest(key)}"
+        return f"home-{_digest(caller.partition('.')[0])}{_digest(key)}"
 
     # --- the server's era ------------------------------------------------------------------------
 

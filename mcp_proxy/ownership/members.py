@@ -19,7 +19,7 @@ from mcp_proxy.auth.group_env import of_server
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.group_server import Started, Wanted
-from mcp_proxy.backends.owned import OwnedBackend, called_by
+from mcp_proxy.backends.owned import CREDENTIALS, OwnedBackend, called_by
 from mcp_proxy.errors import BackendError, BackendNotStarted
 from mcp_proxy.ownership.owner import Owner
 from mcp_proxy.servers import GroupMember, Served
@@ -53,11 +53,19 @@ class OwnedMember:
         """Seconds that a call of the server may take."""
         return self._owner.options.request_timeout
 
-    def key(self, declared: bytes, values: Values | None) -> str:
-        """What its lists are known by: the same for what starts the same process for a caller."""
+    def key(self, declared: bytes, values: Values | None, headers: Mapping[str, str]) -> str:
+        """What its lists are known by: the same for what starts the same process for a caller, or
+        shows an HTTP server the same caller.
+        """
         own = of_server(values, self.name)
-        of_caller = caller_env.as_text({**own.values, "": own.lacks or ""})
-        return _key(self.name, self._encoded(), declared, of_caller)
+        shown = {**own.values, "": own.lacks or ""}
+        if self._headers_of is not None:
+            shown |= {
+                f"{name}:": value
+                for name, value in self._headers_of(headers).items()
+                if name.title() in CREDENTIALS or headers.get(name) != value
+            }
+        return _key(self.name, self._encoded(), declared, caller_env.as_text(shown))
 
     def _encoded(self) -> bytes:
         """What starts the process; encoded once for each form of the server."""
@@ -137,7 +145,7 @@ class AbsentMember:
         self._reason = reason
         self.timeout = NOT_SERVED
 
-    def key(self, declared: bytes, values: Values | None) -> str:
+    def key(self, declared: bytes, values: Values | None, headers: Mapping[str, str]) -> str:
         """What is known of it: why it is not served."""
         return f"{self.name}/{self._reason}"
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
+from msgspec import UNSET
+
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.backends.group_messages import ServerVoice
 from mcp_proxy.backends.group_server import CHANGES_APART
@@ -26,8 +28,8 @@ from mcp_proxy.wire.listening import Filter
 # Seconds that the acknowledgement waits for the servers.
 _ACKNOWLEDGED_AFTER = 3.0
 
-# Seconds before a subscription that has ended is begun again.
-_AGAIN_AFTER = 1.0
+# Seconds before a subscription that has ended is begun again: the first time, and at the most.
+_AGAIN_AFTER, _LONGEST = 1.0, 30.0
 
 
 class Timer(Protocol):
@@ -38,10 +40,11 @@ class Timer(Protocol):
 
 
 class Heard(NamedTuple):
-    """A server to listen to: what opens a subscription, what of the client's filter is its, and how
-    it is heard.
+    """A server to listen to: the `front` that it is reached by, what opens a subscription there,
+    what of the client's filter is its, and how it is heard.
     """
 
+    front: object
     open: Callable[[Filter], Exchange]
     wanted: Filter
     voice: ServerVoice
@@ -68,6 +71,7 @@ class GroupListening:
         self._timer = timer
         # Guards what follows, and the order of offers; who is offered something may leave at once.
         self._lock = threading.RLock()
+        self._changing = threading.Lock()  # guards that one thread at a time looks who is there
         self._open: dict[str, _Subscription] = {}
         self._announced: dict[str, float] = {}  # when (monotonic) of which change
         self._to_announce: set[str] = set()
@@ -128,9 +132,18 @@ class GroupListening:
     # --- the servers -----------------------------------------------------------------------------
 
     def _listen_to_all(self) -> None:
-        heard = self._heard(self._wanted)
+        with self._changing:
+            self._listen_to(self._heard(self._wanted))
+
+    def _listen_to(self, heard: Mapping[str, Heard]) -> None:
         with self._lock:
-            gone = [self._open.pop(key) for key in set(self._open) - set(heard)]
+            if self._is_over:
+                return
+            gone = [
+                self._open.pop(key)
+                for key, subscription in list(self._open.items())
+                if key not in heard or not subscription.goes_on_at(heard[key])
+            ]
             new = {key: each for key, each in heard.items() if key not in self._open}
             made = {
                 key: _Subscription(each, self._offer_from, self._note_heard)
@@ -161,15 +174,17 @@ class GroupListening:
             return
         try:
             subscription.begin(partial(self._begin_again, subscription))
-        except ProxyError:
+        except BackendError:
             subscription.note_heard()
             self._begin_again(subscription)
+        except ProxyError:  # it will not be taken later either
+            subscription.note_heard()
 
     def _begin_again(self, subscription: _Subscription) -> None:
-        """A server has ended its subscription, or has not taken it: it is asked again, later."""
+        """A server has ended its subscription, or could not be asked for it: it is asked later."""
         if not self._is_over:
             with contextlib.suppress(RuntimeError):
-                self._timer.call_later(_AGAIN_AFTER, partial(self._reopen, subscription))
+                self._timer.call_later(subscription.pause, partial(self._reopen, subscription))
 
     def _reopen(self, subscription: _Subscription) -> None:
         if subscription in self._all_open():
@@ -255,6 +270,8 @@ class _Subscription:
         self._lock = threading.RLock()  # guards what follows; what is sent may be answered at once
         self._exchange: Exchange | None = None
         self._is_closed = self._is_honoured = False
+        #: Seconds before it is begun again.
+        self.pause = _AGAIN_AFTER
 
     def begin(self, on_end: Callable[[], object]) -> None:
         """Subscribes; `on_end` is called if that ends. Raises ProxyError."""
@@ -264,6 +281,13 @@ class _Subscription:
             exchange = self._exchange = self._heard.open(self._heard.wanted)
             self._is_honoured = True  # unless the server says otherwise
             exchange.set_on_ready(partial(self._read, exchange, on_end))
+
+    def goes_on_at(self, heard: Heard) -> bool:
+        """Whether it goes on at a server as that is now, which is heard so from then on."""
+        is_same = (heard.front, heard.wanted) == (self._heard.front, self._heard.wanted)
+        if is_same:
+            self._heard = heard
+        return is_same
 
     def close(self) -> None:
         """Ends it for good."""
@@ -282,7 +306,7 @@ class _Subscription:
                 return
             self._exchange = None
             is_wanted = self._is_honoured
-        exchange.close()
+            self.pause = min(2 * self.pause, _LONGEST)
         self.note_heard()
         if is_wanted:
             on_end()
@@ -298,9 +322,11 @@ class _Subscription:
         try:
             while (message := exchange.poll()) is not None:
                 if message.is_response:
+                    self._is_honoured &= message.failure is not None or _is_result(message)
                     return True
                 self._take(jsonrpc.parse_message(message.data))
-        except ProxyError:
+        except ProxyError as error:
+            self._is_honoured &= isinstance(error, BackendError)
             return True
         return exchange.is_over
 
@@ -310,10 +336,16 @@ class _Subscription:
         if message.method == listening.ACKNOWLEDGED:
             honoured = listening.honoured_of(message)
             self._is_honoured = not honoured.is_empty
-            self.is_heard = True
+            self.is_heard, self.pause = True, _AGAIN_AFTER
             self._on_heard([self._heard.voice.notification(each) for each in honoured.changes()])
-        else:
+        elif self._heard.wanted.wants(message):
             self._offer(self._heard.voice.notification(message))
+
+
+def _is_result(message: ServerMessage) -> bool:
+    """Whether a server has ended a subscription in good order."""
+    answer = jsonrpc.parse_message(message.data)
+    return isinstance(answer, Response) and answer.result is not UNSET
 
 
 _LISTS: Sequence[str] = (

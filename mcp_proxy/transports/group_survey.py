@@ -30,7 +30,9 @@ _EMPTY = Raw(b"{}")
 
 
 class Learnt(NamedTuple):
-    """What a server has said, and for how long (milliseconds) and whom that holds."""
+    """What a server has said, the lists that it was asked for alone, and for how long
+    (milliseconds) and whom that holds.
+    """
 
     listed: Listed
     ttl: int
@@ -44,11 +46,16 @@ OnLearnt = Callable[[Learnt | ProxyError], object]
 
 
 def looked_up(known: Listed | None, methods: Sequence[str]) -> Steps:
-    """Asks for these lists, all pages; for all lists where nothing is known of the server."""
-    result = known.result if known is not None else (yield modern.DISCOVER, _EMPTY)
+    """Asks for these lists, all pages; for all lists where nothing is known of the server.
+
+    Without methods it is asked what it says of itself.
+    """
+    result = None if known is None else known.result
+    if result is None or not methods:
+        result = yield modern.DISCOVER, _EMPTY
     if result is None:
         raise BadAnswer("The server refuses server/discover")
-    lists = {} if known is None else dict(known.lists)
+    lists: dict[str, Sequence[Raw]] = {}
     capabilities = jsonrpc.fields_of(jsonrpc.fields_of(result).get("capabilities", UNSET))
     pages: list[Raw] = []
     for method in merging.KINDS if known is None else methods:
@@ -119,24 +126,25 @@ class Survey:
         with self._lock:
             was_over, self._is_over = self._is_over, True
             learnt = dict(self._learnt)
+            done, self._done = self._done, _done_before
+            self._learnt = {}
         if not was_over:
-            self._done(learnt)
+            done(learnt)
 
 
 class Asked:
     """A server that is asked one thing after another. Thread-safe.
 
-    `on_over` is called once.
+    `on_over` is called once. Who calls `give_up` later keeps nothing but this.
     """
 
     def __init__(self, open_at: Open, steps: Steps, on_over: OnLearnt) -> None:
-        self._open_at = open_at
+        self._open_at: Open | None = open_at
         self._steps = steps
-        self._on_over = on_over
+        self._on_over: OnLearnt | None = on_over
         # Guards what follows, and the order of the steps; a step may be answered while it begins.
         self._lock = threading.RLock()
         self._exchange: Exchange | None = None
-        self._is_over = False
 
     def begin(self) -> None:
         """Asks the first thing."""
@@ -146,13 +154,18 @@ class Asked:
     def give_up(self) -> None:
         """Waits no longer."""
         with self._lock:
-            if not self._is_over:
-                self._end(BackendTimeout("The server has not answered in time"))
+            exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.close()  # without the lock, which its server's reader may want
+        self._end(BackendTimeout("The server has not answered in time"))
 
     def _go_on(self, step: Callable[[], tuple[str, Raw]]) -> None:
         try:
             method, params = step()
-            self._exchange = self._open_at(method, params)
+            open_at = self._open_at
+            if open_at is None:  # it was given up
+                return
+            self._exchange = open_at(method, params)
         except StopIteration as stop:
             self._end(stop.value)
         except ProxyError as error:
@@ -170,22 +183,23 @@ class Asked:
             try:
                 answer = _answer_on(exchange)
             except ProxyError as error:
+                self._exchange = None  # nobody else has it any more
                 self._end(error)
                 return
-            if answer is None:
-                return
-            self._exchange = None
-            exchange.close()
-            result = answer.result
-            self._go_on(partial(self._steps.send, None if result is UNSET else result))
+            if answer is not None:
+                self._exchange = None
+                result = answer.result
+                self._go_on(partial(self._steps.send, None if result is UNSET else result))
 
     def _end(self, learnt: Learnt | ProxyError) -> None:
-        self._is_over = True
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.close()
-        self._steps.close()
-        self._on_over(learnt)
+        with self._lock:
+            on_over, self._on_over, self._open_at = self._on_over, None, None
+        if on_over is not None:
+            on_over(learnt)
+
+
+def _done_before(learnt: Mapping[str, Learnt]) -> None:
+    """What is called in the place of what has been called."""
 
 
 def _answer_on(exchange: Exchange) -> Response | None:

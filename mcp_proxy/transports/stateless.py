@@ -19,7 +19,7 @@ from msgspec import UNSET
 from mcp_proxy.auth import caller_env
 from mcp_proxy.backends.exchange import Backend, Exchange, ServerMessage
 from mcp_proxy.backends.group_messages import named
-from mcp_proxy.backends.owned import caller_headers
+from mcp_proxy.backends.owned import CREDENTIALS, caller_headers
 from mcp_proxy.background import KeyedExecutor
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.disconnects import ClientConnection
@@ -34,6 +34,7 @@ from mcp_proxy.errors import (
     MethodNotFound,
     NotAcceptable,
     ProxyError,
+    ServerRefused,
 )
 from mcp_proxy.ownership.homes import Homes, home_of
 from mcp_proxy.ownership.owner import Owner
@@ -50,8 +51,8 @@ log = logging.getLogger(__name__)
 #: Who calls without saying who.
 ANONYMOUS = "anonymous"
 
-# Headers by which HTTP servers know their callers, besides Authorization.
-_CREDENTIALS = frozenset({"Cookie", "X-Api-Key", "Api-Key"})
+# Besides Authorization, which is looked at for itself.
+_CREDENTIALS = CREDENTIALS - {"Authorization"}
 
 _PARAM_HEADER = "HTTP_MCP_PARAM_"
 
@@ -61,6 +62,8 @@ class _Call:
 
     #: What errors of ours begin with.
     label = ""
+    #: Whether nobody waits for it who could send it once more.
+    is_apart = False
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class StatelessFront:
         # Each late request has a thread of the worker's, so that is how many there can be.
         self._openers = KeyedExecutor("mcp-opener", options.threads)
         self._numbers = itertools.count(1)
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<StatelessFront {self._homes!r}>"
@@ -124,7 +128,7 @@ class StatelessFront:
         call.label = label
         try:
             return self._sent(call, is_standing=False)
-        except BackendError as error:
+        except (BackendError, ServerRefused) as error:
             raise named(error, label) from error
 
     def open_apart(self, request: ClientRequest, message: Request, meta: ModernMeta) -> Exchange:
@@ -133,6 +137,7 @@ class StatelessFront:
         It may go on when the client of that one has left. Raises BackendError, StorageError.
         """
         call = self._call(request, message, meta)
+        call.is_apart = True
         exchange = self._exchange(call, is_standing=message.method == modern.LISTEN)
         exchange.spans, exchange.has_left = None, lambda: exchange.is_closed
         try:
@@ -149,7 +154,7 @@ class StatelessFront:
         pass_by_id(self._owner, request, self._homes.id_for(call.caller, call.kinds))
 
     def caller_of(self, request: ClientRequest, message: Request, meta: ModernMeta) -> str:
-        """What what the server says to this client is kept by: who calls, and what it can be asked
+        """What the lists of the server are kept by for this client: who calls, and what it can be asked
         for. Raises StorageError.
         """
         call = self._call(request, message, meta)
@@ -255,6 +260,8 @@ class StatelessFront:
 
     def _submit(self, call: _Call, exchange: Exchange) -> None:
         """Has a thread of ours send an exchange; raises RuntimeError where there is none."""
+        if self._is_closed:
+            raise RuntimeError("the server is not served any more")
         act = partial(copy_context().run, self._open, call, exchange)
         self._openers.submit(f"{next(self._numbers)}", act)
 
@@ -263,19 +270,22 @@ class StatelessFront:
             self._send(call, exchange, self._home(call, exchange.has_left), None)
         except ProxyError as error:
             exchange.resend = None
-            if call.label and isinstance(error, BackendError):
+            if call.label and isinstance(error, BackendError | ServerRefused):
                 error = named(error, call.label)
             exchange.refuse(error)
         except Exception:
             log.exception("a modern request could not be sent")
             exchange.refuse(BackendError("The request could not be served"))
         else:
+            if call.is_apart:  # whoever learns late of a loss must not wait for a start
+                exchange.resend = None
             exchange.note_sent()
         finally:
             self._homes.end_first_home(call.caller, call.kinds)
 
     def close(self) -> None:
         """Begins no more homes."""
+        self._is_closed = True
         self._openers.close()
 
     def is_for_modern(self, request: ClientRequest, message: Request, is_sent_on: bool) -> bool:
@@ -352,21 +362,18 @@ class StatelessFront:
         """Who calls: what a record has of the principal. Without one a digest of what the
         Authorization header says, ANONYMOUS without that.
 
-        Where headers go on to the server, others of them may say so, too; and where the server gets
-        variables of its caller these do, beside the principal. Raises StorageError.
+        Where headers go on to the server, others of them say so, too, behind a `.`; and where the
+        server gets variables of its caller these do, beside the principal. Raises StorageError.
         """
-        shown_by_values = self._values_shown()
+        authorization = (request.header("Authorization") or "").strip()
+        shown = self._values_shown()
         if request.principal_name is not None:
-            principal = self._owner.manager.binding(request.principal_name)[PRINCIPAL]
-            return self._digest([principal, *shown_by_values]) if shown_by_values else principal
-        shown = [(request.header("Authorization") or "").strip()]
-        shown += [
-            value
-            for name, value in sorted(caller_headers.get().items())
-            if name.title() in _CREDENTIALS
-        ]
-        shown += shown_by_values
-        return self._digest(shown) if any(shown) else ANONYMOUS
+            whose = self._owner.manager.binding(request.principal_name)[PRINCIPAL]
+        else:
+            whose = self._digest([authorization]) if authorization else ANONYMOUS
+            headers = sorted(caller_headers.get().items())
+            shown += [value for name, value in headers if name.title() in _CREDENTIALS]
+        return f"{whose}.{self._digest(shown)}" if any(shown) else whose
 
     def _values_shown(self) -> list[str]:
         """What stands for the variables that a child gets of its caller; empty without any."""

@@ -7,6 +7,7 @@ servers, lists and subscriptions, each of them is asked by a request of ours.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -28,12 +29,14 @@ from mcp_proxy.backends.group_requests import BY_NAME, COMPLETE, NO_VALUES, Addr
 from mcp_proxy.backends.group_server import LOOK_TIME, Member, label_of
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.edge import Edge
+from mcp_proxy.edge.guard import is_local
 from mcp_proxy.edge.reply import Reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
     PROXY_ERROR,
     BackendError,
     BackendLost,
+    BackendTimeout,
     ClientError,
     InvalidParams,
     MethodNotFound,
@@ -46,6 +49,9 @@ from mcp_proxy.wire import jsonrpc, listening, merging, modern, results
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 from mcp_proxy.wire.listening import Filter
 from mcp_proxy.wire.modern import ModernMeta
+
+# Servers that are remembered for not having answered.
+_MAX_SILENT = 1000
 
 _READ = "resources/read"
 
@@ -111,7 +117,7 @@ class _Call:
         try:
             with fronted.on_behalf_of(self.request):
                 caller = front.caller_of(self.request, self.message, self.meta)
-                key = f"{modern.REVISION}/{member.key(b'', None)}/{caller}"
+                key = f"{modern.REVISION}/{member.key(b'', None, {})}/{caller}"
                 return _Seen(member, front, key, copy_context(), "")
         except ClientError as error:
             return _Seen(member, None, "", copy_context(), error.message)
@@ -148,6 +154,7 @@ class StatelessGroup:
         self._options = options
         self._lock = threading.Lock()  # guards what follows
         self._underway: dict[str, _Underway] = {}  # by what is asked, of whom, for whom
+        self._silent: dict[str, bool] = {}  # the keys of those that did not answer at all
         self._listening: weakref.WeakSet[GroupListening] = weakref.WeakSet()
 
     def __repr__(self) -> str:
@@ -188,10 +195,12 @@ class StatelessGroup:
         """Raises what has a client fall back to initialize where one of the servers may be a legacy
         one that such a client must not share: else it would lose that server without a word.
         """
-        for fronted in call.members:
-            if fronted.front is not None and not fronted.front.is_modern:
-                fronted.front.require_known(call.request, call.message, call.meta)
-                return
+        if self._options.public_url is None and is_local(call.request.environ):
+            return
+        for seen in call.seen:
+            if seen.front is not None and not seen.front.is_modern:
+                enter = seen.context.copy().run
+                enter(seen.front.require_known, call.request, call.message, call.meta)
 
     # --- what is for one server ------------------------------------------------------------------
 
@@ -266,42 +275,49 @@ class StatelessGroup:
             return
         are_known = threading.Event()
         timeout = self._settings.gather_timeout
-        self._survey(call, (), timeout, lambda learnt: are_known.set())
+        self._survey(call, None, timeout, lambda learnt: are_known.set())
         wait_for(are_known, timeout + 1, call.request.has_left)
 
     def _survey(
         self,
         call: _Call,
-        methods: Sequence[str],
+        methods: Sequence[str] | None,
         timeout: float,
         done: Callable[[Mapping[str, Learnt]], object],
     ) -> None:
-        """Asks servers for these lists, and those of which nothing is known for all; `done` gets
-        what they have said after `timeout` seconds at the latest.
+        """Asks servers for these lists, and those of which nothing is known for all; without any
+        what they say of themselves, and for None nothing else. `done` gets what they have said
+        after `timeout` seconds at the latest.
         """
         self._stay(call)
         survey = Survey(done)
         begun = [self._asked(call, seen, methods, survey) for seen in call.seen]
         for asked in filter(None, begun):
-            self._catalogue.timer.call_later(LOOK_TIME, asked.give_up)
+            self._call_later(LOOK_TIME, asked.give_up)
             asked.begin()
-        self._catalogue.timer.call_later(timeout, survey.finish)
+        self._call_later(timeout, survey.finish)
         survey.finish_if_whole()
 
+    def _call_later(self, seconds: float, act: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # no thread: each server has its own time limit
+            self._catalogue.timer.call_later(seconds, act)
+
     def _asked(
-        self, call: _Call, seen: _Seen, methods: Sequence[str], survey: Survey
+        self, call: _Call, seen: _Seen, methods: Sequence[str] | None, survey: Survey
     ) -> Asked | None:
         """What asks a server for a survey; None where that is not asked, or is being asked.
 
         Nobody waits for one that has not answered others in time.
         """
         key, known = seen.key, self._catalogue.listed(seen.key)
-        if seen.front is None or (known is not None and not methods):
+        if seen.front is None or (known is not None and methods is None):
             return None
         now = time.monotonic()
         with self._lock:
             others = self._underway.get(key)
-            is_in_time = others is None or now - others.since < self._settings.gather_timeout
+            is_in_time = key not in self._silent and (
+                others is None or now - others.since < self._settings.gather_timeout
+            )
             if is_in_time:
                 survey.expect(key)
             if others is not None and (known is None or not is_in_time):
@@ -311,7 +327,7 @@ class StatelessGroup:
             own = _Underway(now, [survey])
             self._underway.setdefault(key, own)
         note = partial(self._note_learnt, key, own)
-        return Asked(partial(call.open_at, seen), looked_up(known, methods), note)
+        return Asked(partial(call.open_at, seen), looked_up(known, methods or ()), note)
 
     def _stay(self, call: _Call) -> None:
         """Has a request answered here; raises Passed where another worker has the homes of its
@@ -330,10 +346,18 @@ class StatelessGroup:
             if self._underway.get(key) is own:
                 del self._underway[key]
             surveys = list(own.surveys)
+            was_missing = self._silent.pop(key, False) or self._catalogue.reason(key) is not None
+            if isinstance(learnt, BackendTimeout):
+                self._silent[key] = True
+                if len(self._silent) > _MAX_SILENT:
+                    del self._silent[next(iter(self._silent))]
         if isinstance(learnt, Learnt):
             took = time.monotonic() - own.since
-            was_missing = self._catalogue.reason(key) is not None
-            self._catalogue.note(key, learnt.listed)
+            known = self._catalogue.listed(key)
+            others = {} if known is None else known.lists
+            whole = Listed(learnt.listed.result, {**others, **learnt.listed.lists})
+            learnt = learnt._replace(listed=whole)
+            self._catalogue.note(key, whole)
             if was_missing or took > self._settings.gather_timeout:
                 for each in self._all_listening():
                     each.note_come(key)
@@ -359,7 +383,7 @@ class StatelessGroup:
     def _offer_list(self, call: _Call, exchange: Exchange, learnt: Mapping[str, Learnt]) -> None:
         method = call.message.method
         lists, missing = self._lists(call, learnt), self._missing(call, learnt)
-        if len(missing) == len(call.seen):
+        if all(seen.member.name in missing for seen in call.seen):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
             failure = BackendError(f"No server of the group can be reached ({reasons})")
             data = jsonrpc.encode_error(PROXY_ERROR, failure.message, call.message.id)
@@ -466,14 +490,14 @@ class StatelessGroup:
             uris = tuple(each.uri for each in found if each.number == number)
             own = Filter(wanted.tools, wanted.prompts, wanted.resources, uris)
             heard[f"{seen.member.prefix}/{seen.key}"] = Heard(
-                partial(_subscribed, now, seen), own, self._voice(now, number)
+                seen.front, partial(_subscribed, now, seen), own, self._voice(now, number)
             )
         return heard
 
     def announce_changes(self) -> None:
-        """Has clients that listen told of servers that have come or gone."""
+        """Has clients that listen told of servers that have come or gone. Never waits."""
         for each in self._all_listening():
-            each.note_servers()
+            self._catalogue.look(f"{self._settings.name}/listening/{id(each)}", each.note_servers)
 
     def end_streams(self) -> None:
         """Ends all subscriptions in good order."""

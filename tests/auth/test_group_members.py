@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mcp_proxy.auth.keys import ApiKeys
 from tests.servers.authorization import AuthorizationServer
 from tests.support.callers import KeyFile, Knowing
 from tests.support.era_servers import EraServerProcess
@@ -125,6 +126,40 @@ def test_a_session_is_no_longer_known_once_its_key_is_for_others(
     assert prefixes(McpClient(session.front, PATH).open()) == ["b"]
 
 
+def test_a_server_that_comes_later_is_for_those_that_may_use_it(
+    house: House, keys: KeyFile, client: Callable[..., Client]
+) -> None:
+    house.write({"a": entry("A")})
+    key = keys.add("one", servers=frozenset({"a"}))
+    house.made(api_keys=keys.text)
+    made = client(key)
+    assert prefixes(made) == ["a"]
+    house.write({"a": entry("A"), "b": entry("B")})
+    house.app.reload()
+    error = made.call("tools/call", {"name": "b__who", "arguments": {}}).error()
+    assert error["code"] == -32602
+    assert prefixes(made) == ["a"]
+
+
+def test_a_stream_ends_when_its_key_is_for_fewer_servers(house: House, keys: KeyFile) -> None:
+    key = keys.add("me", servers=frozenset({"a", "b"}))
+    known = ApiKeys(keys.text)
+    caller = known.caller(key, "@g", ("a", "b"))
+    assert caller is not None
+    keys.write(keys.path.read_text().replace("a,b", "a"))
+    known.look()
+    assert known.caller(key, "@g", ("a", "b")) is not None
+    assert not caller.is_known()
+
+
+def test_strangers_begin_sessions_although_another_server_knows_them(house: House) -> None:
+    mine = {**entry("A"), "env_from": {"TOKEN": "header:X-Token?"}}
+    house.write({"mine": mine, "old": entry("B")})
+    house.made(public_url="https://example.org")
+    answer = ModernClient(WsgiFront(house.app), path=PATH).call("tools/list", X_Token="t")
+    assert (answer.status, answer.error()["code"]) == (400, -32600)
+
+
 def test_a_token_is_for_the_servers_whose_scopes_it_has(
     house: House, issuer: AuthorizationServer, tmp_path: Path
 ) -> None:
@@ -200,6 +235,56 @@ def test_credentials_for_the_proxy_reach_no_server(
         assert "authorization" not in server.requests("tools/call")[-1]
 
 
+def test_no_server_gets_what_another_one_gets_of_a_caller(
+    house: House, keys: KeyFile, client: Callable[..., Client]
+) -> None:
+    """Nor without the headers of its own entry, whatever it is asked."""
+    with EraServerProcess("legacy") as mine, EraServerProcess("legacy") as other:
+        own = {"url": mine.url, "headers": {"X-Own": "ours"}}
+        passed_on = {"url": other.url, "headers": {"Authorization": "*"}}
+        house.write({"mine": own, "other": passed_on})
+        key = keys.add("me")
+        house.made(api_keys=keys.text)
+        made = client(key)
+        assert prefixes(made) == ["mine", "other"]
+        assert made.call("tools/call", {"name": "mine__pid", "arguments": {}}).message()["result"]
+        seen = mine.requests()
+        assert {"tools/list", "tools/call"} <= {each["rpc"] for each in seen}
+        assert [each for each in seen if "authorization" in each] == []
+        assert [each for each in seen if each["rpc"] and each.get("x-own") != "ours"] == []
+        assert other.requests("tools/list")[-1]["authorization"] == f"Bearer {key}"
+
+
+def test_nobody_gets_lists_that_were_made_for_another(
+    house: House, client: Callable[..., Client]
+) -> None:
+    with EraServerProcess("legacy") as server:
+        house.write({"mine": {"url": server.url}})
+        house.made()
+        for name in ("alice", "bob"):
+            front = Knowing(WsgiFront(house.app), name)
+            made = client()
+            made = McpClient(front, PATH).open() if isinstance(made, McpClient) else made.at(front)
+            assert prefixes(made) == ["mine"]
+            told = {each.get("authorization") for each in server.requests("tools/list")}
+            assert f"Bearer {name}" in told
+
+
+def test_a_challenge_of_a_server_is_no_answer_of_the_group(
+    house: House, client: Callable[..., Client]
+) -> None:
+    with EraServerProcess("legacy", "--deny", "401") as server:
+        house.write({"web": {"url": server.url}, "b": entry("B")})
+        house.made()
+        made = client()
+        answer = made.call("tools/call", {"name": "web__pid", "arguments": {}})
+        error = answer.error()
+        assert (answer.status, error["code"]) == (200, -32000)
+        assert error["message"].startswith("web: ")
+        assert "WWW-Authenticate" not in answer.headers
+        assert prefixes(made) == ["b"]
+
+
 # --- its limits ----------------------------------------------------------------------------------
 
 
@@ -213,8 +298,11 @@ def test_a_call_has_the_time_of_its_server(house: House, client: Callable[..., C
     assert who(made, "b")["name"] == "B"
 
 
-def test_a_call_counts_for_its_server_alone(house: House, client: Callable[..., Client]) -> None:
-    house.write({"a": {**entry("A"), "rate_limit": "1/minute"}, "b": entry("B")})
+def test_a_call_counts_for_its_server_alone(
+    house: House, client: Callable[..., Client], tmp_path: Path
+) -> None:
+    own = entry("A", "--tool", str(tmp_path))  # what other tests have called is another one
+    house.write({"a": {**own, "rate_limit": "1/minute"}, "b": entry("B")})
     house.made()
     made = client()
     assert prefixes(made) == ["a", "b"]

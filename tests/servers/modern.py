@@ -189,6 +189,8 @@ class ModernServer(EraServer):
         wanted = call.params.get("notifications")
         if not isinstance(wanted, dict):
             raise Refused(INVALID_PARAMS, "notifications is missing")
+        if self.options.honour == "refuse":
+            raise Refused(-32603, "There are no subscriptions")
         kinds = [CHANGES[kind][1] for kind in self.options.honour.split(",") if kind]
         honoured = {key: wanted[key] for key in kinds if wanted.get(key)}
         with self.telling:  # who has read the acknowledgement misses nothing

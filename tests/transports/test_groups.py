@@ -405,6 +405,12 @@ def test_all_servers_together_are_served_at_the_root(house: House) -> None:
     assert tools(alone)[0] == "who"
 
 
+def test_a_server_is_in_a_group_once_under_one_prefix(house: House) -> None:
+    house.write({"one": entry("A")}, ["one", "one"])
+    house.made()
+    assert "same prefix" in house.client().initialize().error()["message"]
+
+
 def test_a_mistake_in_a_group_is_that_groups(house: House) -> None:
     house.serve({"one": entry("A")}, ["one"])
     house.write({"one": entry("A")}, ["one", "nobody"])

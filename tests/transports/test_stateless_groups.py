@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.era_servers import EraServerProcess
 from tests.support.groups import SERVERS, House, Json, entry, said
 from tests.support.modern_client import SUBSCRIPTION, ModernClient, Trace, answering, asked_in
 from tests.support.waiting import eventually
@@ -271,6 +272,34 @@ def test_a_subscription_outlives_its_servers(house: House, era: str) -> None:
     client.tool("a__crash").body()
     assert next(messages)["method"] == "notifications/tools/list_changed"
     assert eventually(lambda: client.told("a__pid")["pid"]) != before
+    answer.close()
+
+
+def test_a_subscription_goes_on_at_a_server_whose_entry_has_changed(house: House) -> None:
+    with EraServerProcess("modern") as server:
+        web = {"url": server.url}
+        client = served(house, {"a": entry("A"), "web": web})
+        answer = client.listen("l", toolsListChanged=True)
+        messages = answer.stream()
+        next(messages)
+        house.write({"a": entry("A"), "web": {**web, "headers": {"X-Own": "other"}}})
+        house.app.reload()
+        assert next(messages)["method"] == "notifications/tools/list_changed"
+        eventually(lambda: server.requests("subscriptions/listen")[-1].get("x-own") == "other")
+        client.done("web__notify", kinds=["tools"])
+        assert next(messages)["method"] == "notifications/tools/list_changed"
+        answer.close()
+
+
+def test_a_server_that_refuses_a_subscription_is_asked_once(house: House) -> None:
+    refusing = ["-I", str(SERVERS / "modern.py"), "--honour", "refuse"]
+    server = {"command": sys.executable, "args": refusing}
+    client = served(house, {"a": of_era("modern"), "b": server})
+    answer = client.listen("l", toolsListChanged=True)
+    next(answer.stream())
+    time.sleep(3)
+    told = client.told("b__seen")["messages"]
+    assert len([each for each in told if each.get("method") == "subscriptions/listen"]) == 1
     answer.close()
 
 

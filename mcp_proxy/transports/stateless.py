@@ -154,7 +154,7 @@ class StatelessFront:
         pass_by_id(self._owner, request, self._homes.id_for(call.caller, call.kinds))
 
     def caller_of(self, request: ClientRequest, message: Request, meta: ModernMeta) -> str:
-        """What the lists of the server are kept by for this client: who calls, and what it can be asked
+        """What the server's lists are kept by for this client: who calls, and what it can be asked
         for. Raises StorageError.
         """
         call = self._call(request, message, meta)

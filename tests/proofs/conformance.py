@@ -58,15 +58,9 @@ def through_replicas() -> None:
 
 
 def of_a_group() -> None:
-    """The suite through a group with one server without a prefix scores what it does without one.
-
-    Legacy revisions: a group has sessions.
-    """
-    revisions = REVISIONS[:-1]
-    ran = suite(
-        [p for way in ("direct", "stdio", "group") for p in ("--through", way)], [], revisions
-    )
-    for revision in revisions:
+    """The suite through a group with one server without a prefix scores what it does without one."""
+    ran = suite([p for way in ("direct", "stdio", "group") for p in ("--through", way)], [])
+    for revision in REVISIONS:
         alone, grouped = (rows(ran, way, revision) for way in ("stdio", "group"))
         assert len(alone) == 1, ran
         assert grouped == alone, (revision, alone, grouped)

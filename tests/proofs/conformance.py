@@ -58,7 +58,7 @@ def through_replicas() -> None:
 
 
 def of_a_group() -> None:
-    """The suite through a group with one server without a prefix scores what it does without one."""
+    """The suite scores the same through a group with one server, which has no prefix."""
     ran = suite([p for way in ("direct", "stdio", "group") for p in ("--through", way)], [])
     for revision in REVISIONS:
         alone, grouped = (rows(ran, way, revision) for way in ("stdio", "group"))

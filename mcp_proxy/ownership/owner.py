@@ -818,6 +818,9 @@ class Owner:
                 backend = self._settled(claimed)
         except BackendDraining as error:
             raise Draining from error  # the call itself has not begun
+        except OtherEra:
+            self.backoff.forget(claimed.id)  # it is another server, which has answered
+            raise
         except BackendError as error:
             self.backoff.note_failure(error)
             self.backoff.note_exit(claimed.id, lifetime=0)

@@ -226,7 +226,8 @@ class StdioTransport(Transport):
     def require_own(self, request: ClientRequest, session: Session) -> None:
         """Raises what an unknown id does unless the session is the caller's."""
         values = None if self.owner.caller_env is None else self._values_as_text()
-        self.manager.require_own(session, self.bound_to(request), values)
+        name = self.bound_to(request) if self.members else request.principal_name
+        self.manager.require_own(session, name, values)
 
     @staticmethod
     def _values_as_text() -> bytes | None:

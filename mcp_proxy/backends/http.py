@@ -466,7 +466,7 @@ class HttpCall:
             size += len(piece)
             if size > limit:
                 break
-        self._ahead = read
+        self._ahead = [*read, *self._ahead]  # more may have been read before than now
         return b"".join(read) if size <= limit else None
 
     def redirected(self) -> HttpCall | None:

@@ -198,6 +198,18 @@ def test_a_body_over_the_limit_is_refused(calls: Calls, backend: HttpBackend) ->
         calls.sent().read(100)
 
 
+@pytest.mark.parametrize("limits", [(100_000, 1000), (1000, 100_000)], ids=["less", "more"])
+def test_a_body_that_is_read_ahead_twice_stays_whole(
+    calls: Calls, backend: HttpBackend, limits: tuple[int, int]
+) -> None:
+    parts = [bytes([letter]) * 5000 for letter in b"abcdefghij"]
+    backend.on("GET", "/x", stream(*parts))
+    call = calls.sent()
+    for limit in limits:
+        call.read_ahead(limit)
+    assert b"".join(call.pieces()) == b"".join(parts)
+
+
 def test_headers_that_come_twice_stay_two(calls: Calls, backend: HttpBackend) -> None:
     backend.on("GET", "/x", reply(200, b"", "B: 1", "a: 2", "b: 3"))
     call = calls.sent()

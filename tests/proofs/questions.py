@@ -31,6 +31,10 @@ WORKERS = 4
 #: The seconds for which a question is open in the run of expired ones.
 SHORT = 2
 
+# What is counted of calls whose requests did not all go the same way: one worker has answered, and
+# another, or one has accepted a request and another was passed to it.
+_SEVERAL = "of these by several workers, or passed to one"
+
 # What each client calls in a round, by turns: a tool, and its arguments but for the message.
 _KINDS: tuple[tuple[str, Json], ...] = (
     ("ask", {"kind": "form"}),
@@ -130,6 +134,7 @@ class Asked:
         self.given: list[Json] = []
         self.used: list[tuple[str, Json]] = []
         self.heard = self.wire.call(tool, arguments)
+        # who has answered, and whether another worker had accepted it
         self.ways = {(self.heard.worker, self.heard.was_passed)}
 
     @property
@@ -196,7 +201,7 @@ class Asked:
         self.tally.require_own(is_own, f"{self.heard.answer} came for {self.given}")
         self.tally.require("intruder" not in text, f"an intruder was heard: {text}")
         self.tally.add("answered")
-        self.tally.add("answered over several workers" if len(self.ways) > 1 else "on one")
+        self.tally.add(_SEVERAL if len(self.ways) > 1 else "of these by one way")
 
 
 def answer_to(asked: Json, text: str) -> Json:
@@ -230,7 +235,7 @@ def run(port: int, clients: int, rounds: int) -> None:
             together(pool, [answerer(one) for one in asked])
     tally.report(f"{clients} clients, {rounds} rounds", time.monotonic() - begun)
     assert tally.counts["answered"] == clients * rounds, tally.counts
-    assert tally.counts["answered over several workers"] > 0, tally.counts
+    assert tally.counts[_SEVERAL] > 0, tally.counts
 
 
 def together(pool: ThreadPoolExecutor, works: list[Callable[[], Any]]) -> list[Any]:

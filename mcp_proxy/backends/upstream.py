@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -23,6 +24,7 @@ from msgspec import UNSET, Raw
 from mcp_proxy.backends.event_reader import EventReader
 from mcp_proxy.backends.http import HttpCall, HttpClient
 from mcp_proxy.backends.owned import caller_headers
+from mcp_proxy.backends.repeated_arguments import Page, RepeatedArguments, own_params
 from mcp_proxy.background import KeyedExecutor, Workers
 from mcp_proxy.errors import (
     HEADER_MISMATCH,
@@ -45,7 +47,6 @@ from mcp_proxy.servers import Served
 from mcp_proxy.wire import cookies, headers, jsonrpc, modern, param_headers, refusals, results, sse
 from mcp_proxy.wire.handshake import INITIALIZE, INITIALIZED
 from mcp_proxy.wire.jsonrpc import Message, Notification, Request, Response
-from mcp_proxy.wire.param_headers import Path
 from mcp_proxy.wire.urls import Address
 
 log = logging.getLogger(__name__)
@@ -63,18 +64,6 @@ _SHOWN = 200
 
 #: Seconds between two attempts to open a GET stream, the first and the longest.
 FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
-
-#: Seconds within which a modern server is not asked for its tools again because it refuses what a
-#: call repeats of its arguments.
-TOOLS_PAUSE = 1.0
-
-# Seconds for which the tools of a modern server are known, and the pages of their list that are
-# read.
-_TOOLS_TIME = 10.0
-_MAX_PAGES = 100
-
-# What a request of our own repeats of a client's metadata.
-_LISTED = frozenset({modern.PROTOCOL_VERSION, modern.CLIENT_CAPABILITIES, modern.CLIENT_INFO})
 
 _LEFT = "it was left"
 _FORGOTTEN = "it does not know the session any more"
@@ -174,12 +163,13 @@ class Upstream:
         self._version: str | None = None
         self._is_modern = False  # a modern request has had a result
         self._cookies = ""
-        self._known_tools: tuple[float, Mapping[str, Mapping[str, Path]]] | None = None
+        self._repeated = RepeatedArguments(label)
         self._is_over = threading.Event()
         self._is_told = threading.Event()  # what a legacy server has to hear first
         self._is_told.set()
         self._lock = threading.Lock()  # guards _calls and untaken
-        self._calls: dict[HttpCall, RequestId | None] = {}  # with the id of the request, if any
+        # With the id of the request, if any; one that was cancelled has none any more.
+        self._calls: dict[HttpCall, RequestId | None] = {}
 
     def __repr__(self) -> str:
         return f"<Upstream {self.address.url} calls={len(self._calls)}>"
@@ -307,15 +297,7 @@ class Upstream:
         self._end(error.message.replace("The server", "it"))
 
     def _await(self, request: Request, own: Mapping[str, str], given: Mapping[str, str]) -> None:
-        body = jsonrpc.encode(request)
-        call = self._sent("POST", body, own, given, self._link.timeout, request.id)
-        if self._is_outdated(request, call):
-            self._done(call)
-            self._known_tools = None
-            given = self._modern_headers(request, own)
-            call = self._sent(
-                "POST", body, own, given, self._link.timeout, request.id, is_new=False
-            )
+        call = self._called(request, own, given)
         is_stream = call.media_type == headers.EVENT_STREAM and call.status < 300
         try:
             if request.method == INITIALIZE and call.status < 300:
@@ -338,6 +320,42 @@ class Upstream:
                 self._done(call)
         if is_stream:
             self._read(_Answer(request, own), call)
+
+    def _called(
+        self, request: Request, own: Mapping[str, str], given: Mapping[str, str]
+    ) -> HttpCall:
+        """The call of a request; one that is refused for its headers is made again with those that
+        belong to the tools as they are now, once.
+        """
+        body, timeout, began = jsonrpc.encode(request), self._link.timeout, time.monotonic()
+        call = self._sent("POST", body, own, given, timeout, request.id)
+        try:
+            if not self._is_outdated(request, call, began):
+                return call
+            self._take_back(call, request.id)
+        except ProxyError:
+            self._done(call)
+            raise
+        given = self._modern_headers(request, own)
+        return self._sent("POST", body, own, given, timeout, request.id)
+
+    def _is_outdated(self, request: Request, call: HttpCall, began: float) -> bool:
+        """Whether a call was refused for its headers, which are those of tools as they were."""
+        if request.method != "tools/call" or request.meta.protocol_version is UNSET:
+            return False
+        is_refused = call.status == 400 and _code_in(call) == HEADER_MISMATCH
+        return is_refused and self._repeated.may_have_changed(began)
+
+    def _take_back(self, call: HttpCall, key: RequestId) -> None:
+        """Closes a call that the server has refused: from now on it has got nothing of the request.
+
+        Raises BackendLost where that was cancelled meanwhile.
+        """
+        with self._lock:
+            if self._calls.get(call) != key:
+                raise BackendLost(_CANCELLED)
+            self.untaken.add(key)
+        self._done(call)
 
     def _has_forgotten(self, call: HttpCall) -> bool:
         """Whether an answer says that the session is over: nothing was done then."""
@@ -363,28 +381,34 @@ class Upstream:
         """
         if not _is_unknown(call) or _code_in(call) in _MODERN_CODES:
             return False
-        discover = Request("mcp-proxy-discover", modern.DISCOVER, _own_params(request))
+        discover = Request("mcp-proxy-discover", modern.DISCOVER, own_params(request))
         given = dict(modern.headers_of(discover))
         return self._is_refused(jsonrpc.encode(discover), own, given)
 
     def _is_refused(self, body: bytes, own: Mapping[str, str], given: Mapping[str, str]) -> bool:
         """Whether the server has no result for a request of ours that wants nothing of it."""
         try:
-            call = self._sent("POST", body, own, given, TAKE_TIME)
-            try:
-                return _is_unknown(call) or (call.status == 200 and not list(_results(call)))
-            finally:
-                self._done(call)
+            with self._own_call(body, own, given) as call:
+                has_none = call.status == 200 and _result(call, _MAX_ANSWER) is None
+                return has_none or _is_unknown(call)
         except ProxyError:  # nothing says so
             return False
 
-    def _is_outdated(self, request: Request, call: HttpCall) -> bool:
-        """Whether a call was refused for its headers, which are those of tools as they were."""
-        known = self._known_tools
-        if known is None or request.method != "tools/call" or call.status != 400:
-            return False
-        is_old = known[0] < time.monotonic() - TOOLS_PAUSE
-        return is_old and _code_in(call) == HEADER_MISMATCH
+    @contextmanager
+    def _own_call(
+        self,
+        body: bytes,
+        own: Mapping[str, str],
+        given: Mapping[str, str],
+        timeout: float = TAKE_TIME,
+        is_new: bool = True,
+    ) -> Iterator[HttpCall]:
+        """The call of a request of ours, as `_sent` makes it, closed at the end."""
+        call = self._sent("POST", body, own, given, timeout, is_new=is_new)
+        try:
+            yield call
+        finally:
+            self._done(call)
 
     def _read(self, answer: _Answer, call: HttpCall) -> None:
         """Takes a stream up to the answer, by whichever thread is there when something comes."""
@@ -608,6 +632,7 @@ class Upstream:
         with self._lock:
             self.untaken.discard(key)
             calls = [call for call, its in self._calls.items() if its == key]
+            self._calls.update(dict.fromkeys(calls))
         for call in calls:
             call.abort(BackendLost(_CANCELLED))
 
@@ -626,57 +651,20 @@ class Upstream:
         if request.method == "tools/call":
             fields = jsonrpc.fields_of(request.params)
             name = jsonrpc.text_of(fields.get("name", UNSET)) or ""
-            annotations = self._tools(request, own).get(name, {})
+            ask = partial(self._page, own)
+            annotations = self._repeated.of(request, ask).get(name, {})
             arguments = fields.get("arguments", UNSET)
             given |= dict(param_headers.headers_for(annotations, arguments))
         return given
 
-    def _tools(self, request: Request, own: Mapping[str, str]) -> Mapping[str, Mapping[str, Path]]:
-        """The arguments that are repeated in headers, by tool; asked for now and then."""
-        known = self._known_tools
-        if known is not None and known[0] > time.monotonic() - _TOOLS_TIME:
-            return known[1]
-        pages: list[Raw] = []
-        try:
-            pages.extend(self._tool_pages(request, own))
-        except BackendUnreached:
-            raise
-        except ProxyError as error:
-            log.warning("[%s] the tools could not be listed: %s", self.label, error)
-        found = param_headers.annotated(pages)
-        self._known_tools = (time.monotonic(), found)
-        return found
+    def _page(self, own: Mapping[str, str], page: Page) -> Raw | None:
+        """A page of the server's list of tools, None without one.
 
-    def _tool_pages(self, request: Request, own: Mapping[str, str]) -> Iterator[Raw]:
-        """The pages of the server's list of tools, as many as there is time for."""
-        params = _own_params(request)
-        until = time.monotonic() + TAKE_TIME
-        for _ in range(_MAX_PAGES):
-            listing = Request("mcp-proxy-tools", "tools/list", params)
-            given = dict(modern.headers_of(listing))
-            left = max(0.0, until - time.monotonic())
-            call = self._sent("POST", jsonrpc.encode(listing), own, given, left)
-            try:
-                page = next(_results(call), None)
-            finally:
-                self._done(call)
-            if page is None:
-                return
-            yield page
-            cursor = jsonrpc.member(jsonrpc.fields_of(page), "nextCursor")
-            if cursor is UNSET:
-                return
-            params = jsonrpc.edited(params, partial(_set_cursor, cursor))
-
-
-def _set_cursor(cursor: Raw, fields: dict[str, Raw]) -> None:
-    fields["cursor"] = cursor
-
-
-def _own_params(request: Request) -> Raw:
-    """The params of a request of our own for the client of another one."""
-    meta = modern.meta_of(request.params)
-    return jsonrpc.as_payload({"_meta": {n: v for n, v in meta.items() if n in _LISTED}})
+        No further page goes elsewhere where its backend cannot be reached.
+        """
+        body, given = jsonrpc.encode(page.request), dict(modern.headers_of(page.request))
+        with self._own_call(body, own, given, page.seconds, page.is_first) as call:
+            return _result(call, page.size)
 
 
 def _is_unknown(call: HttpCall) -> bool:
@@ -699,25 +687,30 @@ def _is_cancellation(message: Message) -> bool:
     return isinstance(message, Notification) and message.method == jsonrpc.CANCELLED
 
 
-def _events(call: HttpCall) -> Iterator[sse.Event]:
+def _events(call: HttpCall, limit: int) -> Iterator[sse.Event]:
     """The events of a stream; raises BackendError where it breaks."""
-    decoder = sse.Decoder(_MAX_ANSWER)
+    decoder = sse.Decoder(limit)
     for piece in call.pieces():
         yield from decoder.feed(piece)
 
 
-def _results(call: HttpCall) -> Iterator[Raw]:
-    """The result in an answer."""
+def _response(call: HttpCall, limit: int) -> Response | None:
+    """The response in an answer of so many bytes at most; None without one. Raises ProxyError."""
     if call.media_type == headers.EVENT_STREAM:
-        lines: Iterator[bytes] = (e.data for e in _events(call) if e.data)
+        lines: Iterator[bytes] = (e.data for e in _events(call, limit) if e.data)
     else:
-        lines = iter([call.read(_MAX_ANSWER)])
+        lines = iter([call.read(limit)])
     for line in lines:
         message = jsonrpc.parse_message(jsonrpc.one_line(line))
         if isinstance(message, Response):
-            if message.result is not UNSET:
-                yield message.result
-            return
+            return message
+    return None
+
+
+def _result(call: HttpCall, limit: int) -> Raw | None:
+    """As `_response`, its result; None without one."""
+    answer = _response(call, limit)
+    return None if answer is None or answer.result is UNSET else answer.result
 
 
 class Threads(NamedTuple):

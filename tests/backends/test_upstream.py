@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mcp_proxy.backends import event_reader
+from mcp_proxy.backends import event_reader, repeated_arguments
 from mcp_proxy.backends import upstream as upstream_module
 from mcp_proxy.backends.http import HttpClient
 from mcp_proxy.backends.owned import called_by
@@ -201,7 +201,7 @@ def test_a_modern_request_has_headers_that_say_what_it_says(
 def test_a_call_whose_tool_has_changed_is_sent_again_with_other_headers(
     new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream_module, "TOOLS_PAUSE", 0.0)
+    monkeypatch.setattr(repeated_arguments, "RENEWAL_PAUSE", 0.0)
     listed = {"name": "go", "inputSchema": {"type": "object"}}
     backend.rpc["tools/list"] = lambda turn: turn.result({"tools": [listed]})
     params = {"name": "go", "arguments": {"city": "Oslo"}, "_meta": MODERN}
@@ -223,6 +223,97 @@ def test_a_call_whose_tool_has_changed_is_sent_again_with_other_headers(
         400, json.dumps(mismatch).encode(), "Content-Type: application/json"
     )
     assert new.ask("tools/call", 3, params)["error"]["code"] == -32020
+
+
+MISMATCH = {"jsonrpc": "2.0", "id": None, "error": {"code": -32020, "message": "Mcp-Param-City"}}
+GO = {"name": "go", "arguments": {"city": "Oslo"}, "_meta": MODERN}
+
+
+class ChangingTool:
+    """A tool one of whose arguments is to be repeated, from `change` on.
+
+    Its second list, and all after that, come when `may_list` is set.
+    """
+
+    def __init__(self, backend: HttpBackend) -> None:
+        self.backend = backend
+        self.may_list = threading.Event()
+        self.schema: Json = {"type": "object"}
+        backend.rpc["tools/list"] = self.list
+        backend.rpc["tools/call"] = self.call
+
+    def change(self) -> None:
+        city = {"type": "string", "x-mcp-header": "City"}
+        self.schema = {"type": "object", "properties": {"city": city}}
+
+    def list(self, turn: Turn) -> None:
+        if len(self.backend.calls("tools/list")) > 1:
+            self.may_list.wait(10)
+        turn.result({"tools": [{"name": "go", "inputSchema": self.schema}]})
+
+    def call(self, turn: Turn) -> None:
+        if "properties" in self.schema and turn.seen.header("Mcp-Param-City") != "Oslo":
+            turn.reply(400, json.dumps(MISMATCH).encode(), "Content-Type: application/json")
+        else:
+            turn.result({"content": []})
+
+
+@pytest.fixture
+def changed(
+    new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> ChangingTool:
+    """A tool that has changed since it was called first."""
+    monkeypatch.setattr(repeated_arguments, "RENEWAL_PAUSE", 0.0)
+    tool = ChangingTool(backend)
+    assert "result" in new.ask("tools/call", 1, GO)
+    tool.change()
+    return tool
+
+
+def test_calls_at_the_same_time_learn_of_a_changed_tool_by_one_list(
+    new: Conversation, backend: HttpBackend, changed: ChangingTool
+) -> None:
+    keys = range(2, 6)
+    for key in keys:
+        new.write({"id": key, "method": "tools/call", "params": GO})
+    eventually(lambda: len(backend.calls("tools/list")) == 2)
+    changed.may_list.set()
+    assert all("result" in new.answer(key) for key in keys)
+    assert len(backend.calls("tools/list")) == 2
+
+
+def test_a_call_that_is_cancelled_before_it_is_sent_again_is_not_sent(
+    new: Conversation, backend: HttpBackend, changed: ChangingTool
+) -> None:
+    new.write({"id": 2, "method": "tools/call", "params": GO})
+    eventually(lambda: len(backend.calls("tools/list")) == 2)
+    new.write({"method": "notifications/cancelled", "params": {"requestId": 2}})
+    changed.may_list.set()
+    assert "cancelled" in new.answer(2)["error"]["message"]
+    assert len(backend.calls("tools/call")) == 2
+
+
+def test_a_refusal_that_breaks_off_leaves_no_call(
+    new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeated_arguments, "RENEWAL_PAUSE", 0.0)
+
+    def broken_off(turn: Turn) -> None:
+        turn.reply(400, b"{", "Content-Type: application/json", length=99)
+        raise Leave
+
+    backend.rpc["tools/list"] = lambda turn: turn.result({"tools": []})
+    backend.rpc["tools/call"] = broken_off
+    assert "98 bytes too early" in new.ask("tools/call", 1, GO)["error"]["message"]
+    eventually(lambda: "calls=0" in repr(new.upstream))
+
+
+def test_a_call_is_answered_where_there_is_no_time_for_a_list(
+    new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeated_arguments, "LIST_TIME", 0.0)
+    assert "result" in new.ask("tools/call", 1, GO)
+    assert not backend.calls("tools/list")
 
 
 def test_sticky_cookies_are_kept(new: Conversation, backend: HttpBackend) -> None:
@@ -358,7 +449,7 @@ def test_a_server_without_a_standing_stream_is_asked_once(
 def test_tools_that_are_never_listed_hold_a_call_up_for_a_while(
     new: Conversation, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream_module, "TAKE_TIME", 0.3)
+    monkeypatch.setattr(repeated_arguments, "LIST_TIME", 0.3)
     backend.rpc["tools/list"] = stream(b": hi\n\n", Feed())
     answer = new.ask("tools/call", 1, {"name": "echo", "_meta": MODERN})
     assert "result" in answer
@@ -472,8 +563,14 @@ def _misses_metadata(turn: Turn) -> None:
 def test_a_modern_server_in_the_place_of_a_legacy_one_has_taken_nothing(
     new: Conversation, backend: HttpBackend
 ) -> None:
+    def post(turn: Turn) -> None:
+        if turn.seen.rpc == "server/discover":
+            turn.result({"supportedVersions": ["2026-07-28"], "capabilities": {}})
+        else:
+            _misses_metadata(turn)
+
     new.open()
-    backend.on("POST", "/mcp", _misses_metadata)
+    backend.on("POST", "/mcp", post)
     new.write({"id": 1, "method": "tools/call", "params": {}})
     assert eventually(lambda: new.ends) == ["it does not know the session any more"]
     assert new.upstream.untaken == {1}

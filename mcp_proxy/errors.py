@@ -385,8 +385,10 @@ class BadAnswer(BackendLost):
     kind = "bad-answer"
 
 
-class OtherEra(BadAnswer):
-    """A server that was started is of another era than it was; it got nothing of a request."""
+class UncertainEra(BadAnswer):
+    """A server that was started has not answered as one of the era that it was of, and may be of
+    another now. It got nothing of a request.
+    """
 
 
 class RedirectRefused(BackendError):

@@ -29,10 +29,10 @@ from mcp_proxy.eras.tool_headers import ToolHeaders
 from mcp_proxy.errors import (
     BackendError,
     BadAnswer,
-    OtherEra,
     SessionExists,
     SessionNotFound,
     StorageError,
+    UncertainEra,
 )
 from mcp_proxy.ownership.owner import Owner
 from mcp_proxy.servers import StdioServer
@@ -340,13 +340,13 @@ class Homes:
         try:
             home = self._modern_home(session.id) if is_modern else self._new_legacy(session, kinds)
         except BackendError as error:
-            # It is another server than it was. Or its first start takes longer than a claim lasts,
-            # and who asks for the era waits longer.
+            # It may be another server than it was. Or its first start takes longer than a claim
+            # lasts, and who asks for the era waits longer.
             if isinstance(error, BadAnswer) or not self._has_started:
                 with self._lock:
                     self._is_modern, self._must_ask = None, True
             if isinstance(error, BadAnswer):
-                raise OtherEra(error.message) from error
+                raise UncertainEra(error.message) from error
             raise
         self._has_started = True
         return home

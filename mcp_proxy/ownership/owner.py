@@ -45,12 +45,12 @@ from mcp_proxy.errors import (
     BackendNotStarted,
     BackendUnreached,
     Draining,
-    OtherEra,
     Overloaded,
     SessionEnded,
     SessionNotFound,
     StorageError,
     StorageUnavailable,
+    UncertainEra,
 )
 from mcp_proxy.ownership.backoff import Backoff
 from mcp_proxy.ownership.spares import Spares
@@ -491,7 +491,7 @@ class Owner:
         that the first got nothing of it.
 
         `backend` is that one where it is known (`backend_at_hand`). `send_anew` is called where a
-        start has shown that the server is of another era than the session.
+        start has left it uncertain which era the server is of.
         """
         # Whoever sends it once more does so for the same caller.
         resend = partial(self._send_to_new_backend, session, send_anew=send_anew)
@@ -500,7 +500,7 @@ class Owner:
             (backend or self.backend_of(session, has_left=exchange.has_left)).send(exchange)
         except BackendUnreached:
             self._send_to_new_backend(session, exchange, send_anew)
-        except OtherEra:
+        except UncertainEra:
             if send_anew is None:
                 raise
             send_anew(exchange)
@@ -513,7 +513,7 @@ class Owner:
     ) -> None:
         try:
             self._new_backend_of(session, exchange.has_left).send(exchange)
-        except OtherEra:
+        except UncertainEra:
             if send_anew is None:
                 raise
             send_anew(exchange)
@@ -818,7 +818,7 @@ class Owner:
                 backend = self._settled(claimed)
         except BackendDraining as error:
             raise Draining from error  # the call itself has not begun
-        except OtherEra:
+        except UncertainEra:
             self.backoff.forget(claimed.id)  # it is another server, which has answered
             raise
         except BackendError as error:

@@ -368,12 +368,21 @@ class Upstream:
         return self._is_modern and self._is_legacy_now(request, call, own)
 
     def _is_modern_now(self, call: HttpCall, own: Mapping[str, str]) -> bool:
-        """A modern server misses what modern requests say of themselves, and knows neither sessions
-        nor `ping`.
+        """A modern server misses what modern requests say of themselves, knows neither sessions nor
+        `ping`, and says that it is one: there are legacy servers without `ping`.
         """
         if call.status not in _ANSWERS or _code_in(call) not in _MISSES_METADATA:
             return False
-        return self._is_refused(_PING, own, self._session_headers())
+        if not self._is_refused(_PING, own, self._session_headers()):
+            return False
+        discover = modern.discover_request()
+        given = dict(modern.headers_of(discover))
+        try:
+            with self._own_call(jsonrpc.encode(discover), own, given) as asked:
+                answer = _response(asked, _MAX_ANSWER)
+        except ProxyError:  # nothing says so
+            return False
+        return answer is not None and results.is_modern(answer)
 
     def _is_legacy_now(self, request: Request, call: HttpCall, own: Mapping[str, str]) -> bool:
         """A legacy server misses a session, and has no code of modern ones for it; it does not know

@@ -15,7 +15,6 @@ from msgspec import UNSET, Raw, UnsetType
 from mcp_proxy.backends.exchange import Exchange, ServerMessage
 from mcp_proxy.backends.switchboard import PendingCall, Switchboard
 from mcp_proxy.eras.legacy_session import LegacyClient, LegacySessionSwitchboard
-from mcp_proxy.eras.probing import is_modern
 from mcp_proxy.errors import UNSUPPORTED_REVISION
 from mcp_proxy.wire import jsonrpc, results, revisions
 from mcp_proxy.wire.handshake import INITIALIZE
@@ -86,7 +85,7 @@ class InitialSwitchboard(Switchboard):
 
     def _decided(self, refused: _Refused, response: Response, call: PendingCall) -> bytes:
         """The answer to the client's initialize, now that the server has said what it speaks."""
-        if not is_modern(response):
+        if not results.is_modern(response):
             return refused.refusal
         discovered = Raw(b"{}") if response.result is UNSET else response.result
         result = results.initialize_result(discovered, refused.client.version)

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from msgspec import UNSET, Raw
@@ -25,7 +25,6 @@ from mcp_proxy.backends.modern_switchboard import ModernSwitchboard
 from mcp_proxy.backends.switchboard import Switchboard
 from mcp_proxy.eras.questions import QuestionSwitchboard
 from mcp_proxy.errors import (
-    UNSUPPORTED_REVISION,
     BackendLost,
     BackendNotStarted,
     BadAnswer,
@@ -39,14 +38,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds of silence after which a second child is asked as a legacy one.
 SILENCE = 3.0
-
-#: What a request of the proxy's own says of itself.
-OWN_INFO: Mapping[str, object] = {"name": "mcp_proxy", "version": "1"}
-OWN_META: Mapping[str, object] = {
-    modern.PROTOCOL_VERSION: modern.REVISION,
-    modern.CLIENT_CAPABILITIES: {},
-    modern.CLIENT_INFO: OWN_INFO,
-}
 
 Spawn = Callable[[Switchboard], Bridge]
 
@@ -63,18 +54,12 @@ class Found(NamedTuple):
     result: Raw
 
 
-def discover_request() -> Request:
-    """A `server/discover` of the proxy's own."""
-    params = jsonrpc.as_payload({"_meta": OWN_META})
-    return Request("mcp-proxy-discover", modern.DISCOVER, params)
-
-
 def initialize_request(capabilities: Raw) -> Request:
     """An `initialize` of the proxy's own, with what its clients can be asked for."""
     params = {
         "protocolVersion": revisions.LEGACY[-1],
         "capabilities": capabilities,
-        "clientInfo": OWN_INFO,
+        "clientInfo": modern.OWN_INFO,
     }
     return Request("mcp-proxy-initialize", INITIALIZE, jsonrpc.as_payload(params))
 
@@ -89,25 +74,10 @@ def initialized(bridge: Bridge, capabilities: Raw, timeout: float) -> Raw:
 
 def discovered(bridge: Bridge, timeout: float) -> Raw:
     """The DiscoverResult of a modern child; raises BackendError, BadAnswer where it refuses."""
-    answer = ask(bridge, discover_request(), timeout)
-    if not is_modern(answer):
+    answer = ask(bridge, modern.discover_request(), timeout)
+    if not results.is_modern(answer):
         raise BadAnswer("The server refused server/discover")
     return answer.result or Raw(b"{}")
-
-
-def is_modern(answer: Response) -> bool:
-    """Whether a server that answers `server/discover` so speaks a revision that we do.
-
-    A server may name legacy revisions alone, also in an error that only modern ones know.
-    """
-    if answer.result is not UNSET:
-        fields = jsonrpc.fields_of(answer.result)
-        named = revisions.named_in(fields.get("supportedVersions", UNSET))
-    elif answer.error is not UNSET and results.code_of(answer.error) == UNSUPPORTED_REVISION:
-        named = results.supported_in(answer.error)
-    else:
-        named = []
-    return modern.REVISION in named
 
 
 def probe(
@@ -144,13 +114,13 @@ class _Asked:
 
     def found(self, new_switchboard: Callable[[], QuestionSwitchboard], capabilities: Raw) -> Found:
         first = self._started(ModernSwitchboard())
-        discover = self._ask(first, discover_request())
+        discover = self._ask(first, modern.discover_request())
         board = new_switchboard()
         if not wait_for(self._has_news, min(SILENCE, self._left), self._has_left):
             return self._raced(first, discover, board, capabilities)
         answer = discover.poll()
         assert answer is not None
-        if answer.failure is None and is_modern(_response(answer)):
+        if answer.failure is None and results.is_modern(_response(answer)):
             return Found(first, None, _response(answer).result or Raw(b"{}"))
         if answer.failure is None:
             first.speak(board)
@@ -182,7 +152,7 @@ class _Asked:
                     reason = answer.failure.message
                     continue
                 response = _response(answer)
-                if exchange is discover and is_modern(response):
+                if exchange is discover and results.is_modern(response):
                     return Found(first, None, response.result or Raw(b"{}"))
                 if exchange is initialize and response.result is not UNSET:
                     bridge.notify(Notification(INITIALIZED))

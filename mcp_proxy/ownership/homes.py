@@ -39,6 +39,7 @@ from mcp_proxy.servers import StdioServer
 from mcp_proxy.sessions import claims
 from mcp_proxy.sessions.facts import SharedEra
 from mcp_proxy.storage.session import KINDS, PRINCIPAL, Session, new_session
+from mcp_proxy.wire import modern
 from mcp_proxy.wire.capabilities import capabilities_of
 
 log = logging.getLogger(__name__)
@@ -414,7 +415,7 @@ def _shared_era(owner: Owner) -> SharedEra | None:
 
 def _as_home(bridge: Bridge) -> Bridge:
     """A child that speaks 2026-07-28, as the home of all that its clients ask."""
-    headers = ToolHeaders(probing.OWN_META)
+    headers = ToolHeaders(modern.OWN_META)
     bridge.has_answered = lambda exchange: headers.has_refused(bridge, exchange)
     bridge.idle_limit = HOME_IDLE
     return bridge

@@ -230,8 +230,12 @@ class EraBridge:
             return bool(named) and not any(map(revisions.is_modern, named))
         return code not in _MODERN and not (call.status == 404 and code == METHOD_NOT_FOUND)
 
-    def is_refusal_of_initialize(self, call: HttpCall) -> bool:
-        """Whether an answer to initialize says that its server knows no sessions."""
+    def may_know_no_sessions(self, call: HttpCall) -> bool:
+        """Whether an answer is how servers of 2026-07-28 alone refuse initialize, and whatever else
+        says nothing of itself; a legacy one may have another reason for the same.
+
+        The body has been read then, and can be read once more.
+        """
         is_error_in_200 = call.status == 200 and call.whole is not None
         if call.status not in _REFUSALS and not is_error_in_200:
             return False

@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 from msgspec import UNSET
 
 from mcp_proxy.backends.http import HttpCall, HttpClient
+from mcp_proxy.errors import BackendError
 from mcp_proxy.sessions import claims
 from mcp_proxy.transparent.forwarding import InitializeReader, is_lost_session
 from mcp_proxy.wire import headers, jsonrpc, modern, results
@@ -66,8 +67,10 @@ class Answered(NamedTuple):
         return self.response is not None and self.response.result is not UNSET
 
     @property
-    def knows_no_sessions(self) -> bool:
-        """Whether this is how a server of 2026-07-28 refuses what belongs to a session."""
+    def may_know_no_sessions(self) -> bool:
+        """Whether this is how a server of 2026-07-28 refuses what belongs to a session; a legacy
+        one may have another reason for the same.
+        """
         error = UNSET if self.response is None else self.response.error
         return error is not UNSET and results.code_of(error) in modern.NO_HANDSHAKE
 
@@ -117,6 +120,16 @@ class OwnCalls:
         body = jsonrpc.encode(Request(f"mcp-proxy-{secrets.token_hex(4)}", _PING))
         given = {**given, headers.SESSION_ID: session_id}
         return self.ask(address, given, body, is_fresh=is_fresh)
+
+    def is_modern(self, address: Address, given: Mapping[str, str]) -> bool:
+        """Whether a backend says that it speaks 2026-07-28; False where it says nothing usable."""
+        discover = modern.discover_request()
+        given = {**given, **dict(modern.headers_of(discover))}
+        try:
+            answer = self.ask(address, given, jsonrpc.encode(discover))
+        except BackendError:
+            return False
+        return answer.response is not None and results.is_modern(answer.response)
 
     def send_initialized(
         self, address: Address, given: Mapping[str, str], timeout: float | None = None

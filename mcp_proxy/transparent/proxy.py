@@ -655,7 +655,7 @@ class TransparentProxy(Transport):
             backend_sid = None  # the client does not get it either
         if call.status >= 300 or backend_sid is None:
             with closed_on_error(call):
-                if self._bridge is not None and self._bridge.is_refusal_of_initialize(call):
+                if self._bridge is not None and self._bridge.may_know_no_sessions(call):
                     reply = self._bridge.answer_initialize(inbound.request, message, call)
                     if reply is not None:
                         call.close()
@@ -804,18 +804,20 @@ class TransparentProxy(Transport):
             self._affinity.follow_cookies(session, call.headers)
         if call.status in (400, 404):
             with closed_on_error(call):
-                if is_lost_session(call) or self._has_other_era(inbound, route, call):
+                if is_lost_session(call) or self._is_modern_now(inbound, session, route, call):
                     raise SessionEnded
         return call
 
-    def _has_other_era(self, inbound: Inbound, route: Route, call: HttpCall) -> bool:
+    def _is_modern_now(
+        self, inbound: Inbound, session: Session, route: Route, call: HttpCall
+    ) -> bool:
         """Whether a request was refused since its backend knows no sessions any more."""
         bridge = self._bridge
-        if bridge is None or not bridge.is_refusal_of_initialize(call):
+        if bridge is None or not bridge.may_know_no_sessions(call):
             return False
         outbound = self._policy.outbound(inbound.request.environ)
         watch = self._watch_of(inbound.request)
-        return self._affinity.knows_no_sessions(route, outbound, watch)
+        return self._affinity.is_modern_now(session, route, outbound, watch)
 
     def _delete(self, inbound: Inbound, session: Session) -> Reply:
         """Ends the session at its backend, and here whatever becomes of that.

@@ -238,20 +238,24 @@ class SessionAffinity:
         except StorageError as error:  # the request was served all the same
             log.warning("a balancer's cookie was not recorded: %s", error)
 
-    def knows_no_sessions(
-        self, route: Route, request_headers: Mapping[str, str], watch: Watch
+    def is_modern_now(
+        self, session: Session, route: Route, request_headers: Mapping[str, str], watch: Watch
     ) -> bool:
-        """Whether a server of 2026-07-28 has taken the place of a session's backend: it refuses
-        what every legacy one answers.
+        """Whether a server of 2026-07-28 alone has taken the place of a session's backend.
+
+        It refuses a ping, as legacy servers without `ping` do, and says that it is one.
         """
         if route.session_id is None:
             return False
-        given = taken_along(request_headers)
+        calls, given = self._calls.waited_for(watch), taken_along(request_headers)
+        version = session.metadata.get(PROTOCOL_VERSION)
+        within = _within(given, route.session_id, version, route.cookies)
         try:
-            answer = self._calls.waited_for(watch).ping(route.address, given, route.session_id)
+            answer = calls.ping(route.address, within, route.session_id)
         except BackendError:  # nothing says so
             return False
-        return answer.knows_no_sessions
+        outside = _within(given, None, None, route.cookies)
+        return answer.may_know_no_sessions and calls.is_modern(route.address, outside)
 
     # --- initialized again -----------------------------------------------------------------------
 
@@ -302,9 +306,7 @@ class SessionAffinity:
             self._manager.end(claimed.id)
             raise SessionEnded
         try:
-            new = self._balancer.first_reached(
-                lambda address: self._initialize(address, body, given, timeout, calls)
-            )
+            new = self._initialized_by_one(body, given, timeout, calls)
         except SessionEnded:
             self._manager.end(claimed.id)
             raise
@@ -348,7 +350,9 @@ class SessionAffinity:
         address = self._backend_of(claimed)
         if abs(time.time() - lost_at) > _LOST_AGAIN or not session_id or address is None:
             return False
-        if not any(_knows(calls, address, given, session_id) for _ in range(_PINGS)):
+        version = claimed.metadata.get(PROTOCOL_VERSION)
+        within = _within(given, session_id, version, None)
+        if not any(_knows(calls, address, within, session_id) for _ in range(_PINGS)):
             return False
         if self._warning.is_due():
             log.warning(
@@ -359,6 +363,28 @@ class SessionAffinity:
             )
         return True
 
+    def _initialized_by_one(
+        self, body: bytes, given: Mapping[str, str], timeout: float | None, calls: OwnCalls
+    ) -> _Initialized:
+        """The first backend that can be reached and knows sessions has opened one: in a rolling
+        update some may be of 2026-07-28 already.
+
+        Raises SessionEnded where all are, BackendError where another one could not be had.
+        """
+        modern: set[Address] = set()
+
+        def initialize(address: Address) -> _Initialized | None:
+            opened = self._initialize(address, body, given, timeout, calls)
+            if opened is None:
+                modern.add(address)
+            return opened
+
+        while not modern.issuperset(self._balancer.backends()):
+            opened = self._balancer.first_reached(initialize, modern.__contains__)
+            if opened is not None:
+                return opened
+        raise SessionEnded
+
     def _initialize(
         self,
         address: Address,
@@ -366,12 +392,13 @@ class SessionAffinity:
         given: Mapping[str, str],
         timeout: float | None,
         calls: OwnCalls,
-    ) -> _Initialized:
+    ) -> _Initialized | None:
+        """A session that a backend has opened, None where it is of 2026-07-28 alone."""
         answer = calls.ask(address, given, body, timeout)
         response = answer.response
         if answer.status >= 300 or response is None or not answer.has_result:
-            if answer.knows_no_sessions:
-                raise SessionEnded
+            if answer.may_know_no_sessions and calls.is_modern(address, given):
+                return None
             raise BadAnswer(f"The server refused to be initialized again (status {answer.status})")
         version = jsonrpc.protocol_version_of(response.result)
         if not headers.FIELD_VALUE.fullmatch(f"{version}{answer.session_id}"):

@@ -42,6 +42,14 @@ SUBSCRIPTION_ID = f"{PREFIX}subscriptionId"
 PROGRESS_TOKEN = "progressToken"
 
 DISCOVER = "server/discover"
+
+#: What a request of the proxy's own says of itself.
+OWN_INFO: Mapping[str, object] = {"name": "mcp_proxy", "version": "1"}
+OWN_META: Mapping[str, object] = {
+    PROTOCOL_VERSION: REVISION,
+    CLIENT_CAPABILITIES: {},
+    CLIENT_INFO: OWN_INFO,
+}
 LISTEN = "subscriptions/listen"
 
 #: The methods whose result may be questions (MCP 2026-07-28, "Multi Round-Trip Requests").
@@ -241,6 +249,11 @@ def headers_of(request: Request) -> Headers:
     if name is not None:
         found.append((headers.NAME, headers.encode_value(name)))
     return found
+
+
+def discover_request() -> Request:
+    """A `server/discover` of the proxy's own."""
+    return Request("mcp-proxy-discover", DISCOVER, jsonrpc.as_payload({"_meta": OWN_META}))
 
 
 # --- the metadata of any message ------------------------------------------------------------------

@@ -14,11 +14,13 @@ from mcp_proxy.errors import (
     HEADER_MISMATCH,
     INTERNAL_ERROR,
     INVALID_PARAMS,
+    UNSUPPORTED_REVISION,
     ParseError,
 )
 from mcp_proxy.wire import jsonrpc, revisions, structured, tools
 from mcp_proxy.wire.capabilities import without_tasks
-from mcp_proxy.wire.modern import DISCOVER, PREFIX, SERVER_INFO, SUPPORTED, edit_meta
+from mcp_proxy.wire.jsonrpc import Response
+from mcp_proxy.wire.modern import DISCOVER, PREFIX, REVISION, SERVER_INFO, SUPPORTED, edit_meta
 
 #: Codes of legacy revisions that a modern server must not send.
 RESOURCE_NOT_FOUND = -32002
@@ -171,6 +173,21 @@ def supported_in(error: Raw) -> list[str]:
     """The revisions that a JSON-RPC error says are supported, none where it names none."""
     data = jsonrpc.fields_of(jsonrpc.fields_of(error).get("data", UNSET))
     return revisions.named_in(data.get("supported", UNSET))
+
+
+def is_modern(answer: Response) -> bool:
+    """Whether a server that answers `server/discover` so speaks a revision that we do.
+
+    A server may name legacy revisions alone, also in an error that only modern ones know.
+    """
+    if answer.result is not UNSET:
+        fields = jsonrpc.fields_of(answer.result)
+        named = revisions.named_in(fields.get("supportedVersions", UNSET))
+    elif answer.error is not UNSET and code_of(answer.error) == UNSUPPORTED_REVISION:
+        named = supported_in(answer.error)
+    else:
+        named = []
+    return REVISION in named
 
 
 def _unreserved(code: int) -> int:

@@ -576,6 +576,20 @@ def test_a_modern_server_in_the_place_of_a_legacy_one_has_taken_nothing(
     assert new.upstream.untaken == {1}
 
 
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_legacy_server_without_ping_may_refuse_params(
+    new: Conversation, backend: HttpBackend, status: int
+) -> None:
+    backend.rpc["tools/call"] = lambda turn: turn.error(status, -32602, "no such tool")
+    for method in ("ping", "server/discover"):
+        backend.rpc[method] = lambda turn: turn.error(400, -32601, "Method not found")
+    new.open()
+    new.write({"id": "server-error", "method": "tools/call"})
+    assert new.answer("server-error")["error"]["code"] == -32602
+    assert "result" in new.ask("tools/list", 2)
+    assert not new.ends
+
+
 def test_a_legacy_server_may_refuse_params(new: Conversation, backend: HttpBackend) -> None:
     backend.rpc["tools/call"] = _misses_metadata
     assert new.open().ask("tools/call", 1)["error"]["code"] == -32602

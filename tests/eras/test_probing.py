@@ -14,13 +14,13 @@ from msgspec import Raw
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.backends.switchboard import Switchboard
 from mcp_proxy.eras import probing
-from mcp_proxy.eras.probing import Found, is_modern
+from mcp_proxy.eras.probing import Found
 from mcp_proxy.eras.questions import KeptRoots, QuestionSwitchboard
 from mcp_proxy.errors import BackendError, BackendLost, BackendNotStarted, BadAnswer, ClientLeft
 from mcp_proxy.processes.supervisor import Supervisor
 from mcp_proxy.replica import Replica
 from mcp_proxy.servers import StdioServer
-from mcp_proxy.wire import jsonrpc
+from mcp_proxy.wire import jsonrpc, results
 from mcp_proxy.wire.jsonrpc import Response
 from tests.support.modern_client import ModernClient, Trace, server_of
 from tests.support.proxies import replicas
@@ -208,7 +208,7 @@ def test_what_an_answer_says_of_the_era(
         answer = Response(1, jsonrpc.as_payload(result))
     else:
         answer = Response(1, error=jsonrpc.as_payload({"message": "m", **(error or {})}))
-    assert is_modern(answer) is expected
+    assert results.is_modern(answer) is expected
 
 
 # --- through the proxy ---------------------------------------------------------------------------

@@ -463,6 +463,35 @@ def test_a_server_of_the_other_era_may_take_the_place_of_one(before: str, after:
                 assert session.call("tools/call", called("echo", text="4")).status == 404
 
 
+def test_a_legacy_server_without_ping_keeps_its_sessions(counting: HttpBackend) -> None:
+    for method in ("ping", "server/discover", "resources/list"):
+        counting.rpc[method] = lambda turn: turn.error(400, -32601, "Method not found")
+    with proxied(counting.url) as front:
+        client = opened(front)
+        for _ in range(2):
+            answer = client.call("resources/list")
+            assert (answer.status, answer.error()["code"]) == (400, -32601)
+        assert client.result("tools/list")["backend"] == "counting"
+    assert counting.executed["initialize"] == 1
+    assert counting.executed["resources/list"] == 2
+    assert counting.calls("ping")[0].header("Mcp-Protocol-Version") == "2025-11-25"
+
+
+def test_a_lost_session_goes_on_at_a_legacy_server_while_others_are_modern_already(
+    both: tuple[EraServerProcess, EraServerProcess],
+) -> None:
+    old, new = both
+    with proxied([new.url, old.url]) as front:
+        client = opened(front)
+        assert told(client, "echo", text="1") == {"text": "1"}
+        assert len(old.requests("initialize")) == 1
+        old.kill()
+        old.start()
+        assert told(client, "echo", text="2") == {"text": "2"}
+        assert len(new.requests("initialize")) == 1  # it was tried first
+        assert len(new.requests("tools/call")) == 0
+
+
 def test_a_bridged_server_that_has_forgotten_all_is_asked_with_its_callers_token() -> None:
     with (
         EraServerProcess("legacy", "--deny", "401") as server,

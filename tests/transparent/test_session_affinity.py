@@ -291,12 +291,20 @@ def test_a_backend_that_cannot_be_had_is_an_error_and_the_session_stays(
     assert client.result("tools/call")["backend"] == "backend"
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        reply(401, b"{}", _JSON),
+        lambda turn: turn.error(400, -32602, "clientInfo is missing"),
+    ],
+    ids=["401", "params"],
+)
 def test_a_backend_that_refuses_the_handshake_gave_a_bad_answer(
-    proxy: Transparent, backend: HttpBackend
+    proxy: Transparent, backend: HttpBackend, refusal: Any
 ) -> None:
     client = proxy.client().open()
     backend.sessions.clear()
-    backend.rpc["initialize"] = reply(401, b"{}", "Content-Type: application/json")
+    backend.rpc["initialize"] = refusal
     assert client.call("tools/call").failure == "bad-answer"
     del backend.rpc["initialize"]
     client.result("tools/call")
@@ -571,7 +579,7 @@ def test_a_claim_names_its_claimant_and_is_given_back_after_any_failure(
     scoped = fronts[0].app.manager.storage
     seen = []
 
-    def fail(self: Balancer, reach: object) -> None:
+    def fail(self: Balancer, *given: object) -> None:
         assert client.session is not None
         seen.append(scoped.load(client.session).metadata[CLAIM].split()[2])
         raise RuntimeError("unforeseen")

@@ -27,7 +27,7 @@ from mcp_proxy.servers import (
     path_name,
     require_types,
 )
-from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, OF_CONNECTIONS
+from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, FRAMING
 from mcp_proxy.wire.urls import parse_target
 
 _BOM = b"\xef\xbb\xbf"
@@ -327,8 +327,8 @@ def _header(name: str, value: str) -> str:
     """A header of an entry as it is kept; raises ValueError for one that cannot be sent."""
     if not FIELD_NAME.fullmatch(name) or not value or not FIELD_VALUE.fullmatch(value):
         raise ValueError(f"the header {name!r} has no name or no value that can be sent")
-    if name.lower() in OF_CONNECTIONS:
-        raise ValueError(f"the header {name!r} belongs to each connection: leave it out")
+    if name.lower() in FRAMING:
+        raise ValueError(f"the header {name!r} says where a message ends: leave it out")
     return f"{name}: {value}"
 
 

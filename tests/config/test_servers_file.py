@@ -119,6 +119,13 @@ def test_a_variable_that_is_not_set_is_refused_by_name(file: File, where: str) -
     assert file.complaint(entry) == said
 
 
+def test_headers_of_the_next_connection_may_be_set(file: File) -> None:
+    headers = {"Proxy-Authorization": "Bearer x", "TE": "trailers", "Connection": "close"}
+    (server,) = file.servers({"a": {"url": "http://h/mcp", "headers": headers}})
+    told = ("Proxy-Authorization: Bearer x", "TE: trailers", "Connection: close")
+    assert server == HttpServer("a", ("http://h/mcp",), told)
+
+
 def test_an_http_server_has_headers_and_every_server_a_time_limit(file: File) -> None:
     url = "http://h/mcp"
     entry = {"url": url, "headers": {"Authorization": "Bearer ${T}", "x-a": "1:2"}, "timeout": 5}
@@ -371,11 +378,11 @@ def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
         ({"url": "http://h", "headers": {"A": "b\x7f"}}, "the header 'A'"),
         (
             {"url": "http://h", "headers": {"transfer-Encoding": "chunked"}},
-            "the header 'transfer-Encoding' belongs to each connection",
+            "the header 'transfer-Encoding' says where a message ends",
         ),
         (
             {"url": "http://h", "headers": {"Content-Length": "5"}},
-            "the header 'Content-Length' belongs to each connection",
+            "the header 'Content-Length' says where a message ends",
         ),
         (
             {"command": "x", "timeout": 0},

@@ -602,6 +602,13 @@ def test_the_content_of_a_file_is_never_shown(file: File, tmp_path: Path) -> Non
     assert http.headers == ("X-Key: swordfish is it",)
     for server in (stdio, http):
         assert "swordfish" not in f"{server} {server!r}"
+def test_a_name_that_leads_to_no_file_is_left_out(file: File) -> None:
+    """Where it is empty it would be the working directory, in which files come and go."""
+    named = ["${file:${NONE}}", "${file:${EMPTY}}", "${file:${NONE}/secret}", "${file:/${NONE:-a}}"]
+    text = json.dumps({"env": dict(enumerate(named)), "envFile": "${NONE}"})
+    assert named_files(text, {"EMPTY": ""}) == ["/a"]
+
+
     assert str(stdio) == "x --fish *** 'in ***.'"
 
 

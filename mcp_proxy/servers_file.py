@@ -38,6 +38,9 @@ _SERVERS = ("mcpServers", "servers")
 # A string, and the colon behind it where it is a key; the beginning and the end of what is nested.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?=\s*(:))?|[{}\[\]]')
 
+# A string, or a number as Python's reader takes it.
+_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|-?(?:[0-9][0-9.eE+-]*|Infinity)|NaN')
+
 # A string; a comment; a comma before the end of a list or an object.
 _COMMENTED = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _TRAILING = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
@@ -167,14 +170,30 @@ def _text(path: Path) -> str:
 
 
 def _malformed(text: str) -> str | None:
-    """Where a text is no JSON, and why; None for one that is."""
+    """Where a text is no JSON, and why; None for one that is.
+
+    Python's reader tells where, and takes numbers without end and half characters.
+    """
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
         return f", line {error.lineno}, column {error.colno}: {plain(error.msg)}"
-    except RecursionError:
+    except (ValueError, RecursionError):  # a number of thousands of digits
         pass
+    for found in _SCALAR.finditer(text):
+        try:
+            msgspec.json.decode(found[0])
+        except ValueError:
+            start = found.start()
+            line, column = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
+            return f", line {line}, column {column}: {_flaw_of(found[0])}"
     return None
+
+
+def _flaw_of(scalar: str) -> str:
+    if scalar.startswith('"'):
+        return "half a character"
+    return "a number that is too large" if scalar[-1].isdigit() else "no number of JSON"
 
 
 def _servers(document: Any) -> dict[str, Any]:

@@ -335,10 +335,24 @@ def test_equal_keys_of_different_objects_are_not_there_twice(file: File) -> None
     assert read_servers(file.path, {}) == [StdioServer("a", ("a",))]
 
 
-def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
-    file.write('{"mcpServers": {\n  "a": {"command": "x" "args": []}}}')
-    with pytest.raises(ConfigError, match=", line 2, column 24: expecting ',' delimiter"):
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ('{"command": "x" "args": []}', "column 24: expecting ',' delimiter"),
+        ('{"command": "x", "timeout": 1e999}', "column 36: a number that is too large"),
+        ('{"command": "x", "timeout": -1e999}', "column 36: a number that is too large"),
+        ('{"command": "x", "timeout": NaN}', "column 36: no number of JSON"),
+        ('{"command": "x", "timeout": Infinity}', "column 36: no number of JSON"),
+        ('{"command": "\\ud83d\\ude00 \\ud83d"}', "column 20: half a character"),
+        ('{"command": "\\ude00"}', "column 20: half a character"),
+        ('{"\\ud83d": "x"}', "column 9: half a character"),
+    ],
+)
+def test_what_is_no_json_is_named_by_line_and_column(file: File, entry: str, reason: str) -> None:
+    file.write(f'{{"mcpServers": {{\n  "a": {entry}}}}}')
+    with pytest.raises(ConfigError) as caught:
         read_servers(file.path, {})
+    assert str(caught.value) == f"{file.path}, line 2, {reason}"
 
 
 @pytest.mark.parametrize(
@@ -588,6 +602,13 @@ def test_a_file_may_be_named_by_a_variable(file: File, tmp_path: Path, directory
     assert named_files(text, environ) == [f"{tmp_path}/secret", f"{tmp_path}/more"]
 
 
+def test_a_name_that_leads_to_no_file_is_left_out(file: File) -> None:
+    """Where it is empty it would be the working directory, in which files come and go."""
+    named = ["${file:${NONE}}", "${file:${EMPTY}}", "${file:${NONE}/secret}", "${file:/${NONE:-a}}"]
+    text = json.dumps({"env": dict(enumerate(named)), "envFile": "${NONE}"})
+    assert named_files(text, {"EMPTY": ""}) == ["/a"]
+
+
 def test_the_content_of_a_file_is_never_shown(file: File, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("swordfish is it\n")
@@ -602,13 +623,6 @@ def test_the_content_of_a_file_is_never_shown(file: File, tmp_path: Path) -> Non
     assert http.headers == ("X-Key: swordfish is it",)
     for server in (stdio, http):
         assert "swordfish" not in f"{server} {server!r}"
-def test_a_name_that_leads_to_no_file_is_left_out(file: File) -> None:
-    """Where it is empty it would be the working directory, in which files come and go."""
-    named = ["${file:${NONE}}", "${file:${EMPTY}}", "${file:${NONE}/secret}", "${file:/${NONE:-a}}"]
-    text = json.dumps({"env": dict(enumerate(named)), "envFile": "${NONE}"})
-    assert named_files(text, {"EMPTY": ""}) == ["/a"]
-
-
     assert str(stdio) == "x --fish *** 'in ***.'"
 
 

@@ -47,7 +47,7 @@ from mcp_proxy.servers import (
 )
 from mcp_proxy.servers_file import ignored_keys, read_servers
 from mcp_proxy.shown_commands import shown_arguments, shown_command
-from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, OF_CONNECTIONS
+from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, FRAMING
 from mcp_proxy.wire.urls import ascii_host, parse_target
 
 PREFIX = "MCP_PROXY_"
@@ -338,7 +338,7 @@ class ProxyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for peer in self.trusted_proxies:
             _require_network(peer)
         for change in self.forward_headers:
-            _require_end_to_end(change)
+            _require_no_framing(change)
         if self.public_url is not None:
             msgspec.structs.force_setattr(self, "public_url", _as_public_url(self.public_url))
         if self.backend_proxy is not None:
@@ -955,11 +955,11 @@ def require_seconds(name: str, value: object, or_zero: bool = False) -> None:
     )
 
 
-def _require_end_to_end(change: str) -> None:
-    """Raises ConfigError for a change that sets what each connection says for itself."""
+def _require_no_framing(change: str) -> None:
+    """Raises ConfigError for a change that sets where each message ends."""
     name, _, value = (part.strip() for part in change.partition(":"))
-    if value and name.lower() in OF_CONNECTIONS:
-        raise ConfigError(f"forward_headers: {name} belongs to each connection and cannot be set")
+    if value and name.lower() in FRAMING:
+        raise ConfigError(f"forward_headers: {name} says where a message ends and cannot be set")
 
 
 def _require_network(peer: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -71,10 +72,13 @@ class EntryValues:
             return self._variable(reference[0])
         if key in _SHOWN:
             raise ValueError(f"{key}: it is shown, and so may have no content of a file in it")
-        path = _VARIABLE.sub(lambda match: self._variable(match[0]), path)
-        secret = _LAST_LINE_BREAK.sub("", _content(path))
+        secret = _LAST_LINE_BREAK.sub("", _content(self.path(path)))
         self.secrets.append(secret)
         return secret
+
+    def path(self, name: str) -> str:
+        """The path by which a file is named; raises ValueError for a variable that is not set."""
+        return os.path.expanduser(_VARIABLE.sub(lambda match: self._variable(match[0]), name))
 
     def _variable(self, reference: str) -> str:
         name, default = _VARIABLE.fullmatch(reference).groups()  # type: ignore[union-attr]
@@ -87,12 +91,18 @@ class EntryValues:
 
 
 def named_files(text: str, environ: Mapping[str, str]) -> list[str]:
-    """The files whose content or variables come into the entries of the file with this text."""
+    """The files whose content or variables come into the entries of the file with this text.
+
+    One that is named by a variable which is not set, or by nothing, is left out: its entry is not
+    served, and an empty path would be the working directory.
+    """
+    values = EntryValues(environ)
     named = [found[1] for pattern in (_FILE, _ENV_FILE) for found in pattern.finditer(text)]
-    return [
-        os.path.expanduser(_VARIABLE.sub(lambda m: environ.get(m[1], m[2] or ""), name))
-        for name in named
-    ]
+    paths = []
+    for name in named:
+        with contextlib.suppress(ValueError):
+            paths.append(values.path(name))
+    return [path for path in paths if path]
 
 
 def read_env_file(path: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from mcp_proxy.servers import (
     path_name,
     require_types,
 )
-from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, OF_CONNECTIONS
+from mcp_proxy.wire.headers import FIELD_NAME, FIELD_VALUE, FRAMING
 from mcp_proxy.wire.urls import parse_target
 
 _BOM = b"\xef\xbb\xbf"
@@ -37,6 +37,9 @@ _SERVERS = ("mcpServers", "servers")
 
 # A string, and the colon behind it where it is a key; the beginning and the end of what is nested.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?=\s*(:))?|[{}\[\]]')
+
+# A string, or a number as Python's reader takes it.
+_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|-?(?:[0-9][0-9.eE+-]*|Infinity)|NaN')
 
 # A string; a comment; a comma before the end of a list or an object.
 _COMMENTED = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
@@ -167,14 +170,30 @@ def _text(path: Path) -> str:
 
 
 def _malformed(text: str) -> str | None:
-    """Where a text is no JSON, and why; None for one that is."""
+    """Where a text is no JSON, and why; None for one that is.
+
+    Python's reader tells where, and takes numbers without end and half characters.
+    """
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
         return f", line {error.lineno}, column {error.colno}: {plain(error.msg)}"
-    except RecursionError:
+    except (ValueError, RecursionError):  # a number of thousands of digits
         pass
+    for found in _SCALAR.finditer(text):
+        try:
+            msgspec.json.decode(found[0])
+        except ValueError:
+            start = found.start()
+            line, column = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
+            return f", line {line}, column {column}: {_flaw_of(found[0])}"
     return None
+
+
+def _flaw_of(scalar: str) -> str:
+    if scalar.startswith('"'):
+        return "half a character"
+    return "a number that is too large" if scalar[-1].isdigit() else "no number of JSON"
 
 
 def _servers(document: Any) -> dict[str, Any]:
@@ -327,8 +346,8 @@ def _header(name: str, value: str) -> str:
     """A header of an entry as it is kept; raises ValueError for one that cannot be sent."""
     if not FIELD_NAME.fullmatch(name) or not value or not FIELD_VALUE.fullmatch(value):
         raise ValueError(f"the header {name!r} has no name or no value that can be sent")
-    if name.lower() in OF_CONNECTIONS:
-        raise ValueError(f"the header {name!r} belongs to each connection: leave it out")
+    if name.lower() in FRAMING:
+        raise ValueError(f"the header {name!r} says where a message ends: leave it out")
     return f"{name}: {value}"
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -26,13 +26,10 @@ from mcp_proxy.errors import (
     BackendError,
     BackendTimeout,
     BackendUnreached,
-    Cancelled,
     ClientLeft,
     ProxyError,
-    RequestId,
     in_seconds,
 )
-from mcp_proxy.wire import jsonrpc
 from mcp_proxy.wire.jsonrpc import Notification, Request, Response
 
 if TYPE_CHECKING:
@@ -492,14 +489,6 @@ class Exchange:
         if self._on_ready is not None:
             self._on_ready()
         return True
-
-    def answer_cancelled(self, ids: Collection[RequestId]) -> None:
-        """Answers those of its requests that were cancelled before any backend has one of them."""
-        for cancelled in ids:
-            failure = Cancelled()
-            data = jsonrpc.encode_error(failure.code, failure.message, cancelled)
-            self.offer(ServerMessage(data, is_response=True, failure=failure))
-        self.requests = [request for request in self.requests if request.id not in ids]
 
     def wait_for_room(self) -> None:
         """Returns when the client has caught up or left. Called by the reader, without any lock.

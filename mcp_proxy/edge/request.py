@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Raw, UnsetType
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
@@ -23,7 +23,6 @@ from mcp_proxy.edge.operations import Operations, count_failure, kind_of
 from mcp_proxy.errors import (
     BodyTooLarge,
     BodyTooSlow,
-    Cancelled,
     ClientError,
     InvalidRequest,
     Passed,
@@ -313,25 +312,19 @@ class ClientRequest:
         """Raises Passed where calls of this session have as many threads as those of one may have.
 
         The request then comes again, when one of them has ended; Overloaded is raised for one that
-        cannot. What is returned are calls of a batch that were cancelled until then; Cancelled is
-        raised where all were. To be called for a request that waits for an answer, before anything
-        is done.
+        cannot. What is returned are its calls that were cancelled until then, and that nobody is
+        to make. To be called for a request that waits for an answer, before anything is done.
         """
         admit = None if self.rpc in _NEVER_HELD else self.environ.pop(ADMIT, None)
-        cancelled = frozenset() if admit is None else self._admitted(admit, session_id)
-        if PASS_TO not in self.environ:
-            self.body = b""
-        return cancelled
-
-    def _admitted(self, admit: Callable[..., Any], session_id: str) -> frozenset[RequestId]:
-        parts = self.message if isinstance(self.message, list) else [self.message]
-        calls = [part.id for part in parts if isinstance(part, Request)]
-        cancelled: frozenset[RequestId] | None
-        cancelled = admit(session_id, self.body, self.id, self.is_counted, calls)
+        cancelled: frozenset[RequestId] | None = frozenset()
+        if admit is not None:
+            parts = self.message if isinstance(self.message, list) else [self.message]
+            calls = [part.id for part in parts if isinstance(part, Request)]
+            cancelled = admit(session_id, self.body, self.id, self.is_counted, calls)
         if cancelled is None:
             raise Passed
-        if cancelled and cancelled.issuperset(calls):
-            raise Cancelled
+        if PASS_TO not in self.environ:
+            self.body = b""
         return cancelled
 
     def cancels_waiting(self, session_id: str, notification: Notification) -> bool:

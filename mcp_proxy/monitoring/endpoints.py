@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _INTERVAL = 1.0  # seconds between two writes
 _ASKED = 60.0  # seconds after a question for which workers say how they are
 _LONGEST_ABOUT = 512  # characters of what an operator names: a session, a server
-_WRITTEN = 1.0  # seconds at most, at the end, for what is still to be written
+#: Seconds at most, at the end, for what is still to be written.
+WRITTEN = 1.0
 
 _HEALTH = {
     "ready": Health.READY,
@@ -157,7 +158,7 @@ class Monitoring:
         if self._hosts is not None:
             self._hosts.stop()
         if self._shared_uses is not None:
-            self._shared_uses.stop(_WRITTEN)
+            self._shared_uses.stop(WRITTEN)
 
     def may_leave(self) -> bool:
         """Whether this worker is ending, and another one can answer in its place."""

@@ -1,8 +1,9 @@
 """When API keys were last used on any of the hosts that share a store.
 
-Each keeps the minute of a key in memory (`last_uses.py`). One worker of each gunicorn writes what
-is new there into the store, under a name for each key, once a minute; no request waits for that.
-The latest minute counts, whoever writes last.
+Each keeps the minute of a key in memory (`last_uses.py`). One worker of each gunicorn compares that
+with the store, which has a name for each key, once a minute, and writes what is later; no request
+waits for that. So the latest minute counts, also after the store has lost what it had. Of two hosts
+that write in the same moment the earlier use may stand until the other one's next turn.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 
 from mcp_proxy import metrics
 from mcp_proxy.background import Periodic, Workers
@@ -24,6 +26,9 @@ KEPT = 366 * 86_400.0
 
 # Seconds between two turns.
 _INTERVAL = 60.0
+
+# How often one use is written in a turn, where others write an earlier one at the same time.
+_ATTEMPTS = 3
 
 
 class KeyUses(Periodic):
@@ -43,29 +48,33 @@ class KeyUses(Periodic):
         super().__init__("mcp-key-uses", _INTERVAL, self.share, workers)
         self._storage = storage
         self._digests = digests
-        self._written: dict[str, float] = {}  # what the store has at least; of our thread alone
 
     def share(self) -> None:
-        """Writes what is new, in the first worker of a gunicorn."""
+        """Writes what the store does not know, in the first worker of a gunicorn."""
         counters = metrics.current()
         if counters is not None and counters.is_first:
             self._write(counters.page.key_uses)
 
     def finish(self) -> None:
-        """Writes what is new since the last turn: another worker, or none, does it from now on."""
+        """Writes what the store does not know: another worker, or none, does it from now on."""
         counters = metrics.current()
         if counters is not None:
             self._write(counters.page.key_uses)
 
     def _write(self, uses: LastUses) -> None:
+        found = sorted(uses.read().items(), key=itemgetter(1), reverse=True)  # what is new first
         try:
-            for key, used in uses.read().items():
-                if used > self._written.get(key, 0.0):
-                    if used > self._read(key):
-                        self._storage.put(_name(key), f"{used:.0f}", KEPT)
-                    self._written[key] = used
+            for key, used in found:
+                self._put_latest(key, used)
         except StorageError as error:
             log.debug("other hosts do not see when keys were used: %s", error)
+
+    def _put_latest(self, key: str, used: float) -> None:
+        """Has the store know this use of a key, or a later one."""
+        for _ in range(_ATTEMPTS):
+            if self._read(key) >= used:
+                return
+            self._storage.put(_name(key), f"{used:.0f}", KEPT)
 
     def read(self, here: LastUses) -> Mapping[str, float]:
         """The last uses on this host and, as far as the store can be asked, on all of them."""

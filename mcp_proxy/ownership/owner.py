@@ -43,6 +43,7 @@ from mcp_proxy.errors import (
     BackendExited,
     BackendLost,
     BackendNotStarted,
+    BackendTimeout,
     BackendUnreached,
     Draining,
     Overloaded,
@@ -51,6 +52,7 @@ from mcp_proxy.errors import (
     StorageError,
     StorageUnavailable,
     UncertainEra,
+    in_seconds,
 )
 from mcp_proxy.ownership.backoff import Backoff
 from mcp_proxy.ownership.spares import Spares
@@ -90,8 +92,8 @@ _ROUNDS = 5
 # Children that are brought back at the same time.
 _RESTORED_AT_ONCE = 64
 
-# Seconds for a new child to answer the replay, within a claim: it may have to be fetched first.
-_REPLAY_TIME = claims.CLAIM_TIME * 3 / 4
+#: Seconds for a new child to answer the replay, within a claim: it may have to be fetched first.
+REPLAY_TIME = claims.CLAIM_TIME * 3 / 4
 
 # Sweeps in the time that an unused session lives, and the seconds between two at most and at least.
 _SWEEPS_PER_TTL = 4
@@ -733,20 +735,22 @@ class Owner:
         """The session's child, brought back; None where somebody else was faster.
 
         A claim lasts for a minute at most, so the turn comes first. Another thread does the work,
-        which goes on when the client leaves: one with a short time limit would never get a slow
-        server back.
+        which goes on when the client leaves or `request_timeout` is over, for which this waits at
+        most: a short time limit would never get a slow server back.
         """
         if self._is_closing:
             raise Draining
         values = self._values_for(session)
         self.backoff.require_over(session.id)
         limit = self._options.request_timeout
+        until = time.monotonic() + limit
         turn = self.turns.take(limit, has_left)
         restored: Future[Backend | None] = Future()
         restored.add_done_callback(lambda _: turn.give_back())
         own = self.replica.id
         try:
-            claimed = claims.claim(self.manager, session, own, has_ended, has_left, limit)
+            left = max(0.0, until - time.monotonic())
+            claimed = claims.claim(self.manager, session, own, has_ended, has_left, left)
             if claimed is None:
                 restored.cancel()
                 return None
@@ -756,7 +760,7 @@ class Owner:
         except BaseException:
             restored.cancel()
             raise
-        return self._awaited(restored, claimed, has_left)
+        return self._awaited(restored, claimed, until, has_left)
 
     def _values_for(self, session: Session) -> Values | None:
         """What a new child of a session gets of its caller: what came with the request, else what
@@ -788,9 +792,12 @@ class Owner:
         self,
         restored: Future[Backend | None],
         claimed: Session,
+        until: float,
         has_left: Callable[[], bool] | None,
     ) -> Backend | None:
-        """What comes of bringing a child back; raises ClientLeft, and then that goes on."""
+        """What comes of bringing a child back; raises ClientLeft, and BackendTimeout at `until`
+        (monotonic), and then that goes on.
+        """
         is_done = threading.Event()
         restored.add_done_callback(lambda _: is_done.set())
 
@@ -800,7 +807,9 @@ class Owner:
                     raise Draining
             return has_left is not None and has_left()
 
-        wait_for(is_done, threading.TIMEOUT_MAX, is_over)
+        if not wait_for(is_done, until - time.monotonic(), is_over):
+            limit = in_seconds(self._options.request_timeout)
+            raise BackendTimeout(f"The session's server was not brought back within {limit}")
         return restored.result()
 
     def _restore(self, claimed: Session, restored: Future[Backend | None]) -> None:
@@ -883,12 +892,12 @@ class Owner:
         if self._make is not None:
             group = self._make()
             group.restore(requests[1:])
-            handshake.replay(group, requests[:1], version, _REPLAY_TIME)
+            handshake.replay(group, requests[:1], version, REPLAY_TIME)
             group.start_subscribed()
             return group
         bridge = self.spawn()
         try:
-            handshake.replay(bridge, requests, version, _REPLAY_TIME)
+            handshake.replay(bridge, requests, version, REPLAY_TIME)
         except BaseException:
             self._end_start(bridge)
             raise

@@ -270,13 +270,14 @@ class Connection:
         else:
             client.ping()
 
-    def info(self) -> list[dict[str, Any]]:
-        """The `server` section of every primary's INFO; raises redis-py's errors."""
+    def info(self, section: str = "server") -> list[dict[str, Any]]:
+        """The `server` or `memory` section of every primary's INFO; raises redis-py's errors."""
         client = self.client
         if not isinstance(client, RedisCluster):
-            return [client.info("server")]
-        answer: dict[str, Any] = client.info("server", target_nodes=RedisCluster.PRIMARIES)
-        return [answer] if "redis_version" in answer else list(answer.values())
+            return [client.info(section)]
+        answer: dict[str, Any] = client.info(section, target_nodes=RedisCluster.PRIMARIES)
+        is_by_node = all(isinstance(value, dict) for value in answer.values())  # not for one alone
+        return list(answer.values()) if is_by_node else [answer]
 
     @contextmanager
     def mapped_errors(self, use: Use = Use.READ) -> Iterator[None]:

@@ -161,12 +161,13 @@ class RedisStorage(Storage):
     def eviction(self) -> str:
         """By which policy a server whose memory is full drops records; empty where by none.
 
-        Raises StorageUnavailable.
+        That is the first such policy of the servers of a Cluster. Raises StorageUnavailable.
         """
         with self.connection.mapped_errors():
-            memory = self.connection.client.info("memory")
-        policy = str(memory.get("maxmemory_policy", ""))
-        return policy if memory.get("maxmemory") and policy != "noeviction" else ""
+            sections = self.connection.info("memory")
+        limited = (memory for memory in sections if memory.get("maxmemory"))
+        policies = (str(memory.get("maxmemory_policy", "")) for memory in limited)
+        return next((policy for policy in policies if policy not in ("", "noeviction")), "")
 
     def scoped(self, name: str) -> RedisStorage:
         require_name(name)

@@ -24,6 +24,9 @@ _LISTENED_AT = (0, errno.EAGAIN, errno.EINPROGRESS)
 
 _UNPRIVILEGED = 1024
 
+# Hosts by which a port of every address of the machine is taken.
+_EVERYWHERE = frozenset({"", "0.0.0.0", "::"})
+
 # Seconds for which a port may be in use when this is started, and between looks.
 _LONGEST_WAIT = 5.0
 _POLL = 0.1
@@ -60,6 +63,18 @@ def wait_for_ports(addresses: Iterable[object]) -> None:
                 if time.monotonic() > until:
                     raise
             time.sleep(_POLL)
+
+
+def require_another(admin: str, addresses: Iterable[object]) -> None:
+    """Raises ConfigError where the address for operators is one of gunicorn's, or within one."""
+    host, port = parse_address(admin)
+    for address in addresses:
+        if not isinstance(address, tuple) or address[1] != port or port == 0:
+            continue
+        if address[0] == host or not _EVERYWHERE.isdisjoint((address[0], host)):
+            raise ConfigError(
+                f"admin_bind: {admin} is where bind has everybody come in: choose another port"
+            )
 
 
 def try_address(text: str) -> str:

@@ -45,7 +45,7 @@ from mcp_proxy.server.admin import (
     listening_for_user,
 )
 from mcp_proxy.server.banner import banner, base_url, server_urls
-from mcp_proxy.server.binding import wait_for_ports
+from mcp_proxy.server.binding import require_another, wait_for_ports
 from mcp_proxy.server.deadlines import DEADLINES
 from mcp_proxy.server.last_good import LastGood
 from mcp_proxy.server.leaving import Leaving
@@ -355,6 +355,8 @@ class Hooks:
         self._metrics = metrics.MetricsPage(max(_COUNTING, 2 * server.cfg.workers))
         if self.config.admin_bind is not None:
             address = self.config.admin_bind
+            if given is None and not has_given_sockets():
+                require_another(address, server.cfg.address)
             self._admin = AdminSocket(lambda: given or listening_at(address), ADMIN_VARIABLE)
         if self.config.ctl_socket is not None:
             listen = partial(listening_for_user, self.config.ctl_socket)

@@ -27,7 +27,7 @@ Admit = Callable[[str, bytes, str, bool, Collection[RequestId]], frozenset[Reque
 @dataclass
 class PutOff:
     """A request that is to be read once more, with the calls in it, and those that were cancelled
-    since.
+    since it was put off for the first time.
     """
 
     session: str
@@ -91,33 +91,41 @@ class Shares:
         None where it has to wait: nobody gets what the application answers. Raises Overloaded for
         one that cannot be read once more.
         """
-        cancelled = self._cancelled_of(conn) if self._put_off else frozenset()
-        is_cancelled = bool(cancelled) and cancelled.issuperset(calls)
-        if is_cancelled or conn.share is not None or self._counts(conn, session):
-            return cancelled
+        put_off = self._put_off.get(conn)
+        if put_off is not None:
+            self._look_elsewhere(put_off)
+        is_over = put_off is not None and put_off.is_cancelled
+        if is_over or conn.share is not None or self._counts(conn, session):
+            return self._taken_on(conn)
         head = rebuilt(req, len(body), request_id)
         is_whole = len(head) <= conn.max_header_bytes and can_be_passed(req, len(body))
         if response.headers_sent or not is_whole:
             raise Overloaded("The session has as many calls under way as it may have at once")
         again = conn.to_read_again(head + body, session, is_counted)
         conn.held = Held(again, time.monotonic())
-        with self._lock:
-            self._put_off[conn] = PutOff(session, calls, conn.held.since, set(cancelled))
+        if put_off is None:
+            with self._lock:
+                self._put_off[conn] = PutOff(session, calls, conn.held.since)
         response.sock = Gathering()
         return None
 
-    def _cancelled_of(self, conn: Connection) -> frozenset[RequestId]:
+    def _look_elsewhere(self, put_off: PutOff) -> None:
+        """Notes what other workers were told of the calls of a request, ever since it was put off.
+
+        A worker remembers the last ones that it was told, whoever told it.
+        """
+        if self.slot is None:
+            return
+        session, since = put_off.session, put_off.since
+        found = [call for call in put_off.calls if self.slot.was_cancelled(session, call, since)]
+        with self._lock:
+            put_off.cancelled.update(found)
+
+    def _taken_on(self, conn: Connection) -> frozenset[RequestId]:
         """The calls that were cancelled while their request was put off; from now on it is not."""
         with self._lock:
             put_off = self._put_off.pop(conn, None)
-        if put_off is None:
-            return frozenset()
-        if self.slot is not None:
-            session, since = put_off.session, put_off.since
-            for call in put_off.calls:
-                if self.slot.was_cancelled(session, call, since):
-                    put_off.cancelled.add(call)
-        return frozenset(put_off.cancelled)
+        return frozenset() if put_off is None else frozenset(put_off.cancelled)
 
     def cancel(self, session: str, call: RequestId | None) -> bool:
         """Has the call of that id be answered as a cancelled one; False where none is put off here.
@@ -154,7 +162,7 @@ class Shares:
         """A request has been answered; the oldest one that waits gets the place of a call."""
         session, conn.share = conn.share, None
         if self._put_off and conn.held is None:
-            self._cancelled_of(conn)  # nobody asks any more
+            self._taken_on(conn)  # nobody asks any more
         if session is None:
             return
         with self._lock:

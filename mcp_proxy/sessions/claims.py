@@ -108,7 +108,7 @@ def unclaimed(
     while CLAIM in session.metadata and not _is_stale(manager, session, is_gone):
         if time.monotonic() > until:
             raise BackendTimeout(
-                f"The session's server was not brought back within {in_seconds(limit)}"
+                f"The session's server was not brought back within {in_seconds(round(limit, 1))}"
             )
         if has_left is not None and has_left():
             raise ClientLeft

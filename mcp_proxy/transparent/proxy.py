@@ -39,6 +39,7 @@ from mcp_proxy.errors import (
     BackendTimeout,
     BackendUnreached,
     BadAnswer,
+    Cancelled,
     ClientError,
     ClientLeft,
     ConfigError,
@@ -145,10 +146,10 @@ class Inbound(NamedTuple):
         return [part.id for part in self.message if isinstance(part, Request)]
 
     def without(self, cancelled: Collection[RequestId]) -> Inbound:
-        """The same without some requests of a batch, which nobody is to answer any more (MCP
+        """The same without some requests, if it is a batch: nobody is to answer them any more (MCP
         2025-03-26, cancellation).
         """
-        if not cancelled or not isinstance(self.message, list):
+        if not isinstance(self.message, list):
             return self
         left = [
             part
@@ -726,12 +727,27 @@ class TransparentProxy(Transport):
 
     def _in_session(self, inbound: Inbound, session: Session) -> Reply:
         request, message = inbound.request, inbound.message
-        if message is not None and _has_request(message):
-            inbound = inbound.without(request.admit(session.id))
+        if inbound.ids and (cancelled := request.admit(session.id)):
+            if cancelled.issuperset(inbound.ids):
+                self._send_rest(inbound.without(cancelled), session)
+                raise Cancelled
+            inbound = inbound.without(cancelled)
         if isinstance(message, Notification) and request.cancels_waiting(session.id, message):
             return empty_reply(202)
         if request.method == "DELETE":
             return self._delete(inbound, session)
+        return self._forwarded(inbound, session)
+
+    def _send_rest(self, inbound: Inbound, session: Session) -> None:
+        """Sends what is left of a batch without its requests, and wants no answer."""
+        if isinstance(inbound.message, list) and inbound.message:
+            until = time.monotonic() + self.options.connect_timeout
+            body = self._forwarded(inbound._replace(until=until), session).body
+            if not isinstance(body, bytes):
+                body.close()
+
+    def _forwarded(self, inbound: Inbound, session: Session) -> Reply:
+        """The answer of the session's backend, brought back or replaced where it is lost."""
         for _ in range(_ATTEMPTS - 1):
             try:
                 return self._reply(inbound, self._answer_in(inbound, session), session)

@@ -23,6 +23,7 @@ from mcp_proxy.edge.guard import require_own_site
 from mcp_proxy.edge.reply import Reply, empty_reply, json_reply, stream_reply
 from mcp_proxy.edge.request import ClientRequest
 from mcp_proxy.errors import (
+    Cancelled,
     ClientLeft,
     EncodedBody,
     InvalidRequest,
@@ -161,7 +162,8 @@ class StreamableProxy(StdioTransport):
             return self._initialize(request, message)
         session = self._session(request)
         pass_to_owner(self.owner, request, session)
-        request.admit(session.id)
+        if request.admit(session.id):
+            raise Cancelled
         exchange = self._exchange(request, [message])
         if message.method in CHANGES:
             self._remember_changes(exchange, session)
@@ -211,24 +213,29 @@ class StreamableProxy(StdioTransport):
         return reply._replace(headers=[*reply.headers, named])
 
     def _batch(self, request: ClientRequest, session: Session, batch: Batch) -> Reply:
-        """An array, which 2025-03-26 allows: its calls are answered together."""
+        """An array, which 2025-03-26 allows: its calls are answered together.
+
+        Those that were cancelled while it waited have no answer, unless there are no others.
+        """
         if not revisions.allows_batches(session.metadata.get(PROTOCOL_VERSION, "")):
             raise InvalidRequest("Batches are served for sessions at revision 2025-03-26 only")
         calls = [message for message in batch if isinstance(message, Request)]
         if any(call.method == INITIALIZE for call in calls):
             raise InvalidRequest("initialize must not be part of a batch")
         request.rpc = f"batch of {len(batch)}"
-        cancelled: frozenset[RequestId] = frozenset()
-        if calls:
+        is_waited_for = bool(calls)
+        if is_waited_for:
             self.edge.require_open()
             cancelled = request.admit(session.id)
+            calls = [call for call in calls if call.id not in cancelled]
         for message in batch:
             if not isinstance(message, Request):
                 self.pass_on(request, session, message)
-        if not calls:
+        if not is_waited_for:
             return empty_reply(202)
+        if not calls:
+            raise Cancelled
         exchange = self._exchange(request, calls)
-        exchange.answer_cancelled(cancelled)
         self._remember_changes(exchange, session)
         self.owner.send(session, exchange)
         return self._answer(request, exchange, None, session)

@@ -50,8 +50,9 @@ HOP_BY_HOP = frozenset(
     }
 )
 
-#: Fields that whoever sends a request writes itself: no setting and no entry can set them.
-OF_CONNECTIONS = HOP_BY_HOP | {"content-length"}
+#: Fields that say where a message ends (RFC 9112 section 6): who sends it writes them itself, and
+#: no setting and no entry can set them.
+FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 # A value that no header can carry as it is (MCP 2026-07-28, transports, "Value Encoding").
 #: How an encoded value begins.

@@ -155,6 +155,7 @@ def error_of(told: Raw) -> Raw:
     """What a server tells as an error, as the object that it has to be (JSON-RPC 2.0 section 5.1).
 
     An error without a number as its code, or without a message, is none to clients, which wait on.
+    An integer that is written as `-32602.0` is one to JSON and to few readers.
     """
     try:
         _error.decode(told)
@@ -165,7 +166,7 @@ def error_of(told: Raw) -> Raw:
         return Raw(msgspec.json.encode(_Error(PROXY_ERROR, _start_of(told))))
     fields = _fields.decode(told)
     for name, kind, value in (
-        ("code", int, PROXY_ERROR),
+        ("code", int, _integer_in(fields.get("code", b"null"), PROXY_ERROR)),
         ("message", str, _start_of(fields.get("message", told))),
     ):
         try:
@@ -173,6 +174,15 @@ def error_of(told: Raw) -> Raw:
         except msgspec.ValidationError:
             fields[name] = Raw(msgspec.json.encode(value))
     return Raw(msgspec.json.encode(fields))
+
+
+def _integer_in(payload: Raw | bytes, default: int) -> int:
+    """The value of a number that has no fraction, as JSON Schema sees integers."""
+    try:
+        value = msgspec.json.decode(payload, type=float)
+    except msgspec.ValidationError:
+        return default
+    return int(value) if value.is_integer() else default
 
 
 def _start_of(payload: Raw) -> str:

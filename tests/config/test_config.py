@@ -611,13 +611,20 @@ def test_a_change_of_headers_names_a_header(change: str) -> None:
     assert refusal(forward_headers=(change,)).startswith("forward_headers: only changes (Name: ")
 
 
-def test_a_header_of_the_connection_can_be_removed_and_not_set() -> None:
-    assert ProxyOptions(forward_headers=("TE:",)).forward_headers == ("TE:",)
-    for change in ("Transfer-Encoding: chunked", "content-length : 5", "Connection:close"):
+def test_a_header_that_frames_messages_can_be_removed_and_not_set() -> None:
+    removed = ("Content-Length:", "Transfer-Encoding:")
+    assert ProxyOptions(forward_headers=removed).forward_headers == removed
+    for change in ("Transfer-Encoding: chunked", "content-length : 5"):
         assert refusal(forward_headers=("X-A: 1", change)) == (
-            f"forward_headers: {change.partition(':')[0].strip()} belongs to each connection "
+            f"forward_headers: {change.partition(':')[0].strip()} says where a message ends "
             "and cannot be set"
         )
+
+
+def test_other_headers_of_the_next_connection_can_be_set() -> None:
+    """Google's Identity-Aware Proxy takes its token in Proxy-Authorization, for one."""
+    changes = ("Proxy-Authorization: Bearer x", "TE: trailers", "Connection: close")
+    assert ProxyOptions(forward_headers=changes).forward_headers == changes
 
 
 # --- secrets -------------------------------------------------------------------------------------

@@ -119,6 +119,13 @@ def test_a_variable_that_is_not_set_is_refused_by_name(file: File, where: str) -
     assert file.complaint(entry) == said
 
 
+def test_headers_of_the_next_connection_may_be_set(file: File) -> None:
+    headers = {"Proxy-Authorization": "Bearer x", "TE": "trailers", "Connection": "close"}
+    (server,) = file.servers({"a": {"url": "http://h/mcp", "headers": headers}})
+    told = ("Proxy-Authorization: Bearer x", "TE: trailers", "Connection: close")
+    assert server == HttpServer("a", ("http://h/mcp",), told)
+
+
 def test_an_http_server_has_headers_and_every_server_a_time_limit(file: File) -> None:
     url = "http://h/mcp"
     entry = {"url": url, "headers": {"Authorization": "Bearer ${T}", "x-a": "1:2"}, "timeout": 5}
@@ -328,10 +335,24 @@ def test_equal_keys_of_different_objects_are_not_there_twice(file: File) -> None
     assert read_servers(file.path, {}) == [StdioServer("a", ("a",))]
 
 
-def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
-    file.write('{"mcpServers": {\n  "a": {"command": "x" "args": []}}}')
-    with pytest.raises(ConfigError, match=", line 2, column 24: expecting ',' delimiter"):
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ('{"command": "x" "args": []}', "column 24: expecting ',' delimiter"),
+        ('{"command": "x", "timeout": 1e999}', "column 36: a number that is too large"),
+        ('{"command": "x", "timeout": -1e999}', "column 36: a number that is too large"),
+        ('{"command": "x", "timeout": NaN}', "column 36: no number of JSON"),
+        ('{"command": "x", "timeout": Infinity}', "column 36: no number of JSON"),
+        ('{"command": "\\ud83d\\ude00 \\ud83d"}', "column 20: half a character"),
+        ('{"command": "\\ude00"}', "column 20: half a character"),
+        ('{"\\ud83d": "x"}', "column 9: half a character"),
+    ],
+)
+def test_what_is_no_json_is_named_by_line_and_column(file: File, entry: str, reason: str) -> None:
+    file.write(f'{{"mcpServers": {{\n  "a": {entry}}}}}')
+    with pytest.raises(ConfigError) as caught:
         read_servers(file.path, {})
+    assert str(caught.value) == f"{file.path}, line 2, {reason}"
 
 
 @pytest.mark.parametrize(
@@ -371,11 +392,11 @@ def test_what_is_no_json_is_named_by_line_and_column(file: File) -> None:
         ({"url": "http://h", "headers": {"A": "b\x7f"}}, "the header 'A'"),
         (
             {"url": "http://h", "headers": {"transfer-Encoding": "chunked"}},
-            "the header 'transfer-Encoding' belongs to each connection",
+            "the header 'transfer-Encoding' says where a message ends",
         ),
         (
             {"url": "http://h", "headers": {"Content-Length": "5"}},
-            "the header 'Content-Length' belongs to each connection",
+            "the header 'Content-Length' says where a message ends",
         ),
         (
             {"command": "x", "timeout": 0},
@@ -579,6 +600,13 @@ def test_a_file_may_be_named_by_a_variable(file: File, tmp_path: Path, directory
     text = json.dumps({"env": {"A": reference}, "envFile": "${DIR}/more"})
     environ = {"DIR": str(tmp_path)}
     assert named_files(text, environ) == [f"{tmp_path}/secret", f"{tmp_path}/more"]
+
+
+def test_a_name_that_leads_to_no_file_is_left_out(file: File) -> None:
+    """Where it is empty it would be the working directory, in which files come and go."""
+    named = ["${file:${NONE}}", "${file:${EMPTY}}", "${file:${NONE}/secret}", "${file:/${NONE:-a}}"]
+    text = json.dumps({"env": dict(enumerate(named)), "envFile": "${NONE}"})
+    assert named_files(text, {"EMPTY": ""}) == ["/a"]
 
 
 def test_the_content_of_a_file_is_never_shown(file: File, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from tests.support.redis_server import RedisServer
 from tests.support.reloads import ENTRY, client_of, write
 from tests.support.waiting import eventually
 
+#: A proxy that does not hurry at its end.
+PATIENT = ("-m", "gunicorn", "-c", "python:tests.live.patient_gunicorn", "mcp_proxy.wsgi:app")
+
 REPLACED = "the server's processes are replaced, each as soon as no call needs it"
 SERVED = "all workers serve what is in the file of servers"
 
@@ -295,12 +298,16 @@ def test_a_key_that_was_used_on_another_host_is_shown_with_its_last_use(
 ) -> None:
     keys = KeyFile(tmp_path / "keys")
     alice = keys.add("alice")
-    options = ["--redis-url", redis_server.url, "--redis-prefix", redis_prefix]
-    options += ["--api-keys", keys.text]
+    settings = {
+        "MCP_PROXY_REDIS_URL": redis_server.url,
+        "MCP_PROXY_REDIS_PREFIX": redis_prefix,
+        "MCP_PROXY_API_KEYS": keys.text,
+    }
     one, other = tmp_path / "one.sock", tmp_path / "other.sock"
-    with ProxyProcess(SCRIPTED, options=[*options, "--ctl-socket", str(one)]):
+    with ProxyProcess(SCRIPTED, environment=settings, options=["--ctl-socket", str(one)]):
         began = time.time()
-        with ProxyProcess(SCRIPTED, options=[*options, "--ctl-socket", str(other)]) as process:
+        settings["MCP_PROXY_CTL_SOCKET"] = str(other)
+        with ProxyProcess(SCRIPTED, environment=settings, way=PATIENT) as process:
             McpClient(Knowing(HttpFront(process.base), alice)).open()
         shown = used_at(ctl(one, "--api-keys", keys.text, "keys")[1])["alice"]
         used = datetime.datetime.fromisoformat(shown).timestamp()

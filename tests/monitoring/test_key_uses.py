@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from mcp_proxy import metrics
 from mcp_proxy.auth.keys import digest_of
 from mcp_proxy.errors import StorageUnavailable
-from mcp_proxy.last_uses import last_use_of
+from mcp_proxy.last_uses import last_use_of, short
 from mcp_proxy.metrics import Health, MetricsPage
 from mcp_proxy.monitoring.key_uses import KEPT, KeyUses
 from mcp_proxy.storage.records import LocalStorage
@@ -25,10 +25,19 @@ class Counting(LocalStorage):
         super().__init__(clock=lambda: 0.0)
         self.written: list[tuple[str, float]] = []
         self.is_away = False
+        #: What another host does at the moment after this one has written.
+        self.meanwhile: list[Callable[[str], object]] = []
 
     def put(self, name: str, value: str, ttl: float) -> str:
         self.written.append((value, ttl))
-        return super().put(name, value, ttl)
+        result = super().put(name, value, ttl)
+        if self.meanwhile:
+            self.meanwhile.pop()(name)
+        return result
+
+    def lose(self) -> None:
+        """As Redis loses what it had, where it is restarted without a copy on disk."""
+        self._kept.clear()
 
     def kept(self, name: str) -> str | None:
         if self.is_away:
@@ -88,6 +97,36 @@ def test_a_use_is_written_once_by_one_worker(storage: Counting) -> None:
     host.counters[0].say(Health.DRAINING)
     host.turn(worker=1)
     assert len(storage.written) == 2, "another worker has written what was there"
+
+
+def test_an_earlier_use_that_another_host_writes_at_the_same_time_does_not_stay(
+    storage: Counting,
+) -> None:
+    host = Host(storage)
+    host.note(_ALICE, 12_000.0)
+    storage.meanwhile.append(lambda name: storage.put(name, "6000", KEPT))
+    host.turn()
+    assert Host(storage).last_use(_ALICE) == 12_000.0
+
+
+def test_a_use_that_another_host_has_overwritten_is_written_at_the_next_turn(
+    storage: Counting,
+) -> None:
+    host = Host(storage)
+    host.note(_ALICE, 12_000.0)
+    host.turn()
+    storage.put(f"key use {short(_ALICE)}", "6000", KEPT)
+    host.turn()
+    assert Host(storage).last_use(_ALICE) == 12_000.0
+
+
+def test_a_store_that_has_lost_everything_knows_again_at_the_next_turn(storage: Counting) -> None:
+    host = Host(storage)
+    host.note(_ALICE, 6_000.0)
+    host.turn()
+    storage.lose()
+    host.turn()
+    assert Host(storage).last_use(_ALICE) == 6_000.0
 
 
 def test_a_worker_that_leaves_writes_what_is_new(storage: Counting) -> None:

@@ -26,6 +26,8 @@ from mcp_proxy import (
 from mcp_proxy.backends.bridge import Bridge
 from mcp_proxy.background import Periodic
 from mcp_proxy.errors import BackendExited, ClientLeft, StorageUnavailable
+from mcp_proxy.ownership import homes as homing
+from mcp_proxy.ownership import owner as owning
 from mcp_proxy.sessions import claims, handshake
 from mcp_proxy.storage.records import Storage
 from mcp_proxy.storage.session import CLAIM, INIT_BODY, new_session
@@ -67,17 +69,71 @@ def test_a_session_deleted_while_its_server_comes_back_stays_deleted() -> None:
         eventually(lambda: children(app) == 0)
 
 
-def test_a_server_may_take_most_of_a_minute_to_come_back(tmp_path: Path) -> None:
-    """As one that `uvx` or `npx` fetches first, in a version that is new in the file of servers."""
-    script = (
-        "import os, sys, time; was_there = os.path.exists(sys.argv[1]); open(sys.argv[1], 'w');"
-        "time.sleep(25 if was_there else 0); os.execv(sys.argv[2], sys.argv[2:])"
+class Fetched:
+    """A server that begins at once when it is first started, and later when its gate is open.
+
+    As one that `uvx` or `npx` fetches first, in a version that is new in the file of servers.
+    """
+
+    _PROGRAM = (
+        "import os, sys, time; starts, gate = sys.argv[1:3]\n"
+        "is_first = not os.path.exists(starts)\n"
+        "open(starts, 'a').write('.')\n"
+        "while not is_first and not os.path.exists(gate): time.sleep(0.02)\n"
+        "os.execv(sys.argv[3], sys.argv[3:])"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "was-there"), *SCRIPTED]
-    with contextlib.closing(StreamableProxy(command)) as app:
+
+    def __init__(self, folder: Path) -> None:
+        self._starts, self._gate = folder / "starts", folder / "gate"
+        program = [sys.executable, "-c", self._PROGRAM]
+        self.command = [*program, str(self._starts), str(self._gate), *SCRIPTED]
+
+    @property
+    def starts(self) -> int:
+        return self._starts.stat().st_size
+
+    def let_begin(self) -> None:
+        self._gate.touch()
+
+
+def test_a_server_has_most_of_a_minute_to_come_back() -> None:
+    """Well within the claim, so that no other replica starts one beside it."""
+    assert owning.REPLAY_TIME == homing.START_TIME == 45 < claims.CLAIM_TIME
+
+
+def test_a_server_that_takes_longer_to_come_back_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Fetched(tmp_path)
+    with contextlib.closing(StreamableProxy(server.command)) as app:
         client = McpClient(WsgiFront(app)).open()
         kill_server(app, client)
-        assert client.result("count")["calls"] == 1
+        with monkeypatch.context() as short:
+            short.setattr(owning, "REPLAY_TIME", 0.2)
+            assert client.call("count").failure == "server-timeout"
+        eventually(lambda: children(app) == 0)
+        server.let_begin()
+        assert eventually(lambda: "result" in client.call("count").message())
+        assert server.starts == 3
+
+
+def test_a_call_waits_for_a_server_to_come_back_no_longer_than_for_an_answer(
+    tmp_path: Path,
+) -> None:
+    """The start goes on: with a short time limit a slow server would never come back."""
+    server = Fetched(tmp_path)
+    options = ProxyOptions(request_timeout=0.5)
+    with contextlib.closing(StreamableProxy(server.command, options=options)) as app:
+        client = McpClient(WsgiFront(app)).open()
+        kill_server(app, client)
+        for _ in range(2):  # the second one finds the claim of the first
+            answer = client.call("count")
+            assert answer.failure == "server-timeout"
+            said = answer.message()["error"]["message"]
+            assert said == "The session's server was not brought back within 0.5 seconds"
+        server.let_begin()
+        assert eventually(lambda: "result" in client.call("count").message())
+        assert server.starts == 2
 
 
 def test_a_session_whose_initialize_was_too_long_to_keep_is_over(

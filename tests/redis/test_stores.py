@@ -128,6 +128,23 @@ def test_every_server_of_a_cluster_is_asked(form: Form, make_storage: MakeStorag
     assert all("uptime_in_seconds" in answer for answer in answers)
 
 
+def test_a_policy_of_any_primary_is_told(form: Form, make_storage: MakeStorage) -> None:
+    storage = make_storage(form.url)
+    for server in form.servers:
+        with server.client() as admin:
+            if admin.info("replication")["role"] != "master":
+                continue
+            found = admin.config_get("maxmemory*")
+            admin.config_set("maxmemory", "100mb")
+            admin.config_set("maxmemory-policy", "volatile-lru")
+            try:
+                assert storage.eviction() == "volatile-lru"
+            finally:
+                admin.config_set("maxmemory", found["maxmemory"])
+                admin.config_set("maxmemory-policy", found["maxmemory-policy"])
+    assert storage.eviction() == ""
+
+
 # --- the event log -------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mcp_proxy.config import from_values
-from mcp_proxy.server.binding import wait_for_ports
+from mcp_proxy.server.binding import require_another, wait_for_ports
 from mcp_proxy.server.check import check
 from tests.support.front import SCRIPTED
 
@@ -42,6 +42,41 @@ def test_a_start_at_a_port_in_use_ends_with_one_sentence() -> None:
     assert done.returncode == 1
     (_, said) = done.stderr.splitlines()  # the first one is gunicorn's, which is starting
     assert said == f"mcp-wsgi-proxy: {address} is in use: a second one cannot listen there"
+
+
+@pytest.mark.parametrize(
+    ("bind", "admin"),
+    [("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1"), ("", "")],
+)
+def test_operators_need_an_address_of_their_own(bind: str, admin: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    addresses = ["--bind", f"{bind}:{port}", "--admin-bind", f"{admin}:{port}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mcp_proxy", *addresses, "--", *SCRIPTED],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"mcp-wsgi-proxy: admin_bind: {admin}:{port} is where bind has everybody come in: "
+        "choose another port"
+    )
+
+
+@pytest.mark.parametrize(
+    ("admin", "address"),
+    [
+        ("127.0.0.1:9000", ("127.0.0.1", 9001)),
+        ("127.0.0.1:9000", ("127.0.0.2", 9000)),
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
+        ("127.0.0.1:9000", "/run/socket"),
+    ],
+)
+def test_addresses_that_both_can_have(admin: str, address: object) -> None:
+    require_another(admin, [address])
 
 
 def test_a_start_waits_for_who_is_about_to_end() -> None:

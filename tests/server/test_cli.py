@@ -18,7 +18,7 @@ from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
 from mcp_proxy.server.cli import main, read_config
 from tests.config.samples import NEED_COMMAND, SAMPLES
-from tests.support.proxy_process import GUNICORN
+from tests.support.proxy_process import GUNICORN, children_of
 from tests.support.waiting import eventually
 
 ADDRESS = "bind: expected HOST:PORT, with a port up to 65535, or unix:PATH, got "
@@ -382,8 +382,14 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_who_starts_it_may_have_closed_the_standard_streams(closed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("closed", "descriptors"),
+    [("<&-", [0]), (">&-", [1]), ("2>&-", [2]), ("<&- >&- 2>&-", [0, 1, 2])],
+)
+def test_who_starts_it_may_have_closed_the_standard_streams(
+    closed: str, descriptors: list[int], tmp_path: Path
+) -> None:
+    """Their numbers are nobody's: what a library prints would go to a client or another worker."""
     path = tmp_path / "socket"
     command = [sys.executable, "-m", "mcp_proxy", "--bind", f"unix:{path}", "--", sys.executable]
     run = ["bash", "-c", f'exec "$@" {closed}', "bash", *command]
@@ -394,6 +400,9 @@ def test_who_starts_it_may_have_closed_the_standard_streams(closed: str, tmp_pat
                 client.connect(str(path))
                 client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
                 assert client.makefile("rb").read().startswith(b"HTTP/1.0 200 OK\r\n")
+            for pid in (process.pid, *children_of(process.pid)):
+                found = [os.readlink(f"/proc/{pid}/fd/{number}") for number in descriptors]
+                assert found == [os.devnull] * len(descriptors), pid
         finally:
             process.terminate()
         assert process.wait(20) == 0

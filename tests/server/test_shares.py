@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -25,8 +27,14 @@ from tests.support.waiting import eventually
 # Long enough for a test to look on meanwhile, in seconds.
 PAUSE = 0.5
 
-# Seconds for which the calls last that others wait for.
-LONG = 4
+# Seconds within which everything here is answered.
+PATIENCE = 30
+
+# Seconds after which a client that has ended its side of the connection has left, and some more.
+LEFT = 3
+
+# How often a call is taken back, so that it waits by then.
+CANCELLATIONS = 50
 
 SHARED = {"threads": ("--threads", "4"), "without passing": ("--threads", "4", "--passing", "off")}
 
@@ -115,12 +123,15 @@ def test_what_calls_may_wait_for_does_not_wait(
 
 
 class Tally:
-    """A server that writes down which calls it has begun."""
+    """A server that writes down which calls it has begun and what it has heard besides."""
 
     def __init__(self, folder: Path) -> None:
-        self._executions = folder / "executions"
+        self._executions, self._gate = folder / "executions", folder / "gate"
+        self._heard = folder / "heard"
         server = str(ROOT / "tests" / "servers" / "tally.py")
-        self.command = (sys.executable, "-I", "-S", server, "--executions", str(self._executions))
+        files = ("--executions", str(self._executions), "--gate", str(self._gate))
+        files = (*files, "--heard", str(self._heard))
+        self.command = (sys.executable, "-I", "-S", server, *files)
 
     def begun(self) -> set[int]:
         """The numbers of these calls."""
@@ -128,17 +139,25 @@ class Tally:
             return set()
         return {int(line.split()[1]) for line in self._executions.read_text().splitlines()}
 
+    def heard(self) -> list[str]:
+        """The methods of notifications."""
+        return self._heard.read_text().splitlines()
 
-def plain(number: int, seconds: float = 0) -> Json:
+    def let_end(self) -> None:
+        """Has the calls end that are gated."""
+        self._gate.touch()
+
+
+def plain(number: int, gated: bool = False) -> Json:
     """The parameters of a call that the server counts."""
-    arguments = {"token": "t", "number": number, "seconds": seconds}
+    arguments = {"token": "t", "number": number, "gated": gated}
     return {"name": "plain", "arguments": arguments}
 
 
 def fill_share(pool: ThreadPoolExecutor, client: McpClient, tally: Tally) -> list[Future[Any]]:
-    """Calls that have the whole share for a while."""
+    """Calls that have the whole share until the tally lets them end."""
     running = [
-        pool.submit(lambda key: client.call("tools/call", plain(key, LONG), key).message(), key)
+        pool.submit(lambda key: client.call("tools/call", plain(key, True), key).message(), key)
         for key in (1, 2)
     ]
     eventually(lambda: tally.begun() == {1, 2})
@@ -146,8 +165,10 @@ def fill_share(pool: ThreadPoolExecutor, client: McpClient, tally: Tally) -> lis
 
 
 @pytest.fixture
-def tally(tmp_path: Path) -> Tally:
-    return Tally(tmp_path)
+def tally(tmp_path: Path) -> Iterator[Tally]:
+    made = Tally(tmp_path)
+    yield made
+    made.let_end()
 
 
 @pytest.fixture(params=["stdio", "http"])
@@ -162,6 +183,15 @@ def before_tally(request: pytest.FixtureRequest, tally: Tally) -> Iterator[Proxy
             yield stack.enter_context(ProxyProcess(tally.command, options=SHARED["threads"]))
 
 
+def cancel_until_done(client: McpClient, keys: Sequence[int], waiting: Future[Any]) -> None:
+    """Takes calls back until what waits for one of them is answered: it may not wait yet."""
+    until = time.monotonic() + PATIENCE
+    while not waiting.done():
+        assert time.monotonic() < until, "what was cancelled has no answer"
+        for key in keys:
+            assert client.notify("notifications/cancelled", {"requestId": key}).status == 202
+
+
 @needs.SHARES
 def test_a_call_that_is_cancelled_while_it_waits_is_not_made(
     pool: ThreadPoolExecutor, before_tally: ProxyProcess, tally: Tally
@@ -169,13 +199,12 @@ def test_a_call_that_is_cancelled_while_it_waits_is_not_made(
     client = session_of(before_tally)
     running = fill_share(pool, client, tally)
     waiting = pool.submit(client.call, "tools/call", plain(3), 3)
-    while not waiting.done():
-        assert client.notify("notifications/cancelled", {"requestId": 3}).status == 202
-    assert not any(call.done() for call in running)
+    cancel_until_done(client, [3], waiting)
     assert waiting.result().status == 200
     answer = waiting.result().message()
     assert (answer["id"], answer["error"]["code"]) == (3, -32000)
     assert "cancelled" in answer["error"]["message"]
+    tally.let_end()
     assert all("result" in call.result() for call in running)
     assert "result" in client.call("tools/call", plain(4), 3).message()
     assert tally.begun() == {1, 2, 4}
@@ -192,34 +221,60 @@ def test_a_call_of_a_batch_that_is_cancelled_while_it_waits_is_not_made(
 ) -> None:
     client = session_of(before_tally, "2025-03-26")
     running = fill_share(pool, client, tally)
-    waiting = pool.submit(client.post, as_batch(3, 4, 5))
-    whole = pool.submit(client.post, as_batch(6, 7))
-    while not whole.done():
-        for key in (4, 6, 7):
-            assert client.notify("notifications/cancelled", {"requestId": key}).status == 202
-    assert not any(call.done() for call in [*running, waiting])
-    refused = {answer["id"]: answer["error"]["message"] for answer in whole.result().messages()}
-    assert refused.keys() == {6, 7}
-    assert all("cancelled" in message for message in refused.values())
-    assert all("result" in call.result() for call in running)
-    answers = {answer["id"]: answer for answer in waiting.result().messages()}
-    # An HTTP server's answer passes as it came: MCP wants none for a call that was cancelled.
-    assert {3, 5} <= answers.keys() <= {3, 4, 5}
-    assert all("result" in answers[key] for key in (3, 5))
-    if 4 in answers:
-        assert "cancelled" in answers[4]["error"]["message"]
+    with closing(Connection(before_tally.port)) as connection:  # it is there before the next one
+        connection.send_raw(as_bytes(client, json.dumps(as_batch(3, 4, 5)).encode()))
+        whole = pool.submit(client.post, as_batch(6, 7))
+        cancel_until_done(client, (4, 6, 7), whole)
+        refused = {answer["id"]: answer["error"]["message"] for answer in whole.result().messages()}
+        assert refused.keys() == {6, 7}
+        assert all("cancelled" in message for message in refused.values())
+        tally.let_end()
+        assert all("result" in call.result() for call in running)
+        answers = json.loads(connection.read_head().read())
+        assert {answer["id"] for answer in answers} == {3, 5}, "MCP wants none for the other"
+        assert all("result" in answer for answer in answers)
     assert tally.begun() == {1, 2, 3, 5}
 
 
+@needs.SHARES
+def test_what_a_batch_has_besides_its_cancelled_calls_goes_on(
+    pool: ThreadPoolExecutor, before_tally: ProxyProcess, tally: Tally
+) -> None:
+    client = session_of(before_tally, "2025-03-26")
+    running = fill_share(pool, client, tally)
+    changed: Json = {"jsonrpc": "2.0", "method": "notifications/roots/list_changed"}
+    whole = pool.submit(client.post, [*as_batch(3), changed, *as_batch(4)])
+    cancel_until_done(client, (3, 4), whole)
+    answers = {answer["id"]: answer["error"]["message"] for answer in whole.result().messages()}
+    assert answers.keys() == {3, 4}
+    assert all("cancelled" in message for message in answers.values())
+    eventually(lambda: changed["method"] in tally.heard())
+    tally.let_end()
+    assert all("result" in call.result() for call in running)
+    assert tally.begun() == {1, 2}
+
+
 def connection_to(worker: int, proxy: ProxyProcess, stack: ExitStack) -> http.client.HTTPConnection:
-    """A kept connection that this worker has accepted."""
-    while True:
+    """A kept connection that this worker has accepted: the others could not."""
+    others = [pid for pid in proxy.worker_pids() if pid != worker]
+    try:
+        for pid in others:
+            os.kill(pid, signal.SIGSTOP)
+            eventually(lambda it=pid: is_stopped(it))
         made = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
         connection = stack.enter_context(closing(made))
         connection.request("GET", "/healthz")
         assert connection.getresponse().read()
-        if connection.sock.getsockname()[1] in peers_of(worker, proxy.port):
-            return connection
+        assert connection.sock.getsockname()[1] in peers_of(worker, proxy.port)
+        return connection
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+
+
+def is_stopped(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "T"
 
 
 def ask(connection: http.client.HTTPConnection, client: McpClient, message: Json) -> Json:
@@ -244,18 +299,21 @@ def test_a_cancellation_that_another_worker_gets_is_heard_of(
         proxy = stack.enter_context(ProxyProcess(options=options))
         one, other = proxy.worker_pids()
         client = session_of(proxy)
+        connections = [connection_to(one, proxy, stack) for _ in range(4)]
+        elsewhere = connection_to(other, proxy, stack)
 
-        def call(key: int, seconds: float = 0) -> Future[Json]:
-            connection = connection_to(one, proxy, stack)
-            message = {"id": key, "method": "tools/call", "params": plain(key, seconds)}
-            return pool.submit(ask, connection, client, message)
+        def call(key: int, gated: bool = False) -> Future[Json]:
+            message = {"id": key, "method": "tools/call", "params": plain(key, gated)}
+            return pool.submit(ask, connections[key - 1], client, message)
 
-        running = [call(1, LONG), call(2, LONG)]
+        running = [call(1, True), call(2, True)]
         eventually(lambda: tally.begun() == {1, 2})
         waiting = [call(3), call(4)]
-        elsewhere = connection_to(other, proxy, stack)
         cancel = {"method": "notifications/cancelled", "params": {"requestId": 3}}
-        while not any(each.done() for each in running):
+        for _ in range(CANCELLATIONS):  # before the call waits it would be too early
+            assert ask(elsewhere, client, cancel) == {}
+        tally.let_end()
+        while not all(each.done() for each in running):
             assert ask(elsewhere, client, cancel) == {}
         assert all("result" in each.result() for each in running)
         assert "cancelled" in waiting[0].result()["error"]["message"]
@@ -265,9 +323,8 @@ def test_a_cancellation_that_another_worker_gets_is_heard_of(
 
 @needs.SHARES
 def test_a_call_whose_client_leaves_while_it_waits_is_not_made(
-    pool: ThreadPoolExecutor, tmp_path: Path
+    pool: ThreadPoolExecutor, tally: Tally
 ) -> None:
-    tally = Tally(tmp_path)
     with ProxyProcess(tally.command, options=SHARED["threads"]) as proxy:
         client = session_of(proxy)
         running = fill_share(pool, client, tally)
@@ -275,6 +332,7 @@ def test_a_call_whose_client_leaves_while_it_waits_is_not_made(
         with closing(Connection(proxy.port)) as connection:
             connection.send_raw(as_bytes(client, json.dumps(message).encode()))
         waiting = pool.submit(client.call, "tools/call", plain(4), 4)
+        threading.Timer(LEFT, tally.let_end).start()
         assert all("result" in call.result() for call in running)
         assert waiting.result().has_succeeded
         assert tally.begun() == {1, 2, 4}

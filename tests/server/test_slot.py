@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
 from mcp_proxy.errors import ConfigError
+from mcp_proxy.server.passing import Held, Passed
+from mcp_proxy.server.shares import Shares
 from mcp_proxy.server.slot import STALE, Holder, Slot, SlotTable
 from mcp_proxy.shared_page import CANCELLATIONS, HEIRS, HOMES, SharedPage, State
 
@@ -198,6 +201,50 @@ def test_a_cancellation_is_heard_of_by_the_calls_that_came_before_it(workers: Wo
         assert not slot.was_cancelled("t", 1, before)
     workers.end(0)
     assert second.was_cancelled("s", 1, before)
+
+
+class Putting:
+    """A connection with a call of the session `s`, which has come whole."""
+
+    max_header_bytes = 1000
+
+    def __init__(self, call: int) -> None:
+        self.call = call
+        self.share: str | None = None
+        self.held: Held | None = None
+
+    def to_read_again(self, request: bytes, session: str, is_counted: bool) -> Passed:
+        return Passed(request, session, 0, is_counted)
+
+    def admitted(self, shares: Shares) -> frozenset[int | str] | None:
+        """What the application learns when the request is read, or read once more."""
+        reader = SimpleNamespace(length=0)
+        asked = SimpleNamespace(method="POST", uri="/mcp", version=(1, 1), headers=[], trailers=[])
+        asked.body, asked.limit_request_fields = SimpleNamespace(reader=reader), 100
+        seam = shares.seam(self, asked, SimpleNamespace(headers_sent=False))  # type: ignore[arg-type]
+        return seam("s", b"{}", "id", False, [self.call])
+
+
+def test_a_cancellation_that_comes_while_a_call_is_put_off_once_more_is_heard_of(
+    workers: Workers,
+) -> None:
+    cancels: list[int] = []
+
+    def limit() -> int:
+        for call in cancels:  # another worker gets them between a look and the next wait
+            workers.slots[1].note_cancelled("s", call)
+        return 1
+
+    shares = Shares(limit, lambda conn: None)
+    shares.slot = workers.slots[0]
+    running, waiting = Putting(1), Putting(2)
+    assert running.admitted(shares) == frozenset()
+    assert waiting.admitted(shares) is None
+    cancels.append(2)
+    assert waiting.admitted(shares) is None
+    cancels.clear()
+    shares.leave(running)  # type: ignore[arg-type]
+    assert waiting.admitted(shares) == {2}
 
 
 def test_the_latest_cancellations_of_a_worker_are_remembered(workers: Workers) -> None:

@@ -1,12 +1,14 @@
 """A stdio MCP server that proves, with each answer, whose it is; standard library only.
 
-    python -I -S tests/servers/tally.py [--executions FILE]
+    python -I -S tests/servers/tally.py [--executions FILE] [--gate FILE] [--heard FILE]
 
 The name that the client gave itself in `initialize` is the session's token, which a server that
 takes a lost one's place learns as well. The tools `plain`, `progress` and `sample` take a `token`,
 a call `number` and the `seconds` that they last. Each answer is a text of JSON: the session's
 token, what the call has brought, how often this process has executed that number, this process, and
-the proxy's worker that started it. Every execution is first a line of FILE: token, number, process.
+the proxy's worker that started it. Every execution is first a line of a file: token, number,
+process. A call that is `gated` lasts until the gate is there. The last file has a line for each
+notification, its method.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ Json = dict[str, Any]
 #: Notifications of a call with progress.
 STEPS = 3
 
+#: Seconds between two looks at the gate.
+POLL = 0.02
+
 #: Seconds for the client to answer a question.
 ANSWER_TIME = 20.0
 
@@ -35,19 +40,24 @@ TOOLS = ("plain", "progress", "sample")
 class Server:
     """One session."""
 
-    def __init__(self, executions: str | None) -> None:
+    def __init__(
+        self, executions: str | None, gate: str | None = None, heard: str | None = None
+    ) -> None:
         self.worker = os.getppid()
         self.token = ""
         self.counts: Counter[int] = Counter()
         self.answers: dict[str, queue.SimpleQueue[Json]] = {}
         self.lock = threading.Lock()  # guards counts and standard output
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        self.executions = None if executions is None else os.open(executions, flags, 0o600)
+        self.executions = opened(executions)
+        self.gate = gate
+        self.heard = opened(heard)
 
     def run(self) -> None:
         """Serves until the input ends; each call in a thread of its own."""
         for line in sys.stdin.buffer:
             message = json.loads(line)
+            if self.heard is not None and "id" not in message:
+                os.write(self.heard, f"{message['method']}\n".encode())
             if "method" not in message:
                 if message["id"] in self.answers:
                     self.answers[message["id"]].put(message)
@@ -91,6 +101,8 @@ class Server:
         if params["name"] == "sample":
             said = self.ask(given)
         time.sleep(given.get("seconds", 0))
+        while given.get("gated") and self.gate is not None and not os.path.exists(self.gate):
+            time.sleep(POLL)
         answer = {
             "token": self.token,
             "given": given["token"],
@@ -140,11 +152,20 @@ class Server:
 _ANY = {"type": "object"}
 
 
+def opened(path: str | None) -> int | None:
+    """The file to whose end lines are written, where there is one."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return None if path is None else os.open(path, flags, 0o600)
+
+
 def main() -> None:
     """Runs the server."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--executions", help="a file that many servers may share")
-    Server(parser.parse_args().executions).run()
+    parser.add_argument("--gate", help="a file whose presence ends gated calls")
+    parser.add_argument("--heard", help="a file for notifications")
+    given = parser.parse_args()
+    Server(given.executions, given.gate, given.heard).run()
 
 
 if __name__ == "__main__":

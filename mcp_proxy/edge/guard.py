@@ -26,9 +26,11 @@ _CORS_HEADERS = (
     "Content-Type, Accept, Authorization, X-API-Key, Mcp-Session-Id, MCP-Protocol-Version, "
     "Last-Event-ID, Mcp-Method, Mcp-Name, X-Request-ID"
 )
-_FORWARDED = (
-    *("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP", "HTTP_X_FORWARDED_FOR"),
-    *("HTTP_X_FORWARDED_HOST", "HTTP_X_FORWARDED_PROTO", "HTTP_X_FORWARDED_PORT"),
+_FORWARDED = frozenset(
+    {
+        *("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP", "HTTP_X_FORWARDED_FOR"),
+        *("HTTP_X_FORWARDED_HOST", "HTTP_X_FORWARDED_PROTO", "HTTP_X_FORWARDED_PORT"),
+    }
 )
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CORS_EXPOSED = f"{SESSION_ID}, X-Request-ID, WWW-Authenticate, Retry-After, {FAILURE}"
@@ -108,7 +110,7 @@ def is_local(environ: WSGIEnvironment) -> bool:
 
     One that came over no network, as from a test client, does.
     """
-    if any(name in environ for name in _FORWARDED):
+    if not _FORWARDED.isdisjoint(environ):
         return False
     name: str = environ["SERVER_NAME"]
     peer = environ.get("REMOTE_ADDR")

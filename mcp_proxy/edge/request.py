@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Raw, UnsetType
@@ -277,7 +278,7 @@ class ClientRequest:
 
     def header(self, name: str) -> str | None:
         """The value of a request header, None where it is absent."""
-        value: str | None = self.environ.get("HTTP_" + name.upper().replace("-", "_"))
+        value: str | None = self.environ.get(_key_of(name))
         return value
 
     def has_left(self) -> bool:
@@ -404,6 +405,12 @@ class ClientRequest:
         if len(body) > limit:
             raise BodyTooLarge(limit)
         return body
+
+
+@lru_cache(maxsize=256)
+def _key_of(header: str) -> str:
+    """Where WSGI has a header."""
+    return "HTTP_" + header.upper().replace("-", "_")
 
 
 def with_path(environ: WSGIEnvironment) -> WSGIEnvironment:

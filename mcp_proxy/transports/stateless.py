@@ -371,8 +371,9 @@ class StatelessFront:
             whose = self._owner.manager.binding(request.principal_name)[PRINCIPAL]
         else:
             whose = self._digest([authorization]) if authorization else ANONYMOUS
-            headers = sorted(caller_headers.get().items())
-            shown += [value for name, value in headers if name.title() in _CREDENTIALS]
+            if headers := caller_headers.get():
+                given = sorted(headers.items())
+                shown += [value for name, value in given if name.title() in _CREDENTIALS]
         return f"{whose}.{self._digest(shown)}" if any(shown) else whose
 
     def _values_shown(self) -> list[str]:

@@ -195,6 +195,19 @@ def test_a_hook_decides_for_an_application_and_a_transparent_proxy() -> None:
         assert ping(Client(proxy)).status_code == 401
 
 
+def test_a_hook_says_which_servers_a_caller_may_use(tmp_path: Path) -> None:
+    def authenticate(environ: dict[str, Any]) -> Principal | None:
+        return Principal("user:a", servers=frozenset({"b"}))
+
+    command, *args = SCRIPTED
+    file = tmp_path / "servers.json"
+    server = {"command": command, "args": args}
+    file.write_text(json.dumps({"mcpServers": {"a": server, "b": server}}))
+    with create_app(configured((), config=str(file)), authenticate=authenticate) as app:
+        assert McpClient(WsgiFront(app), "/servers/b/mcp").open().result("echo", {}) == {}
+        assert McpClient(WsgiFront(app), "/servers/a/mcp").initialize().status == 403
+
+
 def test_a_hook_that_fails_lets_nobody_in(caplog: pytest.LogCaptureFixture) -> None:
     def fails(environ: dict[str, Any]) -> Principal | None:
         raise LookupError("no database")

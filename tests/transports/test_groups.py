@@ -166,7 +166,6 @@ def test_a_broken_server_is_told_of_when_it_comes(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits for it any more; it is asked again when a list is wanted."""
-    monkeypatch.setattr("mcp_proxy.backends.catalogue.ASK_AGAIN", 0.0)
     program = tmp_path / "late"
     servers = {"one": entry("A"), "late": {"command": str(program)}}
     client = house.serve(servers)
@@ -174,6 +173,7 @@ def test_a_broken_server_is_told_of_when_it_comes(
     arguments = " ".join(entry("L")["args"])
     program.write_text(f"#!/bin/sh\nexec {sys.executable} {arguments}\n")
     program.chmod(0o755)
+    monkeypatch.setattr("mcp_proxy.backends.catalogue.ASK_AGAIN", 0.0)  # before, it makes a pause
     stream = client.listen().stream()
     tools(client)
     assert next(stream)["method"] == "notifications/tools/list_changed"

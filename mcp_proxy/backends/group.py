@@ -698,10 +698,10 @@ class Group(OwnedBackend):
         client has it from another server. Never waits.
         """
         asker = Asker(running, own_id)
-        known = self._roots.ask(asker)
-        if known is not None:
-            self._answer_roots([asker], Response(own_id, known))
-        return self._roots.is_asked(asker)
+        verdict = self._roots.ask(asker)
+        if verdict.answer is not None:
+            self._answer_roots([asker], Response(own_id, verdict.answer))
+        return verdict.goes_to_client
 
     def _answer_roots(self, askers: Sequence[Asker], answer: Response) -> None:
         """Has servers get the same answer, by another thread: each may take its time."""

@@ -20,12 +20,24 @@ ROOTS = "roots/list"
 #: another server's question goes to the client although one before it has no answer.
 ROOTS_TIME = 30.0
 
+#: Questions that wait for the answer to another one; what a server asks beyond goes to the client.
+MAX_WAITING = 64
+
 
 class Asker(NamedTuple):
     """A server that wants to know, and the id of its question."""
 
     running: RunningServer
     own_id: RequestId
+
+
+class Verdict(NamedTuple):
+    """What becomes of a question: its answer where that is known, else whether the client is asked.
+    Where it is not, the answer comes with that to another server's question.
+    """
+
+    answer: Raw | None = None
+    goes_to_client: bool = False
 
 
 class SharedRoots:
@@ -50,25 +62,20 @@ class SharedRoots:
         with self._lock:
             self._answer = None
 
-    def ask(self, asker: Asker) -> Raw | None:
-        """The answer where it is known. Else None: it comes by `answered`, and `is_asked` says
-        whether the client has to be asked for it.
-        """
+    def ask(self, asker: Asker) -> Verdict:
+        """What becomes of a server's question."""
         now = time.monotonic()
         with self._lock:
             if self._answer is not None and now < self._until:
-                return self._answer
+                return Verdict(answer=self._answer)
             if self._asked == asker:
-                return None
+                return Verdict(goes_to_client=True)
             if self._asked is None or now > self._asked_at + ROOTS_TIME:
                 self._asked, self._asked_at = asker, now
-            else:
+            elif len(self._waiting) < MAX_WAITING:
                 self._waiting.append(asker)
-            return None
-
-    def is_asked(self, asker: Asker) -> bool:
-        """Whether the client has this server's question."""
-        return self._asked == asker
+                return Verdict()
+            return Verdict(goes_to_client=True)
 
     def answered(self, asker: Asker, response: Response) -> list[Asker]:
         """A server's question has an answer; the others that wait for the same."""

@@ -99,7 +99,7 @@ class GroupMounts:
         }
         envs = [EnvOfServer(name, _env_of(one)) for name, one in firsts.items()]
         is_env_needed = self._edge.authenticator is not None or any(each.env for each in envs)
-        env = GroupEnv(group.name, lambda: envs) if is_env_needed else None
+        env = GroupEnv(group.name, envs) if is_env_needed else None
         over_http = [one for one in firsts.values() if isinstance(one, TransparentProxy)]
         timeouts = [one.options.request_timeout for one in firsts.values() if one is not None]
         longest = max(timeouts, default=self._config.request_timeout)

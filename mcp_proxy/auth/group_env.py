@@ -6,7 +6,7 @@ travel in the same way, each with the server's name before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mcp_proxy.auth.caller_env import CallerEnv, Values
@@ -40,12 +40,9 @@ class OfServer(NamedTuple):
 
 
 class GroupEnv:
-    """What the servers of a group get of their caller. Thread-safe.
+    """What the servers of a group get of their caller. Immutable, so thread-safe."""
 
-    `servers` are those that there are just now.
-    """
-
-    def __init__(self, group: str, servers: Callable[[], Sequence[EnvOfServer]]) -> None:
+    def __init__(self, group: str, servers: Sequence[EnvOfServer]) -> None:
         self._group = group
         self._servers = servers
 
@@ -60,7 +57,7 @@ class GroupEnv:
         found: dict[str, str] = {}
         if principal is not None and not principal.may_use_whole(self._group):
             found[_PERMITTED] = ",".join(sorted(principal.servers or ()))
-        for name, env in self._servers():
+        for name, env in self._servers:
             if env is not None and not _is_hidden(found, name):
                 try:
                     values = env.values_of(environ, principal)

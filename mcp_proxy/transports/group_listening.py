@@ -87,7 +87,8 @@ class GroupListening:
         if self._wanted.is_empty:
             self.end()
         else:
-            self._timer.call_later(_ACKNOWLEDGED_AFTER, self._acknowledge)
+            with contextlib.suppress(RuntimeError):  # no thread: whoever is slow is waited for
+                self._timer.call_later(_ACKNOWLEDGED_AFTER, self._acknowledge)
             self._listen_to_all()
             self._acknowledge_if_all_have()
 

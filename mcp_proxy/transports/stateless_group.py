@@ -195,7 +195,8 @@ class StatelessGroup:
         """Raises what has a client fall back to initialize where one of the servers may be a legacy
         one that such a client must not share: else it would lose that server without a word.
         """
-        if self._options.public_url is None and is_local(call.request.environ):
+        is_near = self._options.public_url is None and is_local(call.request.environ)
+        if is_near or call.request.principal_name is not None:
             return
         for seen in call.seen:
             if seen.front is not None and not seen.front.is_modern:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import gc
@@ -597,22 +598,30 @@ def test_whether_the_host_of_a_silent_stream_is_there_is_asked(
     call.close()
 
 
-@pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_call_is_forgotten_without_the_collector(
-    client: HttpClient, backend: HttpBackend, is_chunked: bool
-) -> None:
-    backend.on("GET", "/x", stream(b"one") if is_chunked else reply(200, b"one"))
+@contextlib.contextmanager
+def forgotten_at_once(client: HttpClient, backend: HttpBackend) -> Iterator[HttpCall]:
+    """A call, of which nothing is left at the end although the collector does not run."""
     gc.disable()
     try:
         call = HttpCall(client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")
-        call.send(5)
-        assert call.read(10) == b"one"
+        yield call
         call.close()
         gone = weakref.ref(call)
         del call
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_call_is_forgotten_without_the_collector(
+    client: HttpClient, backend: HttpBackend, is_chunked: bool
+) -> None:
+    backend.on("GET", "/x", stream(b"one") if is_chunked else reply(200, b"one"))
+    with forgotten_at_once(client, backend) as call:
+        call.send(5)
+        assert call.read(10) == b"one"
+        del call
 
 
 @pytest.mark.parametrize("is_sent", [False, True])
@@ -620,37 +629,23 @@ def test_a_call_that_was_aborted_is_forgotten_without_the_collector(
     client: HttpClient, backend: HttpBackend, is_sent: bool
 ) -> None:
     backend.on("GET", "/x", stream(b"one", Feed(), framing="close"))
-    gc.disable()
-    try:
-        call = HttpCall(client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")
+    with forgotten_at_once(client, backend) as call:
         if is_sent:
             call.send(5)
         call.abort()
         with pytest.raises(ClientLeft):
             call.read(100) if is_sent else call.send(5)
-        call.close()
-        gone = weakref.ref(call)
         del call
-        assert gone() is None
-    finally:
-        gc.enable()
 
 
 def test_a_call_that_reached_nobody_is_forgotten_without_the_collector(
     client: HttpClient, backend: HttpBackend
 ) -> None:
     backend.stop()
-    gc.disable()
-    try:
-        call = HttpCall(client, Address("http", "127.0.0.1", backend.port), "GET", "/x", {}, b"")
+    with forgotten_at_once(client, backend) as call:
         with pytest.raises(BackendUnreached):
             call.send(5)
-        call.close()
-        gone = weakref.ref(call)
         del call
-        assert gone() is None
-    finally:
-        gc.enable()
 
 
 def test_idle_connections_grow_old(

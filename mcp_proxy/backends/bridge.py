@@ -93,6 +93,10 @@ class Bridge(OwnedBackend):
         self._switchboard = Switchboard() if switchboard is None else switchboard
         # What waits for the calls in flight to end, and is for another backend then.
         self._held_back: dict[Exchange, None] = {}
+        # Exchanges that are being written, and the calls of those when the child was lost: only the
+        # writer will know whether the child got them.
+        self._unwritten: set[Exchange] = set()
+        self._left_to_writers: dict[Exchange, tuple[list[PendingCall], BackendLost]] = {}
         self._lost: str | None = None  # why the backend is lost
         self._is_closed = False
         self._was_reported = False  # whether on_lost was called
@@ -200,26 +204,44 @@ class Bridge(OwnedBackend):
             lines += told
             for request in requests:
                 lines.append(self._switchboard.enter(request, exchange, deadline))
-        line = _joined(lines)
-        if not line:
-            return  # the answer is there already, or comes without the child
+            line = _joined(lines)
+            if not line:
+                return  # the answer is there already, or comes without the child
+            self._unwritten.add(exchange)
         try:
             with called_by(headers) if headers else _BY_NOBODY:
                 self._write(line, exchange.has_left)
         except ClientLeft:
-            with self._lock:
-                self._switchboard.pop_exchange(exchange)
-                if told:
-                    self._note_unsaid()
+            self._pop_unwritten(exchange, bool(told))
             raise
         except BackendUnreached as error:
-            with self._lock:
-                unanswered = self._switchboard.pop_exchange(exchange)
-            if not unanswered:
-                return  # the exit was noticed meanwhile, and has answered them
+            if not self._pop_unwritten(exchange):
+                return  # the client has cancelled them meanwhile, or their time was over
             # The exit status is a better reason than the closed input. The owner looks elsewhere.
             self._has_exited.wait(_NOTICE)
             raise BackendExited(self._lost or str(error)) from error
+        finally:
+            self._unwritten.discard(exchange)
+            if not self.is_alive:  # asked after the line above, so that none is missed
+                self._fail_written(exchange)
+
+    def _pop_unwritten(self, exchange: Exchange, with_ours: bool = False) -> list[PendingCall]:
+        """Removes the unanswered calls of an exchange of which the child got nothing, and returns
+        them; `with_ours`: nor of our notifications/initialized before it.
+        """
+        with self._lock:
+            if with_ours:
+                self._note_unsaid()
+            left = self._left_to_writers.pop(exchange, None)
+            return self._switchboard.pop_exchange(exchange) if left is None else left[0]
+
+    def _fail_written(self, exchange: Exchange) -> None:
+        """Ends the calls that the pipe has taken, but the child cannot answer any more."""
+        with self._lock:
+            left = self._left_to_writers.pop(exchange, None)
+        if left is not None:
+            for call in left[0]:
+                _fail(call, left[1])
 
     def _holds_back(self, exchange: Exchange) -> bool:
         """Whether an exchange waits for the calls in flight to end, as those have overlapped for so
@@ -677,7 +699,7 @@ class Bridge(OwnedBackend):
 
     def _fail_all(self, failure: BackendLost, spared: Collection[RequestId] = ()) -> list[Exchange]:
         """Ends every exchange but those that are held back, and those of the calls with these ids:
-        it returns them.
+        it returns them. Those that are just being written are left to their writers.
 
         From now on the backend is lost.
         """
@@ -686,11 +708,18 @@ class Bridge(OwnedBackend):
             self._note_initialized()
             calls, stream = self._switchboard.clear()
             untaken, self._held_back = list(self._held_back), {}
-        for call in calls:
-            if call.wire_id in spared and len(call.exchange.requests) == 1:
-                untaken.append(call.exchange)
-            else:
-                _fail(call, type(failure)(f"{failure.message} before it answered"))
+            unanswered = type(failure)(f"{failure.message} before it answered")
+            lost = []
+            for call in calls:
+                if call.wire_id in spared and len(call.exchange.requests) == 1:
+                    untaken.append(call.exchange)
+                elif call.exchange in self._unwritten:
+                    left, _ = self._left_to_writers.setdefault(call.exchange, ([], unanswered))
+                    left.append(call)
+                else:
+                    lost.append(call)
+        for call in lost:
+            _fail(call, unanswered)
         if stream is not None:
             stream.end()
         return untaken

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -268,6 +270,45 @@ def test_a_call_to_a_server_that_has_just_ended_did_not_reach_it(bridge: Bridge)
     with pytest.raises(BackendUnreached, match="The server exited"):
         sent(bridge, [request("count")], False, 5)
     assert "calls=0" in repr(bridge)
+
+
+def written_after_the_exit(bridge: Bridge, monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
+    """Has the next line be written when it is known that the child has exited."""
+
+    def late(*given: Any) -> None:
+        os.kill(bridge._child.pid, signal.SIGKILL)
+        eventually(lambda: "calls=0" in repr(bridge))
+        write(*given)
+
+    monkeypatch.setattr(bridge._child, "write", late)
+
+
+def test_a_call_that_is_written_when_the_exit_was_noticed_did_not_reach_the_server(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = sent(bridge, [request("silence")], False, 60)
+    written_after_the_exit(bridge, monkeypatch, bridge._child.write)
+    with pytest.raises(BackendUnreached, match=r"The server exited \(signal SIGKILL"):
+        sent(bridge, [request("count", key=2), request("count", key=3)], False, 60)
+    delivery = silent.receive(5)
+    assert delivery is not None
+    assert "before it answered" in str(delivery.failure)
+
+
+@pytest.mark.parametrize("failure", [None, BackendLost("half of it was written")])
+def test_a_call_that_was_taken_of_a_server_that_exits_is_answered(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch, failure: BackendLost | None
+) -> None:
+    def take(*_: Any) -> None:
+        if failure is not None:
+            raise failure
+
+    written_after_the_exit(bridge, monkeypatch, take)
+    exchange = sent(bridge, [request("count", key=2), request("count", key=3)], False, 60)
+    for _ in range(2):
+        delivery = exchange.receive(5)
+        assert delivery is not None
+        assert "The server exited (signal SIGKILL) before it answered" in str(delivery.failure)
 
 
 def test_a_lost_bridge_refuses_everything(bridge: Bridge) -> None:

@@ -171,9 +171,11 @@ class Homes:
         """Whether a caller has a home, in use or not; raises StorageError."""
         return self._owner.manager.peek(self.id_for(caller, kinds)) is not None
 
-    def session_for(self, caller: str, kinds: frozenset[str]) -> Session:
-        """The record of a caller's home, made where there is none; raises StorageError."""
-        home_id = self.id_for(caller, kinds)
+    def session_for(self, home_id: str, caller: str, kinds: frozenset[str]) -> Session:
+        """The record of a caller's home, which has this id; made where there is none.
+
+        Raises StorageError.
+        """
         manager = self._owner.manager
         try:
             session = self._owner.load(home_id)  # the only round trip of nearly all calls

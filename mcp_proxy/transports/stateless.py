@@ -333,7 +333,7 @@ class StatelessFront:
         is_stream = call.message.method == modern.LISTEN
         home_id = self._homes.id_for(call.caller, call.kinds)
         pass_by_id(self._owner, call.request, home_id, is_stream)
-        return self._homes.session_for(call.caller, call.kinds)
+        return self._homes.session_for(home_id, call.caller, call.kinds)
 
     def _is_known(self, call: _Call) -> bool:
         """Whether a client may share a legacy server with whoever has the same name."""
@@ -466,13 +466,13 @@ def is_modern(request: ClientRequest, message: Request | Notification) -> bool:
 
     One whose header alone says so gets the errors of this era, unless it is of a session.
     """
-    try:
-        if message.meta.protocol_version is not UNSET:
-            return True
-    except ClientError:
-        pass  # what is wrong with the metadata is said in the words of this era
     version = request.protocol_version
-    return version is not None and revisions.is_modern(version) and request.session_id is None
+    if version is not None and revisions.is_modern(version) and request.session_id is None:
+        return True
+    try:
+        return message.meta.protocol_version is not UNSET
+    except ClientError:
+        return False
 
 
 def _param_headers(request: ClientRequest) -> dict[str, str]:

@@ -312,28 +312,26 @@ def test_servers_that_no_call_needs_end_but_for_the_first(monkeypatch: pytest.Mo
         assert client.pid() == pid
 
 
+def bridges() -> list[Bridge]:
+    """Every one of this process that is not forgotten."""
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) is Bridge]
+
+
 @pytest.mark.parametrize("program", ["raise SystemExit(3)", "print('{')"])
 def test_servers_that_did_not_start_are_forgotten(program: str) -> None:
+    before = bridges()  # of other tests, which are kept by this list, too
     with replicas(1, command=(sys.executable, "-c", program)) as one:
         client = ModernClient(one[0].front)
         for _ in range(4):
             assert client.call("tools/list").failure
-
-        def left() -> int:
-            gc.collect()
-            return sum(type(each) is Bridge for each in gc.get_objects())
-
-        eventually(lambda: left() <= 1)  # a thread may be about to end with one
+        # A thread may be about to end with one.
+        eventually(lambda: len(bridges()) <= len(before) + 1)
 
 
 def test_servers_that_were_not_needed_are_forgotten() -> None:
+    before = bridges()
     with replicas(1, command=server_of("legacy", "--exit-on-discover")) as one:
         client = ModernClient(one[0].front)
         assert client.pid()
-
-        def left() -> int:
-            gc.collect()
-            bridges = [each for each in gc.get_objects() if type(each) is Bridge]
-            return sum(not each.is_alive for each in bridges)
-
-        eventually(lambda: left() == 0)
+        eventually(lambda: all(each.is_alive for each in bridges() if each not in before))

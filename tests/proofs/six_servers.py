@@ -154,6 +154,7 @@ def _entries() -> Json:
     )
     entries: Json = yaml.safe_load(text)["mcpServers"]  # which allows commas at the end of a list
     entries["fetch"]["args"].append("--allow-private-ips")
+    entries["fetch"]["env"]["npm_config_offline"] = "false"  # its first call installs a reader
     return entries
 
 

@@ -112,7 +112,8 @@ class GroupMounts:
             transport.members = scopes
             transport.scopes = tuple(dict.fromkeys(s for of in scopes.values() for s in of))
             own = CallerLimit.of(self._config, group.name, transport.manager.storage.rate_counter)
-            transport.rate_limit = MembersLimit(own, partial(_limit_of, group, firsts))
+            by_prefix = {member.prefix: member.server for member in group.members}
+            transport.rate_limit = MembersLimit(own, partial(_limit_of, by_prefix, firsts))
 
     # --- the servers of a group ------------------------------------------------------------------
 
@@ -172,17 +173,16 @@ def _client_headers(
 
 
 def _limit_of(
-    group: ServerGroup, transports: Mapping[str, Transport | None], public: str
+    servers: Mapping[str, str], transports: Mapping[str, Transport | None], public: str
 ) -> tuple[str, CallerLimit | None] | None:
-    """Whose a tool or prompt of a group is, and the limit of that server."""
-    prefix, _ = naming.split_name(public)
-    others = None
-    for member in group.members:
-        transport = transports[member.server]
-        limit = None if transport is None else transport.rate_limit
-        found = member.server, limit if isinstance(limit, CallerLimit) else None
-        if member.prefix == prefix and prefix:
-            return found
-        if not member.prefix:
-            others = found
-    return others
+    """Whose a tool or prompt of a group is, by the prefixes of its `servers`, and the limit of that
+    server.
+
+    What has none of these prefixes is of the server without one, if there is such a server.
+    """
+    server = servers.get(naming.split_name(public)[0]) or servers.get("")
+    if server is None:
+        return None
+    transport = transports[server]
+    limit = None if transport is None else transport.rate_limit
+    return server, limit if isinstance(limit, CallerLimit) else None

@@ -6,17 +6,17 @@ the embedder (`env_for`). They are in memory alone. Records have their digest.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
 from mcp_proxy.auth.principal import Principal
+from mcp_proxy.context_value import ContextValue
 from mcp_proxy.errors import ConfigError, InvalidRequest
 from mcp_proxy.servers import Served, StdioServer, require_variable
 
@@ -40,14 +40,9 @@ def current_values() -> Values | None:
     return _current.get()
 
 
-@contextlib.contextmanager
-def on_behalf_of(values: Values | None) -> Iterator[None]:
+def on_behalf_of(values: Values | None) -> ContextValue[Values | None]:
     """Has children that are started meanwhile get these variables."""
-    token = _current.set(values)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return ContextValue(_current, values)
 
 
 class CallerEnv:

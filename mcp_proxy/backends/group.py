@@ -231,11 +231,11 @@ class Group(OwnedBackend):
             self._offer(exchange, Response(request.id, error=error))
 
     def _send_by_name(self, exchange: Exchange, request: Request) -> None:
-        if group_requests.needs_lists(request):
-            self._wait_for_lists(exchange.has_left)
         members = self._members()
         addressed = group_requests.by_prefix(request, members)
         if addressed is None:
+            if group_requests.needs_lists(request):
+                self._wait_for_lists(exchange.has_left)
             members, lists = self._now()
             addressed = group_requests.by_name(request, members, lists)
         self._forward(exchange, members[addressed.number], addressed.request)

@@ -38,8 +38,8 @@ class ServerVoice:
         if message.failure is not None:
             return self._failure(message, message.failure)
         plain = refusals.as_plain_error(message.data)
-        marked = merging.marked_questions(self._prefix, plain)
-        return message._replace(data=self._with_own_uris(marked))
+        data = self._with_own_uris(merging.marked_questions(self._prefix, plain))
+        return message if data is message.data else message._replace(data=data)
 
     def question(self, request: Request) -> Request:
         """A question as the client gets it."""

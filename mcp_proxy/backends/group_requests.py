@@ -131,5 +131,4 @@ def completion(request: Request, lists: GroupLists) -> Addressed | None:
 
 
 def _with(request: Request, key: str, value: object) -> Request:
-    params = merging.with_field(request.params or _EMPTY, key, value)
-    return Request(request.id, request.method, params)
+    return request.with_params(merging.with_field(request.params or _EMPTY, key, value))

@@ -6,17 +6,17 @@ the other era. `worker://<replica>/<child_id>` names any of them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from mcp_proxy.backends.exchange import Backend, StreamLog
+from mcp_proxy.context_value import ContextValue
 from mcp_proxy.errors import BackendLost, RequestId
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -29,14 +29,9 @@ caller_headers: ContextVar[Mapping[str, str]] = ContextVar("caller_headers", def
 CREDENTIALS = frozenset({"Authorization", "Cookie", "X-Api-Key", "Api-Key"})
 
 
-@contextlib.contextmanager
-def called_by(headers: Mapping[str, str]) -> Iterator[None]:
+def called_by(headers: Mapping[str, str]) -> ContextValue[Mapping[str, str]]:
     """Has what is sent meanwhile go with these headers of a client, and with no others."""
-    token = caller_headers.set(headers)
-    try:
-        yield
-    finally:
-        caller_headers.reset(token)
+    return ContextValue(caller_headers, headers)
 
 
 class Peer(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Self
@@ -145,14 +146,15 @@ class MembersLimit:
         Raises RateLimited where the caller may have no more of one of the requests in a batch.
         """
         was_counted = request.is_counted
-        counts: dict[tuple[str, CallerLimit | None], int] = {}
-        for part in message if isinstance(message, list) else [message]:
-            if isinstance(part, Request):
-                whose = self._whose(name, part)
-                counts[whose] = counts.get(whose, 0) + 1
         if isinstance(message, Request):
-            request.server = next(iter(counts))[0]
-        for (server, limit), count in counts.items():
+            server, limit = self._whose(name, message)
+            request.server = server
+            if limit is not None and not was_counted:
+                limit.take(server, request, 1)
+            return
+        parts = message if isinstance(message, list) else []
+        whose = [self._whose(name, part) for part in parts if isinstance(part, Request)]
+        for (server, limit), count in Counter(whose).items():
             if limit is not None and not was_counted:
                 request.is_counted = False
                 limit.take(server, request, count)

@@ -55,6 +55,12 @@ class Request(msgspec.Struct, frozen=True, dict=True):
 
     meta = cached_property(_meta_of)
 
+    def with_params(self, params: Raw) -> Request:
+        """The same request with other params that have the same `_meta`."""
+        changed = Request(self.id, self.method, params)
+        changed.__dict__.update(self.__dict__)  # `meta` need not be read again
+        return changed
+
 
 class Notification(msgspec.Struct, frozen=True, dict=True):
     """A message that expects no response."""

@@ -42,6 +42,7 @@ ORDER = (
             "server_groups",
             "replica",
             "background",
+            "context_value",
             "shared_page",
             "shared_text",
             "metrics",

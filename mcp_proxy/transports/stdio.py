@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Self
 
 from msgspec.structs import replace
@@ -13,9 +14,9 @@ from msgspec.structs import replace
 from mcp_proxy.auth import caller_env
 from mcp_proxy.auth.access_tokens import AccessTokens
 from mcp_proxy.auth.authenticator import Authenticator
-from mcp_proxy.auth.caller_env import EnvFor
+from mcp_proxy.auth.caller_env import EnvFor, Values
 from mcp_proxy.auth.principal import Authenticate
-from mcp_proxy.backends.owned import called_by
+from mcp_proxy.backends.owned import called_by, caller_headers
 from mcp_proxy.config import ProxyOptions
 from mcp_proxy.edge.caller_limit import CallerLimit
 from mcp_proxy.edge.edge import Edge
@@ -194,16 +195,16 @@ class StdioTransport(Transport):
         with caller_env.on_behalf_of(values), called_by(headers):
             return serve(request)
 
-    @contextlib.contextmanager
-    def on_behalf_of(self, request: ClientRequest) -> Iterator[None]:
+    def on_behalf_of(self, request: ClientRequest) -> AbstractContextManager[None]:
         """Has what is done meanwhile be done for whoever has sent a request.
 
         Raises ClientError where that does not say all that the server has to get of its caller.
         """
         source = self.owner.caller_env
         values = None if source is None else source.values_of(request.environ, request.principal)
-        with caller_env.on_behalf_of(values), called_by({}):
-            yield
+        if values is None and caller_env.current_values() is None and not caller_headers.get():
+            return contextlib.nullcontext()  # as it is already; nearly always
+        return _on_behalf_of(values)
 
     def require_values(self, request: ClientRequest) -> None:
         """Raises what the request lacks that the server has to get of its caller."""
@@ -260,6 +261,12 @@ class StdioTransport(Transport):
                 self.owner.on_living_backend(session, lambda to: to.notify(message, has_left))
         else:
             self.owner.on_backend(session, lambda to: to.notify(message, has_left), has_left)
+
+
+@contextlib.contextmanager
+def _on_behalf_of(values: Values | None) -> Iterator[None]:
+    with caller_env.on_behalf_of(values), called_by({}):
+        yield
 
 
 def pass_to_owner(

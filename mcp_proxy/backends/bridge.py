@@ -96,7 +96,7 @@ class Bridge(OwnedBackend):
         # Exchanges that are being written, and the calls of those when the child was lost: only the
         # writer will know whether the child got them.
         self._unwritten: set[Exchange] = set()
-        self._left_to_writers: dict[Exchange, tuple[list[PendingCall], BackendLost]] = {}
+        self._left_to_writers: dict[Exchange, list[tuple[PendingCall, BackendLost]]] = {}
         self._lost: str | None = None  # why the backend is lost
         self._is_closed = False
         self._was_reported = False  # whether on_lost was called
@@ -212,10 +212,10 @@ class Bridge(OwnedBackend):
             with called_by(headers) if headers else _BY_NOBODY:
                 self._write(line, exchange.has_left)
         except ClientLeft:
-            self._pop_unwritten(exchange, bool(told))
+            self._forget_unwritten(exchange, bool(told))
             raise
         except BackendUnreached as error:
-            if not self._pop_unwritten(exchange):
+            if not self._forget_unwritten(exchange):
                 return  # the client has cancelled them meanwhile, or their time was over
             # The exit status is a better reason than the closed input. The owner looks elsewhere.
             self._has_exited.wait(_NOTICE)
@@ -225,23 +225,22 @@ class Bridge(OwnedBackend):
             if not self.is_alive:  # asked after the line above, so that none is missed
                 self._fail_written(exchange)
 
-    def _pop_unwritten(self, exchange: Exchange, with_ours: bool = False) -> list[PendingCall]:
-        """Removes the unanswered calls of an exchange of which the child got nothing, and returns
-        them; `with_ours`: nor of our notifications/initialized before it.
+    def _forget_unwritten(self, exchange: Exchange, with_ours: bool = False) -> bool:
+        """Removes the calls of an exchange of which the child got nothing; False where all of them
+        are answered already. `with_ours`: nor of our notifications/initialized before it.
         """
         with self._lock:
             if with_ours:
                 self._note_unsaid()
-            left = self._left_to_writers.pop(exchange, None)
-            return self._switchboard.pop_exchange(exchange) if left is None else left[0]
+            was_left = self._left_to_writers.pop(exchange, None) is not None
+            return bool(self._switchboard.pop_exchange(exchange)) or was_left
 
     def _fail_written(self, exchange: Exchange) -> None:
         """Ends the calls that the pipe has taken, but the child cannot answer any more."""
         with self._lock:
-            left = self._left_to_writers.pop(exchange, None)
-        if left is not None:
-            for call in left[0]:
-                _fail(call, left[1])
+            left = self._left_to_writers.pop(exchange, ())
+        for call, failure in left:
+            _fail(call, failure)
 
     def _holds_back(self, exchange: Exchange) -> bool:
         """Whether an exchange waits for the calls in flight to end, as those have overlapped for so
@@ -708,17 +707,17 @@ class Bridge(OwnedBackend):
             self._note_initialized()
             calls, stream = self._switchboard.clear()
             untaken, self._held_back = list(self._held_back), {}
-            unanswered = type(failure)(f"{failure.message} before it answered")
             lost = []
             for call in calls:
+                unanswered = type(failure)(f"{failure.message} before it answered")
                 if call.wire_id in spared and len(call.exchange.requests) == 1:
                     untaken.append(call.exchange)
                 elif call.exchange in self._unwritten:
-                    left, _ = self._left_to_writers.setdefault(call.exchange, ([], unanswered))
-                    left.append(call)
+                    left = self._left_to_writers.setdefault(call.exchange, [])
+                    left.append((call, unanswered))
                 else:
-                    lost.append(call)
-        for call in lost:
+                    lost.append((call, unanswered))
+        for call, unanswered in lost:
             _fail(call, unanswered)
         if stream is not None:
             stream.end()

@@ -295,7 +295,7 @@ def _count(counters: Counters, request: ClientRequest, reply: Reply) -> None:
     Of an event stream whose body tells its answers each is counted as it leaves.
     """
     failure = request.failure
-    if request.session:
+    if request.session and (failure is None or request.record is not None):  # else made up, perhaps
         client = jsonrpc.names_in(request.params)[1] if request.rpc == INITIALIZE else ""
         told = "" if failure is None else str(failure)
         counters.recent.note_call(request.session, request.server, client, told)

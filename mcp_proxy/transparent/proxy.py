@@ -509,6 +509,7 @@ class TransparentProxy(Transport):
         if request.method == "GET" and request.accepts_stream:
             self.edge.require_open()  # a standing stream, which would outlast the drain
         if _is_modern(request, message):
+            request.session = None  # a header that names one means nothing here
             if request.rpc in _LISTENING and inbound.id is not None:
                 self.edge.require_open()
                 inbound = inbound._replace(listens=True)

@@ -8,18 +8,21 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from werkzeug.test import Client
 
-from mcp_proxy import ProxyConfig, create_app, metrics
+from mcp_proxy import Principal, ProxyConfig, create_app, metrics
 from mcp_proxy.app import Application
 from mcp_proxy.metrics import MetricsPage
 from mcp_proxy.monitoring.status import WorkerPart, document, html, html_headers, write
 from mcp_proxy.recent import MAX_FAILURES, MAX_SESSIONS, Recent
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
 from tests.support.waiting import eventually
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 HOSTILE = '</script><img src=x onerror="alert(1)">\x1b[31m\u202e'
 
@@ -91,6 +94,24 @@ def test_a_session_is_shown_by_its_whole_id_alone(app: Application, page: Metric
     for unknown in (session[-8:], "never-issued", session + "0"):
         assert asked(unknown) == {"outcome": "unknown", "reason": "", "session": None}
     assert "asked" not in status_of(app)
+
+
+@pytest.mark.parametrize("limit", [None, "3/minute"])
+def test_nobody_elses_requests_are_shown_for_a_session(limit: str | None) -> None:
+    def named(environ: WSGIEnvironment) -> Principal:
+        return Principal(environ["HTTP_X_USER"])
+
+    config = ProxyConfig(command=SCRIPTED, rate_limit=limit)
+    with create_app(config, authenticate=named) as app:
+        client = McpClient(WsgiFront(app))
+        client.initialize(**{"X-User": "alice"})
+        session = client.session or ""
+        for made_up in (session, "x" * 32, session[:-8] + "00000000", "y" * 32):
+            headers = {"X-User": "bob", "Mcp-Session-Id": made_up}
+            ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+            assert "result" not in Client(app).post("/mcp", json=ping, headers=headers).text
+        (shown,) = status_of(app)["sessions"]
+        assert (shown["id"], shown["calls"], shown["error"]) == (session[-8:], 1, "")
 
 
 def test_a_server_that_exits_is_a_failure_with_the_end_of_its_stderr(app: Application) -> None:

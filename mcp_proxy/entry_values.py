@@ -41,14 +41,18 @@ class EntryValues:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
+        self._own: Collection[str] = ()  # variables that the entry itself sets
         self.secrets: list[str] = []
 
     def expanded(self, entry: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
         """The values under these keys, with texts for the numbers in `args` and `env`.
 
         Raises ValueError for a variable that is not set, one of an editor, and a file that cannot
-        be read.
+        be read. `${NAME}` in `args` stays where only `env` of the entry sets NAME: programs such as
+        mcp-remote put that in themselves, and a secret is then not seen among the arguments.
         """
+        own = entry.get("env")
+        self._own = own if isinstance(own, dict) else ()
         found = {key: self._value(key, value) for key, value in entry.items() if key in keys}
         if isinstance(args := found.get("args"), list):
             found["args"] = [_as_text(value) for value in args]
@@ -69,6 +73,9 @@ class EntryValues:
     def _meant(self, key: str, reference: re.Match[str]) -> str:
         path = reference[1]
         if path is None:
+            name = reference[0][2:-1]
+            if key == "args" and name in self._own and name not in self._environ:
+                return reference[0]
             return self._variable(reference[0])
         if key in _SHOWN:
             raise ValueError(f"{key}: it is shown, and so may have no content of a file in it")

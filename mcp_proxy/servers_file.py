@@ -58,6 +58,13 @@ _FOREIGN = frozenset(
     }
 )
 
+# Keys by which other programs hide tools, and what does that here.
+_HIDING = {
+    "includeTools": '"tools": {"allow": [...]}',
+    "excludeTools": '"tools": {"deny": [...]}',
+    "disabledTools": '"tools": {"deny": [...]}',
+}
+
 # How much like a key of ours an unknown one is that must be meant for it.
 _ALIKE = 0.8
 
@@ -133,10 +140,16 @@ def ignored_keys(path: Path) -> list[str]:
     """What nobody reads in the entries of a file, each as a sentence with its line."""
     known = {*_known_keys(), *_FOREIGN}
     return [
-        f"{path}, line {key.line}: {key.way[1]}: {key.way[2]!r} is not known and is ignored"
+        f"{path}, line {key.line}: {key.way[1]}: {_ignored(key.way[2])}"
         for key in _keys(_read(path)[0])
         if len(key.way) == 3 and key.way[0] in _SERVERS and key.way[2] not in known
     ]
+
+
+def _ignored(key: str) -> str:
+    """That a key is ignored, and what is there in place of one that would have hidden tools."""
+    instead = f"; no tool is hidden by it: {_HIDING[key]} does that" if key in _HIDING else ""
+    return f"{key!r} is not known and is ignored{instead}"
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any], Any]:

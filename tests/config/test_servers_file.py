@@ -166,6 +166,35 @@ def test_a_key_that_nobody_knows_is_named_with_its_line(file: File) -> None:
     assert ProxyConfig(config=str(file.path)).ignored() == [sentence]
 
 
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [("disabledTools", "deny"), ("excludeTools", "deny"), ("includeTools", "allow")],
+)
+def test_what_hides_tools_in_other_programs_is_named_with_what_does_so_here(
+    file: File, key: str, instead: str
+) -> None:
+    file.write(json.dumps({"mcpServers": {"a": {"command": "x", key: ["add"]}}}))
+    (sentence,) = ProxyConfig(config=str(file.path)).ignored()
+    assert f"{key!r} is not known and is ignored; no tool is hidden by it" in sentence
+    assert sentence.endswith(f'"tools": {{"{instead}": [...]}} does that')
+
+
+def test_a_variable_of_the_entry_itself_is_left_to_the_program_in_its_arguments(file: File) -> None:
+    """As the entries of mcp-remote have it, which puts it in: Claude Desktop replaces nothing."""
+    args = ["mcp-remote", "https://a.example/mcp", "--header", "Authorization:${AUTH}"]
+    entry = {"command": "npx", "args": args, "env": {"AUTH": "Bearer s3cr3t"}}
+    file.write(json.dumps({"mcpServers": {"a": entry}}))
+    assert read_servers(file.path, {}) == [
+        StdioServer("a", ("npx", *args), {"AUTH": "Bearer s3cr3t"})
+    ]
+    (server,) = read_servers(file.path, {"AUTH": "from outside"})
+    assert isinstance(server, StdioServer)
+    assert server.argv[-1] == "Authorization:from outside"
+    for text in ("${OTHER}", "${env:AUTH}"):
+        assert "is not set" in file.complaint({**entry, "args": [text]})
+    assert "is not set" in file.complaint({**entry, "command": "${AUTH}"})
+
+
 def test_an_input_of_an_editor_is_refused(file: File) -> None:
     complaint = file.complaint({"command": "x", "env": {"T": "${input:token}"}})
     assert complaint.startswith("${input:token} asks the user of an editor")

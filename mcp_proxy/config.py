@@ -8,6 +8,7 @@ contradictions raise ConfigError.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 import re
@@ -831,7 +832,9 @@ def _known(names: Iterable[str], spell: Callable[[str], str] = str) -> dict[str,
     known = {setting.name: setting for setting in settings()}
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ConfigError(f"Unknown setting {spell(unknown[0])}")
+        nearest = difflib.get_close_matches(unknown[0], known, 1, 0.8)
+        meant = f"; {spell(nearest[0])} is meant, it seems" if nearest else ""
+        raise ConfigError(f"Unknown setting {spell(unknown[0])}{meant}")
     return known
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from mcp_proxy import __version__
 from mcp_proxy.config import (
@@ -59,6 +60,9 @@ _GROUPS = {
 _CTL_ALONE = ("status", "reload", "keys")
 _CTL_ABOUT = ("status", "end", "restart")
 
+# How much like an option of ours an unknown one is that must be meant for it.
+_ALIKE = 0.8
+
 # The settings that name the servers: an option for one replaces all of them.
 _SOURCES = ("command", "target_url", "config", "env", "env_from", "cwd")
 
@@ -109,21 +113,23 @@ def _ctl(arguments: list[str]) -> int:
     from mcp_proxy.server import keys
     from mcp_proxy.server.ctl import ctl
 
-    options, words = split_ctl(arguments)
-    config = read_config(options)
+    config, words = read_ctl(arguments)
     return keys.show(config) if words == ["keys"] else ctl(config, *words)
 
 
-def split_ctl(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The options of `ctl`, and what it is told; raises ConfigError where that is nothing."""
-    for known in (_CTL_ABOUT, _CTL_ALONE):
-        count = 2 if known is _CTL_ABOUT else 1
-        options, words = arguments[:-count], arguments[-count:]
-        if len(words) == count and words[0] in known:
-            return options, words
-    raise ConfigError(
-        "ctl takes status [SESSION], end SESSION, restart SERVER, reload or keys behind the options"
-    )
+def read_ctl(arguments: Sequence[str]) -> tuple[ProxyConfig, list[str]]:
+    """The configuration of `ctl`, and what it is told, which stands before or behind the options.
+
+    Raises ConfigError where it is told nothing.
+    """
+    parser = _parser()
+    given, words = parser.parse_known_args([_with_dashes(argument) for argument in arguments])
+    known = {1: _CTL_ALONE, 2: _CTL_ABOUT}.get(len(words), ())
+    if words[:1] and words[0] in known:
+        return _config(vars(given), None), words
+    if any(word.startswith("-") for word in words):
+        _refuse(parser, words)
+    raise ConfigError("ctl takes status [SESSION], end SESSION, restart SERVER, reload or keys")
 
 
 def _require_readable_url(config: ProxyConfig) -> None:
@@ -154,7 +160,11 @@ def _require_readable_url(config: ProxyConfig) -> None:
 def read_config(arguments: Sequence[str]) -> ProxyConfig:
     """The configuration from the environment, overridden by options; raises ConfigError."""
     options, command = _split(list(arguments))
-    given = _parse(options)
+    return _config(_parse(options), command)
+
+
+def _config(given: dict[str, Any], command: list[str] | None) -> ProxyConfig:
+    """The configuration with these values of options, None for those that are not given."""
     values: dict[str, Any] = {
         name: [entry for text in value for entry in entries_of(name, text)]
         if isinstance(value, list)
@@ -183,12 +193,22 @@ def _parse(options: Sequence[str]) -> dict[str, Any]:
     parser = _parser()
     given, unknown = parser.parse_known_args([_with_dashes(option) for option in options])
     if unknown:
-        shown = " ".join(shown_arguments(["", *unknown])[1:])
-        advice = "the command of a server stands behind --"
-        if unknown[0].partition("=")[0] in ("--host", "--port"):
-            advice = "--bind HOST:PORT says where to listen"
-        parser.error(f"unrecognized arguments: {shown} ({advice})")
+        _refuse(parser, unknown)
     return vars(given)
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
+    """Exits with 2, and says what is meant by arguments that are none of ours."""
+    shown = " ".join(shown_arguments(["", *unknown])[1:])
+    name = unknown[0].partition("=")[0]
+    options = [f"--{setting.name.replace('_', '-')}" for setting in settings()]
+    nearest = difflib.get_close_matches(name, options, 1, _ALIKE)
+    advice = "the command of a server stands behind --"
+    if name in ("--host", "--port"):
+        advice = "--bind HOST:PORT says where to listen"
+    elif nearest:
+        advice = f"{nearest[0]} is meant, it seems"
+    parser.error(f"unrecognized arguments: {shown} ({advice})")
 
 
 def _with_dashes(option: str) -> str:

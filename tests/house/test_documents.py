@@ -10,7 +10,7 @@ import pytest
 
 from mcp_proxy.config import settings
 from mcp_proxy.server import keys
-from mcp_proxy.server.cli import read_config, split_ctl
+from mcp_proxy.server.cli import read_config, read_ctl
 from tests.clients.corner_steps import CLIENTS, LEGACY, MODERN
 from tests.clients.test_corners import CELLS, PROXIED
 from tests.house.imports import FILES, PACKAGE, ROOT
@@ -71,7 +71,7 @@ def test_every_command_of_the_documents_is_one(document: str, command: str) -> N
     if arguments[0] == "key":
         keys.parse(arguments[1:])
     elif arguments[0] == "ctl":
-        read_config(split_ctl(arguments[1:])[0])
+        read_ctl(arguments[1:])
     elif arguments[0] != "serves":
         read_config(arguments[1:] if arguments[:1] == ["check"] else arguments)
 

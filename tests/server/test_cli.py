@@ -16,7 +16,7 @@ import pytest
 from mcp_proxy import __version__
 from mcp_proxy.config import ProxyConfig
 from mcp_proxy.errors import ConfigError
-from mcp_proxy.server.cli import main, read_config
+from mcp_proxy.server.cli import main, read_config, read_ctl
 from tests.config.samples import NEED_COMMAND, SAMPLES
 from tests.support.proxy_process import GUNICORN, children_of
 from tests.support.waiting import eventually
@@ -52,6 +52,24 @@ def test_every_setting_is_an_option_in_both_spellings(name: str, dash: str) -> N
 def test_an_option_and_its_value_may_be_one_word() -> None:
     made = read_config(["--session-ttl=5", "--redis_prefix=a=b:"])
     assert (made.session_ttl, made.redis_prefix) == (5.0, "a=b:")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--api-keys", "keys", "status", "-of-a-session"],
+        ["status", "-of-a-session", "--api-keys", "keys"],
+        ["status", "--api-keys=keys", "-of-a-session"],
+    ],
+)
+def test_what_ctl_is_told_may_stand_before_and_behind_its_options(arguments: list[str]) -> None:
+    config, words = read_ctl(arguments)
+    assert (config.api_keys, words) == ("keys", ["status", "-of-a-session"])
+
+
+def test_a_value_of_an_option_is_nothing_that_ctl_is_told() -> None:
+    config, words = read_ctl(["keys", "--ctl-socket", "status", "--api-keys", "keys"])
+    assert (config.ctl_socket, config.api_keys, words) == ("status", "keys", ["keys"])
 
 
 def test_a_switch_alone_means_on() -> None:
@@ -166,7 +184,7 @@ def test_an_unknown_variable_is_refused_on_the_command_line_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MCP_PROXY_THREAD", "9")
-    with pytest.raises(ConfigError, match=r"MCP_PROXY_THREAD$"):
+    with pytest.raises(ConfigError, match=r"MCP_PROXY_THREAD; MCP_PROXY_THREADS is meant,"):
         read_config(["--threads", "8"])
 
 
@@ -282,6 +300,7 @@ def test_the_help_has_groups(capsys: pytest.CaptureFixture[str]) -> None:
             ["server", "--token=hunter2"],
             "server --token=*** (the command of a server ",
         ),
+        (["--session-tll", "5"], "--session-tll 5 (--session-ttl is meant, it seems)"),
         (["--port", "80"], "--port 80 (--bind HOST:PORT says where to listen)"),
         (["--host=0.0.0.0"], "--host=0.0.0.0 (--bind HOST:PORT says where to listen)"),
     ],

@@ -100,9 +100,12 @@ _SWEEPS_PER_TTL = 4
 _MAX_SWEEP = 30.0
 _MIN_SWEEP = 0.25
 
-# What the log says where a session has another backend.
-_STARTED_AGAIN = "the server of this session was started again"
-_BEGUN_AGAIN = "a new conversation with the server was begun"
+# What the log says where a session has a backend in the place of none, or of one that was lost.
+_STARTED = (
+    "a server was started for this session",
+    "the server of this session was started again",
+)
+_BEGUN = ("a new conversation with the server was begun",) * 2
 
 
 class ReplicaParts:
@@ -189,7 +192,7 @@ class Owner:
         self.relay = parts.relay
         self.events = manager.storage.event_log()
         # To ask an HTTP server anew costs next to nothing.
-        self._renewed = _STARTED_AGAIN if starter is None else _BEGUN_AGAIN
+        self._renewed = _STARTED if starter is None else _BEGUN
         self.backoff = Backoff() if starter is None else Backoff(longest=0.0)
         self.replica, self.supervisor, self.turns = parts.replica, parts.supervisor, parts.turns
         #: Processes that are started ahead.
@@ -842,10 +845,11 @@ class Owner:
                 self._hasten_sweep()
         if backend is not None:
             self.backoff.note_success()
+            was_lost = claimed.backend_url is not None  # else a new home, idle, or handed over
             counters = metrics.current()
-            if counters is not None:
+            if counters is not None and was_lost:
                 counters.count(metrics.RESTARTED, self.server.name)
-            log.info("[%s] %s", backend.name, self._renewed)
+            log.info("[%s] %s", backend.name, self._renewed[was_lost])
         return backend
 
     def _settled(self, claimed: Session) -> OwnedBackend | None:

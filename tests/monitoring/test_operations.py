@@ -17,6 +17,7 @@ from mcp_proxy.metrics import (
     CALLS,
     OPERATIONS,
     REFUSED,
+    RESTARTED,
     SESSIONS_ENDED,
     SESSIONS_STARTED,
     Metric,
@@ -25,7 +26,9 @@ from mcp_proxy.metrics import (
 from mcp_proxy.wire import jsonrpc
 from tests.servers.http_backend import HttpBackend, reply, reset, stream
 from tests.support.front import SCRIPTED, McpClient, WsgiFront
+from tests.support.modern_client import ModernClient
 from tests.support.transparent import LocalFront
+from tests.support.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
@@ -295,3 +298,23 @@ def test_an_http_server_that_breaks_off_or_refuses_is_an_error(
     assert found["default", "tools/call", "", "server-unreachable"] == 1
     assert found["default", "tools/call", "", "503"] == 1
     assert counted(page, BACKEND_ERRORS) == {("default", "server-unreachable"): 1}
+
+
+def test_a_server_that_is_started_for_a_new_caller_is_no_restart(
+    page: MetricsPage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else five new callers of 2026-07-28 were five lost servers to whoever is alerted of those."""
+    caplog.set_level("INFO")
+    with create_app(ProxyConfig(command=SCRIPTED, metrics=True, idle_timeout=0.5)) as app:
+        for caller in ("Bearer a", "Bearer b"):
+            modern = ModernClient(WsgiFront(app), authorization=caller)
+            assert modern.call("echo").message()["id"] == 1
+        client = McpClient(WsgiFront(app)).open()
+        eventually(lambda: "a session is idle" in caplog.text)
+        assert client.call("ping")
+        assert counted(page, RESTARTED) == {}
+        assert "started again" not in caplog.text
+        client.call("die")
+        client.call("ping")
+        assert counted(page, RESTARTED) == {("default",): 1}
+        assert "the server of this session was started again" in caplog.text

@@ -258,6 +258,7 @@ def _require_no_slip(entry: dict[str, Any]) -> None:
     for key in entry:
         if key not in known and key not in _FOREIGN:
             nearest = difflib.get_close_matches(key.lower(), known, 1, _ALIKE)
+            nearest += [one for one in known if sorted(one) == sorted(key.lower())]  # agrs, ulr
             if nearest:
                 raise ValueError(f"{key!r} is not known; {nearest[0]!r} is meant, it seems")
 

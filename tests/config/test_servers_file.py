@@ -150,7 +150,15 @@ def test_comments_and_commas_that_are_too_many_are_skipped(file: File) -> None:
 
 @pytest.mark.parametrize(
     ("key", "meant"),
-    [("arg", "args"), ("Args", "args"), ("comand", "command"), ("header", "headers")],
+    [
+        ("arg", "args"),
+        ("Args", "args"),
+        ("comand", "command"),
+        ("header", "headers"),
+        ("agrs", "args"),
+        ("evn", "env"),
+        ("Cdw", "cwd"),
+    ],
 )
 def test_a_key_that_is_nearly_known_is_refused_with_what_is_meant(
     file: File, key: str, meant: str

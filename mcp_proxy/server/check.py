@@ -8,13 +8,15 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 from urllib.parse import urljoin
 
-from mcp_proxy import __version__
+from mcp_proxy import __version__, metrics, rate_buckets, traces
 from mcp_proxy.app import storage_of
+from mcp_proxy.auth.access_tokens import require_libraries
 from mcp_proxy.auth.keys import read
 from mcp_proxy.backends import handshake
 from mcp_proxy.backends.bridge import Bridge
@@ -40,7 +42,7 @@ from mcp_proxy.redis.storage import RedisStorage
 from mcp_proxy.replica import Replica
 from mcp_proxy.server.banner import is_open_to_all, refuses_strangers
 from mcp_proxy.server.binding import InUse, Unbindable, try_address
-from mcp_proxy.server.gunicorn import require_keys, require_shared_sessions
+from mcp_proxy.server.gunicorn import require_keys, require_shared_sessions, require_worker_class
 from mcp_proxy.server.masking import Mask, masked_log
 from mcp_proxy.server.session_files import require_private
 from mcp_proxy.servers import HttpServer, ServerGroup, StdioServer, UnservedServer
@@ -152,8 +154,26 @@ def _rows_of_files(config: ProxyConfig) -> Iterator[Row]:
 
 def _settings(config: ProxyConfig) -> Iterator[Row]:
     yield Row("configuration", True, repr(config))
+    for require in _required(config):
+        try:
+            require()
+        except ConfigError as error:
+            yield Row("extras", False, str(error))
     for sentence in config.ignored():
         yield Row("configuration", True, sentence, is_warning=True)
+
+
+def _required(config: ProxyConfig) -> Iterator[Callable[[], None]]:
+    """What raises ConfigError where an extra of the package that a setting needs is missing."""
+    yield partial(require_worker_class, config)
+    if config.jwt_issuer is not None:
+        yield require_libraries
+    if config.counts:
+        yield metrics.require_library
+    if config.traces:
+        yield traces.require_library
+    if config.rate_limit_scope == "deployment":
+        yield rate_buckets.require_library
 
 
 def _unserved(server: UnservedServer) -> Row:
@@ -221,7 +241,10 @@ def _keys(config: ProxyConfig) -> Iterator[Row]:
 
 def _issuer(config: ProxyConfig, url: str) -> Row:
     """Whether the keys of the issuer of tokens can be had."""
-    from mcp_proxy.auth.issuer import Issuer, IssuerError
+    try:
+        from mcp_proxy.auth.issuer import Issuer, IssuerError
+    except ImportError as error:
+        return Row("jwt_issuer", False, f"its keys cannot be read: {error}")
 
     issuer = Issuer(url, config.jwt_jwks_url, config.ca_file or True, config.connect_timeout)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import re
 import signal
@@ -15,8 +17,9 @@ import pytest
 import redis
 
 from mcp_proxy import ProxyConfig
+from mcp_proxy.auth import access_tokens
 from mcp_proxy.config import from_values
-from mcp_proxy.server.check import check
+from mcp_proxy.server.check import check, check_offline
 from tests.servers.http_backend import HttpBackend, Turn, reply, silent
 from tests.servers.old_server import OldServer
 from tests.support.front import SCRIPTED
@@ -274,6 +277,36 @@ def test_who_has_waited_enough_gets_no_traceback() -> None:
         process.send_signal(signal.SIGINT)
         assert b"Traceback" not in process.stderr.read()
         assert process.wait(30) == 130
+
+
+def test_extras_that_settings_need_and_that_are_missing_are_named(
+    capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it says that all is in order, and the proxy does not start."""
+    config = from_values(
+        {
+            "admin_bind": "127.0.0.1:9100",
+            "jwt_issuer": "https://id.example",
+            "public_url": "https://mcp.example",
+            "rate_limit": "5/second",
+            "rate_limit_scope": "deployment",
+            "redis_url": "redis://127.0.0.1",
+            "traces": True,
+        }
+    )
+    assert check_offline(config) == 0
+    capsys.readouterr()
+
+    def lacking(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lacking)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(access_tokens, "find_spec", lambda _: None)
+    assert check_offline(config) == 1
+    said = capsys.readouterr().out
+    for extra in ("auth", "limits", "metrics", "otel"):
+        assert re.search(rf"^FAIL +extras .*pip install 'mcp-wsgi-proxy\[{extra}\]'", said, re.M)
 
 
 def test_a_store_that_takes_no_writes_is_no_store(capsys: Printed) -> None:

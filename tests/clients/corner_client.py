@@ -1,10 +1,14 @@
 """A client of the official Python SDK, 1.x or 2.x, that takes every step of the corners.
 
-    python corner_client.py TARGET legacy|auto|modern TRACE
+    python corner_client.py TARGET legacy|auto|modern TRACE [MEMBER]
 
 TARGET is a URL, or the command of a stdio server as a JSON list. The server is one of those of
 tests/servers/two_eras.py; TRACE is where it says what happens in it. Prints one JSON document: what
 came of each step. A step that fails does not hold up the others. corner_client.mjs is the twin.
+
+Where TARGET is a group, MEMBER is a JSON object: what the `names` and the `uris` of the server
+begin with there, who the `caller` is, and the `calls` of tools of other servers, a list of names
+and arguments.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from pydantic import AnyUrl
 from sdk_session import IS_SDK_1, Json, connected, httpx, plain, say
 
 STEP_TIME = 6.0
+START_TIME = 25.0  # of what may have to wait for servers that start
 ALL_TIME = 45.0
 LOG_LEVEL = "io.modelcontextprotocol/logLevel"
 MODES = {"modern": "2026-07-28"}
@@ -45,8 +50,10 @@ def step(function: Callable[[Corner], Awaitable[Any]]) -> Callable[[Corner], Awa
 class Corner:
     """One session, and what came to it unasked."""
 
-    def __init__(self, trace: Path) -> None:
+    def __init__(self, trace: Path, names: str = "", uris: str = "") -> None:
         self.trace = trace
+        self.names = names
+        self.uris = uris
         self.label = secrets.token_hex(8)
         self.client: Any = None
         self.is_modern = False
@@ -98,7 +105,16 @@ class Corner:
     async def call(self, name: str, _meta: Json | None = None, **arguments: Any) -> Json:
         """The result of a tool."""
         meta = {"meta": _meta} if _meta else {}
-        return plain(await self.client.call_tool(name, arguments, **meta))
+        return plain(await self.client.call_tool(self.names + name, arguments, **meta))
+
+    def own(self, listed: list[Json], key: str = "name") -> list[str]:
+        """The names, or URIs, of the server in a list, as it has them itself."""
+        start = self.names if key == "name" else self.uris
+        return [it[key].removeprefix(start) for it in listed if it[key].startswith(start)]
+
+    def address(self, uri: str) -> Any:
+        """A URI of the server as the SDK wants it."""
+        return AnyUrl(self.uris + uri) if IS_SDK_1 else self.uris + uri
 
     async def be_asked(self, awaitable: Awaitable[Json]) -> Json:
         """What was asked while something ran, and what came of it."""
@@ -145,17 +161,12 @@ class Corner:
                         break
 
 
-def address(uri: str) -> Any:
-    """A URI as the SDK wants it."""
-    return AnyUrl(uri) if IS_SDK_1 else uri
-
-
 # --- calls ---------------------------------------------------------------------------------------
 
 
 @step
 async def tools(corner: Corner) -> Any:
-    return [it["name"] for it in plain(await corner.client.list_tools())["tools"]]
+    return corner.own(plain(await corner.client.list_tools())["tools"])
 
 
 @step
@@ -171,8 +182,8 @@ async def count(corner: Corner) -> Any:
     async def told(done: float, total: float | None, message: str | None) -> None:
         progress.append([done, total, message])
 
-    arguments = {"to": 3, "pause": 0.1}
-    result = await corner.client.call_tool("count", arguments, progress_callback=told)
+    name, arguments = f"{corner.names}count", {"to": 3, "pause": 0.1}
+    result = await corner.client.call_tool(name, arguments, progress_callback=told)
     return [progress, plain(result)["structuredContent"]]
 
 
@@ -233,7 +244,7 @@ async def chain(corner: Corner) -> Any:
 @step
 async def ask_in_prompt(corner: Corner) -> Any:
     async def answer() -> Any:
-        prompt = plain(await corner.client.get_prompt("asking"))
+        prompt = plain(await corner.client.get_prompt(f"{corner.names}asking"))
         return json.loads(prompt["messages"][0]["content"]["text"])
 
     return await corner.be_asked(answer())
@@ -242,7 +253,7 @@ async def ask_in_prompt(corner: Corner) -> Any:
 @step
 async def ask_in_resource(corner: Corner) -> Any:
     async def answer() -> Any:
-        resource = plain(await corner.client.read_resource(address("demo://asking")))
+        resource = plain(await corner.client.read_resource(corner.address("demo://asking")))
         return json.loads(resource["contents"][0]["text"])
 
     return await corner.be_asked(answer())
@@ -259,31 +270,31 @@ async def url_required(corner: Corner) -> Any:
 @step
 async def resources(corner: Corner) -> Any:
     listed = plain(await corner.client.list_resources())["resources"]
-    read = plain(await corner.client.read_resource(address("demo://item/7")))
-    return [[it["uri"] for it in listed], read["contents"][0]["text"]]
+    read = plain(await corner.client.read_resource(corner.address("demo://item/7")))
+    return [corner.own(listed, "uri"), read["contents"][0]["text"]]
 
 
 @step
 async def templates(corner: Corner) -> Any:
     listed = plain(await corner.client.list_resource_templates())["resourceTemplates"]
-    return [it["uriTemplate"] for it in listed]
+    return corner.own(listed, "uriTemplate")
 
 
 @step
 async def unknown_resource(corner: Corner) -> Any:
-    return plain(await corner.client.read_resource(address("demo://none")))
+    return plain(await corner.client.read_resource(corner.address("demo://none")))
 
 
 @step
 async def prompts(corner: Corner) -> Any:
     listed = plain(await corner.client.list_prompts())["prompts"]
-    got = plain(await corner.client.get_prompt("greet", {"name": "Eve"}))
-    return [[it["name"] for it in listed], got["messages"][0]["content"]["text"]]
+    got = plain(await corner.client.get_prompt(f"{corner.names}greet", {"name": "Eve"}))
+    return [corner.own(listed), got["messages"][0]["content"]["text"]]
 
 
 @step
 async def completion(corner: Corner) -> Any:
-    ref = types.PromptReference(type="ref/prompt", name="greet")
+    ref = types.PromptReference(type="ref/prompt", name=f"{corner.names}greet")
     given = {"name": "name", "value": "par"}
     return plain(await corner.client.complete(ref, given))["completion"]["values"]
 
@@ -297,7 +308,7 @@ async def logged(corner: Corner, expected: int, meta: Json | None = None) -> Any
     await corner.call("log", meta, label=corner.label)
     await corner.until(lambda: len(corner.heard_of("notifications/message")) >= expected, 1)
     heard = corner.heard_of("notifications/message")
-    return [[it["level"], it["data"].replace(corner.label, "my")] for it in heard]
+    return [[it["level"], it["logger"], it["data"].replace(corner.label, "my")] for it in heard]
 
 
 @step
@@ -318,13 +329,13 @@ async def updates(corner: Corner) -> Any:
     corner.heard.clear()
     watched = "demo://watched"
     if not corner.is_modern:
-        await corner.client.subscribe_resource(address(watched))
-    async with corner.events(1, uri=watched) as got:
+        await corner.client.subscribe_resource(corner.address(watched))
+    async with corner.events(1, uri=corner.uris + watched) as got:
         await corner.call("notify", kinds=["updated"], uri="demo://static")
         await corner.call("notify", kinds=["updated"], uri=watched)
     if not corner.is_modern:
-        await corner.client.unsubscribe_resource(address(watched))
-    return [uri for _, uri in got if uri]
+        await corner.client.unsubscribe_resource(corner.address(watched))
+    return [uri.removeprefix(corner.uris) for _, uri in got if uri]
 
 
 @step
@@ -352,7 +363,7 @@ async def cancelled(corner: Corner) -> Any:
         nonlocal ended
         arguments = {"seconds": 60, "label": corner.label}
         try:
-            await corner.client.call_tool("slow", arguments, progress_callback=told)
+            await corner.client.call_tool(f"{corner.names}slow", arguments, progress_callback=told)
         except Exception as error:
             ended = type(error).__name__
 
@@ -377,10 +388,12 @@ async def cancelled(corner: Corner) -> Any:
 # --- all of them ---------------------------------------------------------------------------------
 
 
-async def outcome(corner: Corner, taken: Callable[[Corner], Awaitable[Any]]) -> Any:
+async def outcome(
+    corner: Corner, taken: Callable[[Corner], Awaitable[Any]], limit: float = STEP_TIME
+) -> Any:
     """What a step gives, or how it failed."""
     try:
-        with anyio.fail_after(STEP_TIME):
+        with anyio.fail_after(limit):
             return await taken(corner)
     except Exception as error:
         found: BaseException = error
@@ -391,7 +404,17 @@ async def outcome(corner: Corner, taken: Callable[[Corner], Awaitable[Any]]) -> 
         return {"failed": repr(found)}
 
 
-async def main(target: str, mode: str, trace: Path) -> None:
+def calling(name: str, arguments: Json) -> Callable[[Corner], Awaitable[Any]]:
+    """A step that calls a tool of another server."""
+
+    async def call(corner: Corner) -> Any:
+        result = plain(await corner.client.call_tool(name, arguments))
+        return [result.get("isError", False), [it["text"] for it in result["content"]]]
+
+    return call
+
+
+async def main(target: str, mode: str, trace: Path, member: Json) -> None:
     """Prints everything as one document."""
     warnings.simplefilter("ignore")
     server: Any = target
@@ -399,9 +422,9 @@ async def main(target: str, mode: str, trace: Path) -> None:
         command, *arguments = json.loads(target)
         parameters = StdioServerParameters(command=command, args=arguments)
         server = stdio_client(parameters, errlog=open(os.devnull, "w"))  # noqa: SIM115
-    corner = Corner(trace)
+    corner = Corner(trace, member.get("names", ""), member.get("uris", ""))
     if target.startswith("http"):  # as somebody of whom the proxy knows no roots yet
-        named = {"Authorization": f"Bearer {corner.label}"}
+        named = {"Authorization": f"Bearer {member.get('caller', corner.label)}"}
         http = httpx.AsyncClient(headers=named, timeout=httpx.Timeout(30, read=300))
         server = streamable_http_client(target, http_client=http)
     record: Json = {"sdk": version("mcp")}
@@ -412,9 +435,15 @@ async def main(target: str, mode: str, trace: Path) -> None:
         record["revision"] = revision
         for name, taken in STEPS.items():
             is_late = time.monotonic() > end
-            record[name] = {"failed": "not tried"} if is_late else await outcome(corner, taken)
+            limit = START_TIME if name == "tools" else STEP_TIME
+            record[name] = (
+                {"failed": "not tried"} if is_late else await outcome(corner, taken, limit)
+            )
+        calls = member.get("calls", [])
+        record["calls"] = [await outcome(corner, calling(*it), START_TIME) for it in calls]
     say(**record)
 
 
 if __name__ == "__main__":
-    anyio.run(main, sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    given = json.loads(sys.argv[4]) if sys.argv[4:] else {}
+    anyio.run(main, sys.argv[1], sys.argv[2], Path(sys.argv[3]), given)

@@ -90,7 +90,10 @@ ANSWERS: Json = {
     "prompts": [["greet", "asking"], "Greet Eve"],
     "completion": ["paris", "park", "party"],
     "log_before_a_level": [],
-    "log_at_a_level": [["warning", "my warning"], ["error", "my error"]],
+    "log_at_a_level": [
+        ["warning", "two-eras", "my warning"],
+        ["error", "two-eras", "my error"],
+    ],
     "updates": ["demo://watched"],
     "changes": ["prompt", "resource", "tool"],
     "cancelled": [True, _ECHOED],
@@ -128,6 +131,37 @@ def answers(server: str, client: str, era: str) -> Json:
         "unknown_resource": {"error": code, "message": "Resource not found"},
         "url_required": required,
     }
+
+
+def in_a_group(expected: Json, prefix: str) -> Json:
+    """What the steps give where the server is one of several in a group.
+
+    What differs, and why:
+
+    - The message of an elicitation says whose it is, and so does the logger of a log message.
+    - Who asks for the roots is asked no more than once for all servers: `ask_roots` has the answer
+      alone.
+    """
+    found: Json = _asked_by(prefix, expected)
+    found["log_at_a_level"] = [
+        [level, f"{prefix}/{logger}", text] for level, logger, text in expected["log_at_a_level"]
+    ]
+    found["ask_roots"] = expected["ask_roots"]["answer"]
+    return found
+
+
+def _asked_by(prefix: str, expected: Any) -> Any:
+    """The same where the messages of elicitations begin with a prefix."""
+    match expected:
+        case ["elicitation form" | "elicitation url" as kind, message]:
+            return [kind, f"{prefix}: {message}"]
+        case {"action": "accept", "content": {"answer": answer}}:
+            return _accepted(f"{prefix}: {answer.removeprefix('answer to ')}")
+        case list():
+            return [_asked_by(prefix, each) for each in expected]
+        case dict():
+            return {key: _asked_by(prefix, each) for key, each in expected.items()}
+    return expected
 
 
 #: A server and a mode of a client that do not get on without a proxy, and the reason.

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 _MODULES = ROOT / "tests" / "node" / "node_modules"
-_EVERYTHING = _MODULES / "@modelcontextprotocol" / "server-everything" / "dist" / "index.js"
+EVERYTHING = "@modelcontextprotocol/server-everything/dist/index.js"
 _MCP1 = ROOT / ".venv-mcp1" / "bin" / "python"
 
 _CLIENT_TIME = 60.0
@@ -43,11 +43,14 @@ def node_modules() -> Path:
     return _present(_MODULES, "run `npm install --no-package-lock` in tests/node")
 
 
+def npm_program(script: str) -> Path:
+    """A script of one of these packages."""
+    return _present(_MODULES / script, "run `npm install --no-package-lock` in tests/node")
+
+
 def everything_server() -> list[str]:
     """The command of @modelcontextprotocol/server-everything over stdio."""
-    node_modules()
-    script = _present(_EVERYTHING, "run `npm install --no-package-lock` in tests/node")
-    return [node(), str(script), "stdio"]
+    return [node(), str(npm_program(EVERYTHING)), "stdio"]
 
 
 def python_with_mcp1() -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,8 +52,8 @@ class Place:
     target: str
     trace: Path
 
-    def run(self, client: str) -> dict[str, object]:
-        """What a client says of it."""
+    def run(self, client: str, *more: str) -> dict[str, Any]:
+        """What a client says of it, which is told more."""
         language, generation, mode = CLIENTS[client]
         if language == "typescript":
             node_modules()
@@ -62,7 +63,7 @@ class Place:
         else:
             python = python_with_mcp1() if generation == "1" else sys.executable
             command = [python, _PYTHON, self.target, mode]
-        record = run_client(*command, str(self.trace))
+        record = run_client(*command, str(self.trace), *more)
         assert record["sdk"].startswith(f"{generation}.")
         return record
 

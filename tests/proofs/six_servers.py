@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +26,14 @@ import requests
 import yaml
 
 from tests.clients.programs import ROOT, environment_of
+from tests.clients.real_servers import Page
 from tests.clients.sdk_session import connected, plain
 from tests.support.front import HttpFront, McpClient
 from tests.support.proxy_process import ProxyProcess
 from tests.support.redis_server import RedisServer
 from tests.support.reloads import hang_up
 from tests.support.sse_servers import SseServer
+from tests.support.startable import ServerThread
 from tests.support.waiting import eventually
 
 Json = dict[str, Any]
@@ -58,8 +59,6 @@ _PATIENCE = 120.0
 
 # What has them ask nobody, once the table has shown that everything is there.
 _OFFLINE = {"UV_OFFLINE": "1", "npm_config_offline": "true"}
-
-_PAGE = b"<html><body><article><h1>Six servers</h1><p>A page to fetch.</p></article></body></html>"
 
 
 class Use(NamedTuple):
@@ -101,7 +100,7 @@ def surroundings() -> Iterator[tuple[Mapping[str, str], Mapping[str, Use]]]:
     """The HTTP server and a page to fetch: the environment of the proxy, and what is called."""
     programs = environment_of("uv")
     server = [sys.executable, str(ROOT / "tests" / "servers" / "streamable_python.py"), "0", _KEY]
-    with SseServer(lambda name: server, "http") as http, _page() as page:
+    with SseServer(lambda name: server, "http") as http, ServerThread(Page) as page:
         own = f"{programs / 'bin'}:{Path(sys.executable).parent}"
         yield (
             {
@@ -114,34 +113,14 @@ def surroundings() -> Iterator[tuple[Mapping[str, str], Mapping[str, Use]]]:
             {
                 "time": Use("get_current_time", {"timezone": "UTC"}, "UTC"),
                 "git": Use("git_branch", {"repo_path": str(ROOT), "branch_type": "local"}, "*"),
-                "fetch": Use("fetch", {"url": page}, "A page to fetch."),
+                "fetch": Use(
+                    "fetch", {"url": f"http://127.0.0.1:{page.port}/page"}, "A page to fetch."
+                ),
                 "everything": Use("echo", {"message": "hear, hear"}, "hear, hear"),
                 "memory": Use("read_graph", {}, "entities"),
                 "http": Use("echo", {"message": "hear, hear"}, "hear, hear"),
             },
         )
-
-
-class _Page(BaseHTTPRequestHandler):
-    """One page, and no robots.txt."""
-
-    def do_GET(self) -> None:
-        is_page = self.path == "/page"
-        self.send_response(200 if is_page else 404)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(_PAGE if is_page else b"")
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
-
-
-@contextmanager
-def _page() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/page"
-        server.shutdown()
 
 
 # --- the file ------------------------------------------------------------------------------------

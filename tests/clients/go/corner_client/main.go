@@ -1,7 +1,7 @@
 // A client of the official Go SDK that takes every step of the corners. As corner_client.py does for
 // Python: the same steps, the same document.
 //
-//	corner_client TARGET legacy|auto TRACE
+//	corner_client TARGET legacy|auto TRACE [MEMBER]
 //
 // The SDK knows no way to speak the newest revision alone: it falls back by itself.
 package main
@@ -26,7 +26,8 @@ import (
 )
 
 const (
-	stepTime = 6 * time.Second
+	stepTime  = 6 * time.Second
+	startTime = 25 * time.Second // of what may have to wait for servers that start
 	allTime  = 45 * time.Second
 	patience = 3 * time.Second
 
@@ -40,6 +41,24 @@ type object = map[string]any
 
 // --- one session ---------------------------------------------------------------------------------
 
+// What is to be done with a member of a group: its names and URIs begin so, and these tools of other
+// members are called.
+type member struct {
+	Names string
+	URIs  string
+	Calls []call
+}
+
+type call struct {
+	name      string
+	arguments object
+}
+
+// A call is a list of both.
+func (c *call) UnmarshalJSON(text []byte) error {
+	return json.Unmarshal(text, &[]any{&c.name, &c.arguments})
+}
+
 type notification struct {
 	method string
 	params object
@@ -47,6 +66,7 @@ type notification struct {
 
 // A session, and what came to it unasked.
 type corner struct {
+	member   member
 	session  *mcp.ClientSession
 	isModern bool
 	trace    string
@@ -148,7 +168,19 @@ func until(limit time.Duration, condition func() bool) bool {
 }
 
 func (c *corner) call(ctx context.Context, name string, given object, meta mcp.Meta) (*mcp.CallToolResult, error) {
-	return c.session.CallTool(ctx, &mcp.CallToolParams{Name: name, Arguments: given, Meta: meta})
+	params := &mcp.CallToolParams{Name: c.member.Names + name, Arguments: given, Meta: meta}
+	return c.session.CallTool(ctx, params)
+}
+
+// What of a list is the server's, without what it begins with.
+func own(listed []string, start string) []string {
+	var found []string
+	for _, it := range listed {
+		if rest, isOwn := strings.CutPrefix(it, start); isOwn {
+			found = append(found, rest)
+		}
+	}
+	return found
 }
 
 // What was asked while something ran, and what came of it.
@@ -218,7 +250,7 @@ func (c *corner) tools(ctx context.Context) (any, error) {
 	for _, it := range listed.Tools {
 		names = append(names, it.Name)
 	}
-	return names, nil
+	return own(names, c.member.Names), nil
 }
 
 func (c *corner) echo(ctx context.Context) (any, error) {
@@ -231,7 +263,7 @@ func (c *corner) echo(ctx context.Context) (any, error) {
 
 func (c *corner) count(ctx context.Context) (any, error) {
 	c.forget()
-	given := &mcp.CallToolParams{Name: "count", Arguments: object{"to": 3, "pause": 0.1}}
+	given := &mcp.CallToolParams{Name: c.member.Names + "count", Arguments: object{"to": 3, "pause": 0.1}}
 	given.SetProgressToken("count " + c.label)
 	result, err := c.session.CallTool(ctx, given)
 	if err != nil {
@@ -277,7 +309,7 @@ func (c *corner) chain(ctx context.Context) (any, error) {
 
 func (c *corner) askInPrompt(ctx context.Context) (any, error) {
 	return c.beAsked(func() (any, error) {
-		got, err := c.session.GetPrompt(ctx, &mcp.GetPromptParams{Name: "asking"})
+		got, err := c.session.GetPrompt(ctx, &mcp.GetPromptParams{Name: c.member.Names + "asking"})
 		if err != nil {
 			return nil, err
 		}
@@ -287,7 +319,7 @@ func (c *corner) askInPrompt(ctx context.Context) (any, error) {
 
 func (c *corner) askInResource(ctx context.Context) (any, error) {
 	return c.beAsked(func() (any, error) {
-		read, err := c.session.ReadResource(ctx, &mcp.ReadResourceParams{URI: "demo://asking"})
+		read, err := c.session.ReadResource(ctx, &mcp.ReadResourceParams{URI: c.member.URIs + "demo://asking"})
 		if err != nil {
 			return nil, err
 		}
@@ -308,11 +340,11 @@ func (c *corner) resources(ctx context.Context) (any, error) {
 	for _, it := range listed.Resources {
 		uris = append(uris, it.URI)
 	}
-	read, err := c.session.ReadResource(ctx, &mcp.ReadResourceParams{URI: "demo://item/7"})
+	read, err := c.session.ReadResource(ctx, &mcp.ReadResourceParams{URI: c.member.URIs + "demo://item/7"})
 	if err != nil {
 		return nil, err
 	}
-	return []any{uris, read.Contents[0].Text}, nil
+	return []any{own(uris, c.member.URIs), read.Contents[0].Text}, nil
 }
 
 func (c *corner) templates(ctx context.Context) (any, error) {
@@ -324,11 +356,11 @@ func (c *corner) templates(ctx context.Context) (any, error) {
 	for _, it := range listed.ResourceTemplates {
 		uris = append(uris, it.URITemplate)
 	}
-	return uris, nil
+	return own(uris, c.member.URIs), nil
 }
 
 func (c *corner) unknownResource(ctx context.Context) (any, error) {
-	return c.session.ReadResource(ctx, &mcp.ReadResourceParams{URI: "demo://none"})
+	return c.session.ReadResource(ctx, &mcp.ReadResourceParams{URI: c.member.URIs + "demo://none"})
 }
 
 func (c *corner) prompts(ctx context.Context) (any, error) {
@@ -340,17 +372,18 @@ func (c *corner) prompts(ctx context.Context) (any, error) {
 	for _, it := range listed.Prompts {
 		names = append(names, it.Name)
 	}
-	given := &mcp.GetPromptParams{Name: "greet", Arguments: map[string]string{"name": "Eve"}}
+	arguments := map[string]string{"name": "Eve"}
+	given := &mcp.GetPromptParams{Name: c.member.Names + "greet", Arguments: arguments}
 	got, err := c.session.GetPrompt(ctx, given)
 	if err != nil {
 		return nil, err
 	}
-	return []any{names, promptText(got)}, nil
+	return []any{own(names, c.member.Names), promptText(got)}, nil
 }
 
 func (c *corner) completion(ctx context.Context) (any, error) {
 	result, err := c.session.Complete(ctx, &mcp.CompleteParams{
-		Ref:      &mcp.CompleteReference{Type: "ref/prompt", Name: "greet"},
+		Ref:      &mcp.CompleteReference{Type: "ref/prompt", Name: c.member.Names + "greet"},
 		Argument: mcp.CompleteParamsArgument{Name: "name", Value: "par"},
 	})
 	if err != nil {
@@ -383,7 +416,7 @@ func (c *corner) logged(ctx context.Context, expected int, meta mcp.Meta) (any, 
 	found := [][]any{}
 	for _, it := range c.heardOf(message) {
 		text := strings.Replace(it["data"].(string), c.label, "my", 1)
-		found = append(found, []any{it["level"], text})
+		found = append(found, []any{it["level"], it["logger"], text})
 	}
 	return found, nil
 }
@@ -391,7 +424,7 @@ func (c *corner) logged(ctx context.Context, expected int, meta mcp.Meta) (any, 
 func (c *corner) updates(ctx context.Context) (any, error) {
 	c.forget()
 	watched := "demo://watched"
-	if err := c.session.Subscribe(ctx, &mcp.SubscribeParams{URI: watched}); err != nil {
+	if err := c.session.Subscribe(ctx, &mcp.SubscribeParams{URI: c.member.URIs + watched}); err != nil {
 		return nil, err
 	}
 	if c.isModern { // where Subscribe does not wait for it
@@ -403,14 +436,14 @@ func (c *corner) updates(ctx context.Context) (any, error) {
 		}
 	}
 	c.awaitHeard(updated, 1, patience)
-	if err := c.session.Unsubscribe(ctx, &mcp.UnsubscribeParams{URI: watched}); err != nil {
+	if err := c.session.Unsubscribe(ctx, &mcp.UnsubscribeParams{URI: c.member.URIs + watched}); err != nil {
 		return nil, err
 	}
-	var uris []any
+	var uris []string
 	for _, it := range c.heardOf(updated) {
-		uris = append(uris, it["uri"])
+		uris = append(uris, it["uri"].(string))
 	}
-	return uris, nil
+	return own(uris, c.member.URIs), nil
 }
 
 func (c *corner) changes(ctx context.Context) (any, error) {
@@ -432,7 +465,8 @@ func (c *corner) changes(ctx context.Context) (any, error) {
 
 func (c *corner) cancelled(ctx context.Context) (any, error) {
 	c.forget()
-	given := &mcp.CallToolParams{Name: "slow", Arguments: object{"seconds": 60, "label": c.label}}
+	arguments := object{"seconds": 60, "label": c.label}
+	given := &mcp.CallToolParams{Name: c.member.Names + "slow", Arguments: arguments}
 	given.SetProgressToken("slow " + c.label)
 	slow, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -465,8 +499,8 @@ func promptText(result *mcp.GetPromptResult) string {
 // --- all of them ---------------------------------------------------------------------------------
 
 // What a step gives, or how it failed.
-func outcome(c *corner, taken step) any {
-	ctx, cancel := context.WithTimeout(context.Background(), stepTime)
+func outcome(c *corner, taken step, limit time.Duration) any {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	found, err := taken.take(c, ctx)
 	var refusal *jsonrpc.Error
@@ -477,6 +511,22 @@ func outcome(c *corner, taken step) any {
 		return object{"failed": err.Error()}
 	}
 	return found
+}
+
+// A step that calls a tool of another server.
+func calling(given call) step {
+	return step{given.name, func(c *corner, ctx context.Context) (any, error) {
+		params := &mcp.CallToolParams{Name: given.name, Arguments: given.arguments}
+		result, err := c.session.CallTool(ctx, params)
+		if err != nil {
+			return nil, err
+		}
+		var texts []string
+		for _, it := range result.Content {
+			texts = append(texts, it.(*mcp.TextContent).Text)
+		}
+		return []any{result.IsError, texts}, nil
+	}}
 }
 
 func transportTo(target string) mcp.Transport {
@@ -503,6 +553,11 @@ func sdkVersion() string {
 func main() {
 	target, mode, trace := os.Args[1], os.Args[2], os.Args[3]
 	c := &corner{trace: trace, label: rand.Text()}
+	if len(os.Args) > 4 {
+		if err := json.Unmarshal([]byte(os.Args[4]), &c.member); err != nil {
+			log.Fatal(err)
+		}
+	}
 	client := mcp.NewClient(&mcp.Implementation{Name: "corner", Version: "1"}, c.options())
 	client.AddRoots(&mcp.Root{URI: "file:///corner", Name: "corner"})
 	client.AddReceivingMiddleware(c.receiving)
@@ -520,12 +575,21 @@ func main() {
 	record := object{"sdk": sdkVersion(), "revision": revision}
 	end := time.Now().Add(allTime)
 	for _, taken := range steps {
+		limit := stepTime
+		if taken.name == "tools" {
+			limit = startTime
+		}
 		if time.Now().After(end) {
 			record[taken.name] = object{"failed": "not tried"}
 		} else {
-			record[taken.name] = outcome(c, taken)
+			record[taken.name] = outcome(c, taken, limit)
 		}
 	}
+	calls := []any{}
+	for _, it := range c.member.Calls {
+		calls = append(calls, outcome(c, calling(it), startTime))
+	}
+	record["calls"] = calls
 	session.Close()
 	if err := json.NewEncoder(os.Stdout).Encode(record); err != nil {
 		log.Fatal(err)

@@ -114,11 +114,18 @@ class Catalogue:
 
     def is_awaited(self, key: str) -> bool:
         """Whether it is worth waiting for what is listed under a key: once, and not for ever."""
+        return self.awaited_for(key) > 0
+
+    def awaited_for(self, key: str) -> float:
+        """How many seconds it is worth waiting for that: until `GATHER_TIMEOUT` after it was first
+        asked for.
+        """
         with self._lock:
             if key in self._listed or key in self._failed:
-                return False
+                return 0.0
             asking = self._asking.get(key)
-            return asking is None or time.monotonic() - asking.since < GATHER_TIMEOUT
+            waited = 0.0 if asking is None else time.monotonic() - asking.since
+            return max(0.0, GATHER_TIMEOUT - waited)
 
     def is_to_be_asked_again(self, key: str) -> bool:
         """Whether a server that could not be asked may be another by now."""
@@ -237,9 +244,19 @@ class Gathering:
     def begin(self) -> None:
         """Begins to wait; `done` may have been called when this returns."""
         if self._awaited():
-            seconds = self._until - time.monotonic()
-            self._catalogue.timer.call_later(max(0.0, seconds), self._finish)
+            self._wait()
         self._look()
+
+    def _wait(self) -> None:
+        """Looks again when the first of them is no longer worth waiting for."""
+        if self._is_over:
+            return
+        left = self._until - time.monotonic()
+        waits = [s for s in map(self._catalogue.awaited_for, self._looks) if s > 0]
+        if left > 0 and waits:
+            self._catalogue.timer.call_later(min(left, *waits), self._wait)
+        else:
+            self._finish()
 
     def _awaited(self) -> list[str]:
         return [key for key in self._looks if self._catalogue.is_awaited(key)]

@@ -100,21 +100,31 @@ class Survey:
     def __init__(self, done: Callable[[Mapping[str, Learnt]], object]) -> None:
         self._done = done
         self._lock = threading.Lock()  # guards what follows
-        self._awaited: set[str] = set()
+        self._awaited: dict[str, float] = {}
         self._learnt: dict[str, Learnt] = {}
         self._is_over = False
 
-    def expect(self, key: str) -> None:
-        """A server is waited for."""
-        self._awaited.add(key)
+    def expect(self, key: str, until: float) -> None:
+        """A server is waited for, until then at most."""
+        self._awaited[key] = until
+
+    def awaited(self) -> Mapping[str, float]:
+        """The servers that are waited for, and until when."""
+        with self._lock:
+            return dict(self._awaited)
+
+    def give_up(self, key: str) -> None:
+        """A server is no longer waited for."""
+        with self._lock:
+            self._awaited.pop(key, None)
+        self.finish_if_whole()
 
     def note(self, key: str, learnt: Learnt | ProxyError) -> None:
         """A server has said what it lists, or has not."""
         with self._lock:
             if isinstance(learnt, Learnt):
                 self._learnt[key] = learnt
-            self._awaited.discard(key)
-        self.finish_if_whole()
+        self.give_up(key)
 
     def finish_if_whole(self) -> None:
         """Calls `done` where nobody is waited for."""

@@ -288,7 +288,8 @@ class StatelessGroup:
     ) -> None:
         """Asks servers for these lists, and those of which nothing is known for all; without any
         what they say of themselves, and for None nothing else. `done` gets what they have said
-        after `timeout` seconds at the latest.
+        after `timeout` seconds at the latest; a server that others wait for already is waited for
+        as long as by them.
         """
         self._stay(call)
         survey = Survey(done)
@@ -296,7 +297,11 @@ class StatelessGroup:
         for asked in filter(None, begun):
             self._call_later(LOOK_TIME, asked.give_up)
             asked.begin()
+        end = time.monotonic() + timeout
         self._call_later(timeout, survey.finish)
+        for key, until in survey.awaited().items():
+            if until < end:
+                self._call_later(until - time.monotonic(), partial(survey.give_up, key))
         survey.finish_if_whole()
 
     def _call_later(self, seconds: float, act: Callable[[], object]) -> None:
@@ -316,11 +321,10 @@ class StatelessGroup:
         now = time.monotonic()
         with self._lock:
             others = self._underway.get(key)
-            is_in_time = key not in self._silent and (
-                others is None or now - others.since < self._settings.gather_timeout
-            )
+            until = self._settings.gather_timeout + (now if others is None else others.since)
+            is_in_time = key not in self._silent and now < until
             if is_in_time:
-                survey.expect(key)
+                survey.expect(key, until)
             if others is not None and (known is None or not is_in_time):
                 others.surveys.append(survey)
                 return None

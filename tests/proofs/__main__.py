@@ -21,6 +21,7 @@ from tests.proofs import (
     given_connections,
     groups_eight,
     groups_hostile,
+    groups_slow,
     groups_under_kills,
     homes,
     hostile,
@@ -86,6 +87,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "soak": soak.soak,
     "groups-eight": groups_eight.groups_eight,
     "groups-hostile": groups_hostile.groups_hostile,
+    "groups-slow": groups_slow.groups_slow,
     "groups-same": groups_under_kills.groups_same,
     "groups-many": groups_under_kills.groups_many,
 }

@@ -43,6 +43,7 @@ class Row(msgspec.Struct):
     """The figures of one alternative: for each quantity, its unit included, a value a round.
 
     Rows of one `group` are alternatives to each other. The first quantity is the one of the chart.
+    `missing` says why there are no figures of a quantity that others have.
     """
 
     group: str
@@ -50,6 +51,7 @@ class Row(msgspec.Struct):
     title: str
     kind: Literal["ours", "peer", "bound"] = "ours"
     figures: dict[str, list[float]] = {}
+    missing: dict[str, str] = {}
 
     def add(self, figures: Mapping[str, float]) -> None:
         """The figures of one more round."""
@@ -158,6 +160,7 @@ def table(rows: Sequence[Row], findings: Sequence[Finding]) -> str:
         for row in members:
             cells = [spread(row, name) for name in quantities]
             lines.append(f"  {row.title:<50}" + "".join(f"{cell:>20}" for cell in cells))
+        lines += reasons(members)
     lines += [""] if findings else []
     for one in findings:
         wanted = f"; wanted {one.wanted}: {one.verdict}" if one.wanted else ""
@@ -168,12 +171,17 @@ def table(rows: Sequence[Row], findings: Sequence[Finding]) -> str:
 def spread(row: Row, quantity: str) -> str:
     """A median; with the lowest and the highest of the rounds where it is the first quantity."""
     if quantity not in row.figures:
-        return ""
+        return "-" if quantity in row.missing else ""
     values = row.figures[quantity]
     shown = number(median(values))
     if quantity == row.first and values[1:]:
         shown += f" ({number(min(values))}-{number(max(values))})"
     return shown
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why figures are missing, a sentence for each."""
+    return [f"{row.title}, {name}: {why}." for row in rows for name, why in row.missing.items()]
 
 
 # --- the run -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import http.server
 import json
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A benchmark, to its end."""
     command = [sys.executable, str(BENCH / arguments[0]), *arguments[1:]]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run_code(code: str) -> str:
+    """What a program prints that may import the modules of the benchmarks."""
+    path = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n"
+    command = [sys.executable, "-c", path + textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def measured(tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -68,6 +76,31 @@ def test_groups_are_compared_with_the_server_alone(tmp_path: Path) -> None:
     assert rows["the first list of 2 stdio servers", "second"]["initialize and list ms"][0] > 0
     processes = rows["5 sessions with a group of 8 stdio servers", "processes"]["processes"]
     assert processes == [10]
+
+
+def test_groups_are_compared_with_those_of_other_proxies(tmp_path: Path) -> None:
+    document = measured(tmp_path, "groups", "--peers", "--only", "ours")
+    rows = {row["group"].partition(" ")[0]: row["figures"] for row in document["rows"]}
+    assert rows["one"].keys() == {"p50 ms", "CPU us", "modern p50 ms"}
+    assert rows["5"] == {"processes": [10]}
+    slow = "the first list where one of 8 servers needs 1 s to start"
+    (told,) = (row["figures"] for row in document["rows"] if row["group"] == slow)
+    assert told["tools"] == [8]
+    assert document["benchmark"] == "groups-peers"
+
+
+def test_what_a_row_has_not_is_a_dash_and_a_sentence() -> None:
+    done = run_code(
+        """
+        from measuring import Row, table
+        whole = Row("group", "a", "A", figures={"ms": [1.0], "MB": [2.0]})
+        part = Row("group", "b", "B", figures={"ms": [3.0]}, missing={"MB": "it has no memory"})
+        print(table([whole, part], []))
+        """
+    )
+    *_, row, reason = done.splitlines()
+    assert row.split() == ["B", "3.00", "-"]
+    assert reason == "B, MB: it has no memory."
 
 
 def test_scale_says_what_replicas_ask_of_redis(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ came of each step. A step that fails does not hold up the others. corner_client.
 
 Where TARGET is a group, MEMBER is a JSON object: what the `names` and the `uris` of the server
 begin with there, who the `caller` is, and the `calls` of tools of other servers, a list of names
-and arguments.
+and arguments; `is_sse` where the group has the transport of 2024-11-05.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import anyio
 from mcp import StdioServerParameters, stdio_client, types
+from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
 from pydantic import AnyUrl
 from sdk_session import IS_SDK_1, Json, connected, httpx, plain, say
@@ -426,7 +427,8 @@ async def main(target: str, mode: str, trace: Path, member: Json) -> None:
     if target.startswith("http"):  # as somebody of whom the proxy knows no roots yet
         named = {"Authorization": f"Bearer {member.get('caller', corner.label)}"}
         http = httpx.AsyncClient(headers=named, timeout=httpx.Timeout(30, read=300))
-        server = streamable_http_client(target, http_client=http)
+        is_sse = member.get("is_sse", False)
+        server = sse_client(target) if is_sse else streamable_http_client(target, http_client=http)
     record: Json = {"sdk": version("mcp")}
     end = time.monotonic() + ALL_TIME
     async with connected(server, MODES.get(mode, mode), **corner.callbacks()) as (client, revision):

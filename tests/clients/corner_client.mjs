@@ -146,10 +146,10 @@ class Corner {
   }
 
   // Does something with a subscription, where the revision has them, and waits for what comes of it.
-  async listening(filter, count, work) {
+  async listening(filter, methods, work) {
     const subscription = this.isModern ? await this.client.listen(filter) : undefined;
     await work();
-    await this.until(() => this.heard.length >= count);
+    await this.until(() => methods.every((it) => this.heardOf(it).length));
     await subscription?.close();
   }
 }
@@ -247,7 +247,7 @@ const STEPS = {
     corner.heard.length = 0;
     const uri = `${corner.uris}demo://watched`;
     if (!corner.isModern) await corner.client.subscribeResource({ uri });
-    await corner.listening({ resourceSubscriptions: [uri] }, 1, async () => {
+    await corner.listening({ resourceSubscriptions: [uri] }, [TOLD.updated], async () => {
       await corner.call("notify", { kinds: ["updated"], uri: "demo://static" });
       await corner.call("notify", { kinds: ["updated"], uri: "demo://watched" });
     });
@@ -259,7 +259,8 @@ const STEPS = {
     corner.heard.length = 0;
     const filter = { toolsListChanged: true, promptsListChanged: true, resourcesListChanged: true };
     const kinds = ["tools", "prompts", "resources"];
-    await corner.listening(filter, 3, () => corner.call("notify", { kinds }));
+    const methods = [TOLD.tool, TOLD.prompt, TOLD.resource];
+    await corner.listening(filter, methods, () => corner.call("notify", { kinds }));
     return ["prompt", "resource", "tool"].filter((it) => corner.heardOf(TOLD[it]).length);
   },
 

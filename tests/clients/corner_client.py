@@ -144,12 +144,14 @@ class Corner:
         return condition()
 
     @asynccontextmanager
-    async def events(self, count: int, uri: str = "", **changes: bool) -> AsyncIterator[list[Any]]:
-        """A subscription, and after its block what came on it."""
+    async def events(
+        self, methods: set[str], uri: str = "", **changes: bool
+    ) -> AsyncIterator[list[Any]]:
+        """A subscription, and after its block what came on it, once each method has come."""
         got: list[Any] = []
         if not self.is_modern:
             yield got
-            await self.until(lambda: len(self.heard) >= count)
+            await self.until(lambda: methods <= {it["method"] for it in self.heard})
             got += [(it["method"], (it.get("params") or {}).get("uri")) for it in self.heard]
             return
         wanted: Json = {**changes, **({"resource_subscriptions": [uri]} if uri else {})}
@@ -158,7 +160,7 @@ class Corner:
             with anyio.move_on_after(3):
                 async for event in subscription:
                     got.append((type(event).__name__, getattr(event, "uri", None)))
-                    if len(got) == count:
+                    if len({name for name, _ in got}) == len(methods):
                         break
 
 
@@ -331,7 +333,7 @@ async def updates(corner: Corner) -> Any:
     watched = "demo://watched"
     if not corner.is_modern:
         await corner.client.subscribe_resource(corner.address(watched))
-    async with corner.events(1, uri=corner.uris + watched) as got:
+    async with corner.events({UPDATED}, uri=corner.uris + watched) as got:
         await corner.call("notify", kinds=["updated"], uri="demo://static")
         await corner.call("notify", kinds=["updated"], uri=watched)
     if not corner.is_modern:
@@ -343,8 +345,10 @@ async def updates(corner: Corner) -> Any:
 async def changes(corner: Corner) -> Any:
     corner.heard.clear()
     all_changes = {f"{it}_list_changed": True for it in ("tools", "prompts", "resources")}
-    async with corner.events(3, **all_changes) as got:
-        await corner.call("notify", kinds=["tools", "prompts", "resources"])
+    kinds = ["tools", "prompts", "resources"]
+    methods = {f"notifications/{it}/list_changed" for it in kinds}
+    async with corner.events(methods, **all_changes) as got:
+        await corner.call("notify", kinds=kinds)
     names = ("tool", "prompt", "resource")
     return sorted({kind for name, _ in got for kind in names if kind in name.lower()})
 

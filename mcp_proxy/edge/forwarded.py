@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Our worker's, in the environ: the commas in the Cookie header are the client's own.
-COOKIES_KNOWN = "mcp_proxy.cookies_known"
+# Our workers', in the environ: the commas in the Cookie header are the client's own.
+_COOKIES_KNOWN = "mcp_proxy.cookies_known"
 
 # As WSGI names them. Host and Content-Length are written for the backend: its own name, and the
 # length of the body that is sent.
@@ -56,6 +56,17 @@ _FOLD = re.compile(r"(\r?\n[ \t]+)+")
 # RFC 3986 section 3.3: the characters of a path. A prefix that begins with `//` would name a host.
 _PATH_SAFE = "/:@!$&'()*+,;=~-._"
 _PREFIX = re.compile(r"(/[A-Za-z0-9:@!$&'()*+,;=~._%-]+)+")
+
+
+def join_cookies(headers: Iterable[tuple[str, str]], environ: WSGIEnvironment) -> None:
+    """Makes one header of several Cookie headers; gunicorn joins them by the comma of lists.
+
+    `headers` are those of the request as gunicorn names them.
+    """
+    if "," in environ.get("HTTP_COOKIE", ""):
+        values = [value for name, value in headers if name == "COOKIE"]
+        environ["HTTP_COOKIE"] = "; ".join(values)  # RFC 9113 section 8.2.3
+        environ[_COOKIES_KNOWN] = True
 
 
 class HeaderPolicy:
@@ -94,7 +105,7 @@ class HeaderPolicy:
                 headers[key[5:].replace("_", "-").title()] = value
         if environ.get("CONTENT_TYPE"):
             headers["Content-Type"] = environ["CONTENT_TYPE"]
-        if "," in headers.get("Cookie", "") and not environ.get(COOKIES_KNOWN):
+        if "," in headers.get("Cookie", "") and not environ.get(_COOKIES_KNOWN):
             headers["Cookie"] = cookies.rejoined(headers["Cookie"])
         for option in environ.get("HTTP_CONNECTION", "").split(","):
             headers.pop(option.strip().title(), None)

@@ -13,13 +13,15 @@ A greenlet is cheap, so each connection has one and nothing waits in a poller. W
   kept back, accepting pauses for a moment.
 - A worker that stops accepts no more at once, and ends the connections on which no request has
   arrived, handshakes included.
+- Several Cookie headers are joined by the semicolon of cookies.
 - What is refused before the application sees it is a JSON-RPC error.
 
 It relies on this in gunicorn, 27.0 or later. `run` makes a server of each listener by
 `server_class`, if there is one, with a pool of `worker_connections`, and waits for `pool` of what
 that returns. gevent's server calls `do_read` to accept, until that gives None. `handle` reads from
 `client.recv`, and from nothing else, and closes `client`; between two requests of a connection it
-calls `handle_request`, under `timeout_ctx` the parser.
+calls `handle_request`, under `timeout_ctx` the parser. That calls `wsgi` with `client` as the
+`gunicorn.socket` of the environ.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import gevent
 from gevent.server import StreamServer
 from gunicorn.workers import ggevent
 
+from mcp_proxy.edge.forwarded import join_cookies
 from mcp_proxy.server.answers import PIECE, not_read, refusal, refusal_of
 from mcp_proxy.server.arriving import SLOWEST_BODY
 from mcp_proxy.server.crowd import SURE, SWEEP, Bound
@@ -59,6 +62,7 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
     """The worker class behind the setting `gevent`."""
 
     alive: bool
+    wsgi: Any
 
     #: Seconds within which a client sends its head, and makes progress with the rest.
     client_timeout = 30.0
@@ -100,6 +104,7 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         """Runs until the worker stops."""
+        self.wsgi = partial(_with_joined_cookies, self.wsgi)
         gevent.spawn(self._watch)
         super().run()
 
@@ -212,6 +217,11 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
             client.sendall(written)
 
 
+def _with_joined_cookies(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    join_cookies(environ["gunicorn.socket"].request.headers, environ)
+    return app(environ, start_response)
+
+
 class _Server(StreamServer):  # type: ignore[misc]
     """gevent's server, which stops accepting before there is no file left."""
 
@@ -254,7 +264,8 @@ class PatientSocket:
 
     def begin(self) -> None:
         """The next request may come."""
-        self._request: Any = None
+        #: What is being answered, once its head has come.
+        self.request: Any = None
         self._since: float | None = None  # when its head, or its body, began
         self._got = 0
         #: When something came last, or the wait for it began.
@@ -267,11 +278,11 @@ class PatientSocket:
 
     def is_silent_since(self, before: float) -> bool:
         """Whether nothing has come since before that time of a request that has not arrived."""
-        return self._request is None and not self._is_ended and self.progress < before
+        return self.request is None and not self._is_ended and self.progress < before
 
     def begin_body(self, request: Any) -> None:
         """The head has come; what comes next is the body."""
-        self._request = request
+        self.request = request
         self._since = time.monotonic()
         self._is_new = self.has_sent = self.is_late = False
         self.taken = 0
@@ -289,8 +300,8 @@ class PatientSocket:
             data: bytes = self._sock.recv(size)
         except TimeoutError:
             self._is_ended = True
-            if self._request is not None:
-                self._request.force_close()  # where the next one begins is unknown
+            if self.request is not None:
+                self.request.force_close()  # where the next one begins is unknown
                 raise
             self._refuse_late_head()
             return b""
@@ -300,7 +311,7 @@ class PatientSocket:
             data = b""  # `end` has woken this greenlet
         finally:
             self._worker.reading.discard(self)
-        if self._is_ended and self._request is None:
+        if self._is_ended and self.request is None:
             self._refuse_late_head()
             return b""
         self.progress = time.monotonic()
@@ -313,7 +324,7 @@ class PatientSocket:
         if self._since is None:
             return limit if self._is_new else float(self._worker.cfg.keepalive)
         left = self._since + limit - time.monotonic()
-        if self._request is None:
+        if self.request is None:
             return left
         return min(limit, left + self._got / SLOWEST_BODY)
 

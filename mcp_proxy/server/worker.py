@@ -69,7 +69,7 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import gthread
 
-from mcp_proxy.edge.forwarded import COOKIES_KNOWN
+from mcp_proxy.edge.forwarded import join_cookies
 from mcp_proxy.edge.request import ADMIT, CANCEL, PASS_TO, WAS_COUNTED, WAS_PASSED
 from mcp_proxy.errors import Overloaded, ProxyError
 from mcp_proxy.server.answers import (
@@ -897,7 +897,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             )
             environ["wsgi.multithread"] = True
             conn.on_late_body = response.force_close
-            _join_cookies(req, environ)
+            join_cookies(req.headers, environ)
             self._decide_on_keeping(response)
             self._add_seams(environ, req, conn, response)
             self._notice_end_of_body(req, conn)
@@ -970,14 +970,6 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
             self.cfg.post_request(self, req, environ, response)
         except Exception:
             self.log.exception("Exception in post_request hook")
-
-
-def _join_cookies(req: Any, environ: dict[str, Any]) -> None:
-    """Makes one header of several Cookie headers; gunicorn joins them by the comma of lists."""
-    if "," in environ.get("HTTP_COOKIE", ""):
-        cookies = [value for name, value in req.headers if name == "COOKIE"]
-        environ["HTTP_COOKIE"] = "; ".join(cookies)  # RFC 9113 section 8.2.3
-        environ[COOKIES_KNOWN] = True
 
 
 class _Noticed:

@@ -79,8 +79,11 @@ def test_several_cookie_headers_are_one_list(
     assert backend.last.header("Cookie") == "a=1,2; b=3; c=4; d=5"
 
 
-def test_our_worker_knows_which_commas_are_the_clients(backend: HttpBackend) -> None:
-    with by_the_command(backend.url) as port:
+@pytest.mark.parametrize("served", [by_the_command, under_gevent])
+def test_our_workers_know_which_commas_are_the_clients(
+    backend: HttpBackend, served: Callable[[str], AbstractContextManager[int]]
+) -> None:
+    with served(backend.url) as port:
         head = b"GET /x HTTP/1.1\r\nHost: localhost\r\nCookie: a=1,b=2\r\nCookie: c=3\r\n"
         with socket.create_connection(("127.0.0.1", port), _PATIENCE) as sock:
             sock.sendall(head + b"Connection: close\r\n\r\n")

@@ -13,6 +13,7 @@ A greenlet is cheap, so each connection has one and nothing waits in a poller. W
   kept back, accepting pauses for a moment.
 - A worker that stops accepts no more at once, and ends the connections on which no request has
   arrived, handshakes included.
+- Of a body that the application has not read a little is read, as a connection is worth that.
 - Several Cookie headers are joined by the semicolon of cookies.
 - What is refused before the application sees it is a JSON-RPC error.
 
@@ -200,6 +201,8 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
         sock.begin_body(req)
         try:
             super().handle_request(listener_name, req, sock, addr)
+            if not _is_skipped(req.body):
+                raise StopIteration
         except TimeoutError:
             if not sock.has_sent:
                 sock.sendall(refusal("408 Request Timeout", "The body did not arrive in time"))
@@ -220,6 +223,15 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
 def _with_joined_cookies(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
     join_cookies(environ["gunicorn.socket"].request.headers, environ)
     return app(environ, start_response)
+
+
+def _is_skipped(body: Any) -> bool:
+    """Reads what the application has left of a body, if that is little; whether none is left.
+
+    gunicorn reads all of it in pieces of 1 KiB, for each of which it copies up to a MiB of what has
+    come already: seconds, in which nobody else is served.
+    """
+    return body.failed or len(body.read(PIECE)) < PIECE
 
 
 class _Server(StreamServer):  # type: ignore[misc]

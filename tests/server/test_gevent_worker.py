@@ -8,13 +8,14 @@ import re
 import signal
 import ssl
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.live.connections import Connection
 from tests.server import test_worker
 from tests.server.test_crowds import CROWDS, WITH_FEW_FILES, crowd, probe_for
 from tests.server.test_limits import open_files
@@ -122,6 +123,37 @@ def test_a_worker_that_stops_does_not_wait_for_what_may_still_arrive(tmp_path: P
         held.process.wait(30)
         assert time.monotonic() - before < 15
         assert "ERROR" not in held.process.log()
+
+
+def cpu_seconds(pid: int) -> float:
+    """The CPU time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_body_that_is_refused_costs_the_others_nothing() -> None:
+    """What gunicorn reads of it, 1 KiB at a time, is copied from a MiB of what has come."""
+    options = ["--worker-class", "gevent"]
+    with ProxyProcess(options=options, way=COMMAND) as process:
+        (worker,) = process.worker_pids()
+        before = cpu_seconds(worker)
+        for _ in range(2):
+            with closing(Connection(process.port)) as connection:
+                with suppress(OSError):  # the worker reads it for two seconds
+                    connection.send("/mcp", body=bytes(10 * 1024 * 1024))
+                assert connection.read().status == 413
+                assert connection.is_closed_by_server()
+        assert cpu_seconds(worker) - before < 2
+
+
+def test_a_little_of_a_body_that_is_refused_is_read_and_the_connection_kept() -> None:
+    options = ["--worker-class", "gevent", "--max-body-bytes", "1000"]
+    with (
+        ProxyProcess(options=options, way=COMMAND) as process,
+        closing(Connection(process.port)) as connection,
+    ):
+        for _ in range(3):
+            assert connection.ask("/mcp", body=bytes(20_000)).status == 413
 
 
 @pytest.mark.parametrize("kind", CROWDS)

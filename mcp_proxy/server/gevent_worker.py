@@ -12,7 +12,7 @@ A greenlet is cheap, so each connection has one and nothing waits in a poller. W
   which no request has arrived for longest (`crowd`). Where no file is left beside those that are
   kept back, accepting pauses for a moment.
 - A worker that stops accepts no more at once, and ends the connections on which no request has
-  arrived, handshakes included.
+  arrived, handshakes included; the others end with their answers.
 - Of a body that the application has not read a little is read, as a connection is worth that.
 - Several Cookie headers are joined by the semicolon of cookies.
 - What is refused before the application sees it is a JSON-RPC error.
@@ -22,7 +22,7 @@ It relies on this in gunicorn, 27.0 or later. `run` makes a server of each liste
 that returns. gevent's server calls `do_read` to accept, until that gives None. `handle` reads from
 `client.recv`, and from nothing else, and closes `client`; between two requests of a connection it
 calls `handle_request`, under `timeout_ctx` the parser. That calls `wsgi` with `client` as the
-`gunicorn.socket` of the environ.
+`gunicorn.socket` of the environ. A request whose `force_close` was called ends its connection.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
         set_deadlines(self)
         #: The connections on which a request is awaited or arriving.
         self.reading: set[PatientSocket] = set()
+        #: Those whose request is being answered.
+        self.answering: set[PatientSocket] = set()
         #: Those that were shut down and are read for a moment, the oldest first.
         self.closing: dict[PatientSocket, None] = {}
         #: How many connections there may be; gunicorn's pool holds however many there are.
@@ -115,6 +117,8 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
             gevent.sleep(SWEEP)
             self._handshake_failures.report()
             self._make_room()
+        for client in self.answering:
+            client.request.force_close()
         gevent.sleep(_LAST_REQUESTS)
         gevent.killall(list(self._shaking_hands), block=False)
         for client in list(self.reading):
@@ -199,6 +203,7 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         """Answers one request."""
         sock.begin_body(req)
+        self.answering.add(sock)
         try:
             super().handle_request(listener_name, req, sock, addr)
             if not _is_skipped(req.body):
@@ -208,6 +213,7 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
                 sock.sendall(refusal("408 Request Timeout", "The body did not arrive in time"))
             raise StopIteration from None
         finally:
+            self.answering.discard(sock)
             if sock.is_late:
                 line = not_read(req, addr, sock.taken, self.client_timeout)
                 self.log.warning("%s", line)

@@ -125,6 +125,19 @@ def test_a_worker_that_stops_does_not_wait_for_what_may_still_arrive(tmp_path: P
         assert "ERROR" not in held.process.log()
 
 
+def test_who_is_answered_by_a_worker_that_stops_loses_the_connection(tmp_path: Path) -> None:
+    with serving(tmp_path) as held, ExitStack() as stack:
+        late, idle = (stack.enter_context(closing(held.connect())) for _ in range(2))
+        assert idle.ask("/").headers["Connection"] == "keep-alive"
+        late.send("/held?begun")
+        eventually(lambda: "begun" in held.process.log())
+        os.kill(held.process.master_pid, signal.SIGTERM)
+        assert idle.is_closed_by_server()  # this is done once
+        held.release()
+        assert late.read().headers["Connection"] == "close"
+        held.process.wait(15)  # of the 30 seconds that gunicorn gives
+
+
 def cpu_seconds(pid: int) -> float:
     """The CPU time that a process has taken."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -8,6 +8,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
+
+from tests.support import needs
 from tests.support.callers import KeyFile, Knowing, told
 from tests.support.front import Answer, HttpFront
 from tests.support.proxies import as_options
@@ -19,6 +22,9 @@ DEPLOYMENTS = {
     "four with Redis": (4, True, "on"),
     "two that relay": (2, True, "off"),
 }
+
+#: Their names, for parameters.
+NAMES = [pytest.param("two in memory", marks=needs.MEMORY), "four with Redis", "two that relay"]
 
 #: Requests, each on a connection of its own, that reach every worker as good as certainly.
 EVERYWHERE = 12

@@ -17,6 +17,7 @@ import pytest
 from tests.auth.deployments import (
     DEPLOYMENTS,
     EVERYWHERE,
+    NAMES,
     Deployment,
     all_told,
     deployed,
@@ -81,7 +82,7 @@ def _as_said(
     return deployed(paths.mktemp("keys"), command, workers, url, passing=passing)
 
 
-@pytest.fixture(scope="module", params=DEPLOYMENTS)
+@pytest.fixture(scope="module", params=NAMES)
 def legacy(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -98,7 +99,7 @@ def era(request: pytest.FixtureRequest) -> str:
     return era
 
 
-@pytest.fixture(scope="module", params=DEPLOYMENTS)
+@pytest.fixture(scope="module", params=NAMES)
 def homes(
     request: pytest.FixtureRequest,
     era: str,

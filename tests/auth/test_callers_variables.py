@@ -17,6 +17,7 @@ import redis
 
 from tests.auth.deployments import EVERYWHERE, all_told, unknown_like
 from tests.auth.test_bound_sessions import WAYS
+from tests.support import needs
 from tests.support.callers import KeyFile
 from tests.support.front import SCRIPTED, Answer, Front, HttpFront, Json, McpClient
 from tests.support.modern_client import ModernClient, server_of
@@ -28,6 +29,9 @@ from tests.support.waiting import eventually
 
 #: Workers are two; whether their sessions are in Redis, and whether they pass requests.
 DEPLOYMENTS = {"memory": (False, "on"), "Redis": (True, "on"), "relayed": (True, "off")}
+
+#: Their names, for parameters.
+NAMES = [pytest.param("memory", marks=needs.MEMORY), "Redis", "relayed"]
 
 SOURCES = ("TOKEN=header:X-Token", "REGION=header:X-Region?")
 
@@ -87,7 +91,7 @@ def in_store(redis_server: RedisServer, is_shared: bool, prefix: str = "") -> di
     return {"redis_url": redis_server.url, "redis_prefix": prefix or f"t-{uuid.uuid4().hex}:"}
 
 
-@pytest.fixture(scope="module", params=DEPLOYMENTS)
+@pytest.fixture(scope="module", params=NAMES)
 def legacy(request: pytest.FixtureRequest, redis_server: RedisServer) -> Iterator[Deployment]:
     """Two workers in front of the scripted server."""
     is_shared, passing = DEPLOYMENTS[request.param]
@@ -184,7 +188,7 @@ def test_a_session_of_the_sse_transport_takes_the_values_alone(legacy: Deploymen
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize("kind", DEPLOYMENTS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_home_is_for_callers_of_the_same_values(
     redis_server: RedisServer, era: str, kind: str
 ) -> None:

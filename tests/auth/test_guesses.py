@@ -10,9 +10,11 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import redis
 
 from tests.auth.deployments import EVERYWHERE, deployed
+from tests.support import needs
 from tests.support.callers import KeyFile, Knowing
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.monitor import recorded_commands
@@ -71,10 +73,12 @@ def test_guesses_leave_nothing_in_workers_store_and_log(
         assert 1 <= refusals <= 2  # a minute and worker
 
 
+@pytest.mark.parametrize("store", [pytest.param("memory", marks=needs.MEMORY), "redis"])
 def test_a_worker_that_starts_while_the_file_has_a_mistake_knows_the_last_keys(
-    tmp_path: Path,
+    store: str, redis_url: str, tmp_path: Path
 ) -> None:
-    with deployed(tmp_path, SCRIPTED, 2, None) as deployment:
+    url = redis_url if store == "redis" else None
+    with deployed(tmp_path, SCRIPTED, 2, url) as deployment:
         proxy, keys = deployment.process, deployment.keys
         late = McpClient(deployment.front("alice"))
         keys.remove("bob")
@@ -141,13 +145,16 @@ def has_begun(client: McpClient) -> bool:
         return False
 
 
-def test_sessions_that_outlive_a_restart_are_still_their_callers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=needs.MEMORY)])
+def test_sessions_that_outlive_a_restart_are_still_their_callers(
+    tmp_path: Path, workers: int
+) -> None:
     directory = tmp_path / "sessions"
     settings = {"session_dir": str(directory)}
-    with deployed(tmp_path, SCRIPTED, 2, None, **settings) as deployment:
+    with deployed(tmp_path, SCRIPTED, workers, None, **settings) as deployment:
         alice = McpClient(deployment.front("alice")).open()
         names = {name: deployment.front(name) for name in ("alice", "mallory")}
-    with deployed(tmp_path, SCRIPTED, 2, None, keys=deployment.keys, **settings) as again:
+    with deployed(tmp_path, SCRIPTED, workers, None, keys=deployment.keys, **settings) as again:
         eventually(lambda: "sessions are here again" in again.process.log())
         for name, front in names.items():
             front.front = again.front("alice").front

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.clients.programs import HERE, python_with_mcp1, run_client
+from tests.support import needs
 from tests.support.callers import KeyFile
 from tests.support.proxies import as_options
 from tests.support.proxy_process import ProxyProcess
+from tests.support.redis_server import RedisServer
 
 _CLIENT = str(HERE / "key_client.py")
 
@@ -33,10 +36,15 @@ def key(keys: KeyFile) -> str:
     return keys.add("alice")
 
 
-@pytest.fixture(scope="module")
-def proxy(keys: KeyFile, key: str) -> Iterator[ProxyProcess]:
+@pytest.fixture(scope="module", params=[pytest.param("memory", marks=needs.MEMORY), "redis"])
+def proxy(
+    request: pytest.FixtureRequest, redis_server: RedisServer, keys: KeyFile, key: str
+) -> Iterator[ProxyProcess]:
     """Two workers in front of the demo server."""
     settings = {"api_keys": keys.text, "workers": 2}
+    if request.param == "redis":
+        prefix = f"test-{uuid.uuid4().hex}:"
+        settings |= {"redis_url": redis_server.url, "redis_prefix": prefix}
     with ProxyProcess(options=as_options(settings)) as proxy:
         yield proxy
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import COMMAND, GUNICORN, ProxyProcess
 from tests.support.redis_server import RedisServer
@@ -107,6 +108,7 @@ def test_a_client_that_says_nothing_or_reads_nothing_keeps_nobody_waiting(
     assert get(port, "/healthz")[0] == 200
 
 
+@needs.THREADS
 def test_answers_come_soon_while_every_thread_is_taken() -> None:
     options = [*ADMIN, "--threads", "4"]
     with ProxyProcess(SCRIPTED, options=options) as process, ThreadPoolExecutor(8) as pool:
@@ -143,9 +145,11 @@ def test_a_worker_goes_on_with_the_counters_of_the_one_before_it(way: tuple[str,
         assert [each["worker"] for each in series_of(text, "mcp_proxy_sessions")] == ["0"]
 
 
-def test_readyz_is_that_of_the_instance_and_names_its_workers() -> None:
-    options = [*ADMIN, "--workers", "2"]
-    with ProxyProcess(SCRIPTED, options=options) as process:
+def test_readyz_is_that_of_the_instance_and_names_its_workers(
+    redis_url: str, redis_prefix: str
+) -> None:
+    options, store = [*ADMIN, "--workers", "2"], needs.store_of_several(redis_url, redis_prefix)
+    with ProxyProcess(SCRIPTED, options=options, environment=store) as process:
         port = admin_port(process)
 
         def states() -> dict[str, str]:
@@ -211,6 +215,7 @@ def test_calls_over_http_and_sse_are_counted_when_their_answer_leaves() -> None:
 # --- the page ------------------------------------------------------------------------------------
 
 
+@needs.PASSING
 def test_the_page_shows_all_workers_and_its_url_at_the_main_address_is_printed() -> None:
     with ProxyProcess(SCRIPTED, options=[*ADMIN, "--workers", "2"]) as process:
         port = admin_port(process)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import needs
 from tests.support.callers import KeyFile, Knowing
 from tests.support.front import SCRIPTED, HttpFront, McpClient
 from tests.support.proxy_process import ROOT, ProxyProcess
@@ -37,7 +38,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ctl.sock"
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=[pytest.param("memory", marks=needs.MEMORY), "redis"])
 def process(
     request: pytest.FixtureRequest, path: Path, redis_server: RedisServer, redis_prefix: str
 ) -> Iterator[ProxyProcess]:
@@ -58,10 +59,11 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def proxy(path: Path, file: Path) -> Iterator[ProxyProcess]:
+def proxy(path: Path, file: Path, redis_url: str, redis_prefix: str) -> Iterator[ProxyProcess]:
     """A proxy of two workers with that file."""
     options = ["--ctl-socket", str(path), "--workers", "2", "--config", str(file)]
-    with ProxyProcess(options=options) as made:
+    store = needs.store_of_several(redis_url, redis_prefix)
+    with ProxyProcess(options=options, environment=store) as made:
         yield made
 
 
@@ -268,12 +270,13 @@ def test_without_a_file_there_is_nothing_to_reload(path: Path) -> None:
 
 
 def test_keys_are_shown_with_their_last_use_whichever_worker_was_used(
-    path: Path, tmp_path: Path
+    path: Path, tmp_path: Path, redis_url: str, redis_prefix: str
 ) -> None:
     keys = KeyFile(tmp_path / "keys")
     shown = {name: keys.add(name) for name in ("alice", "bob")}
     options = ["--ctl-socket", str(path), "--api-keys", keys.text, "--workers", "2"]
-    with ProxyProcess(SCRIPTED, options=options) as process:
+    store = needs.store_of_several(redis_url, redis_prefix)
+    with ProxyProcess(SCRIPTED, options=options, environment=store) as process:
         began = time.time()
         McpClient(Knowing(HttpFront(process.base), shown["alice"])).open()
         code, text = ctl(path, "--api-keys", keys.text, "keys")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import needs
 from tests.support.front import HttpFront, McpClient
 from tests.support.groups import call, entry, tools
 from tests.support.proxy_process import ProxyProcess
@@ -31,7 +32,7 @@ def opened(proxy: ProxyProcess) -> McpClient:
     return McpClient(HttpFront(proxy.base), "/groups/g/mcp").open()
 
 
-@pytest.mark.parametrize("store", ["memory", "redis"])
+@pytest.mark.parametrize("store", [pytest.param("memory", marks=needs.MEMORY), "redis"])
 def test_every_worker_serves_every_session(
     file: Path, store: str, request: pytest.FixtureRequest
 ) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.live.test_passing import LABELLED, Pair
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, Json, McpClient
 from tests.support.proxies import as_options
 from tests.support.proxy_process import ProxyProcess
@@ -40,7 +41,7 @@ def served_until(client: McpClient, until: float) -> int:
     return served
 
 
-@pytest.mark.parametrize("store", ["memory", "redis"])
+@pytest.mark.parametrize("store", [pytest.param("memory", marks=needs.MEMORY), "redis"])
 def test_workers_together_keep_the_limit(store: str, redis_server: RedisServer) -> None:
     """Sessions are of all workers, and so every request may be passed on its way."""
     settings: Json = {"workers": 3, "rate_limit": f"{RATE}/second:{BURST}"}
@@ -58,6 +59,7 @@ def test_workers_together_keep_the_limit(store: str, redis_server: RedisServer) 
         assert served >= RATE * LASTS * (1 - _LESS), told
 
 
+@needs.PASSING
 def test_a_request_that_is_passed_counts_once() -> None:
     """Each comes to the worker that has not the session, and is given to the other one."""
     count = 8
@@ -75,6 +77,7 @@ def test_a_request_that_is_passed_counts_once() -> None:
         assert json.loads(refused.body)["error"]["code"] == -32000
 
 
+@needs.PASSING
 def test_the_last_request_that_is_allowed_is_served_where_it_is_passed() -> None:
     """Also where the worker that has given it is slow to go on."""
     way = (*LABELLED[:-1], "tests.live.slow_giving:app")
@@ -92,6 +95,7 @@ def test_the_last_request_that_is_allowed_is_served_where_it_is_passed() -> None
         assert json.loads(refused.body)["error"]["code"] == -32000
 
 
+@needs.PASSING
 @pytest.mark.parametrize("store", ["memory", "redis"])
 def test_whichever_worker_gets_it_a_refusal_is_said_on_the_stream(
     store: str, redis_server: RedisServer
@@ -123,9 +127,12 @@ def test_a_call_that_waits_for_others_of_its_session_counts_once() -> None:
         assert client.call("ping").failure == "rate-limited"
 
 
-def test_a_worker_that_comes_later_counts_with_the_others() -> None:
+def test_a_worker_that_comes_later_counts_with_the_others(
+    redis_url: str, redis_prefix: str
+) -> None:
     settings: Json = {"workers": 2, "rate_limit": "1/minute:3"}
-    with ProxyProcess(SCRIPTED, options=as_options(settings)) as proxy:
+    store = needs.store_of_several(redis_url, redis_prefix)
+    with ProxyProcess(SCRIPTED, options=as_options(settings), environment=store) as proxy:
         for _ in range(3):
             assert McpClient(HttpFront(proxy.base)).initialize().failure is None
         before = proxy.worker_pids()

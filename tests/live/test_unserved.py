@@ -17,6 +17,7 @@ from mcp_proxy.server.banner import server_urls
 from mcp_proxy.server.check import check, check_offline
 from mcp_proxy.server.cli import main
 from mcp_proxy.wire import modern
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, McpClient, WsgiFront
 from tests.support.proxy_process import COMMAND, GUNICORN, ProxyProcess
 from tests.support.waiting import eventually
@@ -137,9 +138,10 @@ def test_an_application_of_its_own_logs_what_is_broken_when_it_is_made(file: Pat
 
 @pytest.mark.parametrize("way", [COMMAND, GUNICORN], ids=["command", "gunicorn"])
 def test_at_the_start_a_broken_entry_is_one_line_and_the_others_serve(
-    file: Path, way: tuple[str, ...]
+    file: Path, way: tuple[str, ...], redis_url: str, redis_prefix: str
 ) -> None:
     environment = {"MCP_PROXY_CONFIG": str(file), "MCP_PROXY_WORKERS": "2"}
+    environment |= needs.store_of_several(redis_url, redis_prefix)
     with ProxyProcess(way=way, environment=environment) as process:
         front = HttpFront(process.base)
         assert McpClient(front, "/servers/good/mcp").open().result("count")["calls"] == 1
@@ -149,6 +151,7 @@ def test_at_the_start_a_broken_entry_is_one_line_and_the_others_serve(
     assert f"{file}: my-broken: {WRONG}" in errors[0]
 
 
+@needs.MEMORY
 def test_an_http_server_is_broken_where_gunicorn_is_told_of_several_workers(file: Path) -> None:
     entries = {"good": GOOD, "far": {"url": "http://127.0.0.1:1/mcp"}}
     file.write_text(json.dumps({"mcpServers": entries}))

@@ -17,6 +17,9 @@ from tests.support.proxy_process import WORKER_CLASS
 NAME = "needs_threads"
 
 
+_GEVENT = "gevent"
+
+
 def _needs(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.needs_threads(reason)
 
@@ -43,10 +46,17 @@ PINNING = _needs("gevent workers are bound to no CPU")
 PATIENT_RECYCLING = _needs("a gevent worker that has had max_requests leaves at once")
 
 
+def store_of_several(redis_url: str, prefix: str) -> dict[str, str]:
+    """The environment of several workers, for a test that is not about where their sessions are."""
+    if os.environ.get(WORKER_CLASS) != _GEVENT:
+        return {}
+    return {"MCP_PROXY_REDIS_URL": redis_url, "MCP_PROXY_REDIS_PREFIX": prefix}
+
+
 def missing_for(item: pytest.Item) -> str | None:
     """Why a test does not apply to the workers that proxies have now; None where it does."""
     mark = item.get_closest_marker(NAME)
-    if mark is None or os.environ.get(WORKER_CLASS) != "gevent":
+    if mark is None or os.environ.get(WORKER_CLASS) != _GEVENT:
         return None
     reason: str = mark.args[0]
     return reason

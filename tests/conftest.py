@@ -14,8 +14,10 @@ from hypothesis import settings
 
 from mcp_proxy.redis.client import Connection
 from tests.support import needs
+from tests.support.proxy_process import WORKER_CLASS, ProxyProcess
 from tests.support.redis_connections import Openers
 from tests.support.redis_server import RedisServer
+from tests.support.second_run import starts_gunicorn
 from tests.support.transparent import FRONTS
 
 settings.register_profile(
@@ -27,6 +29,9 @@ settings.load_profile("mcp_proxy")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _HAS_FIXTURES = pytest.StashKey[bool]()
+
+# How many gunicorns there had been before a test.
+_GUNICORNS = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -70,10 +75,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{needs.NAME}(reason): what gevent workers have not")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where all proxies have another kind of worker, leaves out the tests that start none."""
+    if WORKER_CLASS in os.environ:
+        left_out = [item for item in items if not starts_gunicorn(item)]
+        items[:] = [item for item in items if starts_gunicorn(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leaves out, with the reason, what gevent workers have not, where all proxies have those."""
+    item.stash[_GUNICORNS] = ProxyProcess.count
     if (reason := needs.missing_for(item)) is not None:
         pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fails a test that starts a gunicorn, and would not be run with another kind of worker."""
+    yield
+    assert ProxyProcess.count == item.stash[_GUNICORNS] or starts_gunicorn(item)
 
 
 def pytest_fixture_setup(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -15,7 +14,9 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.support import needs
 from tests.support.front import SCRIPTED, HttpFront, McpClient
+from tests.support.proxy_process import inherited
 from tests.support.startable import Startable
 from tests.support.waiting import eventually
 
@@ -59,7 +60,7 @@ class Service(Startable):
                 pass_fds=list(given.values()),
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "MCP_PROXY_BIND": "127.0.0.1:1"},  # which nobody could bind
+                env={**inherited(), "MCP_PROXY_BIND": "127.0.0.1:1"},  # which nobody could bind
             )
 
     def stop(self) -> int:
@@ -116,7 +117,7 @@ class Load:
                 self.outcomes[outcome] += 1
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, pytest.param(2, marks=needs.MEMORY)])
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
     with Service(tmp_path, request.param) as service:
         eventually(lambda: requests.get(f"{service.base}/readyz", timeout=20).ok)

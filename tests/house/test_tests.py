@@ -36,6 +36,7 @@ REASONS = {
     ("server/test_limits.py", "_candidate_tempdir_list"): "the same; Python names it nowhere else",
     ("server/test_limits.py", "_refuse"): "a worker that cannot be given a request otherwise",
     ("server/test_limits.py", "_slow_count"): "the same",
+    ("support/second_run.py", "_fixtureinfo"): "pytest says nowhere else what a fixture's name is",
     ("transparent/test_sse_sessions.py", "_client"): "the server's end of kept connections",
     ("wire/test_mending.py", "_PIECE"): "cuts at every place, without texts of many MiB",
 }

@@ -51,6 +51,9 @@ class ProxyProcess(Startable):
     /healthz answers, with TLS once it listens; it fails with the log if the process ends instead.
     """
 
+    #: How many were made in this process.
+    count = 0
+
     def __init__(
         self,
         command: Sequence[str] = (),
@@ -60,6 +63,7 @@ class ProxyProcess(Startable):
         way: Sequence[str] = COMMAND,
         port: int = 0,
     ) -> None:
+        ProxyProcess.count += 1
         self._mark = secrets.token_hex(8)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop
         self._log: str | None = None
@@ -68,7 +72,7 @@ class ProxyProcess(Startable):
         self._process = subprocess.Popen(
             [sys.executable, *way, *(_as_arguments(bind, options, command, way))],
             cwd=ROOT,
-            env={**_inherited(), **settings, **(environment or {}), MARK: self._mark},
+            env={**inherited(), **settings, **(environment or {}), MARK: self._mark},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -197,6 +201,17 @@ class ProxyProcess(Startable):
         return f"{MARK}={self._mark}".encode() in environment
 
 
+def inherited() -> dict[str, str]:
+    """Our environment (coverage's variables are in it) without settings of the proxy.
+
+    But for its kind of worker, where all tests are to run with another one.
+    """
+    ours = {name: v for name, v in os.environ.items() if not name.startswith("MCP_PROXY_")}
+    if WORKER_CLASS in os.environ:
+        ours["MCP_PROXY_WORKER_CLASS"] = os.environ[WORKER_CLASS]
+    return ours
+
+
 def all_processes() -> list[int]:
     """The ids of all processes, as far as /proc shows them."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
@@ -233,17 +248,6 @@ def _stat(pid: int) -> tuple[str, str]:
         return "", ""
     state, parent = text.rpartition(")")[2].split()[:2]
     return state, parent
-
-
-def _inherited() -> dict[str, str]:
-    """Our environment (coverage's variables are in it) without settings of the proxy.
-
-    But for its kind of worker, where all tests are to run with another one.
-    """
-    ours = {name: v for name, v in os.environ.items() if not name.startswith("MCP_PROXY_")}
-    if WORKER_CLASS in os.environ:
-        ours["MCP_PROXY_WORKER_CLASS"] = os.environ[WORKER_CLASS]
-    return ours
 
 
 def _as_settings(bind: str, command: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ A greenlet is cheap, so each connection has one and nothing waits in a poller. W
   arrived, handshakes included; the others end with their answers.
 - Of a body that the application has not read a little is read, as a connection is worth that.
 - Several Cookie headers are joined by the semicolon of cookies.
+- An answer that the application breaks off on purpose ends its connection without a traceback.
 - What is refused before the application sees it is a JSON-RPC error.
 
 It relies on this in gunicorn, 27.0 or later. `run` makes a server of each listener by
@@ -32,6 +33,7 @@ import errno
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +43,7 @@ from gevent.server import StreamServer
 from gunicorn.workers import ggevent
 
 from mcp_proxy.edge.forwarded import join_cookies
+from mcp_proxy.errors import ProxyError
 from mcp_proxy.server.answers import PIECE, not_read, refusal, refusal_of
 from mcp_proxy.server.arriving import SLOWEST_BODY
 from mcp_proxy.server.crowd import SURE, SWEEP, Bound
@@ -107,7 +110,7 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         """Runs until the worker stops."""
-        self.wsgi = partial(_with_joined_cookies, self.wsgi)
+        self.wsgi = partial(_called, self.wsgi)
         gevent.spawn(self._watch)
         super().run()
 
@@ -226,9 +229,34 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
             client.sendall(written)
 
 
-def _with_joined_cookies(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+def _called(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    """What the application returns, to which Cookie headers come as they are meant."""
     join_cookies(environ["gunicorn.socket"].request.headers, environ)
-    return app(environ, start_response)
+    body = app(environ, start_response)
+    return body if isinstance(body, environ["wsgi.file_wrapper"]) else _Body(body)
+
+
+class _Body:
+    """What the application returns; one that breaks off says why itself, and gunicorn nothing."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        has_begun = False
+        try:
+            for piece in self._body:
+                yield piece
+                has_begun = True
+        except ProxyError as error:
+            if not has_begun:
+                raise
+            raise BrokenPipeError(errno.EPIPE, "The answer is broken off") from error
+
+    def close(self) -> None:
+        """Ends it where it has an end."""
+        if hasattr(self._body, "close"):
+            self._body.close()
 
 
 def _is_skipped(body: Any) -> bool:

@@ -55,6 +55,10 @@ class Request(msgspec.Struct, frozen=True, dict=True):
 
     meta = cached_property(_meta_of)
 
+    def note_meta(self, meta: Meta) -> None:
+        """What somebody has read of `_meta` already, so that it is not read again."""
+        self.__dict__["meta"] = meta
+
     def with_params(self, params: Raw) -> Request:
         """The same request with other params that have the same `_meta`."""
         changed = Request(self.id, self.method, params)

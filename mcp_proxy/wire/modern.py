@@ -171,6 +171,8 @@ def _read_at_once(request: Request, header: Header) -> ModernMeta | None:
         )
     if not is_right:
         return None
+    if level is None:
+        request.note_meta(jsonrpc.Meta(meta.token, meta.version))
     return ModernMeta(meta.version, meta.capabilities, meta.info, level, meta.token)
 
 

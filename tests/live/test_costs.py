@@ -77,10 +77,10 @@ def test_the_functions_of_ours_that_a_call_goes_through() -> None:
 def test_the_functions_of_a_modern_call() -> None:
     with profiled() as counted, create_app(ProxyConfig(command=server_of("modern"))) as app:
         client = ModernClient(WsgiFront(app))
-        assert functions_of(counted, lambda: client.tool("pid")) < 122  # 121
+        assert functions_of(counted, lambda: client.tool("pid")) < 121  # 120
 
 
-@pytest.mark.parametrize(("era", "most"), [("legacy", 131), ("modern", 174)])
+@pytest.mark.parametrize(("era", "most"), [("legacy", 131), ("modern", 173)])
 def test_the_functions_of_a_call_through_a_group(tmp_path: Path, era: str, most: int) -> None:
     program, *options = server_of(era)
     server = {"command": program, "args": options}

@@ -91,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
         return 2
+    if os.environ.get("GUNICORN_CMD_ARGS"):
+        print(
+            "mcp-wsgi-proxy: GUNICORN_CMD_ARGS is not read by this command; settings of gunicorn's "
+            "own are for gunicorn wsgi:app",
+            file=sys.stderr,
+        )
     serve(config)
     return 0
 

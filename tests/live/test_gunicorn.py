@@ -151,6 +151,14 @@ def test_gevent_works(redis_server: RedisServer, redis_prefix: str) -> None:
         assert client.result("count")["calls"] == 1
 
 
+def test_settings_of_gunicorns_own_that_the_command_does_not_read_are_named() -> None:
+    environment = {"GUNICORN_CMD_ARGS": "--max-requests 6"}
+    with ProxyProcess(environment=environment) as process:
+        assert "GUNICORN_CMD_ARGS is not read by this command" in process.log()
+    with ProxyProcess(environment=environment, way=GUNICORN) as process:
+        assert "is not read" not in process.log()
+
+
 def test_max_requests_restarts_the_worker_and_redis_keeps_the_session(
     redis_server: RedisServer, redis_prefix: str
 ) -> None:

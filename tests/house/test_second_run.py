@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from tests.proofs import both_eras
 from tests.support.proxies import WsgiProxy, running
 from tests.support.proxy_process import ProxyProcess, inherited
 from tests.support.second_run import lead_to_gunicorn, starts_gunicorn
@@ -32,6 +33,10 @@ def by_another_room() -> None:
     proxies.running("gunicorn")
 
 
+def by_a_function_of_its_modules_name() -> None:
+    both_eras.both_eras()
+
+
 def by_an_inner_function() -> Callable[[], ProxyProcess]:
     return lambda: at_once()
 
@@ -45,7 +50,15 @@ def in_the_environment() -> dict[str, str]:
     return inherited()
 
 
-LEADING = [at_once, by_another_room, by_an_inner_function, within, in_the_environment, Heir]
+LEADING = [
+    at_once,
+    by_another_room,
+    by_a_function_of_its_modules_name,
+    by_an_inner_function,
+    within,
+    in_the_environment,
+    Heir,
+]
 
 
 @pytest.mark.parametrize("thing", [*LEADING, partial(running, "gunicorn")])

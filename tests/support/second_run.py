@@ -82,5 +82,8 @@ def _found_in(namespace: dict[str, Any], names: frozenset[str]) -> Iterator[Any]
         if isinstance(found, ModuleType):
             if found.__name__.startswith("tests."):
                 yield from _found_in(vars(found), names - {name})
+                same = vars(found).get(name)  # a function that has the module's name
+                if same is not None and not isinstance(same, ModuleType):
+                    yield same
         elif found is not None:
             yield found

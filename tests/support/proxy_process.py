@@ -37,7 +37,7 @@ COMMAND = ("-m", "mcp_proxy")
 GUNICORN = ("-m", "gunicorn", "-c", "python:mcp_proxy.gunicorn_conf", "mcp_proxy.wsgi:app")
 GUNICORN_CHECKOUT = ("-m", "gunicorn", "wsgi:app")
 
-_START_TIME = 60.0  # four workers that import everything, on a machine that does much else
+_START_TIME = 20.0
 _STOP_TIME = 30.0
 _LEFTOVER_TIME = 3.0  # what a guardian and the kernel need to clean up
 _LISTENING = re.compile(r"(https?)://127\.0\.0\.1:(\d+)")

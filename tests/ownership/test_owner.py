@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from mcp_proxy import (
     LocalStorage,
@@ -122,15 +123,17 @@ def test_a_call_waits_for_a_server_to_come_back_no_longer_than_for_an_answer(
 ) -> None:
     """The start goes on: with a short time limit a slow server would never come back."""
     server = Fetched(tmp_path)
-    options = ProxyOptions(request_timeout=3.0)
-    with contextlib.closing(StreamableProxy(server.command, options=options)) as app:
+    with contextlib.closing(StreamableProxy(server.command)) as app:
         client = McpClient(WsgiFront(app)).open()
+        options = replace(app.options, request_timeout=0.5)
+        app.owner.change(app.owner.server, options)
+        app.change(options, is_other=False)
         kill_server(app, client)
         for _ in range(2):  # the second one finds the claim of the first
             answer = client.call("count")
             assert answer.failure == "server-timeout"
             said = answer.message()["error"]["message"]
-            assert said == "The session's server was not brought back within 3 seconds"
+            assert said == "The session's server was not brought back within 0.5 seconds"
         server.let_begin()
         assert eventually(lambda: "result" in client.call("count").message())
         assert server.starts == 2

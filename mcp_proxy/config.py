@@ -742,6 +742,11 @@ def script_name() -> str:
     return os.environ.get("SCRIPT_NAME", "")
 
 
+def has_gunicorn_arguments() -> bool:
+    """Whether the environment has settings for a gunicorn of the user's own."""
+    return bool(os.environ.get("GUNICORN_CMD_ARGS"))
+
+
 def has_given_sockets() -> bool:
     """Whether systemd hands this process the sockets at which it listens (sd_listen_fds(3))."""
     return os.environ.get("LISTEN_PID") == str(os.getpid())

@@ -16,6 +16,7 @@ from mcp_proxy.config import (
     entries_of,
     environment_values,
     from_values,
+    has_gunicorn_arguments,
     settings,
 )
 from mcp_proxy.errors import ConfigError
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"mcp-wsgi-proxy: {error}", file=sys.stderr)
         return 2
-    if os.environ.get("GUNICORN_CMD_ARGS"):
+    if has_gunicorn_arguments():
         print(
             "mcp-wsgi-proxy: GUNICORN_CMD_ARGS is not read by this command; settings of gunicorn's "
             "own are for gunicorn wsgi:app",

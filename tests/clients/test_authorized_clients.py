@@ -16,7 +16,7 @@ from tests.servers.authorization import AuthorizationServer
 from tests.support.proxy_process import ProxyProcess
 
 CLIENT = str(HERE / "authorized_client.py")
-DEMO = [sys.executable, "-I", str(ROOT / "mcp_proxy" / "demo" / "server.py")]
+DEMO = [sys.executable, "-I", "-S", str(ROOT / "mcp_proxy" / "demo" / "server.py")]
 
 CLIENTS = {
     "python 1": (python_with_mcp1, "legacy", "2025-11-25"),

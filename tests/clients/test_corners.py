@@ -71,7 +71,7 @@ class Place:
 def command_of(server: str, trace: Path) -> list[str]:
     """The command of one of the two servers."""
     script = ROOT / "tests" / "servers" / f"{server}.py"
-    return [sys.executable, "-I", str(script), "--trace", str(trace)]
+    return [sys.executable, "-I", "-S", str(script), "--trace", str(trace)]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ _PATIENCE = 10.0
 
 
 def _command(server: str, *options: str) -> list[str]:
-    return [sys.executable, "-I", str(ROOT / "tests" / "servers" / f"{server}.py"), *options]
+    return [sys.executable, "-I", "-S", str(ROOT / "tests" / "servers" / f"{server}.py"), *options]
 
 
 # --- bare messages -------------------------------------------------------------------------------

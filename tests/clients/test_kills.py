@@ -37,7 +37,7 @@ sleep 600 &
 "$@"
 while :; do sleep 600; done
 """
-_STUBBORN_COMMAND = ["sh", "-c", _STUBBORN, "stubborn", sys.executable, "-I", _DEMO]
+_STUBBORN_COMMAND = ["sh", "-c", _STUBBORN, "stubborn", sys.executable, "-I", "-S", _DEMO]
 
 _ACCEPT = {"Accept": "application/json, text/event-stream"}
 _INITIALIZE = {

@@ -12,7 +12,7 @@ import pytest
 from tests.clients.programs import HERE, node, node_modules, python_with_mcp1, run_client
 from tests.support.proxy_process import ProxyProcess
 
-_SERVER = [sys.executable, "-I", str(Path(__file__).parents[1] / "servers" / "mortal.py")]
+_SERVER = [sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "servers" / "mortal.py")]
 _PYTHON = str(HERE / "mortal_client.py")
 _TYPESCRIPT = str(HERE / "mortal_client.mjs")
 

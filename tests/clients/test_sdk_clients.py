@@ -69,7 +69,7 @@ CLIENTS = {
 def test_gunicorn_itself_serves_a_client_like_the_command(
     way: Sequence[str], demo: ProxyProcess
 ) -> None:
-    command = [sys.executable, "-I", str(ROOT / "mcp_proxy" / "demo" / "server.py")]
+    command = [sys.executable, "-I", "-S", str(ROOT / "mcp_proxy" / "demo" / "server.py")]
     with ProxyProcess(command, way=way) as proxy:
         assert python_2_auto(proxy.url) == python_2_auto(demo.url)
 

@@ -22,7 +22,7 @@ from tests.support.sse_client import SseClient
 from tests.support.waiting import eventually
 from tests.transports.calls import judging
 
-MODERN = (sys.executable, "-I", str(Path(__file__).parents[1] / "servers" / "modern.py"))
+MODERN = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "servers" / "modern.py"))
 
 ASKABLE: Json = {"elicitation": {"form": {}, "url": {}}, "sampling": {}, "roots": {}}
 

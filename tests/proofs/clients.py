@@ -53,7 +53,7 @@ _KNOWN = 1.2
 _PAUSE = 1.5
 
 _PATIENCE = 12.0
-_SERVER = [sys.executable, "-I", str(ROOT / "tests" / "servers" / "mortal.py")]
+_SERVER = [sys.executable, "-I", "-S", str(ROOT / "tests" / "servers" / "mortal.py")]
 _PYTHON = str(HERE / "driven_client.py")
 _TYPESCRIPT = str(HERE / "driven_client.mjs")
 

@@ -78,7 +78,7 @@ class _Challenging(BaseHTTPRequestHandler):
 
 
 def _entry(script: Path, *options: str) -> Json:
-    return {"command": sys.executable, "args": ["-I", str(script), *options]}
+    return {"command": sys.executable, "args": ["-I", "-S", str(script), *options]}
 
 
 def _lies() -> list[str]:

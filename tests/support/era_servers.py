@@ -34,7 +34,15 @@ class EraServerProcess(Startable):
 
     def start(self) -> None:
         """Runs the process; again, on the same port, once it was killed."""
-        command = [sys.executable, "-I", self._script, "--http", str(self.port), *self._options]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            self._script,
+            "--http",
+            str(self.port),
+            *self._options,
+        ]
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

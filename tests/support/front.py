@@ -17,10 +17,10 @@ from werkzeug.test import Client
 
 from mcp_proxy.wire import sse
 
-SCRIPTED = (sys.executable, "-I", str(Path(__file__).parents[1] / "servers" / "scripted.py"))
+SCRIPTED = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "servers" / "scripted.py"))
 
 #: A server that ends, or closes its input or its output, when a tool says so.
-MORTAL = (sys.executable, "-I", str(Path(__file__).parents[1] / "servers" / "mortal.py"))
+MORTAL = (sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "servers" / "mortal.py"))
 
 Json = dict[str, Any]
 

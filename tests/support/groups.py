@@ -20,7 +20,7 @@ MEMBER = str(SERVERS / "member.py")
 
 def entry(name: str, *options: str) -> Json:
     """A server that says its name."""
-    return {"command": sys.executable, "args": ["-I", MEMBER, "--name", name, *options]}
+    return {"command": sys.executable, "args": ["-I", "-S", MEMBER, "--name", name, *options]}
 
 
 class House:

@@ -37,7 +37,7 @@ _SERVERS = Path(__file__).parents[1] / "servers"
 
 def server_of(era: str, *options: str) -> tuple[str, ...]:
     """The command of a server of one era: `modern` or `legacy`."""
-    return (sys.executable, "-I", str(_SERVERS / f"{era}.py"), *options)
+    return (sys.executable, "-I", "-S", str(_SERVERS / f"{era}.py"), *options)
 
 
 class ModernClient:

@@ -201,7 +201,7 @@ def test_instructions_say_whose_they_are(house: House) -> None:
 def test_a_session_that_ends_while_its_servers_are_asked_takes_nothing_from_others(
     house: House,
 ) -> None:
-    slow = ["-I", HOSTILE, "--name", "slow", "--page-delay", "1"]
+    slow = ["-I", "-S", HOSTILE, "--name", "slow", "--page-delay", "1"]
     client = house.serve({"one": {"command": sys.executable, "args": slow}})
     assert client.delete().status in (200, 204)
     assert "one__slow" in tools(house.client().open())
@@ -210,7 +210,7 @@ def test_a_session_that_ends_while_its_servers_are_asked_takes_nothing_from_othe
 def test_lists_that_change_all_the_time_are_looked_at_once_a_second(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hostile = {"command": sys.executable, "args": ["-I", HOSTILE, "--name", "one"]}
+    hostile = {"command": sys.executable, "args": ["-I", "-S", HOSTILE, "--name", "one"]}
     client = house.serve({"false": hostile})
     tools(client)
     looks: list[float] = []
@@ -237,7 +237,7 @@ def test_lists_that_change_all_the_time_are_looked_at_once_a_second(
 
 
 def test_progress_is_told_of_calls_of_its_server_alone(house: House) -> None:
-    hostile = {"command": sys.executable, "args": ["-I", HOSTILE, "--name", "one"]}
+    hostile = {"command": sys.executable, "args": ["-I", "-S", HOSTILE, "--name", "one"]}
     client = house.serve({"one": entry("A"), "false": hostile})
     params = {"name": "false__link", "arguments": {}, "_meta": {"progressToken": 19}}
     told = client.call("tools/call", params).messages()

@@ -34,7 +34,7 @@ def served(house: House, servers: Json, **settings: object) -> ModernClient:
 
 def of_era(era: str, *options: str) -> Json:
     """A server of one era."""
-    return {"command": sys.executable, "args": ["-I", str(SERVERS / f"{era}.py"), *options]}
+    return {"command": sys.executable, "args": ["-I", "-S", str(SERVERS / f"{era}.py"), *options]}
 
 
 def result(client: ModernClient, method: str, **params: object) -> Json:
@@ -290,7 +290,7 @@ def test_a_subscription_goes_on_at_a_server_whose_entry_has_changed(house: House
 
 
 def test_a_server_that_refuses_a_subscription_is_asked_once(house: House) -> None:
-    refusing = ["-I", str(SERVERS / "modern.py"), "--honour", "refuse"]
+    refusing = ["-I", "-S", str(SERVERS / "modern.py"), "--honour", "refuse"]
     server = {"command": sys.executable, "args": refusing}
     client = served(house, {"a": of_era("modern"), "b": server})
     answer = client.listen("l", toolsListChanged=True)

@@ -32,6 +32,9 @@ PACKAGE = str(Path(mcp_proxy.__file__).parent)
 CALL = {"name": "echo", "arguments": {"text": "x"}}
 CALLS = 200
 
+# How often what a call costs is counted: what other threads do meanwhile is not in each of them.
+ROUNDS = 3
+
 
 class Counted:
     """Calls of functions of ours in this process, in threads that were started within the block."""
@@ -116,10 +119,13 @@ def test_what_a_call_leaves_in_memory() -> None:
         client = McpClient(WsgiFront(app)).open()
         for _ in range(CALLS):
             client.result("tools/call", CALL)
-        before = blocks()
-        for _ in range(CALLS):
-            client.result("tools/call", CALL)
-        assert blocks() - before < CALLS / 4
+        left = []
+        for _ in range(ROUNDS):
+            before = blocks()
+            for _ in range(CALLS):
+                client.result("tools/call", CALL)
+            left.append(blocks() - before)
+        assert min(left) < CALLS / 4
 
 
 def switches_of(pid: int) -> int:
@@ -150,10 +156,13 @@ def test_how_often_threads_wait_in_a_call() -> None:
         (worker,) = proxy.worker_pids()
         for _ in range(20):
             warm_call(connection, client)
-        before = switches_of(worker)
-        for _ in range(CALLS):
-            warm_call(connection, client)
-        assert (switches_of(worker) - before) / CALLS < 6  # 4.7
+        waits = []
+        for _ in range(ROUNDS):
+            before = switches_of(worker)
+            for _ in range(CALLS):
+                warm_call(connection, client)
+            waits.append((switches_of(worker) - before) / CALLS)
+        assert min(waits) < 6  # 4.7
 
 
 def commands_of(server: RedisServer) -> int:

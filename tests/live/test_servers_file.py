@@ -30,7 +30,7 @@ def config(backend: HttpBackend, tmp_path: Path) -> ProxyConfig:
     headers = {"Authorization": "Bearer of-the-file", "X-Mine": "yes"}
     entries = {
         "http": {"url": f"{backend.url}/mcp", "headers": headers},
-        "stdio": {"command": SCRIPTED[0], "args": list(SCRIPTED[1:]), "timeout": 0.5},
+        "stdio": {"command": SCRIPTED[0], "args": list(SCRIPTED[1:]), "timeout": 2},
     }
     file = tmp_path / "servers.json"
     file.write_text(json.dumps({"mcpServers": entries}))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.proofs.questions import answer_to, scene_of
@@ -160,7 +161,7 @@ class Session(Client):
         self.wire = Legacy(port)
 
     def live(self) -> None:
-        self.wire.open()
+        self.open()
         super().live()
         self.wire.close()
 
@@ -169,7 +170,15 @@ class Session(Client):
         made = {"plain": self.plain, "progress": self.progress, "question": self.question}[kind]
         call = self.noted(f"legacy {kind}", self.wire, made)
         if call.error.startswith("404"):
-            self.wire.open()
+            self.open()
+
+    def open(self) -> None:
+        """Gets a session, once more where the worker was killed that was about to give one."""
+        is_open = False
+        while not (is_open or self.finish.is_set()):
+            with suppress(Failed):
+                self.wire.open()
+                is_open = True
 
     def plain(self, nonce: str) -> int:
         """A small call."""

@@ -48,6 +48,7 @@ from mcp_proxy.server.answers import PIECE, not_read, refusal, refusal_of
 from mcp_proxy.server.arriving import SLOWEST_BODY
 from mcp_proxy.server.crowd import SURE, SWEEP, Bound
 from mcp_proxy.server.deadlines import require_deadlines, set_deadlines
+from mcp_proxy.server.forking import release_signals
 from mcp_proxy.server.tls import HandshakeFailures, with_tls
 
 # Seconds in which a request may still arrive at a worker that stops.
@@ -107,6 +108,7 @@ class GeventWorker(ggevent.GeventWorker):  # type: ignore[misc]
         super().init_signals()
         signal.signal(signal.SIGHUP, lambda number, frame: None)
         signal.siginterrupt(signal.SIGHUP, False)
+        release_signals()
 
     def run(self) -> None:
         """Runs until the worker stops."""

@@ -1,10 +1,12 @@
 """gunicorn as this project runs it: its settings, its hooks, and the start.
 
-Imported in gunicorn's master, so it must not import anything that a worker class may still patch.
+Imported in gunicorn's master before the class of its workers is known, so it must not import
+anything that one may still patch.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import mmap
@@ -47,6 +49,7 @@ from mcp_proxy.server.admin import (
 from mcp_proxy.server.banner import banner, base_url, server_urls
 from mcp_proxy.server.binding import require_another, wait_for_ports
 from mcp_proxy.server.deadlines import DEADLINES
+from mcp_proxy.server.forking import hold_signals, release_signals
 from mcp_proxy.server.last_good import LastGood
 from mcp_proxy.server.leaving import Leaving
 from mcp_proxy.server.machine import (
@@ -331,6 +334,18 @@ class Hooks:
             self._table = SlotTable(server.cfg.workers)
             _note_stop(server, self._table)
         _answer_signals(server, self.config, self._table, self._reloading)
+        os.register_at_fork(after_in_parent=release_signals)
+        self._import_for_workers(server)
+
+    def _import_for_workers(self, server: Any) -> None:
+        """Imports once what each worker needs, so that one that comes later serves at once.
+
+        Where workers patch the standard library, that must come first, in each of them.
+        """
+        if _path_of(server.worker_class) == _WORKER_CLASSES["gthread"]:
+            importlib.import_module("mcp_proxy.app")
+            if self.config.redis_url is not None:
+                importlib.import_module("mcp_proxy.redis.storage")
 
     def _given_admin_socket(self) -> socket.socket | None:
         """The admin socket that systemd hands over; its address is that of the setting, too.
@@ -407,6 +422,10 @@ class Hooks:
     def on_reload(self, server: Any) -> None:
         """The handlers of its log are gunicorn's again, and the class, as its command line says."""
         self.begin_log()
+        patches = _KINDS.get(_path_of(server.worker_class)) == "gevent"
+        if patches and "mcp_proxy.app" in sys.modules:
+            log.error("worker_class gevent needs a restart: the new workers are of class gthread")
+            self._set_worker_class(server, "gthread")
         self._use_our_worker_class(server)
 
     def _use_our_worker_class(self, server: Any) -> None:
@@ -415,7 +434,7 @@ class Hooks:
         The command line goes before a configuration file, and gunicorn has looked up the class
         when it calls the first hook; it makes no worker before the hook has ended.
         """
-        chosen = f"{server.worker_class.__module__}.{server.worker_class.__qualname__}"
+        chosen = _path_of(server.worker_class)
         kind = _KINDS.get(chosen)
         if kind is None:
             return  # somebody's own: the first request says what it lacks
@@ -429,8 +448,11 @@ class Hooks:
             server.cfg.set("worker_connections", connections(self.config))
         if chosen != _WORKER_CLASSES[kind]:
             log.info("worker_class %s: %s is used", chosen, _WORKER_CLASSES[kind])
-            server.cfg.set("worker_class", _WORKER_CLASSES[kind])
-            server.worker_class = server.cfg.worker_class
+            self._set_worker_class(server, kind)
+
+    def _set_worker_class(self, server: Any, kind: str) -> None:
+        server.cfg.set("worker_class", _WORKER_CLASSES[kind])
+        server.worker_class = server.cfg.worker_class
 
     def _heed_worker_count(self, server: Any) -> None:
         """Has workers know how many they are, where gunicorn's own settings say so, as by `-w 2`.
@@ -454,7 +476,10 @@ class Hooks:
             log.info("metrics and probes at %s/metrics, /healthz and /readyz", self._admin.url)
 
     def pre_fork(self, server: Any, worker: Any) -> None:
-        """Chooses the worker's CPU and slot, in the master, which knows those of the others."""
+        """Chooses the worker's CPU and slot, in the master, which knows those of the others.
+
+        The worker takes signals to stop once it has handlers of its own.
+        """
         worker.slot_number = worker.metrics_slot = None
         if self._metrics is not None:
             others_have = (getattr(o, "metrics_slot", None) for o in server.WORKERS.values())
@@ -465,6 +490,8 @@ class Hooks:
         cpus = cpus_to_share(self.config, server.cfg.workers)
         taken = [other.cpu for other in server.WORKERS.values() if other.cpu is not None]
         worker.cpu = least_used(cpus, taken, self._offset) if cpus else None
+        if _path_of(server.worker_class) in _WORKER_CLASSES.values():
+            hold_signals()
 
     def post_fork(self, server: Any, worker: Any) -> None:
         """Has a worker enter its slot, and know when another one is begun in its place."""
@@ -579,6 +606,10 @@ class Hooks:
         metrics_slot = getattr(worker, "metrics_slot", None)
         if self._metrics is not None and metrics_slot is not None:
             self._metrics.free(metrics_slot)
+
+
+def _path_of(worker_class: type) -> str:
+    return f"{worker_class.__module__}.{worker_class.__qualname__}"
 
 
 def _slot_number(worker: Any) -> int | None:

@@ -85,6 +85,7 @@ from mcp_proxy.server.arriving import ArrivingRequest, Shape
 from mcp_proxy.server.connection import Connection
 from mcp_proxy.server.crowd import SURE, SWEEP, Bound
 from mcp_proxy.server.deadlines import require_deadlines, set_deadlines
+from mcp_proxy.server.forking import release_signals
 from mcp_proxy.server.giving import LOOK, Giving
 from mcp_proxy.server.passing import Held, Records, Taken, take
 from mcp_proxy.server.shares import Shares
@@ -211,6 +212,7 @@ class KeepaliveWorker(gthread.ThreadWorker):  # type: ignore[misc]
         super().init_signals()
         signal.signal(signal.SIGHUP, lambda number, frame: None)
         signal.siginterrupt(signal.SIGHUP, False)
+        release_signals()
 
     def run(self) -> None:
         """Runs the main loop until the worker stops."""

@@ -437,6 +437,6 @@ def test_a_worker_starts_them_before_its_first_request(
     options = ["--spare-children", "1", "--workers", "2", "--redis-url", redis_url]
     options += ["--worker-class", kind]
     with ProxyProcess(SCRIPTED, options=[*options, "--redis-prefix", redis_prefix]) as proxy:
-        eventually(lambda: [len(children_of(pid)) for pid in proxy.worker_pids()] == [2, 2], 30)
+        eventually(lambda: [len(children_of(pid)) for pid in proxy.worker_pids()] == [2, 2])
         spares = set(proxy.server_pids())
         assert pid_of(McpClient(HttpFront(proxy.base)).open()) in spares

@@ -31,7 +31,7 @@ PAUSE = 0.5
 PATIENCE = 30
 
 # Seconds after which a client that has ended its side of the connection has left, and some more.
-LEFT = 5
+LEFT = 3
 
 # How often a call is taken back, so that it waits by then.
 CANCELLATIONS = 50

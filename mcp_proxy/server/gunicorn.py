@@ -6,7 +6,6 @@ anything that one may still patch.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import mmap

@@ -97,4 +97,3 @@ def test_a_reload_does_not_change_to_a_class_that_patches(tmp_path: Path) -> Non
         eventually(lambda: "worker_class gevent needs a restart" in proxy.log(), 30)
         eventually(lambda: not set(before) & set(proxy.worker_pids()), 30)
         assert McpClient(HttpFront(proxy.base)).open().result("ping") == {}
-        assert "KeepaliveWorker" in proxy.log()
